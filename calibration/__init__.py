@@ -1,0 +1,1 @@
+"""From a float model to an artifact: trajectories, observers, training, recipes."""

@@ -1,0 +1,22 @@
+"""edm-deploy: low-bit diffusion models that really run. This floor says what a quantized denoiser is; `calibration` makes them, `engines` runs them."""
+
+from __future__ import annotations
+
+from edm_deploy.artifact import Artifact
+from edm_deploy.denoiser import EngineDenoiser, load_denoiser, load_pipeline
+from edm_deploy.errors import ArtifactError, EdmDeployError, InputError, UnsupportedError
+from edm_deploy.manifest import Manifest
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "ArtifactError",
+    "EdmDeployError",
+    "EngineDenoiser",
+    "InputError",
+    "Manifest",
+    "UnsupportedError",
+    "load_denoiser",
+    "load_pipeline",
+]

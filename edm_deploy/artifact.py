@@ -1,0 +1,272 @@
+"""The artifact: everything that a quantized denoiser is, as one directory of json and safetensors that every engine is built from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from edm_deploy.activations import ActivationTable
+from edm_deploy.errors import ArtifactError, EdmDeployError
+from edm_deploy.family import Family, family_named, skeleton
+from edm_deploy.files import PIPELINE_FILES, copy_pipeline_files, new_directory, read_json, write_json
+from edm_deploy.quant import fits_int4, pack_int4, unpack_int4, weight_bounds
+
+SCHEMA = 1
+JSON_NAME = "artifact.json"
+TENSORS_NAME = "artifact.safetensors"
+Op = Literal["conv2d", "linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One quantized layer: `y = s_x[row] * s_w[o] * conv(n_x, n_w) + bias`.
+
+    Always: every code lies within the bounds of `weight_bits`; weight_scale > 0 and finite.
+
+    Attributes:
+        op: `conv2d` or `linear`.
+        codes: int8, the shape of the layer's weight [Cout, Cin, ...].
+        weight_scale: float32 [Cout].
+        weight_bits: 2 to 8.
+        activation: How the input is quantized, or None where only the weight is.
+    """
+
+    op: Op
+    codes: Tensor
+    weight_scale: Tensor
+    weight_bits: int
+    activation: ActivationTable | None
+
+    @property
+    def scheme(self) -> str:
+        """Bits as people write them, `W4A8`; A16 where the input stays in floating point."""
+        return f"W{self.weight_bits}A{self.activation.bits if self.activation else 16}"
+
+    def problem(self, weight_shape: tuple[int, ...], rows: int) -> str | None:
+        """What breaks the invariants, as a phrase, or None."""
+        if tuple(self.codes.shape) != weight_shape:
+            return f"codes have shape {list(self.codes.shape)}, the layer's weight {list(weight_shape)}"
+        if tuple(self.weight_scale.shape) != weight_shape[:1]:
+            return f"weight_scale has shape {list(self.weight_scale.shape)}, expected [{weight_shape[0]}]"
+        if not bool((torch.isfinite(self.weight_scale) & (self.weight_scale > 0)).all()):
+            return "weight_scale holds a value that is not finite and positive"
+        qmin, qmax = weight_bounds(self.weight_bits)
+        if int(self.codes.min()) < qmin or int(self.codes.max()) > qmax:
+            return f"codes reach [{int(self.codes.min())}, {int(self.codes.max())}], outside [{qmin}, {qmax}] of {self.weight_bits} bits"
+        return self.activation.problem(rows) if self.activation else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A quantized denoiser. `validate` states what always holds; `load` and `save` call it.
+
+    Attributes:
+        family: Name of the model family.
+        config: The diffusers config of the denoiser.
+        timesteps: int32 [R], ascending: the calibrated timesteps, one a table row.
+        row_of_timestep: int32 [num_train_timesteps].
+        sites: By layer name.
+        params: float32, every parameter and buffer that is not a quantized weight, by its name in the model.
+        provenance: Recipe, settings, seed, versions, teacher hash, wall time, peak memory. Not part of the hash.
+        pipeline: The source pipeline's json files by relative path, so that one can be rebuilt.
+    """
+
+    family: str
+    config: Mapping[str, Any]
+    timesteps: Tensor
+    row_of_timestep: Tensor
+    sites: Mapping[str, Site]
+    params: Mapping[str, Tensor]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    pipeline: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def family_object(self) -> Family:
+        """The family that `family` names."""
+        return family_named(self.family)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Length of the training schedule."""
+        return len(self.row_of_timestep)
+
+    @property
+    def scheme(self) -> str:
+        """Bits of most sites, `W4A4`."""
+        schemes = [site.scheme for site in self.sites.values()]
+        return max(sorted(set(schemes)), key=schemes.count)
+
+    @property
+    def digest(self) -> str:
+        """sha256 hex of all that decides what the engine computes: family, config, sites and tensors; not of the provenance."""
+        content = self._description() | {"tensors": hashlib.sha256(save_tensors(self._tensors())).hexdigest()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def validate(self) -> None:
+        """Raises ArtifactError, naming the site, where something could not run."""
+        rows = len(self.timesteps)
+        if rows == 0 or bool((self.timesteps.diff() <= 0).any()):
+            raise ArtifactError("Artifact's timesteps are not ascending; expected at least one, each once.")
+        if not len(self.row_of_timestep) or int(self.row_of_timestep.min()) < 0 or int(self.row_of_timestep.max()) >= rows:
+            raise ArtifactError(f"Artifact's row_of_timestep points outside its {rows} table rows.")
+        model = skeleton(self.family_object, self.config)
+        layers = self.family_object.sites(model)
+        if unknown := sorted(set(self.sites) - set(layers)):
+            raise ArtifactError(f"Artifact has site {unknown[0]!r}, which the {self.family} model of its config has not.")
+        for name, site in self.sites.items():
+            expected_op = "conv2d" if isinstance(layers[name], torch.nn.Conv2d) else "linear"
+            problem = f"op is {site.op}, the layer is {expected_op}" if site.op != expected_op else None
+            problem = problem or site.problem(tuple(layers[name].weight.shape), rows)
+            if problem:
+                raise ArtifactError(f"Site {name!r}: {problem}. Make the artifact again.")
+        expected = {key: value for key, value in model.state_dict().items() if key.removesuffix(".weight") not in self.sites}
+        _check_params(self.params, {key: tuple(value.shape) for key, value in expected.items()})
+
+    def save(self, path: Path | str, *, overwrite: bool = True) -> Path:
+        """Write the artifact to directory `path`, whole or not at all; an artifact that stood there is replaced at the end.
+
+        Raises:
+            ArtifactError: The artifact is not valid, `path` holds something else, or the disk refuses.
+        """
+        self.validate()
+        data = save_tensors(self._tensors())
+        description = {"schema": SCHEMA} | self._description()
+        description |= {"tensors_sha256": hashlib.sha256(data).hexdigest(), "digest": self.digest, "provenance": dict(self.provenance)}
+        with new_directory(Path(path), marker=JSON_NAME, overwrite=overwrite) as directory:
+            (directory / TENSORS_NAME).write_bytes(data)
+            write_json(directory / JSON_NAME, description)
+            copy_pipeline_files(self.pipeline, directory)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Artifact:
+        """Read and validate an artifact; nothing is executed, nothing is partly loaded.
+
+        Raises:
+            ArtifactError: `path` is no artifact, was made by a newer version, or is damaged; the message names the mend.
+        """
+        directory = Path(path)
+        description = read_json(directory / JSON_NAME, what="artifact")
+        schema = description.get("schema")
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise ArtifactError(
+                f"{directory} has artifact schema {schema!r}; this edm-deploy reads up to {SCHEMA}. Install a newer edm-deploy, or make the artifact again."
+            )
+        tensors = _read_tensors(directory / TENSORS_NAME, str(description.get("tensors_sha256")))
+        try:
+            artifact = _artifact_from_parts(description, tensors, directory)
+            artifact.validate()
+        except (KeyError, TypeError, ValueError, AttributeError) as err:
+            raise ArtifactError(f"{directory / JSON_NAME} does not describe its tensors ({err!r}). Make the artifact again.") from err
+        except EdmDeployError as err:
+            raise ArtifactError(f"{directory}: {err}") from err
+        return artifact
+
+    def _description(self) -> dict[str, Any]:
+        sites = {
+            name: {
+                "op": site.op,
+                "weight_shape": list(site.codes.shape),
+                "weight_bits": site.weight_bits,
+                "act_bits": site.activation.bits if site.activation else None,
+            }
+            for name, site in self.sites.items()
+        }
+        return {"family": self.family, "config": dict(self.config), "sites": sites}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"timesteps": self.timesteps, "row_of_timestep": self.row_of_timestep}
+        for name, site in self.sites.items():
+            tensors[f"sites.{name}.codes"] = pack_int4(site.codes) if fits_int4(site.codes) else site.codes
+            tensors[f"sites.{name}.weight_scale"] = site.weight_scale
+            if site.activation:
+                tensors[f"sites.{name}.act_scale"] = site.activation.scale
+                tensors[f"sites.{name}.act_qmin"] = site.activation.qmin
+                tensors[f"sites.{name}.act_qmax"] = site.activation.qmax
+        tensors |= {f"params.{name}": _smallest_exact(value) for name, value in self.params.items()}
+        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def _read_tensors(path: Path, expected_sha256: str) -> dict[str, Tensor]:
+    try:
+        data = path.read_bytes()
+    except OSError as err:
+        raise ArtifactError(f"{path} cannot be read ({err.strerror}); the artifact is incomplete. Make it again.") from err
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected_sha256:
+        raise ArtifactError(f"{path} is damaged: sha256 {found[:12]}, {JSON_NAME} says {expected_sha256[:12]}. Copy or make the artifact again.")
+    try:
+        return load_tensors(data)
+    except (safetensors.SafetensorError, ValueError, RuntimeError) as err:
+        raise ArtifactError(f"{path} is no safetensors file ({err}). Make the artifact again.") from err
+
+
+def _artifact_from_parts(description: Mapping[str, Any], tensors: Mapping[str, Tensor], directory: Path) -> Artifact:
+    used: set[str] = set()
+
+    def take(name: str, *dtypes: torch.dtype) -> Tensor:
+        if name not in tensors:
+            raise ArtifactError(f"tensor {name!r} is missing. Make the artifact again.")
+        if tensors[name].dtype not in dtypes:
+            raise ArtifactError(f"tensor {name!r} is {tensors[name].dtype}, expected {' or '.join(map(str, dtypes))}. Make the artifact again.")
+        used.add(name)
+        return tensors[name]
+
+    def site(name: str, entry: Mapping[str, Any]) -> Site:
+        shape = tuple(int(n) for n in entry["weight_shape"])
+        codes = take(f"sites.{name}.codes", torch.int8, torch.uint8)
+        codes = unpack_int4(codes, shape) if codes.dtype == torch.uint8 else codes
+        activation = None
+        if entry["act_bits"] is not None:
+            activation = ActivationTable(
+                bits=int(entry["act_bits"]),
+                scale=take(f"sites.{name}.act_scale", torch.float32),
+                qmin=take(f"sites.{name}.act_qmin", torch.int8),
+                qmax=take(f"sites.{name}.act_qmax", torch.int8),
+            )
+        scale = take(f"sites.{name}.weight_scale", torch.float32)
+        return Site(op=entry["op"], codes=codes, weight_scale=scale, weight_bits=int(entry["weight_bits"]), activation=activation)
+
+    artifact = Artifact(
+        family=str(description["family"]),
+        config=description["config"],
+        timesteps=take("timesteps", torch.int32),
+        row_of_timestep=take("row_of_timestep", torch.int32),
+        sites={name: site(name, entry) for name, entry in description["sites"].items()},
+        params={
+            name.removeprefix("params."): take(name, torch.float32, torch.float16).float() for name in tensors if name.startswith("params.")
+        },
+        provenance=description.get("provenance", {}),
+        pipeline={name: read_json(directory / name, what="pipeline") for name in PIPELINE_FILES if (directory / name).is_file()},
+    )
+    if left := sorted(set(tensors) - used):
+        raise ArtifactError(f"tensor {left[0]!r} belongs to nothing that {JSON_NAME} describes. Make the artifact again.")
+    return artifact
+
+
+def _check_params(params: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        if name not in params:
+            raise ArtifactError(f"parameter {name!r} is missing. Make the artifact again.")
+        if tuple(params[name].shape) != shape:
+            raise ArtifactError(f"parameter {name!r} has shape {list(params[name].shape)}, expected {list(shape)}. Make the artifact again.")
+        if not bool(torch.isfinite(params[name]).all()):
+            raise ArtifactError(f"parameter {name!r} holds NaN or infinity. Check the source model, then make the artifact again.")
+    if unknown := sorted(set(params) - set(expected)):
+        raise ArtifactError(f"parameter {unknown[0]!r} is not one of the model's. Make the artifact again.")
+
+
+def _smallest_exact(value: Tensor) -> Tensor:
+    """float16 where that loses nothing, float32 otherwise."""
+    half = value.to(torch.float16)
+    return half if torch.equal(half.float(), value) else value.float()

@@ -1,0 +1,153 @@
+"""The drop-in: an engine that takes the place of a diffusers denoiser, in any pipeline and with any scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edm_deploy import lookup
+from edm_deploy.errors import InputError
+from edm_deploy.family import SAMPLE, Family, ModelInput, family_named
+from edm_deploy.manifest import Manifest, Range
+from edm_deploy.session import Backend, Session
+
+TIMESTEP = "timestep"
+
+
+def open_session(path: Path | str, *, device: str | torch.device = "cpu") -> tuple[Manifest, Session]:
+    """Check an engine directory and open it.
+
+    Args:
+        path: What `edm-deploy build-engine` wrote.
+        device: Where its inputs will be.
+
+    Raises:
+        ArtifactError: No engine directory, or its files are not those that were built.
+        UnsupportedError: Its backend is not installed, or it was built for another version or device.
+    """
+    manifest = Manifest.read(path, kind="engine")
+    import engines  # the one place where the ground reaches up: by name, and only when an engine is opened
+
+    backend: Backend = lookup.load(engines, str(manifest.backend), "BACKEND")
+    return manifest, backend.open(Path(path), manifest, torch.device(device))
+
+
+def load_denoiser(path: Path | str, *, device: str | torch.device = "cpu") -> EngineDenoiser:
+    """An engine as a drop-in for the diffusers model that it was made from: `pipe.unet = load_denoiser("engine/")`.
+
+    Raises:
+        ArtifactError, UnsupportedError: As `open_session`.
+    """
+    return EngineDenoiser(*open_session(path, device=device))
+
+
+class EngineDenoiser(nn.Module):
+    """`.config`, `.dtype`, `.device`, forward signature and output type of the diffusers model that it replaces. Has no parameters."""
+
+    def __init__(self, manifest: Manifest, session: Session) -> None:
+        super().__init__()
+        self.manifest = manifest
+        self.session = session
+        self.family: Family = family_named(manifest.family)
+        self.config = self.family.freeze_config(manifest.config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the engine's sample input; other floating-point types are converted."""
+        return self.manifest.torch_dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must be."""
+        return self.session.device
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # the signature is that of the model it replaces
+        """As the diffusers model: `denoiser(sample, timestep, ...).sample`, or a tuple with return_dict=False.
+
+        Samples of one batch may stand at different timesteps.
+
+        Raises:
+            InputError: An input's dtype, device or shape is not what the engine was built for, or a timestep lies outside the schedule.
+        """
+        given = self.family.bind(self.manifest.config, args, kwargs)
+        sample = given[SAMPLE]
+        if not isinstance(sample, Tensor) or not sample.is_floating_point():
+            found = sample.dtype if isinstance(sample, Tensor) else type(sample).__name__
+            raise InputError(f"sample is {found}, expected a floating-point tensor. Convert it with .to(torch.float32).")
+        inputs = self._inputs(given, sample)
+        prediction = self.session.run(inputs)[self.manifest.outputs[0]].to(sample.dtype)
+        return self.family.output(prediction) if kwargs.get("return_dict", True) else (prediction,)
+
+    def to(self, *args: Any, **kwargs: Any) -> EngineDenoiser:
+        """Stays where it is: an engine is bound to its device when it is opened. Another device raises InputError."""
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and device.type != self.device.type:
+            raise InputError(f"This engine runs on {self.device}; it cannot move to {device}. Open it with load_denoiser(..., device={str(device)!r}).")
+        return self
+
+    def _inputs(self, given: Mapping[str, Any], sample: Tensor) -> dict[str, Tensor]:
+        sizes: dict[str, int] = {}
+        inputs = {}
+        for declared in self.manifest.inputs:
+            value = given[declared.name]
+            if declared.name == TIMESTEP:
+                value = self._timesteps(value, len(sample))
+            if not isinstance(value, Tensor):
+                raise InputError(f"{declared.name} is {type(value).__name__}, expected a tensor.")
+            if value.device.type != self.device.type:
+                raise InputError(f"{declared.name} is on {value.device}, the engine on {self.device}. Move it with .to({str(self.device)!r}).")
+            self._check_shape(declared, value, sizes)
+            inputs[declared.name] = value.to(declared.dtype(self.dtype)).contiguous()
+        return inputs
+
+    def _timesteps(self, value: Any, batch: int) -> Tensor:
+        timesteps = torch.as_tensor(value, dtype=torch.float32).to(self.device).reshape(-1)
+        last = self.manifest.num_train_timesteps - 1
+        outside = (timesteps.round() < 0) | (timesteps.round() > last) | ~timesteps.isfinite()
+        if bool(outside.any()):
+            raise InputError(f"timestep {float(timesteps[outside][0]):g} lies outside the schedule; expected 0 to {last}.")
+        if len(timesteps) not in (1, batch):
+            raise InputError(f"{len(timesteps)} timesteps for a batch of {batch}; expected one, or one for each sample.")
+        return timesteps.expand(batch)
+
+    def _check_shape(self, declared: ModelInput, value: Tensor, sizes: dict[str, int]) -> None:
+        if value.ndim != len(declared.dims):
+            raise InputError(f"{declared.name} has shape {list(value.shape)}, expected {len(declared.dims)} dimensions {list(declared.dims)}.")
+        multiple = self.family.size_multiple(self.manifest.config)
+        for dim, size in zip(declared.dims, value.shape, strict=True):
+            if isinstance(dim, int):
+                if size != dim:
+                    raise InputError(f"{declared.name} has shape {list(value.shape)}, expected {list(declared.dims)}.")
+                continue
+            if sizes.setdefault(dim, size) != size:
+                raise InputError(f"{declared.name} has {dim} {size}, another input has {sizes[dim]}. Make them equal.")
+            allowed = self.manifest.profile.get(dim, Range(1, 1, 1 << 30))
+            if not allowed.min <= size <= allowed.max:
+                raise InputError(
+                    f"{dim} {size} lies outside the engine's profile {allowed.min}:{allowed.opt}:{allowed.max}. "
+                    f"Use smaller pieces, or build again with --{dim} {min(size, allowed.min)}:{allowed.opt}:{max(size, allowed.max)}."
+                )
+            if dim in ("height", "width") and size % multiple:
+                raise InputError(f"{dim} {size} is not a multiple of {multiple}, which this model's levels need.")
+
+
+def load_pipeline(path: Path | str, *, device: str | torch.device = "cpu", scheduler: str | None = None) -> Any:  # a DiffusionPipeline
+    """A diffusers pipeline whose denoiser is the engine: `load_pipeline("engine/")(num_inference_steps=20).images`.
+
+    Args:
+        path: What `edm-deploy build-engine` wrote.
+        device: Where it runs.
+        scheduler: `ddim`, `ddpm`, `dpm-solver++`, `euler` or `unipc`; None keeps the source pipeline's own.
+
+    Raises:
+        ArtifactError, UnsupportedError: As `open_session`; or the scheduler's name is unknown.
+    """
+    from edm_deploy.pipelines import pipeline_from_directory  # diffusers' pipelines load slowly; a bare denoiser needs none
+
+    denoiser = load_denoiser(path, device=device)
+    return pipeline_from_directory(Path(path), denoiser.family.component, denoiser, scheduler=scheduler)

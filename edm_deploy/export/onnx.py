@@ -1,0 +1,98 @@
+"""An artifact written as an ONNX directory: graph, manifest, and what rebuilds the pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from onnxscript import optimizer
+
+from edm_deploy.artifact import Artifact
+from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.export.qdq import WeightStorage, insert_qdq, remove_float_weights
+from edm_deploy.export.trace import OUTPUT, find_sites, trace
+from edm_deploy.files import copy_pipeline_files, new_directory
+from edm_deploy.manifest import NAME, TORCH_DTYPES, Dtype, Manifest
+
+GRAPH_NAME = "model.onnx"
+DATA_NAME = "model.onnx.data"
+EXTERNAL_DATA_BYTES = 1 << 30  # one protobuf file ends at 2 GiB; well below it, one file is handier than two
+
+
+def onnx_from_artifact(artifact: Artifact, out: Path | str, *, dtype: Dtype = "fp32", weight_storage: WeightStorage = "int8") -> Manifest:
+    """Export an artifact to directory `out`, whole or not at all.
+
+    Args:
+        artifact: A valid artifact.
+        out: Directory to write: model.onnx, manifest.json and the pipeline's files.
+        dtype: Floating-point type of the graph outside the quantized islands, which are float32 always.
+        weight_storage: `int4` packs weight codes that fit in [-8, 7] two to a byte.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        InputError: dtype or weight_storage is none of the above.
+        UnsupportedError: torch cannot trace the model.
+        ArtifactError: `out` holds something else or cannot be written.
+    """
+    if dtype not in TORCH_DTYPES or weight_storage not in ("int8", "int4"):
+        raise InputError(f"dtype {dtype!r}, weight storage {weight_storage!r}: expected fp32 or fp16, int8 or int4.")
+    model, site_nodes = graph_from_artifact(artifact, TORCH_DTYPES[dtype], weight_storage)
+    manifest = Manifest(
+        kind="onnx",
+        artifact=artifact.digest,
+        scheme=artifact.scheme,
+        family=artifact.family,
+        config=dict(artifact.config),
+        num_train_timesteps=artifact.num_train_timesteps,
+        dtype=dtype,
+        weight_storage=weight_storage,
+        inputs=artifact.family_object.inputs(artifact.config),
+        outputs=(OUTPUT,),
+        site_nodes=site_nodes,
+    )
+    with new_directory(Path(out), marker=NAME) as directory:
+        files = save_graph(model, directory)
+        copy_pipeline_files(artifact.pipeline, directory)
+        return manifest.write(directory, [*files, *artifact.pipeline])
+
+
+def graph_from_artifact(artifact: Artifact, dtype: torch.dtype, storage: WeightStorage) -> tuple[ir.Model, dict[str, str]]:
+    """The Q/DQ graph of an artifact, optimised, and the node name of each site."""
+    model = trace(artifact.family_object, artifact.config, dtype)
+    # Before any optimisation: fused or renamed nodes no longer tell which parameter they came from.
+    sites = find_sites(model.graph, list(artifact.sites))
+    site_nodes = insert_qdq(model, artifact, sites, storage)
+    remove_float_weights(model.graph, artifact.sites)
+    _fill_parameters(model.graph, artifact, dtype)
+    passes.TopologicalSortPass()(model)  # a shared input was written before its first user, not before all of them
+    optimizer.optimize(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.TopologicalSortPass()(model)
+    model.producer_name = "edm-deploy"
+    model.metadata_props["edm_deploy.artifact"] = artifact.digest
+    kept = {node.name for node in model.graph}
+    if lost := sorted(set(site_nodes.values()) - kept):
+        raise UnsupportedError(f"Graph optimisation removed {lost[0]!r}, a quantized layer. Please report this with the model's config.")
+    return model, site_nodes
+
+
+def save_graph(model: ir.Model, directory: Path) -> list[str]:
+    """Write and check the graph; returns the names of the files. Weights go beside it once it would pass 1 GiB."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    external = DATA_NAME if size > EXTERNAL_DATA_BYTES else None
+    path = directory / GRAPH_NAME
+    ir.save(model, path, external_data=external)
+    onnx.checker.check_model(path, full_check=external is None)
+    return [GRAPH_NAME] + ([DATA_NAME] if external else [])
+
+
+def _fill_parameters(graph: ir.Graph, artifact: Artifact, dtype: torch.dtype) -> None:
+    """Give the float graph's remaining initialisers the artifact's values."""
+    for name, value in graph.initializers.items():
+        if name in artifact.params:
+            value.const_value = ir.tensor(artifact.params[name].to(dtype).numpy(), name=name)

@@ -1,0 +1,202 @@
+"""Where a scale table becomes graph nodes: each site of a float graph rewritten as an integer layer between two lookups.
+
+    row = Gather(row_of_timestep, Clip(Cast(Round(timestep))))                                        once, [B]
+    x -> Cast f32 -> Mul Gather(1/s, row) -> Max, Min with Gather(qmin | qmax, row) -> QuantizeLinear(1, int8) -> DequantizeLinear(1)
+      -> Conv | MatMul with DequantizeLinear(codes, s_w, axis) -> Mul Gather(s, row) -> Add bias -> Cast back
+
+Source: the runtime scale stands outside Q/DQ because TensorRT takes constant scales only; docs/design.md section 4 has what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor
+
+from edm_deploy.activations import ActivationTable
+from edm_deploy.artifact import Artifact, Site
+from edm_deploy.export.trace import SiteNodes
+from edm_deploy.quant import fits_int4, pack_int4
+
+WeightStorage = Literal["int8", "int4"]
+INT8_BOUNDS = (-128, 127)
+
+
+def insert_qdq(model: ir.Model, artifact: Artifact, sites: Mapping[str, SiteNodes], storage: WeightStorage) -> dict[str, str]:
+    """Rewrite each site in place.
+
+    Args:
+        model: The float graph from `trace`, unoptimised.
+        artifact: Codes, scales and tables.
+        sites: Where each site stands, from `find_sites`.
+        storage: `int4` stores codes that fit in [-8, 7] as packed INT4 initialisers.
+
+    Returns:
+        For each site the name of its Conv or MatMul node, by which layer tables and profiles speak of it.
+    """
+    writer = _Writer(model.graph, artifact)
+    writer.write_row_lookup()
+    return {name: writer.rewrite(name, artifact.sites[name], nodes, storage) for name, nodes in sites.items()}
+
+
+class _Writer:
+    """Writes nodes into one graph. Holds what sites share: the row of each sample, and inputs that are quantized alike."""
+
+    def __init__(self, graph: ir.Graph, artifact: Artifact) -> None:
+        self.graph = graph
+        self.artifact = artifact
+        self.row: ir.Value | None = None
+        self.first_node = graph[0]
+        self.float_dtype = graph.inputs[0].dtype or ir.DataType.FLOAT
+        self.quantized: dict[ir.Value, list[tuple[ActivationTable, ir.Value]]] = {}
+        self.one = self.constant("quant.one", np.float32(1))
+        self.zero = self.constant("quant.zero", np.int8(0))
+
+    def constant(self, name: str, array: np.ndarray[Any, Any] | np.generic) -> ir.Value:
+        """An initialiser; the same name twice is the same value."""
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        return self._initializer(ir.tensor(np.asarray(array), name=name))
+
+    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.initializers.add(value)
+        return value
+
+    def node(
+        self, before: ir.Node, op: str, inputs: Sequence[ir.Value], output: str, like: ir.Value | None = None, **attributes: int | float
+    ) -> ir.Value:
+        """One node before another; its output, whose shape is that of `like`."""
+        node = ir.node(op, inputs, attributes=attributes, name=output)
+        value = node.outputs[0]
+        value.name = output
+        value.type = ir.TensorType(ir.DataType.FLOAT)  # all of the island but its codes and rows, whose writers say so
+        if like is not None:
+            value.shape = like.shape
+        self.graph.insert_before(before, node)
+        return value
+
+    def write_row_lookup(self) -> None:
+        """`row` [B]: each sample's table row, from its timestep rounded to the nearest integer and clipped to the schedule."""
+        rows = self.artifact.row_of_timestep
+        timestep = next(value for value in self.graph.inputs if value.name == "timestep")
+        at = self.first_node
+        last = self.constant("row.last_timestep", np.float32(len(rows) - 1))
+        value = self.node(at, "Round", [timestep], "row.rounded", like=timestep)
+        value = self.node(at, "Clip", [value, self.constant("row.first_timestep", np.float32(0)), last], "row.clipped", like=timestep)
+        value = self.node(at, "Cast", [value], "row.index", like=timestep, to=int(ir.DataType.INT64))
+        value.type = ir.TensorType(ir.DataType.INT64)
+        # int32 indices: half the table, and the type that every backend's Gather has a kernel for.
+        table = self.constant("row.of_timestep", rows.numpy())
+        self.row = self.node(at, "Gather", [table, value], "row", like=timestep, axis=0)
+        self.row.type = ir.TensorType(ir.DataType.INT32)
+
+    def rewrite(self, name: str, site: Site, nodes: SiteNodes, storage: WeightStorage) -> str:
+        """Put one site's integer form in the place of its float nodes."""
+        at = nodes.dead[-1]
+        x = nodes.x if site.activation is None else self._quantized_input(name, site.activation, nodes.x, at)
+        if site.activation is None:
+            x = self._cast(at, x, ir.DataType.FLOAT, f"{name}/x_f32")
+        weight = self._weight(at, name, site, storage, transpose=nodes.node.op_type != "Conv")
+        op = "Conv" if nodes.node.op_type == "Conv" else "MatMul"
+        value = self.node(at, op, [x, weight], f"{name}/sum", like=nodes.y)
+        layer = value.producer()
+        assert layer is not None
+        if op == "Conv":
+            layer.attributes.update({key: attribute for key, attribute in nodes.node.attributes.items()})
+        if site.activation is not None:
+            scale = self._lookup(at, name, "scale", site.activation.scale, _rank(nodes.x))
+            value = self.node(at, "Mul", [value, scale], f"{name}/rescaled", like=nodes.y)
+        if (bias := self.artifact.params.get(f"{name}.bias")) is not None:
+            # After the Mul: the layer ran on x / s, so a bias added before it would be scaled too.
+            shape = (1, -1, 1, 1) if op == "Conv" else (-1,)
+            value = self.node(
+                at, "Add", [value, self.constant(f"{name}.bias_f32", bias.numpy().reshape(shape))], f"{name}/biased", like=nodes.y
+            )
+        value = self._cast(at, value, self.float_dtype, f"{name}/y")
+        self._replace(nodes, value)
+        return f"{name}/sum"
+
+    def _replace(self, nodes: SiteNodes, value: ir.Value) -> None:
+        old = nodes.y
+        if old.is_graph_output():
+            # The graph's output keeps its name; the value behind it is now ours.
+            value.name, old.name = old.name, f"{old.name}.float"
+            value.shape, value.type = old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+        for node in reversed(nodes.dead):
+            self.graph.remove(node, safe=True)
+
+    def _quantized_input(self, name: str, table: ActivationTable, x: ir.Value, at: ir.Node) -> ir.Value:
+        """`x` as codes behind a DequantizeLinear; siblings with the same input and table (q, k and v) share one."""
+        for known, value in self.quantized.get(x, []):
+            if known.equals(table):
+                return value
+        rank = _rank(x)
+        value = self._cast(at, x, ir.DataType.FLOAT, f"{name}/x_f32")
+        value = self.node(at, "Mul", [value, self._lookup(at, name, "inv_scale", table.inv_scale, rank)], f"{name}/scaled", like=x)
+        value = self._clipped(at, name, table, value, rank)
+        value = self.node(at, "QuantizeLinear", [value, self.one, self.zero], f"{name}/codes", like=x)
+        value.type = ir.TensorType(ir.DataType.INT8)
+        value = self.node(at, "DequantizeLinear", [value, self.one, self.zero], f"{name}/x_dq", like=x)
+        self.quantized.setdefault(x, []).append((table, value))
+        return value
+
+    def _clipped(self, at: ir.Node, name: str, table: ActivationTable, value: ir.Value, rank: int) -> ir.Value:
+        """Bounds as constants where all rows agree, by lookup otherwise; nothing where QuantizeLinear saturates there anyway."""
+        for op, column, saturation in (("Max", table.qmin, INT8_BOUNDS[0]), ("Min", table.qmax, INT8_BOUNDS[1])):
+            if bool((column == saturation).all()):
+                continue
+            bound = self._lookup(at, name, "qmin" if op == "Max" else "qmax", column.float(), rank)
+            value = self.node(at, op, [value, bound], f"{name}/{op.lower()}", like=value)
+        return value
+
+    def _lookup(self, at: ir.Node, name: str, what: str, column: Tensor, rank: int) -> ir.Value:
+        """`column[row]` as [B, 1, ...] of `rank` dimensions; a scalar constant where all rows agree."""
+        if bool((column == column[0]).all()):
+            return self.constant(f"{name}.{what}", np.float32(column[0].item()))
+        table = self.constant(f"{name}.{what}", column.numpy().astype(np.float32).reshape(-1, *[1] * (rank - 1)))
+        assert self.row is not None and self.row.shape is not None
+        value = self.node(at, "Gather", [table, self.row], f"{name}/{what}", axis=0)
+        value.shape = ir.Shape([self.row.shape[0], *[1] * (rank - 1)])
+        return value
+
+    def _weight(self, at: ir.Node, name: str, site: Site, storage: WeightStorage, *, transpose: bool) -> ir.Value:
+        """The codes behind a DequantizeLinear per output channel; a Linear's are stored [Cin, Cout], as MatMul takes them."""
+        codes = site.codes.t().contiguous() if transpose else site.codes
+        label = f"{name}.codes"
+        if storage == "int4" and fits_int4(codes):
+            tensor: ir.TensorProtocol = ir.PackedTensor(
+                pack_int4(codes).numpy(), dtype=ir.DataType.INT4, shape=ir.Shape(codes.shape), name=label
+            )
+        else:
+            tensor = ir.tensor(codes.numpy(), name=label)
+        scale = self.constant(f"{name}.weight_scale", site.weight_scale.numpy())
+        value = self.node(at, "DequantizeLinear", [self._initializer(tensor), scale], f"{name}/weight", axis=1 if transpose else 0)
+        value.shape = ir.Shape(codes.shape)
+        return value
+
+    def _cast(self, at: ir.Node, value: ir.Value, dtype: ir.DataType, output: str) -> ir.Value:
+        """`value` as `dtype`; the tracer leaves the type of its own helper nodes open, which is then the graph's."""
+        if (value.dtype or self.float_dtype) == dtype:
+            return value
+        value = self.node(at, "Cast", [value], output, like=value, to=int(dtype))
+        value.type = ir.TensorType(dtype)
+        return value
+
+
+def _rank(value: ir.Value) -> int:
+    assert value.shape is not None, f"{value.name} has no shape"
+    return len(value.shape)
+
+
+def remove_float_weights(graph: ir.Graph, sites: Iterable[str]) -> None:
+    """Drop the initialisers of float weights and biases that nothing reads any more."""
+    for name in sites:
+        for leaf in ("weight", "bias"):
+            value = graph.initializers.get(f"{name}.{leaf}")
+            if value is not None and not value.uses():
+                graph.initializers.pop(f"{name}.{leaf}")

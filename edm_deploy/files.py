@@ -1,0 +1,95 @@
+"""Directories that appear whole or not at all, and the json in them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edm_deploy.errors import ArtifactError
+
+# What rebuilds a diffusers pipeline beside its denoiser. Text encoders and VAE stay where the source pipeline has them.
+PIPELINE_FILES = ("model_index.json", "scheduler/scheduler_config.json")
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, *, marker: str, overwrite: bool = True) -> Iterator[Path]:
+    """A temporary directory beside `path`, renamed to `path` when the block ends well and removed when it does not.
+
+    Args:
+        path: Where it will stand.
+        marker: Name of the file that tells that a directory is one of ours; only such a one (or an empty one) is replaced.
+        overwrite: Whether one of ours may be replaced.
+
+    Raises:
+        ArtifactError: `path` is something else, or the system refuses to write (disk full, no permission).
+    """
+    if path.exists() and not path.is_dir():
+        raise ArtifactError(f"{path} is a file; --out needs a directory. Choose another path.")
+    if path.is_dir() and any(path.iterdir()) and not (overwrite and (path / marker).is_file()):
+        raise ArtifactError(f"{path} exists and holds other files (no {marker}); nothing was written. Choose another path or empty it.")
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        os.chmod(temporary, 0o755)  # mkdtemp makes it private; the result is for everybody who may read its parent
+        yield temporary
+        old = None
+        if path.is_dir():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            path.rename(old / "replaced")
+        temporary.rename(path)
+        if old:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as err:
+        raise ArtifactError(f"Cannot write {path}: {err.strerror or err}. Nothing was left behind; free space or choose another path.") from err
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as indented json with a final newline."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path, *, what: str) -> dict[str, Any]:
+    """The json object in `path`.
+
+    Args:
+        path: The file.
+        what: What its directory should be, for the message: `artifact`, `engine`.
+
+    Raises:
+        ArtifactError: No such file, or it holds no json object.
+    """
+    if not path.parent.exists():
+        raise ArtifactError(f"{path.parent} does not exist; expected an {what} directory. Check the path.")
+    if not path.is_file():
+        raise ArtifactError(f"{path.parent} is no {what} directory: it has no {path.name}. `edm-deploy inspect` says what a path is.")
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as err:
+        raise ArtifactError(f"{path} cannot be read as json ({err}). Copy or make it again.") from err
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} holds a {type(content).__name__}, expected a json object. Copy or make it again.")
+    return content
+
+
+def copy_pipeline_files(pipeline: Mapping[str, Any], directory: Path) -> None:
+    """Write the source pipeline's json files, by relative path, below `directory`."""
+    for name, content in pipeline.items():
+        write_json(directory / name, content)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 hex of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,128 @@
+"""The manifest beside an ONNX graph or an engine: what it was made from, what it takes, what it became. Checked before anything is deserialized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from edm_deploy.errors import ArtifactError, InputError
+from edm_deploy.family import ModelInput
+from edm_deploy.files import read_json, sha256_of, write_json
+from edm_deploy.target import SitePlan
+
+SCHEMA = 1
+NAME = "manifest.json"
+Dtype = Literal["fp32", "fp16"]
+TORCH_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Sizes that one dynamic dimension may take: smallest, the one to optimise for, largest."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise InputError(f"shape profile {self.min}:{self.opt}:{self.max}: expected 1 <= MIN <= OPT <= MAX.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What stands beside an ONNX graph (`onnx`) or an engine (`engine`).
+
+    Attributes:
+        kind: Which of the two.
+        artifact: Digest of the artifact.
+        scheme: Bits of most sites, `W4A4`.
+        family, config: The denoiser.
+        num_train_timesteps: Timesteps lie in [0, this).
+        dtype: Floating-point type of the graph's sample input.
+        weight_storage: `int8` or `int4`.
+        inputs, outputs: Of the graph, in order.
+        site_nodes: Name of each site's Conv or MatMul node.
+        files: sha256 by relative path.
+        plan: What each site becomes; empty for a graph, which is for any backend.
+        backend: Name, for an engine.
+        profile: Sizes by dynamic dimension, for an engine.
+        build: Versions, GPU, options and build time of an engine, in its backend's words.
+    """
+
+    kind: Literal["onnx", "engine"]
+    artifact: str
+    scheme: str
+    family: str
+    config: Mapping[str, Any]
+    num_train_timesteps: int
+    dtype: Dtype
+    weight_storage: str
+    inputs: tuple[ModelInput, ...]
+    outputs: tuple[str, ...]
+    site_nodes: Mapping[str, str]
+    files: Mapping[str, str] = field(default_factory=dict)
+    plan: Mapping[str, SitePlan] = field(default_factory=dict)
+    backend: str | None = None
+    profile: Mapping[str, Range] = field(default_factory=dict)
+    build: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Floating-point type of the graph's sample input."""
+        return TORCH_DTYPES[self.dtype]
+
+    @property
+    def dynamic_dims(self) -> tuple[str, ...]:
+        """Names of the dynamic dimensions, in order of appearance."""
+        return tuple(dict.fromkeys(dim for declared in self.inputs for dim in declared.dims if isinstance(dim, str)))
+
+    def write(self, directory: Path, files: list[str]) -> Manifest:
+        """Write `manifest.json` into `directory`, with the hashes of `files`; returns the manifest with them."""
+        complete = replace(self, files={name: sha256_of(directory / name) for name in sorted(files)})
+        write_json(directory / NAME, {"schema": SCHEMA} | asdict(complete))
+        return complete
+
+    @classmethod
+    def read(cls, directory: Path | str, *, kind: Literal["onnx", "engine"]) -> Manifest:
+        """Read a manifest and check every file that it lists.
+
+        Raises:
+            ArtifactError: No manifest, one of the other kind or of a newer schema, or a file that is missing or not the one that was written.
+        """
+        directory = Path(directory)
+        content = read_json(directory / NAME, what=kind)
+        schema = content.pop("schema", None)
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise ArtifactError(f"{directory / NAME} has schema {schema!r}; this edm-deploy reads up to {SCHEMA}. Install a newer edm-deploy, or make it again.")
+        if content.get("kind") != kind:
+            mend = "Run edm-deploy build-engine on it first." if kind == "engine" else "Pass the directory that edm-deploy export wrote."
+            raise ArtifactError(f"{directory} holds an {content.get('kind')}, expected an {kind} directory. {mend}")
+        try:
+            manifest = cls(
+                **content
+                | {
+                    "inputs": tuple(ModelInput(entry["name"], entry["kind"], tuple(entry["dims"])) for entry in content["inputs"]),
+                    "outputs": tuple(content["outputs"]),
+                    "plan": {site: SitePlan(**entry) for site, entry in content["plan"].items()},
+                    "profile": {dim: Range(**entry) for dim, entry in content["profile"].items()},
+                }
+            )
+        except (KeyError, TypeError, AttributeError, InputError) as err:
+            raise ArtifactError(f"{directory / NAME} is not a manifest that edm-deploy wrote ({err!r}). Make the directory again.") from err
+        manifest._check_files(directory)
+        return manifest
+
+    def _check_files(self, directory: Path) -> None:
+        for name, expected in self.files.items():
+            path = directory / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ArtifactError(f"{directory / NAME} lists {name!r}, which lies outside its directory. Do not use it; make the directory again.")
+            if not path.is_file():
+                raise ArtifactError(f"{path} is missing, but {NAME} lists it. Copy the whole directory, or make it again.")
+            if sha256_of(path) != expected:
+                raise ArtifactError(f"{path} does not match {NAME} (sha256 differs): it was changed or damaged. Make the directory again.")

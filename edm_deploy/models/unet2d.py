@@ -1,0 +1,83 @@
+"""UNet2DModel: pixel-space denoisers (DDPM, DDIM and their kin), unconditional or class-conditional."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+from edm_deploy.errors import UnsupportedError
+from edm_deploy.family import SAMPLE, TIMESTEP, Config, Family, ModelInput, Placement
+from edm_deploy.models._unet import bind_arguments, build_from_config, fixed_bounds_site, scale_of_levels
+
+LABELS = "class_labels"
+
+
+class UNet2D(Family):
+    """Sites: every Conv2d and Linear. First and last convolution, time and class embedding stay at 8 bit."""
+
+    class_name = "UNet2DModel"
+
+    def build(self, config: Config) -> nn.Module:
+        if config.get("time_embedding_type", "positional") == "fourier":
+            raise UnsupportedError(
+                "UNet2DModel with time_embedding_type 'fourier' is indexed by noise level, not by timestep; "
+                "scale tables need a model with integer timesteps ('positional' or 'learned')."
+            )
+        return build_from_config(UNet2DModel, config)
+
+    def inputs(self, config: Config) -> tuple[ModelInput, ...]:
+        sample = ModelInput(SAMPLE, "float", ("batch", int(config["in_channels"]), "height", "width"))
+        match _label_kind(config):
+            case "none":
+                return sample, TIMESTEP
+            case "identity":
+                width = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
+                return sample, TIMESTEP, ModelInput(LABELS, "float", ("batch", width))
+            case _:
+                return sample, TIMESTEP, ModelInput(LABELS, "int64", ("batch",))
+
+    def placement(self, site: str) -> Placement:
+        return "keep8" if fixed_bounds_site(site) else "quantize"
+
+    def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        timestep = inputs["timestep"]
+        if model.config.time_embedding_type == "learned":
+            timestep = timestep.round().long()
+        prediction: Tensor = model(inputs[SAMPLE], timestep, class_labels=inputs.get(LABELS), return_dict=False)[0]
+        return prediction
+
+    def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        carried = [declared.name for declared in self.inputs(config)]
+        return bind_arguments((SAMPLE, "timestep", LABELS), carried, args, kwargs)
+
+    def output(self, sample: Tensor) -> UNet2DOutput:
+        return UNet2DOutput(sample=sample)
+
+    def size_multiple(self, config: Config) -> int:
+        return scale_of_levels(config)
+
+    def random_conditioning(self, config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        match _label_kind(config):
+            case "none":
+                return {}
+            case "identity":
+                return {LABELS: torch.randn(batch, int(self.inputs(config)[2].dims[1]), generator=generator)}
+            case _:
+                classes = config.get("num_class_embeds") or 1000
+                return {LABELS: torch.randint(0, int(classes), (batch,), generator=generator)}
+
+
+def _label_kind(config: Config) -> str:
+    """How labels enter: `none`, `identity` (an embedding is given), `timestep` or `embedding` (an index is given)."""
+    kind = config.get("class_embed_type")
+    if kind is None:
+        return "embedding" if config.get("num_class_embeds") is not None else "none"
+    return str(kind)
+
+
+FAMILY = UNet2D()

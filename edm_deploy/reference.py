@@ -1,0 +1,133 @@
+"""The judge: runs an artifact in plain torch with exact integer sums. Every other executor is compared with this one, site by site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edm_deploy.activations import ActivationTable, codes_of, per_sample, rows_of
+from edm_deploy.artifact import Artifact, Site
+from edm_deploy.family import skeleton
+from edm_deploy.quant import dequantize_weight, per_channel
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What one site saw in one forward pass.
+
+    Attributes:
+        x: float32, the site's input before quantization.
+        codes: float32 holding integers, the shape of `x`; the input itself where the site is weight-only.
+        y: float32, the site's output, bias included.
+    """
+
+    x: Tensor
+    codes: Tensor
+    y: Tensor
+
+
+class ReferenceSite(nn.Module):
+    """A quantized Conv2d or Linear: `y = s_x[row] * s_w[o] * conv(n_x, n_w) + bias`.
+
+    The sum runs over integers carried in a floating-point type wide enough that each partial sum is exact.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, site: Site, bias: Tensor | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.site = site
+        self.rows = torch.zeros(0, dtype=torch.int64)
+        self.register_buffer("codes", site.codes, persistent=False)
+        self.register_buffer("weight_scale", site.weight_scale, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.record: SiteRecord | None = None
+        self.recording = False
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        table = self.site.activation
+        if table is None:
+            y = self._sum(x, dequantize_weight(self.codes, self.weight_scale))
+            codes = x
+        else:
+            codes = codes_of(x.float(), table, self.rows)
+            exact = exact_dtype(table, self.codes)
+            total = self._sum(codes.to(exact), self.codes.to(exact)).double()
+            channels = -1 if isinstance(self.layer, nn.Linear) else 1
+            weight_scale = self.weight_scale.double().reshape([-1 if axis == channels % total.ndim else 1 for axis in range(total.ndim)])
+            y = (total * weight_scale * per_sample(table.scale, self.rows, total).double()).float()
+        if self.bias is not None:
+            y = y + (self.bias if isinstance(self.layer, nn.Linear) else per_channel(self.bias, y[0]))
+        if self.recording:
+            self.record = SiteRecord(x.float().clone(), codes.float(), y.clone())
+        return y
+
+    def _sum(self, x: Tensor, weight: Tensor) -> Tensor:
+        if isinstance(self.layer, nn.Linear):
+            return functional.linear(x, weight)
+        layer = self.layer
+        return functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+class Reference(nn.Module):
+    """An artifact as a denoiser: graph inputs by name in, prediction out. Each sample of a batch stands at its own timestep.
+
+    Args:
+        artifact: A valid artifact.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__()
+        self.artifact = artifact
+        self.family = artifact.family_object
+        model = skeleton(self.family, artifact.config)
+        layers = self.family.sites(model)
+        self.sites: dict[str, ReferenceSite] = {}
+        for name, site in artifact.sites.items():
+            self.sites[name] = ReferenceSite(layers[name], site, artifact.params.get(f"{name}.bias"))
+            _replace(model, name, self.sites[name])
+        state = {key: value for key, value in artifact.params.items() if key.removesuffix(".bias") not in self.sites}
+        model.load_state_dict(state, assign=True, strict=False)
+        self.model = model.eval()
+
+    @torch.no_grad()
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Prediction, float32 [B, C, H, W], for graph inputs by name; `timestep` is float32 [B]."""
+        rows = rows_of(self.artifact.row_of_timestep, inputs["timestep"])
+        for site in self.sites.values():
+            site.rows = rows
+        return self.family.forward(self.model, inputs)
+
+    def record(self, inputs: Mapping[str, Tensor]) -> dict[str, SiteRecord]:
+        """What each site saw for these inputs, by site name."""
+        for site in self.sites.values():
+            site.recording = True
+        try:
+            self(inputs)
+        finally:
+            for site in self.sites.values():
+                site.recording = False
+        records = {name: site.record for name, site in self.sites.items() if site.record is not None}
+        for site in self.sites.values():
+            site.record = None
+        return records
+
+
+def exact_dtype(table: ActivationTable, codes: Tensor) -> torch.dtype:
+    """float32 where every partial sum of products stays below 2^24 and so is exact, float64 (2^53) otherwise.
+
+    Args:
+        table: Bounds the activation codes.
+        codes: int8 [Cout, ...], the weight codes; one output sums over all axes but the first.
+    """
+    largest = max(abs(int(table.qmin.min())), int(table.qmax.max()))
+    heaviest_row = int(codes.to(torch.int64).abs().flatten(1).sum(dim=1).max())
+    return torch.float32 if largest * heaviest_row < 2**24 else torch.float64
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)

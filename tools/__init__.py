@@ -1,0 +1,1 @@
+"""The hand: command line, demo, evaluation, benchmarks, reports."""
