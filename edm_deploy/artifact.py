@@ -204,7 +204,9 @@ def _read_tensors(path: Path, expected_sha256: str) -> dict[str, Tensor]:
         raise ArtifactError(f"{path} cannot be read ({err.strerror}); the artifact is incomplete. Make it again.") from err
     found = hashlib.sha256(data).hexdigest()
     if found != expected_sha256:
-        raise ArtifactError(f"{path} is damaged: sha256 {found[:12]}, {JSON_NAME} says {expected_sha256[:12]}. Copy or make the artifact again.")
+        raise ArtifactError(
+            f"{path} is damaged: sha256 {found[:12]}, {JSON_NAME} says {expected_sha256[:12]}. Copy or make the artifact again."
+        )
     try:
         return load_tensors(data)
     except (safetensors.SafetensorError, ValueError, RuntimeError) as err:
@@ -218,7 +220,9 @@ def _artifact_from_parts(description: Mapping[str, Any], tensors: Mapping[str, T
         if name not in tensors:
             raise ArtifactError(f"tensor {name!r} is missing. Make the artifact again.")
         if tensors[name].dtype not in dtypes:
-            raise ArtifactError(f"tensor {name!r} is {tensors[name].dtype}, expected {' or '.join(map(str, dtypes))}. Make the artifact again.")
+            raise ArtifactError(
+                f"tensor {name!r} is {tensors[name].dtype}, expected {' or '.join(map(str, dtypes))}. Make the artifact again."
+            )
         used.add(name)
         return tensors[name]
 
@@ -259,7 +263,9 @@ def _check_params(params: Mapping[str, Tensor], expected: Mapping[str, tuple[int
         if name not in params:
             raise ArtifactError(f"parameter {name!r} is missing. Make the artifact again.")
         if tuple(params[name].shape) != shape:
-            raise ArtifactError(f"parameter {name!r} has shape {list(params[name].shape)}, expected {list(shape)}. Make the artifact again.")
+            raise ArtifactError(
+                f"parameter {name!r} has shape {list(params[name].shape)}, expected {list(shape)}. Make the artifact again."
+            )
         if not bool(torch.isfinite(params[name]).all()):
             raise ArtifactError(f"parameter {name!r} holds NaN or infinity. Check the source model, then make the artifact again.")
     if unknown := sorted(set(params) - set(expected)):

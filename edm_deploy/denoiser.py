@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,13 @@ def open_session(path: Path | str, *, device: str | torch.device = "cpu") -> tup
         UnsupportedError: Its backend is not installed, or it was built for another version or device.
     """
     manifest = Manifest.read(path, kind="engine")
-    import engines  # the one place where the ground reaches up: by name, and only when an engine is opened
-
-    backend: Backend = lookup.load(engines, str(manifest.backend), "BACKEND")
+    # The one place where the ground reaches up: by name, and only when an engine is opened.
+    backend: Backend = lookup.load(importlib.import_module("engines"), str(manifest.backend), "BACKEND")
     return manifest, backend.open(Path(path), manifest, torch.device(device))
 
 
 def load_denoiser(path: Path | str, *, device: str | torch.device = "cpu") -> EngineDenoiser:
-    """An engine as a drop-in for the diffusers model that it was made from: `pipe.unet = load_denoiser("engine/")`.
+    """An engine as a drop-in for the diffusers model that it was made from, to be put into a pipeline as `pipe.unet`.
 
     Raises:
         ArtifactError, UnsupportedError: As `open_session`.
@@ -87,7 +87,9 @@ class EngineDenoiser(nn.Module):
         """Stays where it is: an engine is bound to its device when it is opened. Another device raises InputError."""
         device, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and device.type != self.device.type:
-            raise InputError(f"This engine runs on {self.device}; it cannot move to {device}. Open it with load_denoiser(..., device={str(device)!r}).")
+            raise InputError(
+                f"This engine runs on {self.device}; it cannot move to {device}. Open it with load_denoiser(..., device={str(device)!r})."
+            )
         return self
 
     def _inputs(self, given: Mapping[str, Any], sample: Tensor) -> dict[str, Tensor]:
@@ -100,7 +102,9 @@ class EngineDenoiser(nn.Module):
             if not isinstance(value, Tensor):
                 raise InputError(f"{declared.name} is {type(value).__name__}, expected a tensor.")
             if value.device.type != self.device.type:
-                raise InputError(f"{declared.name} is on {value.device}, the engine on {self.device}. Move it with .to({str(self.device)!r}).")
+                raise InputError(
+                    f"{declared.name} is on {value.device}, the engine on {self.device}. Move it with .to({str(self.device)!r})."
+                )
             self._check_shape(declared, value, sizes)
             inputs[declared.name] = value.to(declared.dtype(self.dtype)).contiguous()
         return inputs
@@ -117,7 +121,9 @@ class EngineDenoiser(nn.Module):
 
     def _check_shape(self, declared: ModelInput, value: Tensor, sizes: dict[str, int]) -> None:
         if value.ndim != len(declared.dims):
-            raise InputError(f"{declared.name} has shape {list(value.shape)}, expected {len(declared.dims)} dimensions {list(declared.dims)}.")
+            raise InputError(
+                f"{declared.name} has shape {list(value.shape)}, expected {len(declared.dims)} dimensions {list(declared.dims)}."
+            )
         multiple = self.family.size_multiple(self.manifest.config)
         for dim, size in zip(declared.dims, value.shape, strict=True):
             if isinstance(dim, int):

@@ -48,7 +48,9 @@ def new_directory(path: Path, *, marker: str, overwrite: bool = True) -> Iterato
         if old:
             shutil.rmtree(old, ignore_errors=True)
     except OSError as err:
-        raise ArtifactError(f"Cannot write {path}: {err.strerror or err}. Nothing was left behind; free space or choose another path.") from err
+        raise ArtifactError(
+            f"Cannot write {path}: {err.strerror or err}. Nothing was left behind; free space or choose another path."
+        ) from err
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -9,13 +9,15 @@ from typing import Any, Literal
 
 import torch
 
+from edm_deploy.artifact import Op
 from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.family import ModelInput
 from edm_deploy.files import read_json, sha256_of, write_json
-from edm_deploy.target import SitePlan
+from edm_deploy.target import WEIGHT_ONLY_BITS, SitePlan
 
 SCHEMA = 1
 NAME = "manifest.json"
+GRAPH_NAME = "model.onnx"
 Dtype = Literal["fp32", "fp16"]
 TORCH_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -33,6 +35,26 @@ class Range:
             raise InputError(f"shape profile {self.min}:{self.opt}:{self.max}: expected 1 <= MIN <= OPT <= MAX.")
 
 
+@dataclass(frozen=True)
+class GraphSite:
+    """One quantized layer as it stands in a graph.
+
+    Attributes:
+        node: Name of its Conv or MatMul node, by which layer tables and profiles speak of it.
+        op: What it was in the model.
+        scheme: Its bits, `W4A4`.
+    """
+
+    node: str
+    op: Op
+    scheme: str
+
+    @property
+    def quantized_input(self) -> bool:
+        """Whether its input is quantized, not only its weight."""
+        return not self.scheme.endswith(f"A{WEIGHT_ONLY_BITS}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What stands beside an ONNX graph (`onnx`) or an engine (`engine`).
@@ -46,7 +68,7 @@ class Manifest:
         dtype: Floating-point type of the graph's sample input.
         weight_storage: `int8` or `int4`.
         inputs, outputs: Of the graph, in order.
-        site_nodes: Name of each site's Conv or MatMul node.
+        sites: Each quantized layer, by its name in the model.
         files: sha256 by relative path.
         plan: What each site becomes; empty for a graph, which is for any backend.
         backend: Name, for an engine.
@@ -64,7 +86,7 @@ class Manifest:
     weight_storage: str
     inputs: tuple[ModelInput, ...]
     outputs: tuple[str, ...]
-    site_nodes: Mapping[str, str]
+    sites: Mapping[str, GraphSite]
     files: Mapping[str, str] = field(default_factory=dict)
     plan: Mapping[str, SitePlan] = field(default_factory=dict)
     backend: str | None = None
@@ -98,7 +120,9 @@ class Manifest:
         content = read_json(directory / NAME, what=kind)
         schema = content.pop("schema", None)
         if not isinstance(schema, int) or schema > SCHEMA:
-            raise ArtifactError(f"{directory / NAME} has schema {schema!r}; this edm-deploy reads up to {SCHEMA}. Install a newer edm-deploy, or make it again.")
+            raise ArtifactError(
+                f"{directory / NAME} has schema {schema!r}; this edm-deploy reads up to {SCHEMA}. Install a newer edm-deploy, or make it again."
+            )
         if content.get("kind") != kind:
             mend = "Run edm-deploy build-engine on it first." if kind == "engine" else "Pass the directory that edm-deploy export wrote."
             raise ArtifactError(f"{directory} holds an {content.get('kind')}, expected an {kind} directory. {mend}")
@@ -108,6 +132,7 @@ class Manifest:
                 | {
                     "inputs": tuple(ModelInput(entry["name"], entry["kind"], tuple(entry["dims"])) for entry in content["inputs"]),
                     "outputs": tuple(content["outputs"]),
+                    "sites": {site: GraphSite(**entry) for site, entry in content["sites"].items()},
                     "plan": {site: SitePlan(**entry) for site, entry in content["plan"].items()},
                     "profile": {dim: Range(**entry) for dim, entry in content["profile"].items()},
                 }
@@ -121,7 +146,9 @@ class Manifest:
         for name, expected in self.files.items():
             path = directory / name
             if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ArtifactError(f"{directory / NAME} lists {name!r}, which lies outside its directory. Do not use it; make the directory again.")
+                raise ArtifactError(
+                    f"{directory / NAME} lists {name!r}, which lies outside its directory. Do not use it; make the directory again."
+                )
             if not path.is_file():
                 raise ArtifactError(f"{path} is missing, but {NAME} lists it. Copy the whole directory, or make it again.")
             if sha256_of(path) != expected:

@@ -83,23 +83,31 @@ def load_source(path_or_id: str | Path) -> Source:
     directory = _local_directory(path_or_id)
     index = read_json(directory / "model_index.json", what="diffusers pipeline")
     if "scheduler" not in index:
-        raise ArtifactError(f"{path_or_id} is a pipeline without a scheduler; a trajectory needs one. Add scheduler/scheduler_config.json and its entry in model_index.json.")
+        raise ArtifactError(
+            f"{path_or_id} is a pipeline without a scheduler; a trajectory needs one. Add scheduler/scheduler_config.json and its entry in model_index.json."
+        )
     component = next((name for name in ("unet", "transformer") if name in index), None)
     if component is None:
-        raise UnsupportedError(f"{path_or_id} is a {index.get('_class_name')} without a unet or transformer; there is no denoiser to quantize.")
+        raise UnsupportedError(
+            f"{path_or_id} is a {index.get('_class_name')} without a unet or transformer; there is no denoiser to quantize."
+        )
     family = name_of_family(str(index[component][1]))
     _refuse_pickle(directory / component)
     model_class = getattr(diffusers, family_named(family).class_name)
     try:
         model = model_class.from_pretrained(directory / component, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as err:
-        raise ArtifactError(f"{directory / component} cannot be read as {model_class.__name__}: {_first_line(err)}. Download or save the model again.") from err
+        raise ArtifactError(
+            f"{directory / component} cannot be read as {model_class.__name__}: {_first_line(err)}. Download or save the model again."
+        ) from err
     pipeline = {name: read_json(directory / name, what="diffusers pipeline") for name in PIPELINE_FILES}
     config = json.loads(json.dumps({key: value for key, value in model.config.items() if not key.startswith("_")}))
     with torch.device("meta"):
         family_named(family).build(config)  # refuses what the family cannot carry, before any work
     scheduler = scheduler_from_config(str(index["scheduler"][1]), pipeline["scheduler/scheduler_config.json"])
-    return Source(name=str(path_or_id), family=family, config=config, model=model.eval().requires_grad_(False), scheduler=scheduler, pipeline=pipeline)
+    return Source(
+        name=str(path_or_id), family=family, config=config, model=model.eval().requires_grad_(False), scheduler=scheduler, pipeline=pipeline
+    )
 
 
 def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:
@@ -117,7 +125,9 @@ def scheduler_from_config(class_name: str, config: Mapping[str, Any]) -> Any:
     """A diffusers scheduler by class name; UnsupportedError where diffusers has none of that name."""
     scheduler_class = getattr(diffusers, class_name, None)
     if scheduler_class is None:
-        raise UnsupportedError(f"diffusers {diffusers.__version__} has no scheduler {class_name!r}. Install the diffusers version that the model was saved with.")
+        raise UnsupportedError(
+            f"diffusers {diffusers.__version__} has no scheduler {class_name!r}. Install the diffusers version that the model was saved with."
+        )
     return scheduler_class.from_config({key: value for key, value in config.items() if not key.startswith("_")})
 
 
@@ -156,7 +166,9 @@ class UnconditionalPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffuse
         config = self.unet.config
         size = config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
-        noise = randn_tensor((batch_size, config["in_channels"], height, width), generator=generator, device=self.unet.device, dtype=self.unet.dtype)
+        noise = randn_tensor(
+            (batch_size, config["in_channels"], height, width), generator=generator, device=self.unet.device, dtype=self.unet.dtype
+        )
         extra = {} if class_labels is None else {"class_labels": class_labels}
 
         def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
@@ -190,7 +202,9 @@ def pipeline_from_directory(directory: Path, component: str, denoiser: nn.Module
     index = read_json(directory / "model_index.json", what="pipeline")
     config = read_json(directory / "scheduler" / "scheduler_config.json", what="pipeline")
     chosen = scheduler_named(scheduler, config) if scheduler else scheduler_from_config(str(index["scheduler"][1]), config)
-    others = [name for name, value in index.items() if not name.startswith("_") and name not in ("scheduler", component) and value and value[0]]
+    others = [
+        name for name, value in index.items() if not name.startswith("_") and name not in ("scheduler", component) and value and value[0]
+    ]
     if not others:
         return UnconditionalPipeline(denoiser, chosen)
     missing = [name for name in others if not (directory / name).is_dir()]
@@ -213,7 +227,9 @@ def _local_directory(path_or_id: str | Path) -> Path:
     try:
         return Path(DiffusionPipeline.download(str(path_or_id), use_safetensors=True))
     except (OSError, ValueError, RuntimeError) as err:
-        raise ArtifactError(f"{path_or_id} is no local directory, and the hub does not give it: {_first_line(err)}. Check the path or the network.") from err
+        raise ArtifactError(
+            f"{path_or_id} is no local directory, and the hub does not give it: {_first_line(err)}. Check the path or the network."
+        ) from err
 
 
 def _refuse_pickle(directory: Path) -> None:

@@ -41,29 +41,31 @@ class ReferenceSite(nn.Module):
         self.layer = layer
         self.site = site
         self.rows = torch.zeros(0, dtype=torch.int64)
-        self.register_buffer("codes", site.codes, persistent=False)
-        self.register_buffer("weight_scale", site.weight_scale, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
+        self.bias = bias
         self.record: SiteRecord | None = None
         self.recording = False
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
+        """Output float32 for input [B, ...]; `rows` must hold each sample's row."""
         table = self.site.activation
         if table is None:
-            y = self._sum(x, dequantize_weight(self.codes, self.weight_scale))
+            y = self._sum(x, dequantize_weight(self.site.codes, self.site.weight_scale))
             codes = x
         else:
             codes = codes_of(x.float(), table, self.rows)
-            exact = exact_dtype(table, self.codes)
-            total = self._sum(codes.to(exact), self.codes.to(exact)).double()
-            channels = -1 if isinstance(self.layer, nn.Linear) else 1
-            weight_scale = self.weight_scale.double().reshape([-1 if axis == channels % total.ndim else 1 for axis in range(total.ndim)])
+            exact = exact_dtype(table, self.site.codes)
+            total = self._sum(codes.to(exact), self.site.codes.to(exact)).double()
+            weight_scale = self._per_output(self.site.weight_scale, total).double()
             y = (total * weight_scale * per_sample(table.scale, self.rows, total).double()).float()
         if self.bias is not None:
-            y = y + (self.bias if isinstance(self.layer, nn.Linear) else per_channel(self.bias, y[0]))
+            y = y + self._per_output(self.bias, y)
         if self.recording:
             self.record = SiteRecord(x.float().clone(), codes.float(), y.clone())
         return y
+
+    def _per_output(self, values: Tensor, y: Tensor) -> Tensor:
+        """`values` [Cout] to broadcast over `y`, whose channels stand last after a Linear and second after a convolution."""
+        return values if isinstance(self.layer, nn.Linear) else per_channel(values, y[0])
 
     def _sum(self, x: Tensor, weight: Tensor) -> Tensor:
         if isinstance(self.layer, nn.Linear):

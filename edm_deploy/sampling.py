@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ def trajectory(
     noise: Tensor,
     *,
     steps: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     options: Mapping[str, float] | None = None,
 ) -> Iterator[Step]:
     """Walk from noise to a sample.
@@ -70,8 +71,5 @@ def trajectory(
 
 def last_sample(steps: Iterator[Step]) -> Tensor:
     """The sample that a trajectory ends in."""
-    step = None
-    for step in steps:
-        pass
-    assert step is not None  # a scheduler refuses zero steps
-    return step.next_sample
+    (last,) = deque(steps, maxlen=1)
+    return last.next_sample

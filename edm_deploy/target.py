@@ -89,7 +89,11 @@ def check_scheme(target: Target, weight_bits: int, act_bits: int) -> None:
     nearest_act = min(ACTIVATION_BITS, key=lambda bits: abs(bits - act_bits))
     if weight_bits in WEIGHT_BITS and (act_bits in ACTIVATION_BITS or (weight_only and target.weight_only)):
         return
-    reason = "has no weight-only convolution that keeps its weights in integers" if weight_only else "computes on codes of 2-8 bit weights and 3-8 bit activations"
+    reason = (
+        "has no weight-only convolution that keeps its weights in integers"
+        if weight_only
+        else "computes on codes of 2-8 bit weights and 3-8 bit activations"
+    )
     raise UnsupportedError(
         f"W{weight_bits}A{act_bits} cannot be carried by {target.backend}, which {reason}. Nearest: W{nearest_weight}A{nearest_act}."
     )
@@ -120,5 +124,3 @@ def summary(site_plans: Mapping[str, SitePlan]) -> str:
     counts = Counter((site.stored, site.executed) for site in site_plans.values())
     words = {"int4": "INT4", "int8": "INT8", "weight-only": "weight-only", "float": "float"}
     return "; ".join(f"{count} sites stored {stored}, executed as {words[executed]}" for (stored, executed), count in counts.most_common())
-
-

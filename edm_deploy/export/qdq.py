@@ -62,7 +62,8 @@ class _Writer:
         return self._initializer(ir.tensor(np.asarray(array), name=name))
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        shape = ir.Shape(tensor.shape)  # type: ignore[arg-type]  # an initialiser's shape is all numbers
+        value = ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.initializers.add(value)
         return value
 
@@ -106,7 +107,7 @@ class _Writer:
         layer = value.producer()
         assert layer is not None
         if op == "Conv":
-            layer.attributes.update({key: attribute for key, attribute in nodes.node.attributes.items()})
+            layer.attributes.update(nodes.node.attributes)
         if site.activation is not None:
             scale = self._lookup(at, name, "scale", site.activation.scale, _rank(nodes.x))
             value = self.node(at, "Mul", [value, scale], f"{name}/rescaled", like=nodes.y)
@@ -167,7 +168,7 @@ class _Writer:
     def _weight(self, at: ir.Node, name: str, site: Site, storage: WeightStorage, *, transpose: bool) -> ir.Value:
         """The codes behind a DequantizeLinear per output channel; a Linear's are stored [Cin, Cout], as MatMul takes them."""
         codes = site.codes.t().contiguous() if transpose else site.codes
-        label = f"{name}.codes"
+        label = f"{name}.weight_codes"
         if storage == "int4" and fits_int4(codes):
             tensor: ir.TensorProtocol = ir.PackedTensor(
                 pack_int4(codes).numpy(), dtype=ir.DataType.INT4, shape=ir.Shape(codes.shape), name=label

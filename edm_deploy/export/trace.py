@@ -125,7 +125,9 @@ def _site_nodes(graph: ir.Graph, name: str) -> SiteNodes:
     if node.op_type == "MatMul" and bias is not None:
         (add,) = (use.node for use in y.uses())
         if add.op_type != "Add" or bias not in add.inputs:
-            raise UnsupportedError(f"Site {name!r}: its bias is not added right after the MatMul (found {add.op_type}). Let the family place it as 'float'.")
+            raise UnsupportedError(
+                f"Site {name!r}: its bias is not added right after the MatMul (found {add.op_type}). Let the family place it as 'float'."
+            )
         dead.append(add)
         y = add.outputs[0]
     return SiteNodes(node, y, tuple(dead))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from diffusers import ModelMixin
 from torch import nn
 
 from edm_deploy.errors import UnsupportedError
@@ -22,8 +21,8 @@ def fixed_bounds_site(site: str) -> bool:
     return site in ("conv_in", "conv_out") or site.startswith(KEEP8)
 
 
-def build_from_config(model_class: type[ModelMixin], config: Config) -> nn.Module:
-    """`model_class.from_config` without the keys that diffusers adds for itself.
+def build_from_config(model_class: Any, config: Config) -> nn.Module:
+    """`from_config` of a diffusers model class (diffusers ships no types, so Any) without the keys that diffusers adds for itself.
 
     Raises:
         UnsupportedError: diffusers refuses the config.
@@ -41,9 +40,7 @@ def scale_of_levels(config: Config) -> int:
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
-def bind_arguments(
-    signature: tuple[str, ...], carried: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
+def bind_arguments(signature: tuple[str, ...], carried: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Positional and named arguments as a dictionary, without the ones that are None.
 
     Raises:

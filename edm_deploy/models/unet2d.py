@@ -46,7 +46,7 @@ class UNet2D(Family):
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         timestep = inputs["timestep"]
-        if model.config.time_embedding_type == "learned":
+        if getattr(model.config, "time_embedding_type", None) == "learned":
             timestep = timestep.round().long()
         prediction: Tensor = model(inputs[SAMPLE], timestep, class_labels=inputs.get(LABELS), return_dict=False)[0]
         return prediction
