@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.manifest import Manifest, Range
-from edm_deploy.target import Target, target_named
+from edm_deploy.target import Execution, Target, target_named
 
 
 class Session(Protocol):
@@ -51,6 +51,25 @@ class BuildOptions:
     allow_float_sites: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What a backend tells about an engine that it has just written.
+
+    Attributes:
+        versions: Of the packages that must be the same when it is opened, by name.
+        options: The options as they took effect, defaults filled in.
+        executed: How sites are really computed, where that was seen and differs from what the target promises, by site.
+        warnings: What a user should know, one line each.
+        details: More for the manifest's `build`.
+    """
+
+    versions: Mapping[str, str]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    executed: Mapping[str, Execution] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Backend(ABC):
     """One way to build and run engines; `engines/<name>.py` holds it as BACKEND. Importing that file imports no vendor package.
 
@@ -68,7 +87,7 @@ class Backend(ABC):
         return target_named(self.name)
 
     @abstractmethod
-    def build(self, onnx: Path, manifest: Manifest, options: BuildOptions, out: Path) -> dict[str, Any]:
+    def build(self, onnx: Path, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
         """Write the engine's files into directory `out`.
 
         Args:
@@ -76,9 +95,6 @@ class Backend(ABC):
             manifest: The graph's manifest.
             options: Checked: every dynamic dimension has a Range, and only this backend's options are set.
             out: An empty directory.
-
-        Returns:
-            What belongs in the manifest's `build`: versions, the effective options, and `warnings` (a list) where there are any.
 
         Raises:
             UnsupportedError: The backend is not installed here (the message says what to install), or cannot carry the graph.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -11,16 +10,19 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.family import SAMPLE, TIMESTEP, Config, Family, ModelInput, Placement
-from edm_deploy.models._unet import bind_arguments, build_from_config, fixed_bounds_site, scale_of_levels
+from edm_deploy.family import SAMPLE, TIMESTEP, Config, ModelInput
+from edm_deploy.models._unet import UNetFamily
 
 LABELS = "class_labels"
 
 
-class UNet2D(Family):
-    """Sites: every Conv2d and Linear. First and last convolution, time and class embedding stay at 8 bit."""
+class UNet2D(UNetFamily):
+    """Models whose timesteps are integers of a training schedule; labels enter as index, embedding or not at all."""
 
     class_name = "UNet2DModel"
+    model_class = UNet2DModel
+    output_class = UNet2DOutput
+    signature = (SAMPLE, "timestep", LABELS)
 
     def build(self, config: Config) -> nn.Module:
         if config.get("time_embedding_type", "positional") == "fourier":
@@ -28,7 +30,7 @@ class UNet2D(Family):
                 "UNet2DModel with time_embedding_type 'fourier' is indexed by noise level, not by timestep; "
                 "scale tables need a model with integer timesteps ('positional' or 'learned')."
             )
-        return build_from_config(UNet2DModel, config)
+        return super().build(config)
 
     def inputs(self, config: Config) -> tuple[ModelInput, ...]:
         sample = ModelInput(SAMPLE, "float", ("batch", int(config["in_channels"]), "height", "width"))
@@ -41,25 +43,12 @@ class UNet2D(Family):
             case _:
                 return sample, TIMESTEP, ModelInput(LABELS, "int64", ("batch",))
 
-    def placement(self, site: str) -> Placement:
-        return "keep8" if fixed_bounds_site(site) else "quantize"
-
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         timestep = inputs["timestep"]
         if getattr(model.config, "time_embedding_type", None) == "learned":
             timestep = timestep.round().long()
         prediction: Tensor = model(inputs[SAMPLE], timestep, class_labels=inputs.get(LABELS), return_dict=False)[0]
         return prediction
-
-    def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        carried = [declared.name for declared in self.inputs(config)]
-        return bind_arguments((SAMPLE, "timestep", LABELS), carried, args, kwargs)
-
-    def output(self, sample: Tensor) -> UNet2DOutput:
-        return UNet2DOutput(sample=sample)
-
-    def size_multiple(self, config: Config) -> int:
-        return scale_of_levels(config)
 
     def random_conditioning(self, config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         match _label_kind(config):

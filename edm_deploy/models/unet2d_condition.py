@@ -11,17 +11,20 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.family import SAMPLE, TIMESTEP, Config, Family, ModelInput, Placement
-from edm_deploy.models._unet import bind_arguments, build_from_config, fixed_bounds_site, scale_of_levels
+from edm_deploy.family import SAMPLE, TIMESTEP, Config, ModelInput
+from edm_deploy.models._unet import UNetFamily
 
 TOKENS = "encoder_hidden_states"
 DEFAULT_TOKENS = 77  # CLIP's text length
 
 
-class UNet2DCondition(Family):
-    """Sites: every Conv2d and Linear. First and last convolution and the time embedding stay at 8 bit."""
+class UNet2DCondition(UNetFamily):
+    """Models whose only conditioning beside the timestep is `encoder_hidden_states`."""
 
     class_name = "UNet2DConditionModel"
+    model_class = UNet2DConditionModel
+    output_class = UNet2DConditionOutput
+    signature = (SAMPLE, "timestep", TOKENS)
 
     def build(self, config: Config) -> nn.Module:
         for key in ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim"):
@@ -30,14 +33,11 @@ class UNet2DCondition(Family):
                     f"UNet2DConditionModel with {key}={config[key]!r} takes conditioning that this family does not carry yet; "
                     "models whose only conditioning is encoder_hidden_states are supported."
                 )
-        return build_from_config(UNet2DConditionModel, config)
+        return super().build(config)
 
     def inputs(self, config: Config) -> tuple[ModelInput, ...]:
         sample = ModelInput(SAMPLE, "float", ("batch", int(config["in_channels"]), "height", "width"))
         return sample, TIMESTEP, ModelInput(TOKENS, "float", ("batch", "tokens", _token_width(config)))
-
-    def placement(self, site: str) -> Placement:
-        return "keep8" if fixed_bounds_site(site) else "quantize"
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         prediction: Tensor = model(inputs[SAMPLE], inputs["timestep"], inputs[TOKENS], return_dict=False)[0]
@@ -45,14 +45,7 @@ class UNet2DCondition(Family):
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         kwargs = {key: value for key, value in kwargs.items() if not (key == "added_cond_kwargs" and not value)}
-        carried = [declared.name for declared in self.inputs(config)]
-        return bind_arguments((SAMPLE, "timestep", TOKENS), carried, args, kwargs)
-
-    def output(self, sample: Tensor) -> UNet2DConditionOutput:
-        return UNet2DConditionOutput(sample=sample)
-
-    def size_multiple(self, config: Config) -> int:
-        return scale_of_levels(config)
+        return super().bind(config, args, kwargs)
 
     def random_conditioning(self, config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         return {TOKENS: torch.randn(batch, DEFAULT_TOKENS, _token_width(config), generator=generator)}
