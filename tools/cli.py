@@ -1,0 +1,305 @@
+"""The command `edm-deploy`. Each command parses, calls one function, prints; whatever a user can mend ends in one line and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edm_deploy_tools import console
+from edm_deploy_tools import options as opt
+
+# Nothing of torch, diffusers or a backend is imported above the commands: `--help` answers at once.
+
+TRACEBACK_VARIABLE = "EDM_DEPLOY_TRACEBACK"
+app = typer.Typer(
+    help="Low-bit diffusion models that really run: quantize, export, build, sample, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command(epilog=opt.example("calibrate google/ddpm-cifar10-32 --out ddpm-w8a8"))
+def calibrate(
+    model: opt.Model,
+    out: opt.Out,
+    recipe: Annotated[str, typer.Option(help="minmax, percentile or mse.")] = "mse",
+    weight_bits: opt.WeightBits = None,
+    act_bits: opt.ActBits = None,
+    rows: opt.Rows = None,
+    seed: opt.Seed = None,
+    config: opt.Config = None,
+    preset: opt.Preset = None,
+    settings: opt.Set = None,
+    backend: opt.For = None,
+    device: opt.DeviceOption = opt.Device.CPU,
+    teacher_dtype: opt.Teacher = None,
+) -> None:
+    """Quantize MODEL without training: observe its layers along its own trajectories. W8A8 unless told otherwise."""
+    flags = {"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed}
+    _quantize(model, out, recipe, flags, config, preset, settings, backend, device=device.value, teacher_dtype=_value(teacher_dtype))
+
+
+@app.command(epilog=opt.example("finetune google/ddpm-cifar10-32 --out ddpm-w4a4 --set steps=2000 --for openvino"))
+def finetune(
+    model: opt.Model,
+    out: opt.Out,
+    recipe: Annotated[str, typer.Option(help="A recipe that trains.")] = "efficientdm",
+    weight_bits: opt.WeightBits = None,
+    act_bits: opt.ActBits = None,
+    rows: opt.Rows = None,
+    seed: opt.Seed = None,
+    config: opt.Config = None,
+    preset: opt.Preset = None,
+    settings: opt.Set = None,
+    backend: opt.For = None,
+    device: opt.DeviceOption = opt.Device.CPU,
+    teacher_dtype: opt.Teacher = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
+) -> None:
+    """Quantize MODEL and fine-tune it without data against itself. W4A4 unless told otherwise. Ctrl-C leaves a checkpoint for --resume."""
+    flags = {"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed}
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    run = {"device": device.value, "teacher_dtype": _value(teacher_dtype), "checkpoint": checkpoint, "resume": resume}
+    _quantize(model, out, recipe, flags, config, preset, settings, backend, **run)
+
+
+def _quantize(
+    model: str,
+    out: Path,
+    recipe: str,
+    flags: dict[str, Any],
+    config: Path | None,
+    preset: str | None,
+    settings: list[str] | None,
+    backend: str | None,
+    **run: Any,
+) -> None:
+    from edm_deploy_tools.quantize import quantize, run_options
+    from edm_deploy_tools.settings import recipe_with
+
+    chosen = recipe_with(recipe, preset=preset, config=config, flags=flags, overrides=settings or ())
+    artifact = quantize(model, out, chosen, run_options(**run), backend=backend)
+    console.wrote(out, f"artifact, {artifact.scheme}, {len(artifact.sites)} sites, {len(artifact.timesteps)} rows")
+
+
+@app.command(epilog=opt.example("export ddpm-w4a4 --out ddpm-w4a4-onnx --weight-storage int4"))
+def export(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What calibrate or finetune wrote.")],
+    out: opt.Out,
+    file_format: Annotated[opt.Format, typer.Option("--format", help="What to write.")] = opt.Format.ONNX,
+    dtype: Annotated[opt.FloatType, typer.Option(help="Floating-point type of the graph.")] = opt.FloatType.FP32,
+    weight_storage: Annotated[
+        opt.Storage, typer.Option(help="int4 packs codes two to a byte, where the backend reads that.")
+    ] = opt.Storage.INT8,
+) -> None:
+    """Write ARTIFACT as a standard ONNX graph (opset 21) with its tables inside."""
+    from edm_deploy.artifact import Artifact
+    from edm_deploy.export.onnx import onnx_from_artifact
+
+    manifest = onnx_from_artifact(Artifact.load(artifact), out, dtype=dtype.value, weight_storage=weight_storage.value)
+    console.wrote(
+        out, f"ONNX directory, {manifest.scheme}, {manifest.dtype}, weights {manifest.weight_storage}, {len(manifest.sites)} sites"
+    )
+
+
+@app.command(
+    name="build-engine", epilog=opt.example("build-engine ddpm-w4a4-onnx --out engine --backend trt-rtx --gpu rtx3090 --batch 1:16:32")
+)
+def build_engine(
+    onnx_dir: Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="What export wrote.")],
+    out: opt.Out,
+    backend: Annotated[str, typer.Option(help="ort, openvino, trt-rtx or trt.")],
+    gpu: Annotated[str | None, typer.Option(help="rtx3090, rtx4090, sm_86, ...; several with commas.")] = None,
+    batch: Annotated[str | None, opt.Profile] = None,
+    height: Annotated[str | None, opt.Profile] = None,
+    width: Annotated[str | None, opt.Profile] = None,
+    tokens: Annotated[str | None, opt.Profile] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Floating-point type of everything but the quantized layers: fp32, bf16, fp16.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    opt_level: Annotated[int | None, typer.Option(help="Builder's effort, 0 to 5.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(metavar="FILE", help="Timing cache to read and extend.")] = None,
+    workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Most scratch memory.")] = None,
+    allow_float_sites: Annotated[
+        bool, typer.Option("--allow-float-sites", help="Accept quantized sites that no integer layer computes.")
+    ] = False,
+) -> None:
+    """Build an engine for one backend from an ONNX directory. trt-rtx builds for a named GPU on a machine without one."""
+    from edm_deploy.target import summary
+    from edm_deploy_tools.profiles import build, build_options
+
+    sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens}
+    asked = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": opt_level}
+    asked |= {"timing_cache": timing_cache, "workspace_mib": workspace, "allow_float_sites": allow_float_sites}
+    manifest = build(onnx_dir, out, backend=backend, options=build_options(sizes, asked))
+    for warning in manifest.build.get("warnings", []):
+        console.out().print(f"Note: {warning}")
+    console.out().print(f"Plan: {summary(manifest.plan)}")
+    console.wrote(out, f"{manifest.backend} engine, {manifest.scheme}")
+
+
+@app.command(epilog=opt.example("sample engine --out images --num-images 16 --scheduler dpm-solver++"))
+def sample(
+    engine: opt.Engine,
+    out: opt.Out,
+    num_images: Annotated[int, typer.Option(help="How many images.")] = 16,
+    steps: Annotated[int, typer.Option(help="Inference steps.")] = 20,
+    scheduler: Annotated[str, typer.Option(help="ddim, ddpm, dpm-solver++, euler or unipc.")] = "ddim",
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    as_json: opt.Json = False,
+) -> None:
+    """Draw images from an engine: single PNGs and grid.png."""
+    from edm_deploy_tools.sample import sample as draw
+
+    result = draw(engine, out, num_images=num_images, steps=steps, scheduler=scheduler, seed=seed)
+    if as_json:
+        console.print_json(
+            {"out": str(out), "images": result.count, "seconds": result.seconds, "seconds_per_image": result.seconds_per_image}
+        )
+        return
+    console.wrote(out, f"{result.count} images of {result.size[0]}x{result.size[1]} and {result.paths[0].name}")
+    console.out().print(
+        f"{result.seconds_per_image:.3f} s per image ({steps} steps of {scheduler}, {result.count} images in {result.seconds:.1f} s)"
+    )
+
+
+@app.command(epilog=opt.example("evaluate ddpm-w4a4 engine --out report --reference google/ddpm-cifar10-32"))
+def evaluate(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="ARTIFACT_OR_ENGINE...", help="What to judge; several stand side by side in the report.")
+    ],
+    out: opt.Out,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The float model; default: the one that the artifact was made from.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Trajectories.")] = 16,
+    steps: Annotated[int, typer.Option(help="Steps of DDIM.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 123,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure how far artifacts or engines are from the float model; writes report.json and report.html."""
+    from edm_deploy_tools.evaluate import Setup, evaluate_paths, headline
+
+    report = evaluate_paths(paths, out, reference=reference, setup=Setup(samples=samples, steps=steps, seed=seed))
+    if as_json:
+        console.print_json(report.to_json())
+        return
+    console.print_table(f"Against {report.reference.name}, {steps} steps of DDIM, {samples} samples, seed {seed}", headline(report))
+    console.wrote(out / "report.json", "every figure")
+    console.wrote(out / "report.html", "the same to look at")
+
+
+@app.command(epilog=opt.example("bench engine-ort engine-openvino --against torch,torch-bf16 --batch 16"))
+def bench(
+    engines: Annotated[list[Path] | None, typer.Argument(metavar="ENGINE_DIR...", help="What build-engine wrote; one or more.")] = None,
+    against: Annotated[str, typer.Option(help="Baselines with commas: torch, torch-bf16, openvino-fp32, openvino-bf16.")] = "torch",
+    batch: Annotated[int, typer.Option(help="Samples a call.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Measurements of each, taken in turns.")] = 20,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of torch; default: all cores.")] = None,
+    finetune_step: Annotated[str | None, typer.Option(metavar="MODEL", help="Measure one fine-tuning step of this model instead.")] = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Time engines against float baselines, in turns in one process; medians and ratios."""
+    from edm_deploy_tools.bench import bench_engines, bench_finetune_step, rows_of
+
+    if finetune_step:
+        result = bench_finetune_step(finetune_step, batch=batch, rounds=rounds, threads=threads)
+    else:
+        result = bench_engines(
+            engines or [], against=[name for name in against.split(",") if name], batch=batch, rounds=rounds, threads=threads
+        )
+    if as_json:
+        console.print_json(result.to_json())
+        return
+    console.print_facts(result.conditions)
+    console.print_table("Median time of one call", rows_of(result))
+
+
+@app.command(epilog=opt.example("inspect ddpm-w4a4"))
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A model, an artifact, an ONNX directory or an engine.")],
+    as_json: opt.Json = False,
+) -> None:
+    """Say what PATH is and what is in it."""
+    from edm_deploy_tools.describe import describe
+
+    description = describe(path)
+    if as_json:
+        console.print_json(vars(description))
+        return
+    console.print_facts(description.facts)
+    for title, rows in description.tables.items():
+        console.print_table(title, rows)
+
+
+@app.command(epilog=opt.example("demo --bits W4A8"))
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where everything goes.")] = Path("demo"),
+    bits: Annotated[str, typer.Option(help="Scheme, W4A4 or another.")] = "W4A4",
+) -> None:
+    """The whole way once with the shipped model, in at most ten minutes on two cores; run it again to go on after an interruption."""
+    from edm_deploy_tools.demo import run_demo
+
+    run_demo(out, bits)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code, 0 or 2."""
+    _quiet()
+    usage_error = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+    try:
+        code = app(args=list(arguments) if arguments is not None else None, prog_name="edm-deploy", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("Interrupted.")
+    except usage_error as err:
+        return _fail(f"{err.format_message()} `edm-deploy --help` shows the commands, `edm-deploy COMMAND --help` an example.")
+    except Exception as err:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        return _fail(_words(err))
+    return _fail("Interrupted.") if code == 130 else 0
+
+
+def _value(chosen: StrEnum | None) -> str | None:
+    return None if chosen is None else chosen.value
+
+
+def _words(err: Exception) -> str:
+    from edm_deploy.errors import EdmDeployError
+
+    if isinstance(err, EdmDeployError):
+        return str(err)
+    if isinstance(err, OSError):
+        return f"{err.filename or 'The system'}: {err.strerror or err}. Check the path and the free space."
+    return f"{type(err).__name__}: {err} This is a fault of edm-deploy; please report it with the output of {TRACEBACK_VARIABLE}=1."
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write("Error: " + " ".join(message.split()) + "\n")
+    return 2
+
+
+def _quiet() -> None:
+    """Keep libraries' chatter out of the output; their errors still come."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="%(message)s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

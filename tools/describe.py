@@ -1,0 +1,211 @@
+"""What a path is: a float model, an artifact, an ONNX directory or an engine, and what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from edm_deploy import artifact as artifact_module
+from edm_deploy import manifest as manifest_module
+from edm_deploy.artifact import Artifact
+from edm_deploy.errors import ArtifactError
+from edm_deploy.family import Family, skeleton
+from edm_deploy.files import read_json
+from edm_deploy.manifest import Manifest
+from edm_deploy.pipelines import Source, load_source
+from edm_deploy.target import TARGETS, plan, summary
+from edm_deploy_tools.console import Row, bytes_of, size_words, time_words
+
+Kind = Literal["model", "artifact", "onnx", "engine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What `inspect` prints.
+
+    Attributes:
+        kind: What the path is.
+        facts: Name and value.
+        tables: Rows by title.
+    """
+
+    kind: Kind
+    facts: Mapping[str, Any]
+    tables: Mapping[str, list[Row]] = field(default_factory=dict)
+
+
+def describe(path_or_id: str) -> Description:
+    """What stands at a path (or behind a hub id).
+
+    Raises:
+        ArtifactError: It is none of the four, or damaged.
+        UnsupportedError: A model that no family answers for.
+    """
+    path = Path(path_or_id)
+    match kind_of(path_or_id):
+        case "artifact":
+            return describe_artifact(path)
+        case "onnx":
+            return describe_manifest(path, "onnx")
+        case "engine":
+            return describe_manifest(path, "engine")
+        case _:
+            return describe_model(load_source(path_or_id))
+
+
+def kind_of(path_or_id: str) -> Kind:
+    """Which of the four kinds a path is, by the file that marks it; what does not exist is taken for a hub id.
+
+    Raises:
+        ArtifactError: A file, or a directory without any of the marks.
+    """
+    path = Path(path_or_id)
+    if (path / artifact_module.JSON_NAME).is_file():
+        return "artifact"
+    if (path / manifest_module.NAME).is_file():
+        kind = read_json(path / manifest_module.NAME, what="engine").get("kind")
+        if kind in ("onnx", "engine"):
+            return kind  # type: ignore[no-any-return]
+        raise ArtifactError(f"{path / manifest_module.NAME} is of kind {kind!r}, expected onnx or engine. Make the directory again.")
+    if path.is_file():
+        raise ArtifactError(f"{path} is a file; expected the directory of a model, an artifact, an ONNX export or an engine.")
+    if path.exists() and not (path / "model_index.json").is_file():
+        raise ArtifactError(
+            f"{path} is no model, artifact, ONNX directory or engine: it has none of model_index.json, "
+            f"{artifact_module.JSON_NAME}, {manifest_module.NAME}. Check the path."
+        )
+    return "model"
+
+
+def describe_model(source: Source) -> Description:
+    """Layers, placement, shapes, parameters and each layer's share of the multiply-accumulates."""
+    family = source.family_object
+    work = macs_by_site(family, source.config)
+    total = sum(work.values())
+    parameters = sum(value.numel() for value in source.model.parameters())
+    rows = []
+    for name, layer in family.sites(source.model).items():
+        share = 100 * work[name] / total
+        rows.append(
+            {
+                "site": name,
+                "op": "conv2d" if layer.weight.ndim == 4 else "linear",
+                "placement": family.placement(name),
+                "weight": "x".join(map(str, layer.weight.shape)),
+                "parameters": layer.weight.numel(),
+                "MACs %": round(share, 2),
+            }
+        )
+    facts = {
+        "kind": "diffusers model",
+        "name": source.name,
+        "family": f"{source.family} ({family.class_name})",
+        "parameters": f"{parameters:,}",
+        "sites": f"{len(rows)}: {sum(row['placement'] == 'quantize' for row in rows)} quantized, {sum(row['placement'] == 'keep8' for row in rows)} kept at W8A8",
+        "in the sites": f"{100 * sum(row['parameters'] for row in rows) / parameters:.1f} % of the parameters",
+        "sample": "x".join(map(str, family.sample_shape(source.config))),
+        "MACs a sample": f"{total / 1e9:.3f} G in the sites",
+        "scheduler": f"{type(source.scheduler).__name__}, {source.num_train_timesteps} timesteps, predicts {source.scheduler.config.get('prediction_type', 'epsilon')}",
+        "weights": f"sha256 {source.digest()[:16]}",
+    }
+    return Description(kind="model", facts=facts, tables={"Sites": rows})
+
+
+def macs_by_site(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    """Multiply-accumulates of each site for one sample at the model's own size, from shapes alone."""
+    model = skeleton(family, config)
+    work: dict[str, int] = {}
+
+    def count(name: str, weight: Tensor, y: Tensor) -> None:
+        channel_axis = 1 if weight.ndim == 4 else y.ndim - 1
+        work[name] = work.get(name, 0) + weight.numel() * (y.numel() // y.shape[channel_axis])
+
+    for name, layer in family.sites(model).items():
+        layer.register_forward_hook(lambda module, _, y, name=name: count(name, module.weight, y))
+    inputs = {"sample": torch.empty(1, *family.sample_shape(config), device="meta"), "timestep": torch.zeros(1, device="meta")}
+    conditioning = family.random_conditioning(config, 1, torch.Generator().manual_seed(0))
+    family.forward(model, inputs | {name: value.to("meta") for name, value in conditioning.items()})
+    return work
+
+
+def describe_artifact(path: Path) -> Description:
+    """Scheme, rows, provenance, the site table, and what each backend makes of it."""
+    artifact = Artifact.load(path)
+    timesteps = artifact.timesteps
+    facts = {
+        "kind": "artifact",
+        "scheme": artifact.scheme,
+        "family": artifact.family,
+        "rows": f"{len(timesteps)}, timesteps {int(timesteps[0])} to {int(timesteps[-1])} of {artifact.num_train_timesteps}",
+        "sites": len(artifact.sites),
+        "size": size_words(bytes_of(path)),
+        "digest": artifact.digest,
+    } | {name: provenance_words(name, value) for name, value in artifact.provenance.items()}
+    rows = [site_row(name, site) for name, site in artifact.sites.items()]
+    plans = [{"backend": target.backend, "plan": summary(plan(artifact.sites, target))} for target in TARGETS.values()]
+    return Description(kind="artifact", facts=facts, tables={"Sites": rows, "Plan": plans})
+
+
+def site_row(name: str, site: artifact_module.Site) -> Row:
+    """One line of an artifact's site table."""
+    table = site.activation
+    return {
+        "site": name,
+        "op": site.op,
+        "scheme": site.scheme,
+        "weight": "x".join(map(str, site.codes.shape)),
+        "weight scale": f"{float(site.weight_scale.min()):.2e} to {float(site.weight_scale.max()):.2e}",
+        "input scale": f"{float(table.scale.min()):.2e} to {float(table.scale.max()):.2e}" if table else "-",
+        "qmin": _span(table.qmin) if table else "-",
+        "qmax": _span(table.qmax) if table else "-",
+    }
+
+
+def describe_manifest(path: Path, kind: Literal["onnx", "engine"]) -> Description:
+    """Manifest of a graph or an engine: inputs, profile, plan, build and audit."""
+    manifest = Manifest.read(path, kind=kind)
+    facts: dict[str, Any] = {
+        "kind": "ONNX directory" if kind == "onnx" else "engine",
+        "scheme": manifest.scheme,
+        "family": manifest.family,
+        "dtype": manifest.dtype,
+        "weight storage": manifest.weight_storage,
+        "inputs": ", ".join(f"{entry.name} [{', '.join(map(str, entry.dims))}]" for entry in manifest.inputs),
+        "sites": len(manifest.sites),
+        "size": size_words(bytes_of(path)),
+        "artifact": manifest.artifact,
+    }
+    if kind == "engine":
+        facts["backend"] = manifest.backend
+        facts["profile"] = ", ".join(f"{dim} {sizes.min}:{sizes.opt}:{sizes.max}" for dim, sizes in manifest.profile.items())
+        facts["plan"] = summary(manifest.plan)
+    facts |= {f"build {name}": value for name, value in _flat(manifest.build).items()}
+    rows = [{"site": name, "stored": entry.stored, "executed": entry.executed} for name, entry in manifest.plan.items()]
+    return Description(kind=kind, facts=facts, tables={"Sites": rows} if rows else {})
+
+
+def provenance_words(name: str, value: Any) -> str:
+    """One entry of a provenance with its unit."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if "bytes" in name or "memory" in name:
+            return size_words(int(value))
+        if "seconds" in name:
+            return time_words(float(value))
+    return ", ".join(f"{key}={entry}" for key, entry in value.items()) if isinstance(value, Mapping) else str(value)
+
+
+def _span(column: Tensor) -> str:
+    low, high = int(column.min()), int(column.max())
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat |= _flat(value, f"{prefix}{name} ") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
