@@ -1,0 +1,152 @@
+"""Small models and hand-made artifacts that every folder's tests share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from edm_deploy.activations import ActivationTable, nearest_rows
+from edm_deploy.artifact import Artifact, Site
+from edm_deploy.family import Family, family_named
+from edm_deploy.quant import quantize_weight, symmetric_bounds, weight_bounds
+
+torch.set_num_threads(2)
+
+TINY_UNET = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 1,
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+}
+TINY_CLASS_UNET = TINY_UNET | {"num_class_embeds": 5}
+TINY_CONDITION_UNET = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 12,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+TINY = {
+    "unet2d": ("unet2d", TINY_UNET),
+    "unet2d-classes": ("unet2d", TINY_CLASS_UNET),
+    "unet2d-condition": ("unet2d-condition", TINY_CONDITION_UNET),
+}
+SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+PIPELINE = {
+    "model_index.json": {"_class_name": "DDIMPipeline", "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]},
+    "scheduler/scheduler_config.json": SCHEDULER,
+}
+
+
+def tiny_model(kind: str) -> tuple[Family, dict, torch.nn.Module]:
+    """Family, full config and seeded random float model of one of TINY."""
+    name, config = TINY[kind]
+    family = family_named(name)
+    torch.manual_seed(0)
+    model = family.build(config).eval().requires_grad_(False)
+    full = json.loads(json.dumps({key: value for key, value in model.config.items() if not key.startswith("_")}))
+    return family, full, model
+
+
+def tiny_inputs(kind: str, batch: int = 3, size: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Graph inputs for a tiny model, each sample at another timestep."""
+    family, config, _ = tiny_model(kind)
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randn(batch, config["in_channels"], size, size, generator=generator)
+    timestep = torch.linspace(0, 999, batch).round()
+    return {"sample": sample, "timestep": timestep} | family.random_conditioning(config, batch, generator)
+
+
+def artifact_by_hand(kind: str = "unet2d", weight_bits: int = 4, act_bits: int = 4, rows: int = 5) -> Artifact:
+    """An artifact without calibration: largest values of one forward pass, tables that differ by row in scale and bounds."""
+    family, config, model = tiny_model(kind)
+    largest: dict[str, float] = {}
+    layers = family.sites(model)
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: largest.__setitem__(name, float(args[0].abs().max())))
+        for name, layer in layers.items()
+    ]
+    family.forward(model, tiny_inputs(kind))
+    for hook in hooks:
+        hook.remove()
+    sites = {}
+    for name, layer in layers.items():
+        bits, activation_bits = (8, 8) if family.placement(name) == "keep8" else (weight_bits, act_bits)
+        weight = layer.weight.detach()
+        scale = weight.flatten(1).abs().amax(1).clamp(min=1e-6) / weight_bounds(bits)[1]
+        sites[name] = Site(
+            op="conv2d" if weight.ndim == 4 else "linear",
+            codes=quantize_weight(weight, scale, bits),
+            weight_scale=scale,
+            weight_bits=bits,
+            activation=table_by_hand(activation_bits, largest[name], rows) if activation_bits < 16 else None,
+        )
+    timesteps = torch.arange(0, 1000, 1000 // rows, dtype=torch.int32)[:rows]
+    return Artifact(
+        family=TINY[kind][0],
+        config=config,
+        timesteps=timesteps,
+        row_of_timestep=nearest_rows(timesteps, 1000),
+        sites=sites,
+        params={key: value.clone() for key, value in model.state_dict().items() if key.removesuffix(".weight") not in sites},
+        provenance={"recipe": "by hand"},
+        pipeline=PIPELINE,
+    )
+
+
+def table_by_hand(bits: int, largest: float, rows: int) -> ActivationTable:
+    """Scales that grow by 5 % a row; below 8 bit an asymmetric range, one code wider below zero at every second row."""
+    if bits == 8:
+        qmin, qmax = torch.full((rows,), -128), torch.full((rows,), 127)
+    else:
+        below = symmetric_bounds(bits)[1] // 2 + torch.arange(rows) % 2
+        qmin, qmax = -below, 2**bits - 1 - below
+    scale = largest / symmetric_bounds(bits)[1] * (1 + 0.05 * torch.arange(rows))
+    return ActivationTable(bits=bits, scale=scale.float(), qmin=qmin.to(torch.int8), qmax=qmax.to(torch.int8))
+
+
+@pytest.fixture(scope="session")
+def artifact_w4a4() -> Artifact:
+    return artifact_by_hand()
+
+
+@pytest.fixture(scope="session")
+def artifact_w8a8() -> Artifact:
+    return artifact_by_hand(weight_bits=8, act_bits=8)
+
+
+@pytest.fixture(scope="session")
+def onnx_w4a4(artifact_w4a4: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from edm_deploy.export.onnx import onnx_from_artifact
+
+    path = tmp_path_factory.mktemp("onnx") / "w4a4"
+    onnx_from_artifact(artifact_w4a4, path)
+    return path
+
+
+@pytest.fixture
+def save_tiny_pipeline() -> Callable[[Path], Path]:
+    """Writes a tiny diffusers pipeline, float model and scheduler, into a directory."""
+
+    def save(path: Path, kind: str = "unet2d") -> Path:
+        from diffusers import DDIMPipeline, DDIMScheduler
+
+        _, _, model = tiny_model(kind)
+        DDIMPipeline(model, DDIMScheduler(num_train_timesteps=1000)).save_pretrained(path)
+        return path
+
+    return save

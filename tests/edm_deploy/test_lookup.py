@@ -1,0 +1,18 @@
+import pytest
+
+import engines
+from edm_deploy import lookup, models
+from edm_deploy.errors import UnsupportedError
+
+
+def test_the_folder_is_the_registry():
+    assert lookup.names(models) == ["unet2d", "unet2d-condition"]
+
+
+def test_dash_and_underscore_are_the_same():
+    assert lookup.load(models, "unet2d_condition", "FAMILY") is lookup.load(models, "unet2d-condition", "FAMILY")
+
+
+def test_an_unknown_name_gets_the_nearest_and_all_that_there_are():
+    with pytest.raises(UnsupportedError, match=r"Did you mean 'openvino'\? Known: .*ort"):
+        lookup.load(engines, "openvnio", "BACKEND")

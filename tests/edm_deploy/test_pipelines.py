@@ -1,0 +1,88 @@
+import json
+
+import pytest
+import torch
+
+from edm_deploy.errors import ArtifactError, UnsupportedError
+from edm_deploy.pipelines import UnconditionalPipeline, load_source, scheduler_named
+from tests.conftest import SCHEDULER, tiny_model
+
+
+def test_a_source_is_the_float_model_with_its_scheduler(save_tiny_pipeline, tmp_path):
+    source = load_source(save_tiny_pipeline(tmp_path / "p"))
+    assert source.family == "unet2d"
+    assert source.num_train_timesteps == 1000
+    assert not any(parameter.requires_grad for parameter in source.model.parameters())
+    assert source.digest() == load_source(tmp_path / "p").digest()
+
+
+def test_the_digest_of_a_source_sees_one_weight(save_tiny_pipeline, tmp_path):
+    source = load_source(save_tiny_pipeline(tmp_path / "p"))
+    before = source.digest()
+    next(source.model.parameters()).view(-1)[0] += 1
+    assert source.digest() != before
+
+
+def spoil_pickle(path):
+    (path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({}, path / "unet" / "diffusion_pytorch_model.bin")
+
+
+def spoil_index(path, **changes):
+    index = json.loads((path / "model_index.json").read_text())
+    index |= changes
+    (path / "model_index.json").write_text(json.dumps({key: value for key, value in index.items() if value is not None}))
+
+
+FAULTS = {
+    "no index": (lambda p: (p / "model_index.json").unlink(), ArtifactError, r"no diffusers pipeline directory: it has no model_index\.json"),
+    "pickle": (spoil_pickle, ArtifactError, "is a pickle checkpoint, which can run code"),
+    "no weights": (lambda p: (p / "unet" / "diffusion_pytorch_model.safetensors").unlink(), ArtifactError, "holds no safetensors weights"),
+    "no scheduler": (lambda p: spoil_index(p, scheduler=None), ArtifactError, "without a scheduler"),
+    "no denoiser": (lambda p: spoil_index(p, unet=None), UnsupportedError, "without a unet or transformer"),
+    "unknown class": (lambda p: spoil_index(p, unet=["diffusers", "UNet3DModel"]), UnsupportedError, "No model family answers for 'UNet3DModel'. Did you mean 'UNet2DModel'"),
+    "damaged weights": (
+        lambda p: (p / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights"),
+        ArtifactError,
+        "cannot be read as UNet2DModel",
+    ),
+    "no scheduler config": (lambda p: (p / "scheduler" / "scheduler_config.json").unlink(), ArtifactError, "scheduler_config"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda name: name.replace(" ", "-"))
+def test_a_model_that_cannot_be_used_is_one_clear_error(save_tiny_pipeline, tmp_path, fault):
+    spoil, error, message = FAULTS[fault]
+    spoil(save_tiny_pipeline(tmp_path / "p"))
+    with pytest.raises(error, match=message):
+        load_source(tmp_path / "p")
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/no/such/dir", "nowhere", "a/b/c"])
+def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(path):
+    with pytest.raises(ArtifactError, match=r"does not exist; expected a diffusers directory or a hub id"):
+        load_source(path)
+
+
+def test_an_unknown_scheduler_gets_the_nearest():
+    with pytest.raises(UnsupportedError, match="Did you mean 'euler'"):
+        scheduler_named("eular", SCHEDULER)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm-solver++", "euler", "unipc"])
+def test_the_unconditional_pipeline_takes_any_scheduler(name):
+    _, _, model = tiny_model("unet2d")
+    pipeline = UnconditionalPipeline(model, scheduler_named(name, SCHEDULER))
+    images = pipeline(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images
+    assert [image.size for image in images] == [(8, 8), (8, 8)]
+
+
+def test_labels_reach_a_class_conditional_model():
+    _, _, model = tiny_model("unet2d-classes")
+    pipeline = UnconditionalPipeline(model, scheduler_named("ddim", SCHEDULER))
+
+    def sample(label):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(num_inference_steps=2, generator=generator, class_labels=torch.tensor([label]), output_type="np").images
+
+    assert abs(sample(0) - sample(3)).max() > 0
