@@ -1,1 +1,111 @@
-"""Backends, one a file: how an ONNX directory becomes an engine, and how an engine is opened."""
+"""Backends, one a file: how an ONNX directory becomes an engine, and how an engine is opened. `build_engine` is the door."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from edm_deploy import lookup
+from edm_deploy.errors import InputError
+from edm_deploy.family import family_named
+from edm_deploy.files import PIPELINE_FILES, new_directory
+from edm_deploy.manifest import GRAPH_NAME, NAME, Manifest, Range
+from edm_deploy.session import Backend, BuildOptions, Built
+from edm_deploy.target import SitePlan, check_storage, execution
+
+DEFAULT_RANGES: Mapping[str, Range] = {"batch": Range(1, 16, 64), "tokens": Range(77, 77, 77)}  # 77: CLIP's prompts
+
+
+def build_engine(onnx_dir: Path, out: Path, *, backend: str, options: BuildOptions | None = None) -> Manifest:
+    """Build an engine directory, whole or not at all: engine, manifest and the pipeline's files. One folder deploys.
+
+    Args:
+        onnx_dir: What `edm-deploy export` wrote.
+        out: Directory to write; an engine that stood there is replaced.
+        backend: `ort`, `openvino`, `trt-rtx` or `trt`.
+        options: What the user asks of the build; dynamic dimensions without a Range get a default one.
+
+    Returns:
+        The engine's manifest, as written.
+
+    Raises:
+        ArtifactError: `onnx_dir` is damaged or none, or `out` cannot be written.
+        UnsupportedError: No such backend, it is not installed, it has not an option that is set, or it cannot carry the graph.
+        InputError: The profile names no dimension of the graph, or sizes that the model cannot take.
+    """
+    options = options or BuildOptions()
+    manifest = Manifest.read(onnx_dir, kind="onnx")
+    builder: Backend = lookup.load(sys.modules[__name__], backend, "BACKEND")
+    builder.refuse_foreign_options(options)
+    check_storage(builder.target, manifest.weight_storage)
+    options = replace(options, profile=complete_profile(manifest, options.profile))
+    with new_directory(out, marker=NAME) as directory:
+        started = time.perf_counter()
+        built = builder.build(onnx_dir / GRAPH_NAME, manifest, options, directory)
+        seconds = time.perf_counter() - started
+        engine_files = _files_in(directory)
+        engine = replace(
+            manifest,
+            kind="engine",
+            backend=builder.name,
+            profile=options.profile,
+            plan=plan(manifest, builder, built),
+            build=_description(built, seconds, sum((directory / name).stat().st_size for name in engine_files)),
+        )
+        return engine.write(directory, engine_files + _copy_pipeline(onnx_dir, directory))
+
+
+def complete_profile(manifest: Manifest, asked: Mapping[str, Range]) -> dict[str, Range]:
+    """A Range for every dynamic dimension: the one asked for, or batch 1:16:64, the model's own size, 77 tokens.
+
+    Raises:
+        InputError: A name that is no dynamic dimension of the graph, or a size that the model's levels cannot halve.
+    """
+    dims = manifest.dynamic_dims
+    if unknown := sorted(set(asked) - set(dims)):
+        raise InputError(f"--{unknown[0]}: the graph has no dynamic dimension of this name. It has {', '.join(dims)}.")
+    family = family_named(manifest.family)
+    _, height, width = family.sample_shape(manifest.config)
+    defaults = {**DEFAULT_RANGES, "height": Range(height, height, height), "width": Range(width, width, width)}
+    profile = {dim: asked.get(dim) or defaults.get(dim, Range(1, 1, 64)) for dim in dims}
+    multiple = family.size_multiple(manifest.config)
+    for dim in {"height", "width"} & set(profile):
+        sizes = profile[dim]
+        if any(size % multiple for size in (sizes.min, sizes.opt, sizes.max)):
+            raise InputError(f"--{dim} {sizes.min}:{sizes.opt}:{sizes.max}: this model's levels need multiples of {multiple}.")
+    return profile
+
+
+def plan(manifest: Manifest, builder: Backend, built: Built) -> dict[str, SitePlan]:
+    """What each site became: what the target promises, corrected by what the build saw."""
+    return {
+        name: SitePlan(site.scheme, built.executed.get(name) or execution(site.op, site.quantized_input, builder.target))
+        for name, site in manifest.sites.items()
+    }
+
+
+def _description(built: Built, seconds: float, size: int) -> dict[str, object]:
+    return {
+        "versions": dict(built.versions),
+        "options": dict(built.options),
+        "warnings": list(built.warnings),
+        "seconds": round(seconds, 2),
+        "engine_bytes": size,
+        **built.details,
+    }
+
+
+def _files_in(directory: Path) -> list[str]:
+    return [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
+
+
+def _copy_pipeline(source: Path, directory: Path) -> list[str]:
+    names = [name for name in PIPELINE_FILES if (source / name).is_file()]
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, directory / name)
+    return names

@@ -1,0 +1,126 @@
+"""ONNX Runtime: the portable default, on the CPU or on CUDA. The engine is the exported graph itself; ONNX Runtime optimises it when it is opened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from edm_deploy.errors import UnsupportedError
+from edm_deploy.family import family_named
+from edm_deploy.manifest import GRAPH_NAME, Manifest
+from edm_deploy.session import Backend, BuildOptions, Built, Session
+from edm_deploy.target import Execution
+from engines._vendor import refuse_other_build, vendor
+
+PACKAGE = "onnxruntime"
+INTEGER_KERNELS = ("QLinearConv", "ConvInteger", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul")
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+
+
+def _onnxruntime() -> Any:
+    return vendor(PACKAGE, mend='Install it with pip install "edm-deploy[ort]".')
+
+
+class OrtBackend(Backend):
+    """ONNX Runtime."""
+
+    name: ClassVar[str] = "ort"
+    options: ClassVar[frozenset[str]] = frozenset({"threads"})
+
+    def build(self, onnx: Path, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
+        ort = _onnxruntime()
+        for name in manifest.files:
+            if name.startswith(GRAPH_NAME):  # the graph, and its weights where they stand beside it
+                shutil.copyfile(onnx.parent / name, out / name)
+        return Built(
+            versions={PACKAGE: ort.__version__},
+            options={"threads": options.threads},
+            executed=_executed(ort, out / GRAPH_NAME, manifest),
+        )
+
+    def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
+        ort = _onnxruntime()
+        refuse_other_build(manifest, self.name, PACKAGE, ort.__version__)
+        if device.type == "cuda" and CUDA not in ort.get_available_providers():
+            raise UnsupportedError(
+                "This ONNX Runtime has no CUDA provider. Install onnxruntime-gpu in its place, or open the engine with device='cpu'."
+            )
+        if device.type not in ("cpu", "cuda"):
+            raise UnsupportedError(f"ort runs on cpu and cuda, not on {device.type}. Open the engine with device='cpu'.")
+        return OrtSession(ort, directory / GRAPH_NAME, manifest, device)
+
+
+BACKEND = OrtBackend()
+
+
+class OrtSession:
+    """An ONNX Runtime session on torch tensors, without copies on the way in."""
+
+    def __init__(self, ort: Any, graph: Path, manifest: Manifest, device: torch.device) -> None:
+        self.device = device
+        self.outputs = manifest.outputs
+        self._session = _session(ort, graph, device, threads=manifest.build["options"]["threads"])
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name for inputs by name, on the session's device."""
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_input(name, self.device.type, self.device.index or 0, _numpy_type(value), tuple(value.shape), value.data_ptr())
+        for name in self.outputs:
+            binding.bind_output(name, self.device.type, self.device.index or 0)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime runs on a stream of its own
+        self._session.run_with_iobinding(binding)
+        return {name: torch.utils.dlpack.from_dlpack(value) for name, value in zip(self.outputs, binding.get_outputs(), strict=True)}
+
+
+def _numpy_type(value: Tensor) -> Any:
+    return torch.zeros(0, dtype=value.dtype).numpy().dtype.type
+
+
+def _session(ort: Any, graph: Path, device: torch.device, *, threads: int | None, profile_prefix: str | None = None) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile_prefix
+    providers: list[Any] = [(CUDA, {"device_id": device.index or 0}), CPU] if device.type == "cuda" else [CPU]
+    try:
+        return ort.InferenceSession(str(graph), options, providers=providers)
+    except Exception as err:  # onnxruntime's classes derive from Exception alone
+        raise UnsupportedError(f"ONNX Runtime {ort.__version__} cannot load the graph: {str(err).splitlines()[0]}") from err
+
+
+def _executed(ort: Any, graph: Path, manifest: Manifest) -> dict[str, Execution]:
+    """How each site is computed on the CPU: by the operator types that one profiled run really called."""
+    with tempfile.TemporaryDirectory() as scratch:
+        session = _session(ort, graph, torch.device("cpu"), threads=None, profile_prefix=f"{scratch}/ort")
+        session.run(
+            None, {declared.name: _smallest(declared.dims, declared.dtype(manifest.torch_dtype), manifest) for declared in manifest.inputs}
+        )
+        events = json.loads(Path(session.end_profiling()).read_text())
+    kernels = {
+        event["name"].removesuffix("_kernel_time"): event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time")
+    }
+    return {name: _execution(kernels, site.node) for name, site in manifest.sites.items() if site.quantized_input}
+
+
+def _smallest(dims: tuple[str | int, ...], dtype: torch.dtype, manifest: Manifest) -> Any:
+    """Zeros of the smallest shape that runs: dynamic dimensions at the model's own size, a batch of one."""
+    _, height, width = family_named(manifest.family).sample_shape(manifest.config)
+    sizes = {"height": height, "width": width}
+    return torch.zeros([sizes.get(dim, 1) if isinstance(dim, str) else dim for dim in dims], dtype=dtype).numpy()
+
+
+def _execution(kernels: Mapping[str, str], node: str) -> Execution:
+    return "int8" if kernels.get(node) in INTEGER_KERNELS else "float"
