@@ -1,0 +1,29 @@
+"""TensorRT 10.9 and later, 11 included, strongly typed: engines for the GPU of the machine that builds them. Not executed where this was written."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from engines._nvbuild import main
+from engines._nvinfer import Nvinfer
+
+PACKAGE = "tensorrt"
+
+
+class TrtBackend(Nvinfer):
+    """TensorRT. Its builder times kernels on the GPU; quantized sites are audited by the engine inspector."""
+
+    name: ClassVar[str] = "trt"
+    options: ClassVar[frozenset[str]] = frozenset({"optimization_level", "timing_cache", "workspace_mib"})
+    package: ClassVar[str] = PACKAGE
+    module: ClassVar[str] = "engines.trt"
+    install: ClassVar[str] = (
+        'Run pip install "edm-deploy[trt]" on a machine with an NVIDIA GPU. What can be built here instead: '
+        "trt-rtx (ahead of time, for a GPU that you name), ort, openvino."
+    )
+
+
+BACKEND = TrtBackend()
+
+if __name__ == "__main__":
+    main(BACKEND.package, BACKEND.install)
