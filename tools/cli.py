@@ -189,7 +189,9 @@ def evaluate(
     as_json: opt.Json = False,
 ) -> None:
     """Measure how far artifacts or engines are from the float model; writes report.json and report.html."""
-    from edm_deploy_tools.evaluate import Setup, evaluate_paths, headline
+    from edm_deploy_tools.evaluate import evaluate_paths
+    from edm_deploy_tools.results import headline
+    from edm_deploy_tools.walk import Setup
 
     report = evaluate_paths(paths, out, reference=reference, setup=Setup(samples=samples, steps=steps, seed=seed))
     if as_json:

@@ -1,0 +1,160 @@
+"""Judge artifacts and engines against the float model that they were made from: figures in report.json, pictures in report.html."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from edm_deploy.artifact import Artifact
+from edm_deploy.errors import ArtifactError, UnsupportedError
+from edm_deploy.files import new_directory, write_json
+from edm_deploy.manifest import Manifest
+from edm_deploy.pipelines import Source, load_source
+from edm_deploy_tools.describe import kind_of
+from edm_deploy_tools.machine import machine, versions
+from edm_deploy_tools.quantize import check_out
+from edm_deploy_tools.report import html_of
+from edm_deploy_tools.results import Report, Result, Subject
+from edm_deploy_tools.sites import agreement, statistics
+from edm_deploy_tools.walk import FloatWalk, Setup, denoise_of_artifact, denoise_of_engine, distance, walk
+
+JSON_NAME = "report.json"
+HTML_NAME = "report.html"
+Say = Callable[[str], None]
+
+
+def evaluate_paths(
+    paths: Sequence[Path], out: Path, *, reference: str | None = None, setup: Setup | None = None, say: Say | None = None
+) -> Report:
+    """Judge artifacts and engines, and write report.json and report.html into directory `out`.
+
+    Args:
+        paths: Artifact and engine directories; an engine is compared site by site with the artifact among them that it was built from.
+        out: Directory to write, whole or not at all.
+        reference: The float model; None takes the one that the first artifact was made from.
+        setup: Samples, steps, seed.
+        say: Told what is being measured.
+
+    Raises:
+        ArtifactError: A path is neither, or the float model is not found.
+        UnsupportedError: An engine cannot run on this machine.
+    """
+    check_out(out, marker=JSON_NAME)
+    subjects = open_subjects(paths)
+    source = load_source(reference or reference_of(subjects))
+    report = judge(subjects, source, setup or Setup(), say=say)
+    write_report(report, out)
+    return report
+
+
+def open_subjects(paths: Sequence[Path], labels: Sequence[str] = ()) -> list[Subject]:
+    """Artifacts and engines with the artifact that each was built from, where it is among them."""
+    kinds = [kind_of(str(path)) for path in paths]
+    for path, kind in zip(paths, kinds, strict=True):
+        if kind not in ("artifact", "engine"):
+            raise ArtifactError(f"{path} is {_a(kind)}; evaluate takes artifacts and engines.{_mend(kind, path)}")
+    artifacts = {path: Artifact.load(path) for path, kind in zip(paths, kinds, strict=True) if kind == "artifact"}
+    by_digest = {artifact.digest: artifact for artifact in artifacts.values()}
+    subjects = []
+    for path, label in zip(paths, labels or unique_labels(paths), strict=True):
+        engine = None if path in artifacts else Manifest.read(path, kind="engine")
+        artifact = artifacts.get(path) or (by_digest.get(engine.artifact) if engine else None)
+        subjects.append(Subject(label=label, path=path, artifact=artifact, engine=engine))
+    return subjects
+
+
+def unique_labels(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or all of it where two would be the same."""
+    names = [path.resolve().name for path in paths]
+    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+
+
+def reference_of(subjects: Sequence[Subject]) -> str:
+    """The float model that the first artifact was made from, by its provenance.
+
+    Raises:
+        ArtifactError: No artifact names one that is still there.
+    """
+    named = [
+        str(subject.artifact.provenance["source"]) for subject in subjects if subject.artifact and subject.artifact.provenance.get("source")
+    ]
+    if not named:
+        raise ArtifactError(f"{subjects[0].path} does not say which float model it was made from. Name it with --reference MODEL.")
+    if Path(named[0]).is_absolute() and not Path(named[0]).exists():
+        raise ArtifactError(
+            f"{subjects[0].path} was made from {named[0]}, which is not there. Name the float model with --reference MODEL."
+        )
+    return named[0]
+
+
+def judge(subjects: Sequence[Subject], source: Source, setup: Setup, *, say: Say | None = None) -> Report:
+    """Measure each subject against the float model."""
+    say = say or (lambda text: None)
+    for subject in subjects:
+        check_same_model(subject, source)
+    say(f"float model: {setup.samples} samples, {setup.steps} steps")
+    reference = walk(source, setup)
+    results = []
+    for subject in subjects:
+        say(f"{subject.label} ({subject.kind}, {subject.scheme})")
+        results.append(judge_engine(subject, reference) if subject.engine else judge_artifact(subject, reference))
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return Report(reference=source, walk=reference, results=tuple(results), date=now, machine=machine(), versions=versions())
+
+
+def judge_artifact(subject: Subject, reference: FloatWalk) -> Result:
+    """An artifact, computed by the reference executor, with each site's statistics."""
+    assert subject.artifact is not None  # an artifact subject holds it
+    far = distance(denoise_of_artifact(subject.artifact, reference.conditioning), reference)
+    return Result(subject=subject, distance=far, statistics=tuple(statistics(subject.artifact, reference)))
+
+
+def judge_engine(subject: Subject, reference: FloatWalk) -> Result:
+    """An engine, with its agreement site by site where its artifact is known."""
+    assert subject.engine is not None  # an engine subject holds it
+    far = distance(denoise_of_engine(subject.path, reference.conditioning), reference)
+    if subject.artifact is None:
+        note = "Agreement with the reference was not measured: give the artifact that the engine was built from beside it."
+        return Result(subject=subject, distance=far, notes=(note,))
+    try:
+        return Result(subject=subject, distance=far, agreement=tuple(agreement(subject.artifact, subject.engine, reference)))
+    except UnsupportedError as err:
+        return Result(subject=subject, distance=far, notes=(f"Agreement with the reference was not measured: {err}",))
+
+
+def check_same_model(subject: Subject, source: Source) -> None:
+    """Raises ArtifactError where a subject was not made from a model of this architecture."""
+    holder = subject.engine or subject.artifact
+    assert holder is not None  # one of the two is there
+    if holder.family != source.family:
+        raise ArtifactError(
+            f"{subject.path} is a {holder.family}, {source.name} a {source.family}. Name its own float model with --reference."
+        )
+    for key, value in holder.config.items():
+        if key in source.config and source.config[key] != value:
+            raise ArtifactError(
+                f"{subject.path} has {key}={value!r}, {source.name} has {source.config[key]!r}: not the model that it was made from. "
+                "Name that one with --reference."
+            )
+
+
+def write_report(report: Report, out: Path) -> None:
+    """report.json and report.html in directory `out`, whole or not at all."""
+    with new_directory(out, marker=JSON_NAME) as directory:
+        write_json(directory / JSON_NAME, report.to_json())
+        (directory / HTML_NAME).write_text(html_of(report))
+
+
+def _a(kind: str) -> str:
+    return {"model": "a float model", "onnx": "an ONNX directory"}.get(kind, f"a {kind}")
+
+
+def _mend(kind: str, path: Path) -> str:
+    return (
+        f" Run edm-deploy build-engine {path} first."
+        if kind == "onnx"
+        else " Run edm-deploy calibrate first."
+        if path.exists()
+        else " Check the path."
+    )

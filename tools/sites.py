@@ -1,0 +1,165 @@
+"""One layer at a time: how well its table fits what it sees, and whether an engine computes what the reference computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edm_deploy.activations import per_sample, rows_of
+from edm_deploy.artifact import Artifact, Site
+from edm_deploy.denoiser import open_session
+from edm_deploy.export.cut import onnx_cut_at_sites
+from edm_deploy.family import SAMPLE
+from edm_deploy.manifest import Manifest, Range
+from edm_deploy.reference import Reference, SiteRecord
+from edm_deploy.session import BuildOptions
+from edm_deploy_tools.profiles import build
+from edm_deploy_tools.walk import FloatWalk
+
+SAMPLES = 4  # of the walk's batch: enough for shares and ratios, and the records of all sites fit in memory
+TIE = 2.0**-12  # |frac(x / s) - 1/2| below this is a tie: float32 keeps x / s of 8 bits to 2^-17
+HIGHEST_SQNR = 150.0  # dB; what float32 can show
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteStatistics:
+    """How a site's table fits what the site sees, at each step of the walk.
+
+    Attributes:
+        site: Its name.
+        scheme: `W4A4`.
+        rows: Table row of each step.
+        range_use: Codes between the smallest and largest used, as a share of the codes there are.
+        clipped: Share of inputs outside the range.
+        sqnr: Signal to quantization noise of the input, in dB.
+        scale: The table's scale.
+    """
+
+    site: str
+    scheme: str
+    rows: tuple[int, ...]
+    range_use: tuple[float, ...]
+    clipped: tuple[float, ...]
+    sqnr: tuple[float, ...]
+    scale: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteAgreement:
+    """One site of an engine against the reference, from the reference's own input.
+
+    Attributes:
+        site: Its name.
+        codes: Number of input codes compared.
+        ties: Codes that are 1 apart at a rounding tie.
+        differ: Codes that differ by more than a tie explains.
+        output_error: Largest |y_engine - y_reference| over the largest |y_reference|.
+    """
+
+    site: str
+    codes: int
+    ties: int
+    differ: int
+    output_error: float
+
+
+def statistics(artifact: Artifact, walk: FloatWalk) -> list[SiteStatistics]:
+    """Range use, clipping and SQNR of each quantized input along the float model's walk."""
+    reference = Reference(artifact)
+    columns: dict[str, list[tuple[int, float, float, float, float]]] = {}
+    for step in walk.steps:
+        inputs = _inputs_at(walk, [step.timestep] * SAMPLES, step.sample[:SAMPLES])
+        row = int(rows_of(artifact.row_of_timestep, torch.tensor([step.timestep])))
+        for name, record in reference.record(inputs).items():
+            if artifact.sites[name].activation is not None:
+                columns.setdefault(name, []).append((row, *_fit(record, artifact.sites[name], row)))
+    result = []
+    for name, entries in columns.items():
+        rows, range_use, clipped, sqnr, scale = zip(*entries, strict=True)
+        result.append(
+            SiteStatistics(
+                site=name, scheme=artifact.sites[name].scheme, rows=rows, range_use=range_use, clipped=clipped, sqnr=sqnr, scale=scale
+            )
+        )
+    return result
+
+
+def _fit(record: SiteRecord, site: Site, row: int) -> tuple[float, float, float, float]:
+    """Range use, clipped share, SQNR in dB and scale of one site at one row."""
+    table = site.activation
+    assert table is not None  # the caller leaves weight-only sites out
+    qmin, qmax, scale = int(table.qmin[row]), int(table.qmax[row]), float(table.scale[row])
+    codes = (record.x * table.inv_scale[row]).round()
+    used = (float(record.codes.max()) - float(record.codes.min()) + 1) / (qmax - qmin + 1)
+    clipped = float(((codes < qmin) | (codes > qmax)).double().mean())
+    noise = float((record.x.double() - record.codes.double() * scale).pow(2).sum())
+    signal = float(record.x.double().pow(2).sum())
+    sqnr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else HIGHEST_SQNR
+    return used, clipped, min(sqnr, HIGHEST_SQNR), scale
+
+
+def agreement(artifact: Artifact, engine: Manifest, walk: FloatWalk) -> list[SiteAgreement]:
+    """Every site of an engine against the reference, each from the reference's own input; samples of the batch stand at different timesteps.
+
+    Args:
+        artifact: What the engine was built from.
+        engine: Its manifest; the same backend builds the cut graph with the same options.
+        walk: Gives the inputs.
+
+    Raises:
+        UnsupportedError: The backend cannot run on this machine.
+    """
+    assert engine.backend is not None  # an engine's manifest names one
+    chosen = [walk.steps[round(index * (len(walk.steps) - 1) / (SAMPLES - 1))] for index in range(SAMPLES)]
+    samples = torch.stack([step.sample[index % len(step.sample)] for index, step in enumerate(chosen)])
+    inputs = _inputs_at(walk, [step.timestep for step in chosen], samples)
+    records = Reference(artifact).record(inputs)
+    kept = {field.name for field in dataclasses.fields(BuildOptions)}
+    options = {name: value for name, value in engine.build.get("options", {}).items() if name in kept}
+    with tempfile.TemporaryDirectory() as scratch:
+        cut = Path(scratch)
+        onnx_cut_at_sites(artifact, records, cut / "onnx", dtype=engine.dtype)
+        profile = {"batch": Range(SAMPLES, SAMPLES, SAMPLES)}
+        built = build(cut / "onnx", cut / "engine", backend=engine.backend, options=BuildOptions(**options | {"profile": profile}))
+        _, session = open_session(cut / "engine")
+        found = session.run(_cut_inputs(built, inputs, records))
+        rows = rows_of(artifact.row_of_timestep, inputs["timestep"])
+        return [compare(name, artifact.sites[name], record, found, rows) for name, record in records.items()]
+
+
+def compare(name: str, site: Site, record: SiteRecord, found: Mapping[str, Tensor], rows: Tensor) -> SiteAgreement:
+    """One site's codes and output against its record.
+
+    Args:
+        name: The site's.
+        site: It.
+        record: What the reference saw.
+        found: The cut engine's outputs, `<site>.codes` and `<site>.y`.
+        rows: int64 [B], table row of each sample.
+    """
+    codes = ties = differ = 0
+    if site.activation is not None:
+        apart = (found[f"{name}.codes"].float() - record.codes).abs()
+        scaled = record.x * per_sample(site.activation.inv_scale, rows, record.x)
+        tie = (apart == 1) & ((scaled - scaled.floor() - 0.5).abs() < TIE)
+        codes, ties, differ = apart.numel(), int(tie.sum()), int((apart > 0).sum() - tie.sum())
+    largest = max(float(record.y.abs().max()), torch.finfo(torch.float32).tiny)
+    error = float((found[f"{name}.y"].float() - record.y).abs().max()) / largest
+    return SiteAgreement(site=name, codes=codes, ties=ties, differ=differ, output_error=error)
+
+
+def _inputs_at(walk: FloatWalk, timesteps: list[float], samples: Tensor) -> dict[str, Tensor]:
+    conditioning = {name: value[torch.arange(len(samples)) % len(value)] for name, value in walk.conditioning.items()}
+    return {SAMPLE: samples, "timestep": torch.tensor(timesteps[: len(samples)])} | conditioning
+
+
+def _cut_inputs(cut: Manifest, inputs: Mapping[str, Tensor], records: Mapping[str, SiteRecord]) -> dict[str, Tensor]:
+    given = {"timestep": inputs["timestep"]} | {f"{name}.x": record.x for name, record in records.items()}
+    return {declared.name: given[declared.name].to(declared.dtype(cut.torch_dtype)).contiguous() for declared in cut.inputs}
