@@ -1,1 +1,61 @@
-"""From a float model to an artifact: trajectories, observers, training, recipes."""
+"""From a float model to an artifact: trajectories, observers, training, recipes. `fit` is the door."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+
+from calibration.memory import peak_memory
+from calibration.recipe import Interrupted, Progress, Recipe, Run, RunOptions
+from calibration.student import Student, Teacher, artifact_from_student
+from calibration.trajectories import Trajectories, calibrated_timesteps
+from edm_deploy import Artifact
+from edm_deploy.pipelines import Source
+
+__all__ = ["Interrupted", "Progress", "Recipe", "RunOptions", "fit"]
+
+
+def fit(source: Source, recipe: Recipe, options: RunOptions, *, on_progress: Callable[[Progress], None] | None = None) -> Artifact:
+    """Quantize a float model by a recipe.
+
+    Args:
+        source: The float model; it is not changed.
+        recipe: The method and its settings.
+        options: Device, checkpoints.
+        on_progress: Called after every step.
+
+    Returns:
+        A valid artifact.
+
+    Raises:
+        Interrupted: Ctrl-C was heeded.
+        InputError: The recipe does not fit the model.
+        UnsupportedError: The model's scheduler gives no trajectory.
+        ArtifactError: A checkpoint to resume is missing, damaged or of another run.
+    """
+    start = time.perf_counter()
+    device = torch.device(options.device)
+    timesteps = calibrated_timesteps(source.scheduler, recipe.rows)
+    teacher_hash = source.digest()
+    identity = {"recipe": recipe.name, "settings": recipe.settings(), "teacher": teacher_hash, "teacher_dtype": options.teacher_dtype}
+    size = recipe.pool_size()
+    trajectories = Trajectories(source, timesteps, size=size, eta=recipe.eta, seed=recipe.seed, device=device)
+    teacher = Teacher(source, device)
+    student = Student(source, recipe, timesteps, device)
+    recipe.fit(student, teacher, trajectories, Run(options=options, identity=identity, on_progress=on_progress or (lambda _: None)))
+    provenance = {
+        "recipe": recipe.name,
+        "settings": recipe.settings(),
+        "seed": recipe.seed,
+        "source": source.name,
+        "teacher_sha256": teacher_hash,
+        "teacher_dtype": options.teacher_dtype,
+        "device": options.device,
+        "versions": {name: version(name) for name in ("edm-deploy", "torch", "diffusers")},
+        "wall_seconds": round(time.perf_counter() - start, 1),
+        "peak_memory_bytes": peak_memory(device),
+    }
+    return artifact_from_student(student, source, provenance)

@@ -1,0 +1,133 @@
+"""The student's layers: a Conv2d or Linear whose weight and input pass through learnable rounding."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from calibration.fake_quant import fake_quantize, round_straight_through
+from calibration.recipe import Range, SiteSpec
+from edm_deploy.activations import ActivationTable
+from edm_deploy.quant import quantize_weight, weight_bounds
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds an activation by a table with one row for each calibrated timestep; each sample of a batch has its own row.
+
+    Scales are stored as logarithms, so that they stay above 0 and a rate is relative. The lowest code is rounded while training, straight-through,
+    so that bounds are integers from the first step.
+
+    Args:
+        spec: Bits and symmetry.
+        rows: Rows of the table.
+
+    Attributes:
+        log_scale: float32 [R].
+        qmin: float32 [R], the lowest code before rounding; learnable where the spec is not symmetric.
+        current: int64 [B], the row of each sample; set before each forward by whoever knows the timesteps.
+    """
+
+    def __init__(self, spec: SiteSpec, rows: int) -> None:
+        super().__init__()
+        assert spec.act_bits is not None  # a weight-only site has no quantizer
+        self.bits, self.levels = spec.act_bits, spec.levels
+        self.log_scale = nn.Parameter(torch.zeros(rows))
+        fixed = spec.fixed_qmin
+        self.qmin = nn.Parameter(torch.full((rows,), float(fixed or 0)), requires_grad=fixed is None)
+        self.current = torch.zeros(0, dtype=torch.int64)
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def set_row(self, row: int, range_: Range) -> None:
+        """Set one row of the table."""
+        self.log_scale[row] = math.log(range_.scale)
+        self.qmin[row] = range_.qmin
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [B, ...] rounded to codes and back, in its own dtype. Layers that are fed the same tensor get the same result."""
+        if self._last is None or self._last[0] is not x:
+            qmin = round_straight_through(self.qmin.clamp(-self.levels, 0))
+            self._last = x, fake_quantize(x, self.log_scale.exp()[self.current], qmin[self.current], self.levels)
+        return self._last[1]
+
+    def forget(self) -> None:
+        """Drop the last input and result, which would otherwise live until the next forward."""
+        self._last = None
+
+    @torch.no_grad()
+    def table(self) -> ActivationTable:
+        """The table as an artifact holds it."""
+        qmin = self.qmin.clamp(-self.levels, 0).round()
+        scale, lowest, highest = self.log_scale.exp().cpu(), qmin.to(torch.int8).cpu(), (qmin + self.levels).to(torch.int8).cpu()
+        return ActivationTable(bits=self.bits, scale=scale, qmin=lowest, qmax=highest)
+
+
+class StudentLayer(nn.Module):
+    """A quantized Conv2d or Linear: `y = conv(Q(x), Q(W + B @ A)) + bias`. The low-rank update is merged before rounding (QALoRA).
+
+    Args:
+        layer: The float layer; its weight stays as it is.
+        spec: Bits of its weight.
+        quantizer: For its input, shared with the layers that are fed the same tensor; None leaves the input alone.
+
+    Attributes:
+        log_weight_scale: float32 [Cout].
+        lora_a: float32 [rank, Cin * kernel]; lora_b: float32 [Cout, rank]. None before `add_update`.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, spec: SiteSpec, quantizer: ActivationQuantizer | None) -> None:
+        super().__init__()
+        self.layer, self.quantizer = layer, quantizer
+        self.bits = spec.weight_bits
+        self.log_weight_scale = nn.Parameter(torch.zeros(layer.weight.shape[0]))
+        self.lora_a: nn.Parameter | None = None
+        self.lora_b: nn.Parameter | None = None
+
+    @torch.no_grad()
+    def set_weight_scale(self, scale: Tensor) -> None:
+        """Set the scale of each output channel, float32 [Cout]."""
+        self.log_weight_scale.copy_(scale.log())
+
+    def add_update(self, rank: int, generator: torch.Generator) -> None:
+        """Add a low-rank update that starts at zero: A uniform in +-1/sqrt(fan in), B zero.
+
+        Source: LoRA, arXiv 2106.09685; the released code's kaiming_uniform(a=sqrt(5)).
+        """
+        weight = self.layer.weight
+        fan_in = weight[0].numel()
+        rank = min(rank, weight.shape[0], fan_in)
+        a = (torch.rand(rank, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)
+        self.lora_a = nn.Parameter(a.to(weight.device))
+        self.lora_b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+
+    def merged_weight(self) -> Tensor:
+        """`W + B @ A`: float32, the shape of the layer's weight."""
+        weight = self.layer.weight
+        if self.lora_a is None or self.lora_b is None:
+            return weight
+        return torch.addmm(weight.flatten(1), self.lora_b, self.lora_a).view_as(weight)
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        """Output of the layer; under autocast input, weight and bias are taken in its dtype, scales and rounding stay float32."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            qmin, qmax = weight_bounds(self.bits)
+            lowest = torch.full_like(self.log_weight_scale, qmin)
+            weight = fake_quantize(self.merged_weight(), self.log_weight_scale.exp(), lowest, qmax - qmin).to(x.dtype)
+            bias = None if self.layer.bias is None else self.layer.bias.to(x.dtype)
+            x = x if self.quantizer is None else self.quantizer(x)
+            if isinstance(self.layer, nn.Linear):
+                return functional.linear(x, weight, bias)
+            layer = self.layer
+            return functional.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    @torch.no_grad()
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """Weight codes, int8 in the shape of the weight, and their scale, float32 [Cout]."""
+        scale = self.log_weight_scale.exp()
+        return quantize_weight(self.merged_weight(), scale, self.bits), scale

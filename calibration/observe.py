@@ -1,0 +1,97 @@
+"""Calibration: what each site is fed at each row of its table, along the teacher's trajectories, and the range that a recipe makes of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibration.interrupt import CtrlC
+from calibration.memory import peak_memory
+from calibration.recipe import Interrupted, Progress, Recipe, Run
+from calibration.student import Student, Teacher
+from calibration.trajectories import Trajectories
+
+SAMPLES_PER_BATCH = 1 << 14  # values kept of each site's input in one batch: enough for percentiles, and sorted in a millisecond
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one site was fed at one row.
+
+    Attributes:
+        values: float32 [N], drawn at random from all values.
+        low: The smallest of all values.
+        high: The largest.
+    """
+
+    values: Tensor
+    low: float
+    high: float
+
+
+class Observer:
+    """Collects one site's input over the batches of one row. A forward pre-hook of the teacher's layer."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.parts: list[Tensor] = []
+        self.low, self.high = 0.0, 0.0
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        low, high = torch.aminmax(x)
+        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        flat = x.reshape(-1) if x.is_contiguous() else x.permute(0, *range(2, x.ndim), 1).reshape(-1)
+        if flat.numel() > SAMPLES_PER_BATCH:
+            flat = flat[torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=self.generator).to(flat.device)]
+        self.parts.append(flat.float().cpu())
+
+    def take(self) -> Observation:
+        """The observation so far; the observer starts anew."""
+        observation = Observation(torch.cat(self.parts), self.low, self.high)
+        self.parts, self.low, self.high = [], 0.0, 0.0
+        return observation
+
+
+@torch.no_grad()
+def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, recipe: Recipe, run: Run) -> None:
+    """Set every row of every activation table of the student, in place. The pool is left staggered over the schedule.
+
+    Args:
+        student: Its weight scales are set already.
+        teacher: Leads the trajectories, and is the network that is observed.
+        trajectories: A fresh pool.
+        recipe: Makes ranges of observations.
+        run: For progress.
+
+    Raises:
+        Interrupted: Ctrl-C; nothing is worth saving yet.
+    """
+    layers: Mapping[str, nn.Module] = teacher.family.sites(teacher.model)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    observers = {name: Observer(generator) for name in student.quantizers}
+    handles: list[Any] = [layers[name].register_forward_pre_hook(observer) for name, observer in observers.items()]
+    specs = {name: recipe.specs(name, teacher.family.placement(name)) for name in student.quantizers}
+    start = time.perf_counter()
+    try:
+        with CtrlC() as interrupt:
+            for done, (row, batches) in enumerate(trajectories.sweep(BATCH), start=1):
+                for batch in batches:
+                    trajectories.advance(batch, teacher(batch.inputs))
+                for name, observer in observers.items():
+                    student.quantizers[name].set_row(row, recipe.activation_range(observer.take(), specs[name]))
+                rate = done / (time.perf_counter() - start)
+                left = (trajectories.rows - done) / rate
+                device = trajectories.device
+                run.on_progress(Progress(stage="calibrate", step=done, total=trajectories.rows, loss=None, rate=rate, eta_seconds=left, memory_bytes=peak_memory(device)))
+                if interrupt.seen:
+                    raise Interrupted("Interrupted while calibrating; nothing was written. Run the same command again.")
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,92 @@
+"""EfficientDM: low-rank updates merged before rounding, scale tables learned per timestep, rates that follow the weight scale, no data.
+
+Source: He et al., EfficientDM, ICLR 2024, arXiv 2310.03270; constants from the released code, github.com/ThisisBillhe/EfficientDM at 293e212.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from calibration import distill
+from calibration.recipe import Run, at_least
+from calibration.recipes.mse import Mse
+from calibration.student import DTYPES, Student, Teacher
+from calibration.trajectories import Trajectories
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficientDM(Mse):
+    """Starts from the MSE calibration. Rates fall linearly to 0; nothing decays.
+
+    Unlike the released code: bounds are integers while training, no weight decay (it shrank every row of every table), one parameter a scale, rows
+    looked up by timestep; the update is added to the float weight, as the paper has it, not to the rounded one.
+
+    Attributes:
+        steps: Training steps. Source: 160 epochs of 100.
+        batch: Samples a step. Source: 2 samples with and without their label.
+        rank: Of the low-rank update. Source: 32.
+        update_rate: Rate of the update in units of its layer's mean weight scale. Source: 1 / 2500.
+        weight_scale_rate: Relative rate of the weight scales. Source: 1e-6 absolute, about this much of a usual scale of 0.01.
+        scale_rate: Relative rate of the activation scales. Source: 5e-4, absolute there.
+        bound_rate: Rate of the activation bounds, in codes. Source: 5e-4.
+        warmup: Share of the steps in which the rates rise from 0. Source: none.
+        compute: What the student computes in. Its scales, rounding and updates are float32 always.
+    """
+
+    name = "efficientdm"
+    weight_bits: int = 4
+    act_bits: int = 4
+    steps: int = 16000
+    batch: int = 4
+    rank: int = 32
+    update_rate: float = 1 / 2500
+    weight_scale_rate: float = 1e-4
+    scale_rate: float = 5e-4
+    bound_rate: float = 5e-4
+    warmup: float = 0.0
+    compute: Literal["bf16", "fp32"] = "bf16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "batch", "rank"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("update_rate", "weight_scale_rate", "scale_rate", "bound_rate", "warmup"):
+            at_least(name, getattr(self, name), 0.0)
+        if self.compute not in DTYPES:
+            distill.refuse_compute(self.compute)
+
+    def pool_size(self) -> int:
+        return max(self.calibration_samples, self.batch)
+
+    def fit(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        for layer in student.layers.values():
+            layer.add_update(self.rank, generator)
+        if not run.options.resume:
+            super().fit(student, teacher, trajectories, run)
+        student.compute_dtype = DTYPES[self.compute]
+        distill.distill(student, teacher, trajectories, self.groups(student), self.schedule, run)
+
+    @property
+    def schedule(self) -> distill.Schedule:
+        """Steps, batch and how rates change over them."""
+        return distill.Schedule(self.steps, self.batch, self.warmup)
+
+    def groups(self, student: Student) -> list[distill.Group]:
+        """What is learned, and how fast. Rates of zero leave their parameters alone."""
+        groups = []
+        for layer in student.layers.values():
+            update = [parameter for parameter in (layer.lora_a, layer.lora_b) if parameter is not None]
+            groups.append(distill.Group(update, self.update_rate * float(layer.log_weight_scale.detach().exp().mean())))
+        groups.append(distill.Group([layer.log_weight_scale for layer in student.layers.values()], self.weight_scale_rate))
+        groups.append(distill.Group([quantizer.log_scale for quantizer in student.quantizers.values()], self.scale_rate))
+        bounds: list[nn.Parameter] = [quantizer.qmin for quantizer in student.quantizers.values() if quantizer.qmin.requires_grad]
+        groups.append(distill.Group(bounds, self.bound_rate))
+        return groups
+
+
+RECIPE = EfficientDM

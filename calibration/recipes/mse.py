@@ -1,0 +1,37 @@
+"""MSE: ranges with the least squared rounding error. The default of `calibrate`, and where training starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from calibration.observe import Observation
+from calibration.ranges import least_error_weight_scale, least_squares_range
+from calibration.recipe import Range, Recipe, SiteSpec, at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mse(Recipe):
+    """Searches scale and lowest code together.
+
+    Attributes:
+        weight_exponent: Of the weights' rounding error. Source: 2.4, EfficientDM's and Q-Diffusion's released code.
+    """
+
+    name = "mse"
+    weight_exponent: float = 2.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("weight_exponent", self.weight_exponent, 1.0)
+
+    def weight_scale(self, weight: Tensor, bits: int) -> Tensor:
+        return least_error_weight_scale(weight, bits, exponent=self.weight_exponent)
+
+    def activation_range(self, observed: Observation, spec: SiteSpec) -> Range:
+        # 2, not 2.4: what a layer passes on is the squared error of its input.
+        return least_squares_range(observed.values, observed.low, observed.high, spec)
+
+
+RECIPE = Mse

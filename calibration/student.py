@@ -1,0 +1,187 @@
+"""Teacher and student: the float model that leads, the quantized copy that learns, and the artifact that the copy becomes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibration.layers import ActivationQuantizer, StudentLayer
+from calibration.recipe import Recipe, SiteSpec
+from edm_deploy.activations import nearest_rows, rows_of
+from edm_deploy.artifact import Artifact, Site
+from edm_deploy.family import SAMPLE
+from edm_deploy.pipelines import Source
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Teacher(nn.Module):
+    """The float model: graph inputs by name in, float32 prediction out, without gradients.
+
+    Args:
+        source: Its model is copied, not changed.
+        device: Where the copy lives.
+    """
+
+    def __init__(self, source: Source, device: torch.device) -> None:
+        super().__init__()
+        self.family = source.family_object
+        self.model = copy.deepcopy(source.model).to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.dtype = torch.float32
+
+    def lead_in(self, dtype: torch.dtype) -> None:
+        """Compute in `dtype` from now on."""
+        self.dtype = dtype
+        self.model.to(dtype)
+
+    @torch.no_grad()
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Prediction, float32 [B, C, H, W]; `timestep` stays float32, which holds what bfloat16 would round."""
+        return self.family.forward(self.model, _cast(inputs, self.dtype)).float()
+
+
+class Student(nn.Module):
+    """The quantized copy: graph inputs by name in, prediction out; rows follow each sample's timestep.
+
+    Args:
+        source: Its model is copied, not changed.
+        recipe: Says what becomes of each site.
+        timesteps: int32 [R] ascending, one a table row.
+        device: Where the student lives.
+
+    Attributes:
+        layers: Every quantized layer by site name.
+        quantizers: Every activation quantizer by the name of the first site that it serves.
+    """
+
+    def __init__(self, source: Source, recipe: Recipe, timesteps: Tensor, device: torch.device) -> None:
+        super().__init__()
+        self.family = source.family_object
+        self.model = copy.deepcopy(source.model).to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.timesteps = timesteps
+        self.row_of_timestep = nearest_rows(timesteps, source.num_train_timesteps)
+        self.compute_dtype = torch.float32
+        sites = self.family.sites(self.model)
+        leaders = sites_by_input(self.model, self.family.forward, example_inputs(source, device), sites)
+        specs = {name: recipe.specs(name, self.family.placement(name)) for name in sites}
+        self.quantizers: dict[str, ActivationQuantizer] = {}
+        self.layers: dict[str, StudentLayer] = {}
+        for name, layer in sites.items():
+            quantizer = self._quantizer(leaders[name], specs[name], specs[leaders[name]], name).to(device) if specs[name].act_bits else None
+            self.layers[name] = StudentLayer(layer, specs[name], quantizer).to(device)
+            self.layers[name].set_weight_scale(recipe.weight_scale(layer.weight, specs[name].weight_bits))
+            _replace(self.model, name, self.layers[name])
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Prediction, [B, C, H, W] in the compute dtype."""
+        rows = rows_of(self.row_of_timestep, inputs["timestep"])
+        for quantizer in self.quantizers.values():
+            quantizer.current = rows
+        device = inputs[SAMPLE].device.type
+        try:
+            with torch.autocast(device, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+                return self.family.forward(self.model, inputs)
+        finally:
+            for quantizer in self.quantizers.values():
+                quantizer.forget()
+
+    def learnable(self) -> dict[str, nn.Parameter]:
+        """Every parameter that calibration or training sets, by name, each once."""
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
+    def learnable_or_fixed(self) -> dict[str, nn.Parameter]:
+        """What `learnable` gives before a rate of 0 fixes some of it: all that a checkpoint must hold."""
+        kept = {id(parameter) for layer in self.layers.values() for parameter in layer.layer.parameters()}
+        own = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()} - kept
+        return {name: value for name, value in self.named_parameters() if id(value) in own}
+
+    def _quantizer(self, leader: str, spec: SiteSpec, leading_spec: SiteSpec, name: str) -> ActivationQuantizer:
+        key = leader if (spec.act_bits, spec.symmetric) == (leading_spec.act_bits, leading_spec.symmetric) else name
+        if key not in self.quantizers:
+            self.quantizers[key] = ActivationQuantizer(spec, len(self.timesteps))
+        return self.quantizers[key]
+
+
+def sites_by_input(model: nn.Module, forward: Any, inputs: Mapping[str, Tensor], sites: Mapping[str, nn.Module]) -> dict[str, str]:
+    """For each site the first site that is fed the very same tensor (itself, for most), so that an exporter can share one quantization.
+
+    Args:
+        model: The float model.
+        forward: The family's forward.
+        inputs: Graph inputs by name; one forward is run on them.
+        sites: Layers by name.
+    """
+    seen: list[tuple[Tensor, str]] = []  # holds the tensors, so that no address is used twice
+    leaders = {name: name for name in sites}
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            leaders[name] = next((leader for x, leader in seen if x is args[0]), name)
+            seen.append((args[0], leaders[name]))
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in sites.items()]
+    try:
+        with torch.no_grad():
+            forward(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return leaders
+
+
+def example_inputs(source: Source, device: torch.device) -> dict[str, Tensor]:
+    """Graph inputs of one sample, by name: noise in the middle of the schedule."""
+    generator = torch.Generator().manual_seed(0)
+    family = source.family_object
+    sample = torch.randn(1, *family.sample_shape(source.config), generator=generator)
+    inputs = {SAMPLE: sample, "timestep": torch.tensor([float(source.num_train_timesteps // 2)])}
+    inputs |= family.random_conditioning(source.config, 1, generator)
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def artifact_from_student(student: Student, source: Source, provenance: Mapping[str, Any]) -> Artifact:
+    """The student as an artifact: updates merged, weights rounded, tables as integers.
+
+    Raises:
+        ArtifactError: Training left a value that is not finite.
+    """
+    sites, params = {}, {name: value.detach().float().cpu() for name, value in source.model.state_dict().items()}
+    for name, layer in student.layers.items():
+        codes, scale = layer.codes()
+        sites[name] = Site(
+            op="conv2d" if isinstance(layer.layer, nn.Conv2d) else "linear",
+            codes=codes.cpu().contiguous(),
+            weight_scale=scale.cpu(),
+            weight_bits=layer.bits,
+            activation=layer.quantizer.table() if layer.quantizer else None,
+        )
+        del params[f"{name}.weight"]
+        if layer.layer.bias is not None:
+            params[f"{name}.bias"] = layer.layer.bias.detach().float().cpu()
+    artifact = Artifact(
+        family=source.family,
+        config=source.config,
+        timesteps=student.timesteps,
+        row_of_timestep=student.row_of_timestep,
+        sites=sites,
+        params=params,
+        provenance=dict(provenance),
+        pipeline=source.pipeline,
+    )
+    artifact.validate()
+    return artifact
+
+
+def _cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: value.to(dtype) if value.is_floating_point() and name != "timestep" else value for name, value in inputs.items()}
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
