@@ -102,9 +102,9 @@ class Artifact:
 
     @property
     def scheme(self) -> str:
-        """Bits of most sites, `W4A4`."""
+        """Bits of most sites, `W4A4`; `float` where there are none."""
         schemes = [site.scheme for site in self.sites.values()]
-        return max(sorted(set(schemes)), key=schemes.count)
+        return max(sorted(set(schemes)), key=schemes.count, default="float")
 
     @property
     def digest(self) -> str:

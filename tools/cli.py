@@ -213,7 +213,8 @@ def bench(
     as_json: opt.Json = False,
 ) -> None:
     """Time engines against float baselines, in turns in one process; medians and ratios."""
-    from edm_deploy_tools.bench import bench_engines, bench_finetune_step, rows_of
+    from edm_deploy_tools.bench import bench_engines, rows_of
+    from edm_deploy_tools.training_cost import bench_finetune_step
 
     if finetune_step:
         result = bench_finetune_step(finetune_step, batch=batch, rounds=rounds, threads=threads)

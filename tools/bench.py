@@ -1,0 +1,201 @@
+"""Engines and float baselines timed in turns, in one process: what disturbs one disturbs all."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edm_deploy.denoiser import load_denoiser
+from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.family import SAMPLE, Family, family_named
+from edm_deploy.lookup import suggestion
+from edm_deploy.manifest import Manifest
+from edm_deploy_tools.console import Row
+from edm_deploy_tools.floats import float_engine
+from edm_deploy_tools.machine import machine, versions
+
+BASELINES = ("torch", "torch-bf16", "openvino-fp32", "openvino-bf16", "ort-fp32")
+WARM_UP = 3  # calls before the first one that counts: compilation, caches, memory pools
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One contestant.
+
+    Attributes:
+        name: In the table.
+        seconds: Wall time of each measured call.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median wall time in seconds."""
+        return median(self.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A finished benchmark.
+
+    Attributes:
+        conditions: What a number needs to mean something: machine, versions, batch, n, date.
+        timings: The baseline first.
+        batch: Samples a call.
+    """
+
+    conditions: Mapping[str, Any]
+    timings: tuple[Timing, ...]
+    batch: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure, by name."""
+        return {"conditions": dict(self.conditions), "results": rows_of(self), "seconds": {timing.name: list(timing.seconds) for timing in self.timings}}
+
+
+def rows_of(bench: Bench) -> list[Row]:
+    """One line for each contestant, with its speed relative to the first."""
+    first = bench.timings[0]
+    return [
+        {
+            "name": timing.name,
+            "median ms": round(1000 * timing.median, 2),
+            "least ms": round(1000 * min(timing.seconds), 2),
+            "samples/s": round(bench.batch / timing.median, 1),
+            f"times {first.name}": round(first.median / timing.median, 2),
+            "n": len(timing.seconds),
+        }
+        for timing in bench.timings
+    ]
+
+
+def bench_engines(
+    engines: Sequence[Path], *, against: Sequence[str] = ("torch",), batch: int = 16, rounds: int = 20, threads: int | None = None
+) -> Bench:
+    """Time one forward pass of a batch: baselines first, then the engines.
+
+    Args:
+        engines: Engine directories of one architecture.
+        against: Names of BASELINES: the float model of the engines' architecture (weights are random: they do not change the time).
+        batch: Samples a call, each at its own timestep.
+        rounds: Measurements of each contestant, in turns.
+        threads: CPU threads of torch and of the float baselines; None leaves their own defaults. An engine keeps the threads it was built with.
+
+    Raises:
+        InputError: No engines, a number below 1, engines of different architectures, or a batch over an engine's profile.
+        UnsupportedError: An unknown baseline, or an engine that cannot run on this machine.
+    """
+    manifests = [Manifest.read(path, kind="engine") for path in engines]
+    check_request(engines, manifests, against, batch, rounds, threads)
+    if threads:
+        torch.set_num_threads(threads)
+    family, config = family_named(manifests[0].family), manifests[0].config
+    inputs = inputs_of(family, config, manifests[0].num_train_timesteps, batch)
+    with ExitStack() as scratch:
+        model = random_model(family, config)
+        calls: dict[str, Call] = {}
+        for name in against:
+            calls[name] = baseline(name, manifests[0], model, inputs, threads, scratch)
+        for path in engines:
+            calls[unused(path.resolve().name, calls)] = engine_call(path, inputs)
+        timings = in_turns(calls, rounds)
+    return Bench(conditions=conditions(batch, rounds, threads), timings=timings, batch=batch)
+
+
+def check_request(
+    engines: Sequence[Path], manifests: Sequence[Manifest], against: Sequence[str], batch: int, rounds: int, threads: int | None
+) -> None:
+    """Refuse what cannot be measured, before anything is loaded."""
+    if not engines:
+        raise InputError("No engine was given. Name one or more directories that build-engine wrote, or use --finetune-step MODEL.")
+    for name, value in (("--batch", batch), ("--rounds", rounds), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value}: expected 1 or more.")
+    for name in against:
+        if name not in BASELINES:
+            raise UnsupportedError(f"No baseline {name!r}.{suggestion(name, BASELINES)} Known: {', '.join(BASELINES)}.")
+    for path, manifest in zip(engines, manifests, strict=True):
+        if (manifest.family, manifest.config) != (manifests[0].family, manifests[0].config):
+            raise InputError(f"{path} and {engines[0]} are engines of different models. Compare engines of one model.")
+        allowed = manifest.profile.get("batch")
+        if allowed and not allowed.min <= batch <= allowed.max:
+            raise InputError(
+                f"--batch {batch} lies outside the profile {allowed.min}:{allowed.opt}:{allowed.max} of {path}. Choose one inside, or build again."
+            )
+
+
+def random_model(family: Family, config: Mapping[str, Any]) -> nn.Module:
+    """The float model with random weights, without touching torch's random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return family.build(config).eval().requires_grad_(False)
+
+
+def inputs_of(family: Family, config: Mapping[str, Any], num_train_timesteps: int, batch: int) -> dict[str, Tensor]:
+    """Inputs of one call, the timesteps spread over the schedule."""
+    generator = torch.Generator().manual_seed(0)
+    timesteps = torch.linspace(0, num_train_timesteps - 1, batch).round()
+    sample = torch.randn(batch, *family.sample_shape(config), generator=generator)
+    return {SAMPLE: sample, "timestep": timesteps} | family.random_conditioning(config, batch, generator)
+
+
+def baseline(name: str, manifest: Manifest, model: nn.Module, inputs: Mapping[str, Tensor], threads: int | None, scratch: ExitStack) -> Call:
+    """One call of a float baseline."""
+    family = family_named(manifest.family)
+    if not name.startswith("torch"):
+        backend, _, precision = name.partition("-")
+        path = scratch.enter_context(float_engine(manifest, model, backend=backend, precision=precision, threads=threads, batch=len(inputs[SAMPLE])))
+        return engine_call(path, inputs)
+    if name == "torch-bf16":
+        model = random_model(family, manifest.config).to(torch.bfloat16)
+        inputs = {key: value.to(torch.bfloat16) if value.is_floating_point() and key != "timestep" else value for key, value in inputs.items()}
+    return torch.no_grad()(lambda: family.forward(model, inputs))
+
+
+def engine_call(path: Path, inputs: Mapping[str, Tensor]) -> Call:
+    """One call of an engine through the drop-in, checks included: what a pipeline pays."""
+    denoiser = load_denoiser(path)
+    return lambda: denoiser(**inputs)
+
+
+def in_turns(calls: Mapping[str, Call], rounds: int) -> tuple[Timing, ...]:
+    """Time each call `rounds` times; every round calls each once."""
+    for call in calls.values():
+        for _ in range(WARM_UP):
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return tuple(Timing(name=name, seconds=tuple(found)) for name, found in seconds.items())
+
+
+def conditions(batch: int, rounds: int, threads: int | None) -> dict[str, Any]:
+    """What stands beside every figure."""
+    return {
+        "batch": batch,
+        "rounds": rounds,
+        "threads": threads or torch.get_num_threads(),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        **machine(),
+        **versions(),
+    }
+
+
+def unused(name: str, taken: Mapping[str, object]) -> str:
+    """`name`, with a number where it is taken."""
+    return name if name not in taken else next(f"{name} {count}" for count in range(2, 1000) if f"{name} {count}" not in taken)

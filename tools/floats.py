@@ -1,0 +1,47 @@
+"""The float model as an engine: an artifact without quantized sites goes the same way as any other."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from edm_deploy.artifact import Artifact
+from edm_deploy.export.onnx import onnx_from_artifact
+from edm_deploy.manifest import Manifest, Range
+from edm_deploy.session import BuildOptions
+from edm_deploy_tools.profiles import build
+
+
+@contextlib.contextmanager
+def float_engine(manifest: Manifest, model: nn.Module, *, backend: str, precision: str, threads: int | None, batch: int) -> Iterator[Path]:
+    """The directory of an engine of the float model, which vanishes with the block.
+
+    Args:
+        manifest: Of an engine of the same architecture.
+        model: The float model.
+        backend: `openvino` or `ort`.
+        precision: `fp32` or `bf16`; ort has no other than its graph's.
+        threads: CPU threads; None is the backend's default.
+        batch: The one batch size it will meet.
+
+    Raises:
+        UnsupportedError: The backend is not installed.
+    """
+    artifact = Artifact(
+        family=manifest.family,
+        config=manifest.config,
+        timesteps=torch.zeros(1, dtype=torch.int32),
+        row_of_timestep=torch.zeros(manifest.num_train_timesteps, dtype=torch.int32),
+        sites={},
+        params={name: value.float() for name, value in model.state_dict().items()},
+    )
+    options = BuildOptions(profile={"batch": Range(batch, batch, batch)}, threads=threads, precision=None if backend == "ort" else precision)
+    with tempfile.TemporaryDirectory() as scratch:
+        onnx_from_artifact(artifact, Path(scratch) / "onnx")
+        build(Path(scratch) / "onnx", Path(scratch) / "engine", backend=backend, options=options)
+        yield Path(scratch) / "engine"
