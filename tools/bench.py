@@ -62,7 +62,11 @@ class Bench:
 
     def to_json(self) -> dict[str, Any]:
         """Every figure, by name."""
-        return {"conditions": dict(self.conditions), "results": rows_of(self), "seconds": {timing.name: list(timing.seconds) for timing in self.timings}}
+        return {
+            "conditions": dict(self.conditions),
+            "results": rows_of(self),
+            "seconds": {timing.name: list(timing.seconds) for timing in self.timings},
+        }
 
 
 def rows_of(bench: Bench) -> list[Row]:
@@ -151,16 +155,22 @@ def inputs_of(family: Family, config: Mapping[str, Any], num_train_timesteps: in
     return {SAMPLE: sample, "timestep": timesteps} | family.random_conditioning(config, batch, generator)
 
 
-def baseline(name: str, manifest: Manifest, model: nn.Module, inputs: Mapping[str, Tensor], threads: int | None, scratch: ExitStack) -> Call:
+def baseline(
+    name: str, manifest: Manifest, model: nn.Module, inputs: Mapping[str, Tensor], threads: int | None, scratch: ExitStack
+) -> Call:
     """One call of a float baseline."""
     family = family_named(manifest.family)
     if not name.startswith("torch"):
         backend, _, precision = name.partition("-")
-        path = scratch.enter_context(float_engine(manifest, model, backend=backend, precision=precision, threads=threads, batch=len(inputs[SAMPLE])))
+        path = scratch.enter_context(
+            float_engine(manifest, model, backend=backend, precision=precision, threads=threads, batch=len(inputs[SAMPLE]))
+        )
         return engine_call(path, inputs)
     if name == "torch-bf16":
         model = random_model(family, manifest.config).to(torch.bfloat16)
-        inputs = {key: value.to(torch.bfloat16) if value.is_floating_point() and key != "timestep" else value for key, value in inputs.items()}
+        inputs = {
+            key: value.to(torch.bfloat16) if value.is_floating_point() and key != "timestep" else value for key, value in inputs.items()
+        }
     return torch.no_grad()(lambda: family.forward(model, inputs))
 
 

@@ -40,7 +40,9 @@ def float_engine(manifest: Manifest, model: nn.Module, *, backend: str, precisio
         sites={},
         params={name: value.float() for name, value in model.state_dict().items()},
     )
-    options = BuildOptions(profile={"batch": Range(batch, batch, batch)}, threads=threads, precision=None if backend == "ort" else precision)
+    options = BuildOptions(
+        profile={"batch": Range(batch, batch, batch)}, threads=threads, precision=None if backend == "ort" else precision
+    )
     with tempfile.TemporaryDirectory() as scratch:
         onnx_from_artifact(artifact, Path(scratch) / "onnx")
         build(Path(scratch) / "onnx", Path(scratch) / "engine", backend=backend, options=options)

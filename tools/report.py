@@ -16,12 +16,12 @@ from edm_deploy.pipelines import images_from_sample
 from edm_deploy.target import summary
 from edm_deploy_tools.charts import curves, heat_map, png_uri
 from edm_deploy_tools.console import Row, bytes_of, cell, size_words, time_words
-from edm_deploy_tools.results import Report, Result, agreement_json, final_samples
+from edm_deploy_tools.results import Report, Result, Subject, agreement_json, final_samples
 from edm_deploy_tools.sample import grid_of
+from edm_deploy_tools.sites import SiteAgreement
 
 STYLE = Path(__file__).with_name("report.css")
 COLUMNS = 4  # of the image grids
-FLAT = 1e-3  # the page shows no provenance entry that is shorter than this many seconds
 
 
 def html_of(report: Report) -> str:
@@ -106,34 +106,40 @@ def _curve(report: Report) -> str:
 
 
 def _engines(report: Report) -> str:
-    rows = [_engine_row(result) for result in report.results if result.subject.engine]
+    judged = [(result.subject, result.agreement) for result in report.results if result.subject.engine]
+    rows = [_engine_row(subject, agreement) for subject, agreement in [*judged, *((subject, None) for subject in report.waiting)]]
     if not rows:
         return ""
     notes = [f"{result.subject.label}: {note}" for result in report.results for note in result.notes]
+    notes += [f"{subject.label} was built ahead of time for {_gpu(subject)} and has not run on this machine." for subject in report.waiting]
     return (
         "<h2>Engines</h2>"
-        '<p class="soft">Agreement: every quantized layer from the reference executor\'s own input. At a rounding tie two correct executors may be one code apart; '
-        "what differs by more is counted as beyond a tie.</p>"
-        + html_table(rows, numbers=("codes compared", "ties", "beyond a tie", "largest output error", "build"))
+        '<p class="soft">Agreement: every quantized layer from the reference executor\'s own input. At a rounding tie two correct executors may be '
+        "one code apart; what differs by more is counted as beyond a tie.</p>"
+        + html_table(rows, numbers=("build", "codes compared", "ties", "beyond a tie", "largest output error"))
         + "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
     )
 
 
-def _engine_row(result: Result) -> Row:
-    engine = result.subject.engine
+def _engine_row(subject: Subject, agreement: Sequence[SiteAgreement] | None) -> Row:
+    engine = subject.engine
     assert engine is not None  # the caller chose the engines
     options = ", ".join(f"{name} {value}" for name, value in engine.build.get("options", {}).items() if value is not None)
-    row: dict[str, Any] = {
-        "": result.subject.label,
+    found = agreement_json(agreement) if agreement is not None else None
+    return {
+        "": subject.label,
         "plan": summary(engine.plan) + (f" ({options})" if options else ""),
         "build": time_words(float(engine.build.get("seconds", 0))),
+        "codes compared": f"{found['codes']:,}" if found else None,
+        "ties": f"{found['ties']:,}" if found else None,
+        "beyond a tie": f"{found['beyond_a_tie']:,} ({100 * found['beyond_a_tie'] / max(found['codes'], 1):.2g} %)" if found else None,
+        "largest output error": f"{max((site.output_error for site in agreement), default=0):.1e}" if agreement else None,
     }
-    found = agreement_json(result.agreement) if result.agreement is not None else None
-    row["codes compared"] = f"{found['codes']:,}" if found else None
-    row["ties"] = f"{found['ties']:,}" if found else None
-    row["beyond a tie"] = f"{found['beyond_a_tie']:,} ({100 * found['beyond_a_tie'] / max(found['codes'], 1):.2g} %)" if found else None
-    row["largest output error"] = f"{max((site.output_error for site in result.agreement), default=0):.1e}" if result.agreement else None
-    return row
+
+
+def _gpu(subject: Subject) -> str:
+    assert subject.engine is not None  # only engines wait
+    return str(subject.engine.build.get("options", {}).get("gpu") or subject.engine.backend)
 
 
 def _bench(report: Report) -> str:

@@ -79,6 +79,7 @@ class Report:
         results: One for each subject, in the order given.
         date: Local time.
         machine, versions: Where and with what it was measured.
+        waiting: Engines that were built here and run elsewhere.
         bench: Rows of a benchmark, where one was run beside.
         notes: What else a reader must know.
     """
@@ -89,6 +90,7 @@ class Report:
     date: str
     machine: Mapping[str, Any]
     versions: Mapping[str, str]
+    waiting: tuple[Subject, ...] = ()
     bench: tuple[Row, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -109,6 +111,7 @@ class Report:
             "setup": setup,
             "reference": float_model,
             "results": [result_json(result) for result in self.results],
+            "waiting": [engine_json(subject) for subject in self.waiting],
             "bench": [dict(row) for row in self.bench],
             "notes": list(self.notes),
         }
@@ -148,7 +151,7 @@ def result_json(result: Result) -> dict[str, Any]:
     if subject.artifact:
         content["provenance"] = dict(subject.artifact.provenance)
     if subject.engine:
-        content |= {"backend": subject.engine.backend, "build": dict(subject.engine.build), "plan": summary(subject.engine.plan)}
+        content |= engine_json(subject)
     elif subject.artifact:
         content["plan"] = {name: summary(plan(subject.artifact.sites, target)) for name, target in TARGETS.items()}
     if result.statistics:
@@ -156,6 +159,13 @@ def result_json(result: Result) -> dict[str, Any]:
     if result.agreement is not None:
         content["agreement"] = agreement_json(result.agreement)
     return content
+
+
+def engine_json(subject: Subject) -> dict[str, Any]:
+    """What is known of an engine without running it."""
+    assert subject.engine is not None  # the caller chose an engine
+    engine = subject.engine
+    return {"label": subject.label, "backend": engine.backend, "build": dict(engine.build), "plan": summary(engine.plan)}
 
 
 def agreement_json(sites: Sequence[SiteAgreement]) -> dict[str, Any]:

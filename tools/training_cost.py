@@ -46,7 +46,9 @@ def bench_finetune_step(model: str, *, batch: int, rounds: int, threads: int | N
         step()
     peak = peak_memory(torch.device("cpu"))  # before the float step allocates anything
     timings = in_turns({FLOAT: float_step(source, batch), "fine-tuning step (efficientdm)": step}, rounds)
-    return Bench(conditions=conditions(batch, rounds, threads) | {"peak_memory_gb_of_finetuning": round(peak / 1e9, 2)}, timings=timings, batch=batch)
+    return Bench(
+        conditions=conditions(batch, rounds, threads) | {"peak_memory_gb_of_finetuning": round(peak / 1e9, 2)}, timings=timings, batch=batch
+    )
 
 
 def finetune_step(source: Source, batch: int) -> Call:
