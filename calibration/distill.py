@@ -35,11 +35,13 @@ class Schedule:
         steps: Training steps.
         batch: Samples a step.
         warmup: 0 to 1.
+        relative: Each sample's squared distance is divided by its target's mean square to this power: 0 counts absolute errors, 1 relative ones.
     """
 
     steps: int
     batch: int
     warmup: float = 0.0
+    relative: float = 0.0
 
     def factor(self, step: int) -> float:
         """What rates are multiplied by at `step`, which counts from 0."""
@@ -70,7 +72,7 @@ class Training:
         self.optimizer = torch.optim.Adam([{"params": list(group.parameters), "lr": group.rate} for group in chosen], fused=True)
 
     def step(self, number: int) -> float:
-        """One training step; the loss, a mean over the batch of squared distances summed over each prediction."""
+        """One training step; the loss, a mean over the batch of squared distances."""
         batch = self.trajectories.take(self.schedule.batch)
         target = self.teacher(batch.inputs)
         loss = self._loss(batch, target)
@@ -101,7 +103,9 @@ class Training:
         self.trajectories.load_state({name.removeprefix("trajectories."): value for name, value in state.items() if name.startswith("trajectories.")})
 
     def _loss(self, batch: Batch, target: Tensor) -> Tensor:
-        return (self.student(batch.inputs).float() - target).square().sum() / len(target)
+        distances = (self.student(batch.inputs).float() - target).square().flatten(1).sum(1)
+        power = target.square().flatten(1).mean(1)
+        return (distances / power.pow(self.schedule.relative)).mean()
 
 
 def distill(

@@ -44,6 +44,7 @@ class Observer:
         self.low, self.high = 0.0, 0.0
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Look at one batch; a pre-hook gets the layer and its arguments."""
         x = args[0]
         low, high = torch.aminmax(x)
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))

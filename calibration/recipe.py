@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WEIGHT_ONLY_BITS = 16
 
 
-class Interrupted(EdmDeployError):
+class Interrupted(EdmDeployError):  # noqa: N818  # it is no error, and callers read `except Interrupted`
     """Ctrl-C was heeded; the message says what was saved and how to go on."""
 
 
@@ -105,7 +105,7 @@ class SiteSpec:
     def levels(self) -> int:
         """Number of activation codes less one."""
         if self.act_bits is None or self.act_bits == 8 or not self.symmetric:
-            return 2 ** (self.act_bits or 8) - 1
+            return (1 << (self.act_bits or 8)) - 1
         return 2 * symmetric_bounds(self.act_bits)[1]
 
     @property

@@ -27,7 +27,8 @@ def calibrated_timesteps(scheduler: Any, rows: int) -> Tensor:  # Any: diffusers
         raise InputError(f"rows is {rows}, but the model's schedule has {length} timesteps. Set rows to {length} or fewer.")
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(rows)
-    return torch.as_tensor(scheduler.timesteps).double().round().clamp(0, length - 1).unique(sorted=True).to(torch.int32)
+    stops = torch.as_tensor(scheduler.timesteps).double().round().clamp(0, length - 1)
+    return torch.tensor(sorted({int(stop) for stop in stops}), dtype=torch.int32)
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class Trajectories:
         target = torch.arange(self.size) % self.rows if self.size >= self.rows else torch.arange(self.size) * self.rows // self.size
         for position in range(self.rows):
             kept[target == position] = self.sample[target == position]
-            yield self.rows - 1 - position, [self._batch(members) for members in torch.arange(self.size).split(batch)]
+            yield self.rows - 1 - position, [self._batch(members) for members in torch.split(torch.arange(self.size), batch)]
         self.sample, self.position, self.conditioning = kept, target, conditioning
 
     def state(self) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ class EfficientDM(Mse):
         scale_rate: Relative rate of the activation scales. Source: 5e-4, absolute there.
         bound_rate: Rate of the activation bounds, in codes. Source: 5e-4.
         warmup: Share of the steps in which the rates rise from 0. Source: none.
+        relative: Power of the teacher's mean square that each sample's loss is divided by; 1 counts relative errors. Source: 0.
         compute: What the student computes in. Its scales, rounding and updates are float32 always.
     """
 
@@ -48,21 +49,24 @@ class EfficientDM(Mse):
     scale_rate: float = 5e-4
     bound_rate: float = 5e-4
     warmup: float = 0.0
+    relative: float = 0.0
     compute: Literal["bf16", "fp32"] = "bf16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("steps", "batch", "rank"):
             at_least(name, getattr(self, name), 1)
-        for name in ("update_rate", "weight_scale_rate", "scale_rate", "bound_rate", "warmup"):
+        for name in ("update_rate", "weight_scale_rate", "scale_rate", "bound_rate", "warmup", "relative"):
             at_least(name, getattr(self, name), 0.0)
         if self.compute not in DTYPES:
             distill.refuse_compute(self.compute)
 
     def pool_size(self) -> int:
+        """Enough for a batch."""
         return max(self.calibration_samples, self.batch)
 
     def fit(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
+        """Calibrate, unless a checkpoint is resumed, then train."""
         generator = torch.Generator().manual_seed(self.seed)
         for layer in student.layers.values():
             layer.add_update(self.rank, generator)
@@ -74,7 +78,7 @@ class EfficientDM(Mse):
     @property
     def schedule(self) -> distill.Schedule:
         """Steps, batch and how rates change over them."""
-        return distill.Schedule(self.steps, self.batch, self.warmup)
+        return distill.Schedule(self.steps, self.batch, self.warmup, self.relative)
 
     def groups(self, student: Student) -> list[distill.Group]:
         """What is learned, and how fast. Rates of zero leave their parameters alone."""

@@ -18,9 +18,11 @@ class MinMax(Recipe):
     name = "minmax"
 
     def weight_scale(self, weight: Tensor, bits: int) -> Tensor:
+        """The scale that clips no weight."""
         return widest_weight_scale(weight, bits)
 
     def activation_range(self, observed: Observation, spec: SiteSpec) -> Range:
+        """From the smallest to the largest value."""
         return range_between(observed.low, observed.high, spec)
 
 

@@ -27,9 +27,11 @@ class Mse(Recipe):
         at_least("weight_exponent", self.weight_exponent, 1.0)
 
     def weight_scale(self, weight: Tensor, bits: int) -> Tensor:
+        """The scale with the least rounding error, by `weight_exponent`."""
         return least_error_weight_scale(weight, bits, exponent=self.weight_exponent)
 
     def activation_range(self, observed: Observation, spec: SiteSpec) -> Range:
+        """The least squared error, over scale and lowest code together."""
         # 2, not 2.4: what a layer passes on is the squared error of its input.
         return least_squares_range(observed.values, observed.low, observed.high, spec)
 

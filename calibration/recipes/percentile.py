@@ -27,9 +27,11 @@ class Percentile(Recipe):
         within("percentile", self.percentile, 50.0, 100.0)
 
     def weight_scale(self, weight: Tensor, bits: int) -> Tensor:
+        """The scale that clips no weight."""
         return widest_weight_scale(weight, bits)
 
     def activation_range(self, observed: Observation, spec: SiteSpec) -> Range:
+        """Between the two tails."""
         tail = (1 - self.percentile / 100) / 2
         ordered = observed.values.sort().values
         last = len(ordered) - 1
