@@ -18,6 +18,7 @@ from edm_deploy.target import WEIGHT_ONLY_BITS, SitePlan
 SCHEMA = 1
 NAME = "manifest.json"
 GRAPH_NAME = "model.onnx"
+ROW_NAME = "row"  # in every graph: the table row of each sample, [B]
 Dtype = Literal["fp32", "fp16"]
 TORCH_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -139,6 +140,8 @@ class Manifest:
             )
         except (KeyError, TypeError, AttributeError, InputError) as err:
             raise ArtifactError(f"{directory / NAME} is not a manifest that edm-deploy wrote ({err!r}). Make the directory again.") from err
+        if not all(isinstance(name, str) and isinstance(digest, str) for name, digest in dict(content["files"] or {"": None}).items()):
+            raise ArtifactError(f"{directory / NAME} lists no files with their hashes. Make the directory again.")
         manifest._check_files(directory)
         return manifest
 

@@ -73,16 +73,17 @@ def trace(family: Family, config: Config, dtype: torch.dtype) -> ir.Model:
         arguments = tuple(_example(declared, multiple, dtype) for declared in inputs)
         wrapped = _Denoiser(family, model, tuple(declared.name for declared in inputs)).eval()
         try:
+            exported = torch.export.export(
+                wrapped, arguments, dynamic_shapes=(tuple(_dynamic_dims(declared, multiple) for declared in inputs),), strict=False
+            )
             program = torch.onnx.export(
-                wrapped,
-                arguments,
+                exported,
                 dynamo=True,
                 opset_version=OPSET,
                 optimize=False,
                 verbose=False,
                 input_names=[declared.name for declared in inputs],
                 output_names=[OUTPUT],
-                dynamic_shapes=(tuple(_dynamic_dims(declared, multiple) for declared in inputs),),
             )
         except Exception as err:  # torch wraps every failure of its tracer in classes that share no base
             raise UnsupportedError(f"torch.onnx cannot trace {family.class_name} with this config: {str(err).splitlines()[0]}") from err
@@ -142,14 +143,12 @@ def _factor(dim: str, multiple: int) -> int:
     return multiple if dim in ("height", "width") else 1
 
 
-_DIMS: dict[str, torch.export.Dim] = {}
-
-
 def _dynamic_dims(declared: ModelInput, multiple: int) -> dict[int, object]:
     dims: dict[int, object] = {}
     for axis, dim in enumerate(declared.dims):
         if isinstance(dim, str):
-            base = _DIMS.setdefault(dim, torch.export.Dim(dim))
+            # diffusers' upsampling makes its input contiguous from 64 samples on, which changes no value: below it, one trace serves all.
+            base = torch.export.Dim(dim, max=63) if dim == "batch" else torch.export.Dim(dim)
             dims[axis] = multiple * base if _factor(dim, multiple) > 1 else base
     return dims
 

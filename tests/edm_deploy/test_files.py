@@ -16,9 +16,13 @@ def test_a_directory_appears_only_when_the_block_ends_well(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_nothing_is_left_when_the_block_is_interrupted(tmp_path, error):
-    with pytest.raises(error), new_directory(tmp_path / "a", marker=MARKER) as directory:
-        (directory / "x").write_text("1")
-        raise error
+    def interrupted():
+        with new_directory(tmp_path / "a", marker=MARKER) as directory:
+            (directory / "x").write_text("1")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 

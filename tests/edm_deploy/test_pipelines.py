@@ -35,12 +35,20 @@ def spoil_index(path, **changes):
 
 
 FAULTS = {
-    "no index": (lambda p: (p / "model_index.json").unlink(), ArtifactError, r"no diffusers pipeline directory: it has no model_index\.json"),
+    "no index": (
+        lambda p: (p / "model_index.json").unlink(),
+        ArtifactError,
+        r"no diffusers pipeline directory: it has no model_index\.json",
+    ),
     "pickle": (spoil_pickle, ArtifactError, "is a pickle checkpoint, which can run code"),
     "no weights": (lambda p: (p / "unet" / "diffusion_pytorch_model.safetensors").unlink(), ArtifactError, "holds no safetensors weights"),
     "no scheduler": (lambda p: spoil_index(p, scheduler=None), ArtifactError, "without a scheduler"),
     "no denoiser": (lambda p: spoil_index(p, unet=None), UnsupportedError, "without a unet or transformer"),
-    "unknown class": (lambda p: spoil_index(p, unet=["diffusers", "UNet3DModel"]), UnsupportedError, "No model family answers for 'UNet3DModel'. Did you mean 'UNet2DModel'"),
+    "unknown class": (
+        lambda p: spoil_index(p, unet=["diffusers", "UNet3DModel"]),
+        UnsupportedError,
+        "No model family answers for 'UNet3DModel'. Did you mean 'UNet2DModel'",
+    ),
     "damaged weights": (
         lambda p: (p / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights"),
         ArtifactError,

@@ -21,14 +21,22 @@ def table(scales, qmin=-8, qmax=7, bits=4):
 
 def test_a_linear_site_by_hand():
     # x / s = [2, -8 (clipped from -10)]; codes . weights = 2*3 + -8*1 = -2; y = 0.5 * 0.25 * -2 + 1
-    site = Site(op="linear", codes=torch.tensor([[3, 1]], dtype=torch.int8), weight_scale=torch.tensor([0.25]), weight_bits=4, activation=table([0.5]))
+    site = Site(
+        op="linear",
+        codes=torch.tensor([[3, 1]], dtype=torch.int8),
+        weight_scale=torch.tensor([0.25]),
+        weight_bits=4,
+        activation=table([0.5]),
+    )
     layer = ReferenceSite(nn.Linear(2, 1), site, torch.tensor([1.0]))
     layer.rows = torch.tensor([0])
     assert layer(torch.tensor([[1.0, -5.0]])).tolist() == [[0.75]]
 
 
 def test_each_sample_of_a_batch_uses_its_own_row():
-    site = Site(op="linear", codes=torch.tensor([[1]], dtype=torch.int8), weight_scale=torch.ones(1), weight_bits=4, activation=table([1.0, 0.25]))
+    site = Site(
+        op="linear", codes=torch.tensor([[1]], dtype=torch.int8), weight_scale=torch.ones(1), weight_bits=4, activation=table([1.0, 0.25])
+    )
     layer = ReferenceSite(nn.Linear(1, 1, bias=False), site, None)
     layer.rows = torch.tensor([1, 0])
     assert layer(torch.tensor([[0.6], [0.6]])).tolist() == [[0.5], [1.0]]
@@ -36,7 +44,11 @@ def test_each_sample_of_a_batch_uses_its_own_row():
 
 def test_a_convolution_pads_with_real_zero_although_its_bounds_are_asymmetric():
     site = Site(
-        op="conv2d", codes=torch.ones(1, 1, 3, 3, dtype=torch.int8), weight_scale=torch.ones(1), weight_bits=4, activation=table([1.0], -3, 12)
+        op="conv2d",
+        codes=torch.ones(1, 1, 3, 3, dtype=torch.int8),
+        weight_scale=torch.ones(1),
+        weight_bits=4,
+        activation=table([1.0], -3, 12),
     )
     layer = ReferenceSite(nn.Conv2d(1, 1, 3, padding=1), site, torch.zeros(1))
     layer.rows = torch.tensor([0])
@@ -45,7 +57,13 @@ def test_a_convolution_pads_with_real_zero_although_its_bounds_are_asymmetric():
 
 def test_sums_that_float32_cannot_hold_are_carried_in_float64():
     # 2^24 + 1 is the first integer that float32 lacks: 127 * 127 * 1041 + 8 = 16,790,297 > 2^24.
-    site = Site(op="linear", codes=torch.full((1, 1042), 127, dtype=torch.int8), weight_scale=torch.ones(1), weight_bits=8, activation=table([1.0], -128, 127, 8))
+    site = Site(
+        op="linear",
+        codes=torch.full((1, 1042), 127, dtype=torch.int8),
+        weight_scale=torch.ones(1),
+        weight_bits=8,
+        activation=table([1.0], -128, 127, 8),
+    )
     assert exact_dtype(site.activation, site.codes) == torch.float64
     assert exact_dtype(table([1.0]), torch.full((1, 1042), 7, dtype=torch.int8)) == torch.float32
 

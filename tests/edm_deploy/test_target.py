@@ -31,7 +31,7 @@ def test_weight_only_is_carried_where_the_target_says_so():
 
 def test_packed_weights_are_refused_where_they_cannot_be_read():
     check_storage(target_named("ort"), "int4")
-    with pytest.raises(UnsupportedError, match="trt-rtx does not read packed INT4 weights.*--weight-storage int8"):
+    with pytest.raises(UnsupportedError, match=r"trt-rtx does not read packed INT4 weights.*--weight-storage int8"):
         check_storage(target_named("trt-rtx"), "int4")
 
 
