@@ -113,9 +113,10 @@ class NvinferSession:
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name for inputs by name; asynchronous, as any kernel on torch's current stream."""
-        for name in self.inputs:
-            self._context.set_input_shape(name, tuple(inputs[name].shape))
-            self._context.set_tensor_address(name, inputs[name].data_ptr())
+        contiguous = {name: inputs[name].contiguous() for name in self.inputs}  # the engine knows an address, no strides
+        for name, value in contiguous.items():
+            self._context.set_input_shape(name, tuple(value.shape))
+            self._context.set_tensor_address(name, value.data_ptr())
         results = {}
         for name in self.outputs:
             shape = tuple(self._context.get_tensor_shape(name))

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edm_deploy.activations import rows_of
 from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.family import TIMESTEP
 from edm_deploy.lookup import suggestion
-from edm_deploy.manifest import Manifest, Range
+from edm_deploy.manifest import ROW_NAME, Manifest, Range
 from edm_deploy.session import Backend, BuildOptions, Built, Session
+from edm_deploy.target import Execution
+from engines._ovgraph import keep_float32, lift_tables, timestep_path, widen_int4
 from engines._vendor import refuse_other_build, vendor
 
 PACKAGE = "openvino"
 ENGINE_NAME = "engine.xml"
+TABLES_NAME = "tables.safetensors"
+PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
+DEQUANTIZED = "/DequantizationMultiply"  # what OpenVINO appends to the name of a product whose scales it has moved behind it
 COMPILED_SHAPES = 4  # compiled models kept in memory; each holds its own copy of the weights
 
 
@@ -36,15 +45,17 @@ class OpenvinoBackend(Backend):
         effective = {"precision": self._precision(options.precision), "threads": options.threads}
         model = ov.Core().read_model(onnx)
         model.reshape({declared.name: _partial_shape(ov, declared.dims, options.profile) for declared in manifest.inputs})
+        save_file(lift_tables(ov, model), out / TABLES_NAME)
         ov.save_model(model, out / ENGINE_NAME, compress_to_fp16=False)
-        return Built(versions={PACKAGE: _version(ov)}, options=effective)
+        keep_float32(out / ENGINE_NAME, timestep_path(model, TIMESTEP.name))
+        return Built(versions={PACKAGE: _version(ov)}, options=effective, executed=_executed(ov, out / ENGINE_NAME, effective, manifest))
 
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
         ov = _openvino()
         refuse_other_build(manifest, self.name, PACKAGE, _version(ov))
         if device.type != "cpu":
             raise UnsupportedError(f"openvino runs on the cpu, not on {device.type}. Open the engine with device='cpu'.")
-        return OpenvinoSession(ov, directory / ENGINE_NAME, manifest, device)
+        return OpenvinoSession(ov, directory, manifest, device)
 
     def _precision(self, asked: str | None) -> str:
         known = self.target.rest
@@ -59,32 +70,67 @@ BACKEND = OpenvinoBackend()
 class OpenvinoSession:
     """OpenVINO on torch tensors. Dynamic shapes run slower, so a static model is compiled for each set of shapes that is met."""
 
-    def __init__(self, ov: Any, xml: Path, manifest: Manifest, device: torch.device) -> None:
+    def __init__(self, ov: Any, directory: Path, manifest: Manifest, device: torch.device) -> None:
         self.device = device
         self.outputs = manifest.outputs
         self._ov = ov
-        self._core = ov.Core()
-        self._xml = xml
+        self._xml = directory / ENGINE_NAME
         self._properties = properties(manifest.build["options"])
-        self._requests: OrderedDict[tuple[tuple[int, ...], ...], Any] = OrderedDict()
+        self._tables = load_file(directory / TABLES_NAME)
+        self._row_of_timestep = self._tables.pop(ROW_NAME, torch.zeros(1, dtype=torch.int32))
+        self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _Compiled] = OrderedDict()
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name for inputs by name, on the CPU."""
-        request = self._request({name: tuple(value.shape) for name, value in inputs.items()})
-        arrays = {name: value.numpy() for name, value in inputs.items()}
-        results = request.infer(arrays, share_inputs=True)
+        compiled = self._for_shapes({name: tuple(value.shape) for name, value in inputs.items()})
+        if self._tables:
+            rows = rows_of(self._row_of_timestep, inputs[TIMESTEP.name])
+            torch.index_select(compiled.tables, 1, rows, out=compiled.looked_up)
+        results = compiled.request.infer({name: value.numpy() for name, value in inputs.items()}, share_inputs=True)
         return {name: torch.from_numpy(results[name].copy()) for name in self.outputs}
 
-    def _request(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    def _for_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> _Compiled:
         key = tuple(shapes.values())
-        if key not in self._requests:
-            model = self._core.read_model(self._xml)
-            model.reshape(dict(shapes))
-            self._requests[key] = self._core.compile_model(model, "CPU", self._properties).create_infer_request()
-            if len(self._requests) > COMPILED_SHAPES:
-                self._requests.popitem(last=False)
-        self._requests.move_to_end(key)
-        return self._requests[key]
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(shapes)
+            if len(self._compiled) > COMPILED_SHAPES:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(key)
+        return self._compiled[key]
+
+    def _compile(self, shapes: Mapping[str, tuple[int, ...]]) -> _Compiled:
+        batch = shapes[TIMESTEP.name][0]
+        lookups = {name: (batch, *table.shape[1:]) for name, table in self._tables.items()}
+        model = _read(self._ov, self._xml)
+        model.reshape({**shapes, **lookups})
+        request = self._ov.Core().compile_model(model, "CPU", self._properties).create_infer_request()
+        looked_up = torch.zeros(len(lookups), batch)
+        for (name, shape), row in zip(lookups.items(), looked_up, strict=True):
+            request.set_tensor(name, self._ov.Tensor(row.reshape(shape).numpy(), shared_memory=True))
+        tables = torch.stack([table.flatten() for table in self._tables.values()]) if lookups else looked_up
+        return _Compiled(request, tables, looked_up)
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A model compiled for one set of shapes.
+
+    Attributes:
+        request: Its inference request.
+        tables: float32 [S, R], every table of the graph.
+        looked_up: float32 [S, B], the memory that the request reads each sample's rows from.
+    """
+
+    request: Any
+    tables: Tensor
+    looked_up: Tensor
+
+
+def _read(ov: Any, xml: Path) -> Any:
+    """An engine's graph, ready to compile."""
+    model = ov.Core().read_model(xml)
+    widen_int4(ov, model)
+    return model
 
 
 def properties(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,6 +142,22 @@ def properties(options: Mapping[str, Any]) -> dict[str, Any]:
     if options["threads"] is not None:
         chosen["INFERENCE_NUM_THREADS"] = options["threads"]
     return chosen
+
+
+def _executed(ov: Any, xml: Path, options: Mapping[str, Any], manifest: Manifest) -> dict[str, Execution]:
+    """How each site is computed on this machine: the data type that its product runs in, in the compiled graph."""
+    compiled = ov.Core().compile_model(_read(ov, xml), "CPU", properties(options))
+    precisions: dict[str, str] = {}
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        if str(info["layerType"].astype(str)) in PRODUCTS:
+            for name in str(info["originalLayersNames"].astype(str)).split(","):
+                precisions[name.removesuffix(DEQUANTIZED)] = str(info["runtimePrecision"].astype(str))
+    return {
+        name: "int8" if precisions.get(site.node) in ("i8", "u8") else "float"
+        for name, site in manifest.sites.items()
+        if site.quantized_input
+    }
 
 
 def _version(ov: Any) -> str:

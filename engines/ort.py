@@ -72,7 +72,8 @@ class OrtSession:
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name for inputs by name, on the session's device."""
         binding = self._session.io_binding()
-        for name, value in inputs.items():
+        contiguous = {name: value.contiguous() for name, value in inputs.items()}  # the binding knows an address, no strides
+        for name, value in contiguous.items():
             binding.bind_input(name, self.device.type, self.device.index or 0, _numpy_type(value), tuple(value.shape), value.data_ptr())
         for name in self.outputs:
             binding.bind_output(name, self.device.type, self.device.index or 0)

@@ -19,6 +19,7 @@ from torch import Tensor
 from edm_deploy.activations import ActivationTable
 from edm_deploy.artifact import Artifact, Site
 from edm_deploy.export.trace import SiteNodes
+from edm_deploy.manifest import ROW_NAME
 from edm_deploy.quant import fits_int4, pack_int4
 
 WeightStorage = Literal["int8", "int4"]
@@ -92,7 +93,7 @@ class _Writer:
         value.type = ir.TensorType(ir.DataType.INT64)
         # int32 indices: half the table, and the type that every backend's Gather has a kernel for.
         table = self.constant("row.of_timestep", rows.numpy())
-        self.row = self.node(at, "Gather", [table, value], "row", like=timestep, axis=0)
+        self.row = self.node(at, "Gather", [table, value], ROW_NAME, like=timestep, axis=0)
         self.row.type = ir.TensorType(ir.DataType.INT32)
 
     def rewrite(self, name: str, site: Site, nodes: SiteNodes, storage: WeightStorage) -> str:
