@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from calibration.ranges import least_error_weight_scale, least_squares_range, range_between, widest_weight_scale
+from calibration.recipe import SiteSpec
+from edm_deploy.quant import dequantize_weight, quantize_weight
+
+A4 = SiteSpec(4, 4, symmetric=False)
+A8 = SiteSpec(8, 8, symmetric=True)
+
+
+def error(values, chosen, spec):
+    codes = (values / chosen.scale).round().clamp(chosen.qmin, chosen.qmin + spec.levels)
+    return float((codes * chosen.scale - values).square().sum())
+
+
+def test_an_asymmetric_range_puts_its_lowest_code_at_the_lowest_value():
+    chosen = range_between(-1.0, 4.0, A4)
+    assert (chosen.scale, chosen.qmin) == (pytest.approx(1 / 3), -3)
+
+
+def test_eight_bit_ranges_are_symmetric_and_use_the_whole_of_int8():
+    chosen = range_between(-1.0, 2.54, A8)
+    assert (chosen.scale, chosen.qmin, chosen.qmin + A8.levels) == (pytest.approx(0.02), -128, 127)
+
+
+def test_a_range_of_positive_values_still_holds_zero():
+    assert range_between(2.0, 3.0, A4).qmin == 0
+
+
+def test_a_tensor_of_zeros_gets_a_scale_above_zero():
+    assert least_squares_range(torch.zeros(10), 0.0, 0.0, A4).scale > 0
+
+
+def test_values_on_a_grid_are_found_without_error():
+    values = torch.arange(-2.0, 14.0) * 0.25
+    chosen = least_squares_range(values, -0.5, 3.25, A4)
+    assert (chosen.scale, chosen.qmin) == (pytest.approx(0.25), -2)
+
+
+@pytest.mark.parametrize("spec", [SiteSpec(4, 3, symmetric=False), A4, SiteSpec(4, 6, symmetric=False), SiteSpec(4, 5, symmetric=True), A8])
+def test_the_least_squares_range_is_no_worse_than_the_widest(spec):
+    values = torch.nn.functional.silu(torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 2)
+    low, high = float(values.min()), float(values.max())
+    chosen = least_squares_range(values, low, high, spec)
+    assert chosen.qmin <= 0 <= chosen.qmin + spec.levels
+    assert error(values, chosen, spec) <= error(values, range_between(low, high, spec), spec) * 1.0001
+
+
+def test_no_scale_on_a_fine_grid_beats_the_least_squares_range_by_much():
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    chosen = least_squares_range(values, float(values.min()), float(values.max()), A4)
+    grid = [type(chosen)(scale, qmin) for qmin in range(-15, 1) for scale in torch.linspace(0.05, 1.5, 300).tolist()]
+    assert error(values, chosen, A4) <= min(error(values, other, A4) for other in grid) * 1.01
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_searched_weight_scale_is_no_worse_than_the_widest(bits):
+    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def error_of(scale):
+        return (dequantize_weight(quantize_weight(weight, scale, bits), scale) - weight).abs().pow(2.4).flatten(1).sum(1)
+
+    searched, widest = least_error_weight_scale(weight, bits), widest_weight_scale(weight, bits)
+    assert bool((error_of(searched) <= error_of(widest) + 1e-6).all())
+
+
+def test_a_dead_output_channel_gets_a_scale_above_zero():
+    assert float(least_error_weight_scale(torch.zeros(2, 3), 4).min()) > 0
