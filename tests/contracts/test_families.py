@@ -1,0 +1,49 @@
+"""What holds for every model family that the folder has, without anyone listing it."""
+
+import pytest
+import torch
+
+from edm_deploy import lookup, models
+from edm_deploy.family import family_named, name_of_family, skeleton
+from tests.conftest import TINY, tiny_inputs, tiny_model
+
+
+@pytest.mark.parametrize("name", lookup.names(models))
+def test_a_family_has_a_tiny_model_and_is_found_by_its_class(name):
+    assert name in {family for family, _ in TINY.values()}, "add a tiny config to tests/conftest.py: every contract runs on it"
+    assert name_of_family(family_named(name).class_name) == name
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_its_inputs_begin_with_sample_and_timestep_and_batch(kind):
+    family, config, _ = tiny_model(kind)
+    inputs = family.inputs(config)
+    assert [declared.name for declared in inputs[:2]] == ["sample", "timestep"]
+    assert all(declared.dims[0] == "batch" for declared in inputs)
+    assert set(tiny_inputs(kind)) == {declared.name for declared in inputs}
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_samples_of_a_batch_do_not_see_each_other(kind):
+    family, _, model = tiny_model(kind)
+    inputs = tiny_inputs(kind, batch=3)
+    together = family.forward(model, inputs)
+    alone = family.forward(model, {name: value[1:2] for name, value in inputs.items()})
+    assert torch.allclose(together[1:2], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_the_smallest_size_is_its_multiple(kind):
+    family, config, model = tiny_model(kind)
+    size = family.size_multiple(config)
+    assert family.forward(model, tiny_inputs(kind, size=size)).shape[2:] == (size, size)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_each_layer_is_a_site_or_float_by_the_family_word(kind):
+    family, config, _ = tiny_model(kind)
+    bones = skeleton(family, config)
+    sites = family.sites(bones)
+    for name, layer in bones.named_modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            assert (name in sites) == (family.placement(name) != "float")

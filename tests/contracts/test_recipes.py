@@ -1,0 +1,75 @@
+"""What holds for every recipe that the folder has: a valid artifact that the reference runs, whatever the family and the bits."""
+
+from dataclasses import fields
+
+import pytest
+
+import calibration
+from calibration import recipes
+from calibration.recipe import RunOptions
+from edm_deploy import Artifact, lookup
+from edm_deploy.pipelines import load_source
+from edm_deploy.reference import Reference
+from tests.conftest import TINY, tiny_inputs
+
+NAMES = lookup.names(recipes)
+
+
+def quick(name, **settings):
+    """The recipe with every count of work at its smallest."""
+    recipe = lookup.load(recipes, name, "RECIPE")
+    small = {"rows": 3, "calibration_samples": 2, "steps": 2, "batch": 2}
+    known = {field.name for field in fields(recipe)}
+    return recipe(**{key: value for key, value in (small | settings).items() if key in known})
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    from tests.conftest import tiny_model
+
+    def load(kind):
+        path = tmp_path_factory.mktemp(kind)
+        DDIMPipeline(tiny_model(kind)[2], DDIMScheduler(num_train_timesteps=1000)).save_pretrained(path)
+        return load_source(path)
+
+    return load
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", TINY)
+def test_a_recipe_ends_in_an_artifact_that_the_reference_runs(name, kind, source, tmp_path):
+    artifact = calibration.fit(source(kind), quick(name, weight_bits=4, act_bits=4), RunOptions())
+    loaded = Artifact.load(artifact.save(tmp_path / "a"))
+    assert loaded.digest == artifact.digest
+    assert loaded.scheme == "W4A4"
+    assert loaded.provenance["recipe"] == name
+    assert Reference(loaded)(tiny_inputs(kind)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(2, 3), (3, 8), (5, 6), (8, 8), (4, 16)])
+def test_any_bits_are_kept_to(name, weight_bits, act_bits, source):
+    artifact = calibration.fit(source("unet2d"), quick(name, weight_bits=weight_bits, act_bits=act_bits), RunOptions())
+    artifact.validate()
+    family = artifact.family_object
+    for site_name, site in artifact.sites.items():
+        kept = family.placement(site_name) == "keep8"
+        # Weight-only leaves every input in floating point, those of the kept layers too.
+        assert site.scheme == f"W{8 if kept else weight_bits}A{8 if kept and act_bits < 16 else act_bits}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_settings_give_the_same_artifact(name, source):
+    model = source("unet2d")
+    digests = {calibration.fit(model, quick(name, weight_bits=4, act_bits=4), RunOptions()).digest for _ in range(2)}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_default_settings_are_valid_and_documented(name):
+    recipe = lookup.load(recipes, name, "RECIPE")
+    recipe()
+    documented = "".join(cls.__doc__ or "" for cls in recipe.__mro__)
+    assert [field.name for field in fields(recipe) if f"{field.name}" not in documented] == []

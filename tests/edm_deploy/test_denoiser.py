@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from edm_deploy import load_denoiser, load_pipeline
+from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
+from edm_deploy.manifest import Range
+from edm_deploy.pipelines import SCHEDULERS
+from edm_deploy.reference import Reference
+from edm_deploy.session import BuildOptions
+from engines import build_engine
+from tests.conftest import tiny_inputs
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def engine(onnx_w4a4, tmp_path_factory):
+    path = tmp_path_factory.mktemp("engine") / "ort"
+    build_engine(onnx_w4a4, path, backend="ort", options=BuildOptions(profile={"batch": Range(1, 2, 4)}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def denoiser(engine):
+    return load_denoiser(engine)
+
+
+def test_the_drop_in_computes_what_the_reference_computes(denoiser, artifact_w4a4):
+    inputs = tiny_inputs("unet2d", batch=4)  # four samples at four timesteps
+    expected = Reference(artifact_w4a4)(inputs)
+    assert torch.allclose(denoiser(inputs["sample"], inputs["timestep"]).sample, expected, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_it_looks_like_the_model_that_it_replaces(denoiser):
+    assert denoiser.config.sample_size == 8
+    assert denoiser.config["in_channels"] == 3
+    assert denoiser.dtype == torch.float32
+    assert denoiser.device.type == "cpu"
+    sample = torch.zeros(1, 3, 8, 8)
+    assert torch.equal(denoiser(sample, 5, return_dict=False)[0], denoiser(sample, torch.tensor(5), class_labels=None).sample)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("steps", [2, 7])
+def test_any_scheduler_and_any_number_of_steps_samples(engine, scheduler, steps):
+    pipeline = load_pipeline(engine, scheduler=scheduler)
+    images = pipeline(batch_size=2, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert images.shape == (2, 8, 8, 3)
+    assert abs(images[0] - images[1]).max() > 0
+
+
+def test_it_drops_into_a_pipeline_of_diffusers(denoiser, save_tiny_pipeline, tmp_path):
+    from diffusers import DDIMPipeline
+
+    pipeline = DDIMPipeline.from_pretrained(save_tiny_pipeline(tmp_path / "p"))
+    pipeline.unet = denoiser
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0].size == (8, 8)
+
+
+def test_half_precision_samples_come_back_in_half_precision(denoiser):
+    assert denoiser(torch.zeros(1, 3, 8, 8, dtype=torch.float16), 5).sample.dtype == torch.float16
+
+
+SAMPLE = torch.zeros(1, 3, 8, 8)
+MISUSE = {
+    "batch over the profile": ((torch.zeros(5, 3, 8, 8), 1), "batch 5 lies outside the engine's profile 1:2:4.*--batch 1:2:5"),
+    "another size": ((torch.zeros(1, 3, 16, 8), 1), "height 16 lies outside the engine's profile 8:8:8"),
+    "integer sample": ((SAMPLE.long(), 1), "sample is torch.int64, expected a floating-point tensor"),
+    "no tensor": (([[0.0]], 1), "sample is list, expected a floating-point tensor"),
+    "channels": ((torch.zeros(1, 4, 8, 8), 1), r"sample has shape \[1, 4, 8, 8\], expected \['batch', 3"),
+    "dimensions": ((torch.zeros(3, 8, 8), 1), "expected 4 dimensions"),
+    "timestep over the schedule": ((SAMPLE, 1000), "timestep 1000 lies outside the schedule; expected 0 to 999"),
+    "timestep below": ((SAMPLE, -1), "timestep -1 lies outside the schedule"),
+    "timestep NaN": ((SAMPLE, float("nan")), "timestep nan lies outside"),
+    "timesteps for another batch": ((SAMPLE, torch.tensor([1, 2, 3])), "3 timesteps for a batch of 1"),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSE, ids=lambda name: name.replace(" ", "-"))
+def test_misuse_at_run_time_is_one_clear_error(denoiser, misuse):
+    arguments, message = MISUSE[misuse]
+    with pytest.raises(InputError, match=message):
+        denoiser(*arguments)
+
+
+def test_another_device_is_refused(denoiser):
+    with pytest.raises(InputError, match="sample is on meta, the engine on cpu"):
+        denoiser(torch.zeros(1, 3, 8, 8, device="meta"), 1)
+    with pytest.raises(InputError, match="runs on cpu; it cannot move to cuda"):
+        denoiser.to("cuda")
+    assert denoiser.to(torch.float16) is denoiser
+
+
+def test_a_directory_that_is_no_engine_is_said(tmp_path, onnx_w4a4):
+    with pytest.raises(ArtifactError, match="does not exist"):
+        load_denoiser(tmp_path / "nowhere")
+    with pytest.raises(ArtifactError, match="expected an engine directory"):
+        load_denoiser(onnx_w4a4)
+
+
+def test_an_unknown_scheduler_is_refused(engine):
+    with pytest.raises(UnsupportedError, match="Did you mean 'euler'"):
+        load_pipeline(engine, scheduler="eular")
