@@ -94,7 +94,7 @@ def bytes_of(path: Path) -> int:
 def progress() -> Iterator[Callable[[Any], None]]:
     """A function to hand a `calibration.recipe.Progress` to: a bar on a terminal, a line every ten seconds elsewhere."""
     if not sys.stderr.isatty():
-        yield _plain_progress()
+        yield plain_progress()
         return
     columns = (
         TextColumn("{task.description}"),
@@ -127,7 +127,8 @@ def progress_words(now: Any) -> str:
     return ", ".join(words)
 
 
-def _plain_progress() -> Callable[[Any], None]:
+def plain_progress() -> Callable[[Any], None]:
+    """A function that prints a line of progress every ten seconds, and at the end of each stage."""
     last = {"stage": "", "time": 0.0}
 
     def show(now: Any) -> None:

@@ -1,0 +1,303 @@
+"""Train a small pixel-space diffusion model from pictures, on a CPU or a GPU, and write it as a diffusers pipeline.
+
+Run it with `python -m edm_deploy_tools.train_reference DATA --out DIR`. It made the model in assets/.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from PIL import Image, UnidentifiedImageError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from calibration.memory import peak_memory
+from calibration.recipe import Progress
+from edm_deploy.errors import ArtifactError, EdmDeployError, InputError
+from edm_deploy.files import new_directory, read_json, write_json
+from edm_deploy_tools import console
+from edm_deploy_tools.quantize import check_out
+from edm_deploy_tools.sample import grid_of
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+STATE_JSON = "training.json"
+STATE_TENSORS = "training.safetensors"
+INDEX_NAME = "model_index.json"
+SAVE_EVERY_SECONDS = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A training run; the defaults made the shipped model.
+
+    Attributes:
+        size: Height and width in pixels.
+        channels: Of each level, halving the map between levels.
+        steps: Optimizer steps.
+        batch: Pictures a step.
+        rate: Peak learning rate of AdamW, with a warm-up of 2 % and cosine decay.
+        ema: Decay of the moving average that is saved.
+        snr_gamma: Clamp of the loss weight min(SNR, gamma) / SNR. Source: min-SNR, arXiv 2303.09556.
+        seed: Of everything random.
+    """
+
+    size: int = 32
+    channels: tuple[int, ...] = (64, 128, 128)
+    steps: int = 10_900
+    batch: int = 32
+    rate: float = 4e-4
+    ema: float = 0.999
+    snr_gamma: float = 5.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("size", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+        multiple = 2 ** (len(self.channels) - 1)
+        if self.size % multiple:
+            raise InputError(f"size {self.size} is not a multiple of {multiple}, which {len(self.channels)} levels need.")
+
+
+def load_pictures(path: Path, *, size: int, label: int | None) -> Tensor:
+    """Pictures as uint8 [N, 3, size, size].
+
+    Args:
+        path: A parquet file with columns `img.bytes` (encoded pictures) and `label`, or a folder of pictures, searched through.
+        size: Pictures are cut to a square around their middle and scaled to this.
+        label: Only this class, of a parquet file; None takes all.
+
+    Raises:
+        ArtifactError: Nothing there, or no picture in it.
+    """
+    if path.is_dir():
+        found = [_read(entry) for entry in sorted(path.rglob("*")) if entry.suffix.lower() in PICTURES]
+    elif path.suffix == ".parquet" and path.is_file():
+        found = [_decode(data, path) for data in _parquet_bytes(path, label)]
+    else:
+        raise ArtifactError(f"{path} is neither a folder of pictures nor a parquet file. Check the path.")
+    if not found:
+        raise ArtifactError(f"{path} holds no picture{'' if label is None else f' of class {label}'}; expected {', '.join(PICTURES)}.")
+    return torch.stack([torch.from_numpy(np.array(_square(picture, size))).permute(2, 0, 1) for picture in found])
+
+
+def train(pictures: Tensor, settings: Settings, out: Path, *, device: torch.device, resume: bool = False) -> Path:
+    """Train, and write a DDIMPipeline with the moving average of the weights (float16) into `out`.
+
+    Args:
+        pictures: uint8 [N, 3, size, size].
+        settings: The run.
+        out: Directory to write; the training state stands beside it in `<out>.training` until it is done.
+        device: Where to train.
+        resume: Go on from that state.
+
+    Raises:
+        ArtifactError: `out` holds something else, or there is no state to resume.
+    """
+    check_out(out, marker=INDEX_NAME)
+    state_path = out.with_name(out.name + ".training")
+    scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=True)
+    run = Training(settings, scheduler, device)
+    first = run.load(state_path) if resume else 0
+    start = saved = time.monotonic()
+    show = console.plain_progress()
+    try:
+        for step in range(first, settings.steps):
+            loss = run.step(step, pictures)
+            rate = (step + 1 - first) / (time.monotonic() - start)
+            show(
+                Progress(
+                    stage="train",
+                    step=step + 1,
+                    total=settings.steps,
+                    loss=loss,
+                    rate=rate,
+                    eta_seconds=(settings.steps - step - 1) / rate,
+                    memory_bytes=peak_memory(device),
+                )
+            )
+            if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                run.save(state_path, step + 1)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        run.save(state_path, step)
+        raise InputError(f"Interrupted before step {step + 1}; the state is in {state_path}. Run it again with --resume.") from None
+    with new_directory(out, marker=INDEX_NAME) as directory:
+        save_pipeline(run.average, scheduler, directory)
+    return out
+
+
+class Training:
+    """Model, moving average and optimizer. Each step draws from a generator of its own, so that a resumed run goes on as an uninterrupted one."""
+
+    def __init__(self, settings: Settings, scheduler: Any, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.alphas = scheduler.alphas_cumprod.to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.model = make_model(settings).to(device)
+        self.average = make_model(settings).to(device).requires_grad_(False)
+        self.average.load_state_dict(self.model.state_dict())
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.rate, weight_decay=1e-2)
+
+    def step(self, number: int, pictures: Tensor) -> float:
+        """One optimizer step; the weighted loss."""
+        settings = self.settings
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+        chosen = torch.randint(len(pictures), (settings.batch,), generator=generator)
+        flipped = torch.rand(settings.batch, 1, 1, 1, generator=generator) < 0.5
+        clean = pictures[chosen].float() / 127.5 - 1
+        clean = torch.where(flipped, clean.flip(-1), clean).to(self.device)
+        noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        timesteps = torch.randint(len(self.alphas), (settings.batch,), generator=generator).to(self.device)
+        alpha = self.alphas[timesteps].reshape(-1, 1, 1, 1)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            predicted = self.model(alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, timesteps).sample
+        snr = (alpha / (1 - alpha)).flatten()
+        weight = snr.clamp(max=settings.snr_gamma) / snr
+        loss = ((predicted.float() - noise).square().mean(dim=(1, 2, 3)) * weight).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.rate * rate_factor(number, settings.steps)
+        self.optimizer.step()
+        decay = min(settings.ema, (1 + number) / (10 + number))  # young averages forget the random start
+        with torch.no_grad():
+            for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                mean.lerp_(value, 1 - decay)
+        return float(loss.detach())
+
+    def save(self, path: Path, step: int) -> None:
+        """Write the state, whole or not at all."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
+        with new_directory(path, marker=STATE_JSON) as directory:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, directory / STATE_TENSORS)
+            write_json(directory / STATE_JSON, {"step": step, "settings": repr(self.settings)})
+
+    def load(self, path: Path) -> int:
+        """Go on from what `save` wrote; returns the number of steps done."""
+        description = read_json(path / STATE_JSON, what="training state")
+        if description.get("settings") != repr(self.settings):
+            raise ArtifactError(
+                f"{path} is the state of another run ({description.get('settings')}). Use its settings, or start without --resume."
+            )
+        tensors = load_file(path / STATE_TENSORS, device=str(self.device))
+        self.model.load_state_dict(_below("model.", tensors))
+        self.average.load_state_dict(_below("average.", tensors))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in _below("optimizer.", tensors).items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        return int(description["step"])
+
+
+def make_model(settings: Settings) -> nn.Module:
+    """A UNet2DModel with attention at the middle levels."""
+    levels = len(settings.channels)
+    attention = [0 < level < levels - 1 for level in range(levels)]
+    model: nn.Module = UNet2DModel(
+        sample_size=settings.size,
+        block_out_channels=settings.channels,
+        layers_per_block=1,
+        norm_num_groups=math.gcd(32, *settings.channels),
+        attention_head_dim=min(64, settings.channels[-1]),
+        down_block_types=tuple("AttnDownBlock2D" if attends else "DownBlock2D" for attends in attention),
+        up_block_types=tuple("AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attention)),
+    )
+    return model
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up over the first 2 % of the steps, then a cosine down to 0."""
+    warm_up = max(1, steps // 50)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def save_pipeline(model: nn.Module, scheduler: Any, directory: Path) -> None:
+    """A DDIMPipeline in float16 with safetensors weights, and samples.png."""
+    pipeline = DDIMPipeline(unet=model.cpu().eval(), scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=16, num_inference_steps=50, generator=torch.Generator().manual_seed(0)).images
+    pipeline.to(torch.float16).save_pretrained(directory, safe_serialization=True)
+    grid_of(images).save(directory / "samples.png")
+
+
+def _parquet_bytes(path: Path, label: int | None) -> list[bytes]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as err:
+        raise ArtifactError(f'{path} needs pyarrow to be read. Install it with pip install "edm-deploy[train]".') from err
+    try:
+        table = parquet.read_table(path, columns=["img.bytes", "label"])
+    except (OSError, ValueError) as err:
+        raise ArtifactError(f"{path} cannot be read ({err}). Expected a parquet file with columns img.bytes and label.") from err
+    pictures = table.column("img").combine_chunks().field("bytes") if "img" in table.column_names else table.column("img.bytes")
+    labels = table.column("label").to_pylist()
+    return [data for data, found in zip(pictures.to_pylist(), labels, strict=True) if label is None or found == label]
+
+
+def _read(path: Path) -> Image.Image:
+    return _decode(path.read_bytes(), path)
+
+
+def _decode(data: bytes, path: Path) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (UnidentifiedImageError, OSError) as err:
+        raise ArtifactError(f"{path} holds a picture that cannot be read ({err}). Remove it.") from err
+
+
+def _square(picture: Image.Image, size: int) -> Image.Image:
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS if side != size else None)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def command(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder of pictures, or a parquet file with columns img.bytes and label.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    label: Annotated[int | None, typer.Option(help="Only this class of a parquet file; 1 is CIFAR-10's automobile.")] = None,
+    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 32,
+    channels: Annotated[str, typer.Option(help="Of each level, with commas.")] = "64,128,128",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 10_900,
+    batch: Annotated[int, typer.Option(help="Pictures a step.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run.")] = False,
+) -> None:
+    """Train a small diffusion model. Example: python -m edm_deploy_tools.train_reference cifar10/train.parquet --label 1 --out cars."""
+    if not all(part.strip().isdigit() for part in channels.split(",")):
+        raise InputError(f"--channels {channels}: expected whole numbers with commas, for example 64,128,128.")
+    settings = Settings(size=size, channels=tuple(int(part) for part in channels.split(",")), steps=steps, batch=batch, seed=seed)
+    pictures = load_pictures(data, size=size, label=label)
+    sys.stderr.write(f"{len(pictures)} pictures\n")
+    console.wrote(train(pictures, settings, out, device=torch.device(device), resume=resume), "diffusers pipeline, float16")
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(command)
+    except EdmDeployError as err:
+        sys.stderr.write(f"Error: {err}\n")
+        sys.exit(2)
