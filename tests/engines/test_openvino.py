@@ -1,0 +1,108 @@
+import pytest
+import torch
+
+from edm_deploy.denoiser import load_denoiser, open_session
+from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.export.cut import onnx_cut_at_sites
+from edm_deploy.reference import Reference
+from edm_deploy.session import BuildOptions
+from engines import build_engine
+from tests.conftest import tiny_inputs
+from tests.engines.judge import check_against_reference
+
+
+@pytest.fixture(scope="module")
+def engine(onnx_w4a4, tmp_path_factory):
+    path = tmp_path_factory.mktemp("openvino") / "engine"
+    build_engine(onnx_w4a4, path, backend="openvino", options=BuildOptions(precision="fp32", threads=2))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bf16_engine(onnx_w4a4, tmp_path_factory):
+    path = tmp_path_factory.mktemp("openvino") / "engine"
+    build_engine(onnx_w4a4, path, backend="openvino", options=BuildOptions(precision="bf16", threads=2))
+    return path
+
+
+def runtime_precisions(session) -> dict[str, str]:
+    """Data type that each node of the last compiled graph runs in, by the names of the nodes that it was made from."""
+    (compiled,) = session._compiled.values()
+    found = {}
+    for node in compiled.request.get_compiled_model().get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        for name in info["originalLayersNames"].astype(str).split(","):
+            found[name] = info["runtimePrecision"].astype(str)
+    return found
+
+
+def test_it_agrees_with_the_reference_at_mixed_timesteps(engine, artifact_w4a4):
+    check_against_reference(engine, artifact_w4a4)
+
+
+def test_in_bfloat16_it_agrees_with_the_reference_as_far_as_bfloat16_goes(bf16_engine, artifact_w4a4):
+    # Rounding nothing but each site's input and output to bfloat16 moves the reference of this random network by 0.74 to 1.04 of the same measure.
+    check_against_reference(bf16_engine, artifact_w4a4, slack=2)
+
+
+def test_packed_weights_are_computed_in_integers(onnx_w4a4_packed, artifact_w4a4, tmp_path):
+    manifest = build_engine(onnx_w4a4_packed, tmp_path / "engine", backend="openvino")
+    assert {plan.executed for plan in manifest.plan.values()} == {"int8"}
+    check_against_reference(tmp_path / "engine", artifact_w4a4)
+
+
+def test_the_plan_tells_what_the_compiled_graph_does(engine):
+    manifest, _ = open_session(engine)
+    assert {(plan.stored, plan.executed) for plan in manifest.plan.values()} == {("W4A4", "int8"), ("W8A8", "int8")}
+
+
+def test_one_engine_serves_every_batch_size_of_its_profile(engine, artifact_w4a4):
+    denoiser = load_denoiser(engine)
+    for batch in (1, 5, 2, 3, 4, 6):  # more shapes than stay compiled
+        inputs = tiny_inputs("unet2d", batch)
+        assert denoiser(**inputs).sample.shape == (batch, 3, 8, 8)
+    assert len(denoiser.session._compiled) < 6
+
+
+def test_a_sample_does_not_depend_on_its_neighbours_timesteps(engine):
+    denoiser = load_denoiser(engine)
+    inputs = tiny_inputs("unet2d", 4)
+    together = denoiser(**inputs).sample
+    alone = torch.cat([denoiser(**{name: value[i : i + 1] for name, value in inputs.items()}).sample for i in range(4)])
+    # Other batch sizes take other float kernels: sums differ in their last bits, and a tie may fall to the other side.
+    torch.testing.assert_close(together, alone, rtol=0, atol=0.1 * float(together.abs().max()))
+
+
+def test_every_site_alone_gives_the_references_codes(artifact_w4a4, tmp_path):
+    inputs = tiny_inputs("unet2d", 3)
+    records = Reference(artifact_w4a4).record(inputs)
+    onnx_cut_at_sites(artifact_w4a4, records, tmp_path / "cut")
+    build_engine(tmp_path / "cut", tmp_path / "engine", backend="openvino")
+    manifest, session = open_session(tmp_path / "engine")
+    xs = {declared.name: records[declared.name.removesuffix(".x")].x for declared in manifest.inputs[1:]}
+    outputs = session.run({"timestep": inputs["timestep"]} | xs)
+    for site, record in records.items():
+        assert torch.equal(outputs[f"{site}.codes"].float(), record.codes), site
+        # One float32 rounding for the scale, one for the bias.
+        torch.testing.assert_close(outputs[f"{site}.y"], record.y, rtol=1e-5, atol=1e-5 * float(record.y.abs().max()))
+
+
+def test_the_timestep_stays_float32_when_the_rest_is_bfloat16(bf16_engine):
+    _, session = open_session(bf16_engine)
+    session.run(tiny_inputs("unet2d", 2))
+    precisions = runtime_precisions(session)
+    if "bf16" not in precisions.values():
+        pytest.skip("this CPU has no bfloat16 instructions")
+    path = [name for name in ("node_sin", "node_cos", "node_cat", "time_embedding.linear_1/scaled") if name in precisions]
+    assert len(path) == 4
+    assert {precisions[name] for name in path} == {"f32"}
+
+
+def test_an_unknown_precision_is_refused(onnx_w4a4, tmp_path):
+    with pytest.raises(InputError, match=r"--precision 'bf61': openvino has fp32 and bf16. Did you mean 'bf16'"):
+        build_engine(onnx_w4a4, tmp_path / "engine", backend="openvino", options=BuildOptions(precision="bf61"))
+
+
+def test_it_runs_on_the_cpu_only(engine):
+    with pytest.raises(UnsupportedError, match="device='cpu'"):
+        open_session(engine, device="cuda")
