@@ -1,0 +1,42 @@
+import pytest
+
+from calibration.recipe import Recipe, SiteSpec
+from calibration.recipes.efficientdm import EfficientDM
+from calibration.recipes.percentile import Percentile
+from edm_deploy.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("made", "settings", "message"),
+    [
+        (Recipe, {"weight_bits": 9}, "weight_bits is 9; expected 2 to 8"),
+        (Recipe, {"act_bits": 2}, "act_bits is 2; expected 3 to 8, or 16"),
+        (Recipe, {"rows": 0}, "rows is 0; expected at least 1"),
+        (Recipe, {"eta": 1.5}, "eta is 1.5; expected 0.0 to 1.0"),
+        (Recipe, {"calibration_samples": 0}, "calibration_samples is 0"),
+        (Percentile, {"percentile": 10.0}, "percentile is 10.0; expected 50.0 to 100.0"),
+        (EfficientDM, {"steps": 0}, "steps is 0; expected at least 1"),
+        (EfficientDM, {"update_rate": -1.0}, "update_rate is -1.0; expected at least 0"),
+        (EfficientDM, {"update_rate": float("nan")}, "update_rate is nan"),
+        (EfficientDM, {"compute": "fp8"}, "compute is 'fp8'; expected fp32 or bf16"),
+    ],
+)
+def test_a_setting_outside_its_range_is_refused_with_what_was_expected(made, settings, message):
+    with pytest.raises(InputError, match=message):
+        made(**settings)
+
+
+def test_kept_sites_are_w8a8_and_symmetric_whatever_the_bits():
+    assert EfficientDM(weight_bits=2, act_bits=3).specs("conv_in", "keep8") == SiteSpec(8, 8, symmetric=True)
+
+
+def test_below_eight_bit_bounds_may_lie_anywhere_unless_asked_to_be_symmetric():
+    assert SiteSpec(4, 4, symmetric=False).fixed_qmin is None
+    assert SiteSpec(4, 4, symmetric=False).levels == 15
+    assert (SiteSpec(4, 4, symmetric=True).fixed_qmin, SiteSpec(4, 4, symmetric=True).levels) == (-7, 14)
+    assert Recipe(act_bits=4, symmetric=True).specs("x", "quantize").symmetric
+
+
+def test_published_constants_are_the_defaults():
+    recipe = EfficientDM()
+    assert (recipe.rows, recipe.rank, recipe.steps, recipe.update_rate, recipe.scale_rate) == (100, 32, 16000, 1 / 2500, 5e-4)
