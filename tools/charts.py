@@ -35,7 +35,8 @@ def curves(series: Mapping[str, Sequence[float]], ticks: Sequence[float], *, x_l
         x_label: Below it.
         y_label: Above the y axis.
     """
-    width, height, left, right, top, bottom = 860, 320, 64, 150, 28, 46
+    width, height, left, top, bottom = 860, 320, 64, 28, 46
+    right = 24 + max((round(7.4 * len(name)) for name in series), default=0)  # room for the longest label in 12 px bold
     values = [value for line in series.values() for value in line if value > 0]
     if not values:
         return ""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -13,12 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from edm_deploy_tools import console
+from edm_deploy_tools import console, entry
 from edm_deploy_tools import options as opt
 
 # Nothing of torch, diffusers or a backend is imported above the commands: `--help` answers at once.
 
-TRACEBACK_VARIABLE = "EDM_DEPLOY_TRACEBACK"
 app = typer.Typer(
     help="Low-bit diffusion models that really run: quantize, export, build, sample, measure.",
     no_args_is_help=True,
@@ -259,49 +255,11 @@ def demo(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, 0 or 2."""
-    _quiet()
-    usage_error = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-    try:
-        code = app(args=list(arguments) if arguments is not None else None, prog_name="edm-deploy", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("Interrupted.")
-    except usage_error as err:
-        return _fail(f"{err.format_message()} `edm-deploy --help` shows the commands, `edm-deploy COMMAND --help` an example.")
-    except Exception as err:
-        if os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        return _fail(_words(err))
-    return _fail("Interrupted.") if code == 130 else 0
+    return entry.run(app, "edm-deploy", arguments)
 
 
 def _value(chosen: StrEnum | None) -> str | None:
     return None if chosen is None else chosen.value
-
-
-def _words(err: Exception) -> str:
-    from edm_deploy.errors import EdmDeployError
-
-    if isinstance(err, EdmDeployError):
-        return str(err)
-    if isinstance(err, OSError):
-        return f"{err.filename or 'The system'}: {err.strerror or err}. Check the path and the free space."
-    return f"{type(err).__name__}: {err} This is a fault of edm-deploy; please report it with the output of {TRACEBACK_VARIABLE}=1."
-
-
-def _fail(message: str) -> int:
-    sys.stderr.write("Error: " + " ".join(message.split()) + "\n")
-    return 2
-
-
-def _quiet() -> None:
-    """Keep libraries' chatter out of the output; their errors still come."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    warnings.filterwarnings("ignore")
-    logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="%(message)s")
 
 
 if __name__ == "__main__":

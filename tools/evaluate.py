@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from edm_deploy_tools.machine import machine, versions
 from edm_deploy_tools.quantize import check_out
 from edm_deploy_tools.report import html_of
 from edm_deploy_tools.results import Report, Result, Subject
-from edm_deploy_tools.sites import agreement, statistics
+from edm_deploy_tools.sites import Cut, agreement, cut_at_sites, statistics
 from edm_deploy_tools.walk import FloatWalk, Setup, denoise_of_artifact, denoise_of_engine, distance, walk
 
 JSON_NAME = "report.json"
@@ -96,9 +97,11 @@ def judge(subjects: Sequence[Subject], source: Source, setup: Setup, *, say: Say
     say(f"float model: {setup.samples} samples, {setup.steps} steps")
     reference = walk(source, setup)
     results = []
-    for subject in subjects:
-        say(f"{subject.label} ({subject.kind}, {subject.scheme})")
-        results.append(judge_engine(subject, reference) if subject.engine else judge_artifact(subject, reference))
+    with tempfile.TemporaryDirectory() as scratch:
+        cuts = Cuts(reference, Path(scratch))
+        for subject in subjects:
+            say(f"{subject.label} ({subject.kind}, {subject.scheme})")
+            results.append(judge_engine(subject, reference, cuts) if subject.engine else judge_artifact(subject, reference))
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return Report(reference=source, walk=reference, results=tuple(results), date=now, machine=machine(), versions=versions())
 
@@ -110,7 +113,22 @@ def judge_artifact(subject: Subject, reference: FloatWalk) -> Result:
     return Result(subject=subject, distance=far, statistics=tuple(statistics(subject.artifact, reference)))
 
 
-def judge_engine(subject: Subject, reference: FloatWalk) -> Result:
+class Cuts:
+    """Cut graphs by artifact and dtype, each made once: the engines of one artifact share it."""
+
+    def __init__(self, reference: FloatWalk, scratch: Path) -> None:
+        self.reference, self.scratch = reference, scratch
+        self.made: dict[tuple[str, str], Cut] = {}
+
+    def of(self, artifact: Artifact, engine: Manifest) -> Cut:
+        """The cut graph that an engine of `artifact` is compared on."""
+        key = engine.artifact, engine.dtype
+        if key not in self.made:
+            self.made[key] = cut_at_sites(artifact, self.reference, self.scratch / f"cut-{len(self.made)}", dtype=engine.dtype)
+        return self.made[key]
+
+
+def judge_engine(subject: Subject, reference: FloatWalk, cuts: Cuts) -> Result:
     """An engine, with its agreement site by site where its artifact is known."""
     assert subject.engine is not None  # an engine subject holds it
     far = distance(denoise_of_engine(subject.path, reference.conditioning), reference)
@@ -118,7 +136,7 @@ def judge_engine(subject: Subject, reference: FloatWalk) -> Result:
         note = "Agreement with the reference was not measured: give the artifact that the engine was built from beside it."
         return Result(subject=subject, distance=far, notes=(note,))
     try:
-        return Result(subject=subject, distance=far, agreement=tuple(agreement(subject.artifact, subject.engine, reference)))
+        return Result(subject=subject, distance=far, agreement=tuple(agreement(cuts.of(subject.artifact, subject.engine), subject.engine)))
     except UnsupportedError as err:
         return Result(subject=subject, distance=far, notes=(f"Agreement with the reference was not measured: {err}",))
 

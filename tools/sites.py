@@ -17,7 +17,7 @@ from edm_deploy.artifact import Artifact, Site
 from edm_deploy.denoiser import open_session
 from edm_deploy.export.cut import onnx_cut_at_sites
 from edm_deploy.family import SAMPLE
-from edm_deploy.manifest import Manifest, Range
+from edm_deploy.manifest import Dtype, Manifest, Range
 from edm_deploy.reference import Reference, SiteRecord
 from edm_deploy.session import BuildOptions
 from edm_deploy_tools.profiles import build
@@ -105,33 +105,53 @@ def _fit(record: SiteRecord, site: Site, row: int) -> tuple[float, float, float,
     return used, clipped, min(sqnr, HIGHEST_SQNR), scale
 
 
-def agreement(artifact: Artifact, engine: Manifest, walk: FloatWalk) -> list[SiteAgreement]:
-    """Every site of an engine against the reference, each from the reference's own input; samples of the batch stand at different timesteps.
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """The exported graph of an artifact cut at its sites, with what the reference saw at each: engines are built from it and compared.
+
+    Attributes:
+        artifact: What it was made from.
+        onnx: Its directory.
+        inputs: Graph inputs by name; samples of the batch stand at different timesteps.
+        records: What the reference saw, by site.
+    """
+
+    artifact: Artifact
+    onnx: Path
+    inputs: Mapping[str, Tensor]
+    records: Mapping[str, SiteRecord]
+
+
+def cut_at_sites(artifact: Artifact, walk: FloatWalk, onnx: Path, *, dtype: Dtype) -> Cut:
+    """Record the reference on points of the walk and write the cut graph into directory `onnx`."""
+    chosen = [walk.steps[round(index * (len(walk.steps) - 1) / (SAMPLES - 1))] for index in range(SAMPLES)]
+    samples = torch.stack([step.sample[index % len(step.sample)] for index, step in enumerate(chosen)])
+    inputs = _inputs_at(walk, [step.timestep for step in chosen], samples)
+    records = Reference(artifact).record(inputs)
+    onnx_cut_at_sites(artifact, records, onnx, dtype=dtype)
+    return Cut(artifact=artifact, onnx=onnx, inputs=inputs, records=records)
+
+
+def agreement(cut: Cut, engine: Manifest) -> list[SiteAgreement]:
+    """Every site of an engine against the reference, each from the reference's own input.
 
     Args:
-        artifact: What the engine was built from.
+        cut: Of the artifact that the engine was built from.
         engine: Its manifest; the same backend builds the cut graph with the same options.
-        walk: Gives the inputs.
 
     Raises:
         UnsupportedError: The backend cannot run on this machine.
     """
     assert engine.backend is not None  # an engine's manifest names one
-    chosen = [walk.steps[round(index * (len(walk.steps) - 1) / (SAMPLES - 1))] for index in range(SAMPLES)]
-    samples = torch.stack([step.sample[index % len(step.sample)] for index, step in enumerate(chosen)])
-    inputs = _inputs_at(walk, [step.timestep for step in chosen], samples)
-    records = Reference(artifact).record(inputs)
     kept = {field.name for field in dataclasses.fields(BuildOptions)}
     options = {name: value for name, value in engine.build.get("options", {}).items() if name in kept}
+    options["profile"] = {"batch": Range(SAMPLES, SAMPLES, SAMPLES)}
     with tempfile.TemporaryDirectory() as scratch:
-        cut = Path(scratch)
-        onnx_cut_at_sites(artifact, records, cut / "onnx", dtype=engine.dtype)
-        profile = {"batch": Range(SAMPLES, SAMPLES, SAMPLES)}
-        built = build(cut / "onnx", cut / "engine", backend=engine.backend, options=BuildOptions(**options | {"profile": profile}))
-        _, session = open_session(cut / "engine")
-        found = session.run(_cut_inputs(built, inputs, records))
-        rows = rows_of(artifact.row_of_timestep, inputs["timestep"])
-        return [compare(name, artifact.sites[name], record, found, rows) for name, record in records.items()]
+        built = build(cut.onnx, Path(scratch) / "engine", backend=engine.backend, options=BuildOptions(**options))
+        _, session = open_session(Path(scratch) / "engine")
+        found = session.run(_cut_inputs(built, cut))
+    rows = rows_of(cut.artifact.row_of_timestep, cut.inputs["timestep"])
+    return [compare(name, cut.artifact.sites[name], record, found, rows) for name, record in cut.records.items()]
 
 
 def compare(name: str, site: Site, record: SiteRecord, found: Mapping[str, Tensor], rows: Tensor) -> SiteAgreement:
@@ -160,6 +180,6 @@ def _inputs_at(walk: FloatWalk, timesteps: list[float], samples: Tensor) -> dict
     return {SAMPLE: samples, "timestep": torch.tensor(timesteps[: len(samples)])} | conditioning
 
 
-def _cut_inputs(cut: Manifest, inputs: Mapping[str, Tensor], records: Mapping[str, SiteRecord]) -> dict[str, Tensor]:
-    given = {"timestep": inputs["timestep"]} | {f"{name}.x": record.x for name, record in records.items()}
-    return {declared.name: given[declared.name].to(declared.dtype(cut.torch_dtype)).contiguous() for declared in cut.inputs}
+def _cut_inputs(manifest: Manifest, cut: Cut) -> dict[str, Tensor]:
+    given = {"timestep": cut.inputs["timestep"]} | {f"{name}.x": record.x for name, record in cut.records.items()}
+    return {declared.name: given[declared.name].to(declared.dtype(manifest.torch_dtype)).contiguous() for declared in manifest.inputs}

@@ -5,7 +5,6 @@ Run it with `python -m edm_deploy_tools.train_reference DATA --out DIR`. It made
 
 from __future__ import annotations
 
-import io
 import math
 import sys
 import time
@@ -13,23 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calibration.memory import peak_memory
 from calibration.recipe import Progress
-from edm_deploy.errors import ArtifactError, EdmDeployError, InputError
+from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.files import new_directory, read_json, write_json
-from edm_deploy_tools import console
+from edm_deploy_tools import console, entry
+from edm_deploy_tools.pictures import load_pictures
 from edm_deploy_tools.quantize import check_out
 from edm_deploy_tools.sample import grid_of
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 STATE_JSON = "training.json"
 STATE_TENSORS = "training.safetensors"
 INDEX_NAME = "model_index.json"
@@ -67,28 +64,6 @@ class Settings:
         multiple = 2 ** (len(self.channels) - 1)
         if self.size % multiple:
             raise InputError(f"size {self.size} is not a multiple of {multiple}, which {len(self.channels)} levels need.")
-
-
-def load_pictures(path: Path, *, size: int, label: int | None) -> Tensor:
-    """Pictures as uint8 [N, 3, size, size].
-
-    Args:
-        path: A parquet file with columns `img.bytes` (encoded pictures) and `label`, or a folder of pictures, searched through.
-        size: Pictures are cut to a square around their middle and scaled to this.
-        label: Only this class, of a parquet file; None takes all.
-
-    Raises:
-        ArtifactError: Nothing there, or no picture in it.
-    """
-    if path.is_dir():
-        found = [_read(entry) for entry in sorted(path.rglob("*")) if entry.suffix.lower() in PICTURES]
-    elif path.suffix == ".parquet" and path.is_file():
-        found = [_decode(data, path) for data in _parquet_bytes(path, label)]
-    else:
-        raise ArtifactError(f"{path} is neither a folder of pictures nor a parquet file. Check the path.")
-    if not found:
-        raise ArtifactError(f"{path} holds no picture{'' if label is None else f' of class {label}'}; expected {', '.join(PICTURES)}.")
-    return torch.stack([torch.from_numpy(np.array(_square(picture, size))).permute(2, 0, 1) for picture in found])
 
 
 def train(pictures: Tensor, settings: Settings, out: Path, *, device: torch.device, resume: bool = False) -> Path:
@@ -182,8 +157,8 @@ class Training:
         """Write the state, whole or not at all."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        for index, entry in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
         with new_directory(path, marker=STATE_JSON) as directory:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, directory / STATE_TENSORS)
             write_json(directory / STATE_JSON, {"step": step, "settings": repr(self.settings)})
@@ -239,43 +214,16 @@ def save_pipeline(model: nn.Module, scheduler: Any, directory: Path) -> None:
     grid_of(images).save(directory / "samples.png")
 
 
-def _parquet_bytes(path: Path, label: int | None) -> list[bytes]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as err:
-        raise ArtifactError(f'{path} needs pyarrow to be read. Install it with pip install "edm-deploy[train]".') from err
-    try:
-        table = parquet.read_table(path, columns=["img.bytes", "label"])
-    except (OSError, ValueError) as err:
-        raise ArtifactError(f"{path} cannot be read ({err}). Expected a parquet file with columns img.bytes and label.") from err
-    pictures = table.column("img").combine_chunks().field("bytes") if "img" in table.column_names else table.column("img.bytes")
-    labels = table.column("label").to_pylist()
-    return [data for data, found in zip(pictures.to_pylist(), labels, strict=True) if label is None or found == label]
-
-
-def _read(path: Path) -> Image.Image:
-    return _decode(path.read_bytes(), path)
-
-
-def _decode(data: bytes, path: Path) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError) as err:
-        raise ArtifactError(f"{path} holds a picture that cannot be read ({err}). Remove it.") from err
-
-
-def _square(picture: Image.Image, size: int) -> Image.Image:
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS if side != size else None)
-
-
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def command(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder of pictures, or a parquet file with columns img.bytes and label.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder of pictures, or a parquet file with columns img and label.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     label: Annotated[int | None, typer.Option(help="Only this class of a parquet file; 1 is CIFAR-10's automobile.")] = None,
     size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 32,
@@ -296,8 +244,4 @@ def command(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(command)
-    except EdmDeployError as err:
-        sys.stderr.write(f"Error: {err}\n")
-        sys.exit(2)
+    sys.exit(entry.run(app, "python -m edm_deploy_tools.train_reference"))
