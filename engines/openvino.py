@@ -20,6 +20,7 @@ from edm_deploy.manifest import ROW_NAME, Manifest, Range
 from edm_deploy.session import Backend, BuildOptions, Built, Session
 from edm_deploy.target import Execution
 from engines._ovgraph import keep_float32, lift_tables, timestep_path, widen_int4
+from engines._ovnorm import split_group_norms
 from engines._vendor import refuse_other_build, vendor
 
 PACKAGE = "openvino"
@@ -46,8 +47,9 @@ class OpenvinoBackend(Backend):
         model = ov.Core().read_model(onnx)
         model.reshape({declared.name: _partial_shape(ov, declared.dims, options.profile) for declared in manifest.inputs})
         save_file(lift_tables(ov, model), out / TABLES_NAME)
+        kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model)
         ov.save_model(model, out / ENGINE_NAME, compress_to_fp16=False)
-        keep_float32(out / ENGINE_NAME, timestep_path(model, TIMESTEP.name))
+        keep_float32(out / ENGINE_NAME, kept)
         return Built(versions={PACKAGE: _version(ov)}, options=effective, executed=_executed(ov, out / ENGINE_NAME, effective, manifest))
 
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
