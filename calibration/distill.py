@@ -105,7 +105,8 @@ class Training:
     def _loss(self, batch: Batch, target: Tensor) -> Tensor:
         distances = (self.student(batch.inputs).float() - target).square().flatten(1).sum(1)
         power = target.square().flatten(1).mean(1)
-        return (distances / power.pow(self.schedule.relative)).mean()
+        mean: Tensor = (distances / power.pow(self.schedule.relative)).mean()
+        return mean
 
 
 def distill(

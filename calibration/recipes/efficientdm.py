@@ -67,13 +67,17 @@ class EfficientDM(Mse):
 
     def fit(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
         """Calibrate, unless a checkpoint is resumed, then train."""
+        self.prepare(student, teacher, trajectories, run)
+        distill.distill(student, teacher, trajectories, self.groups(student), self.schedule, run)
+
+    def prepare(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
+        """All that comes before the first step: updates of zero, and the calibration, unless a checkpoint will bring a later one."""
         generator = torch.Generator().manual_seed(self.seed)
         for layer in student.layers.values():
             layer.add_update(self.rank, generator)
         if not run.options.resume:
             super().fit(student, teacher, trajectories, run)
         student.compute_dtype = DTYPES[self.compute]
-        distill.distill(student, teacher, trajectories, self.groups(student), self.schedule, run)
 
     @property
     def schedule(self) -> distill.Schedule:
