@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ from edm_deploy.pipelines import UnconditionalPipeline, images_from_sample, load
 from edm_deploy.session import BuildOptions
 from edm_deploy.target import summary
 from edm_deploy_tools import console
-from edm_deploy_tools.bench import bench_engines, rows_of
+from edm_deploy_tools.console import Row
 from edm_deploy_tools.evaluate import HTML_NAME, JSON_NAME, judge, open_subjects
 from edm_deploy_tools.profiles import build
 from edm_deploy_tools.quantize import quantize
@@ -194,8 +197,30 @@ def measure(work: Path, engines: Sequence[tuple[Path, Build]]) -> Report:
     waiting = open_subjects([path for path, entry in engines if not entry.runs_here])
     if not running:
         return dataclasses.replace(report, waiting=tuple(waiting))
-    timed = bench_engines([path for path, _ in running], against=("torch", "torch-bf16"), rounds=10)
-    return dataclasses.replace(report, waiting=tuple(waiting), bench=tuple(rows_of(timed)))
+    return dataclasses.replace(report, waiting=tuple(waiting), bench=tuple(bench_apart([path for path, _ in running])))
+
+
+def bench_apart(engines: Sequence[Path]) -> list[Row]:
+    """Rows of `edm-deploy bench`, run in a process of its own: this one's torch waits patiently, which a float baseline should not."""
+    command = [
+        sys.executable,
+        "-m",
+        "edm_deploy_tools.cli",
+        "bench",
+        *map(str, engines),
+        "--against",
+        "torch,torch-bf16",
+        "--rounds",
+        "10",
+        "--json",
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        console.out().print(f"Skipped the benchmark: {finished.stderr.strip()}")
+        return []
+    rows: list[Row] = json.loads(finished.stdout)["results"]
+    return rows
 
 
 def write(report: Report, out: Path) -> None:
