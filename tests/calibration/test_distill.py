@@ -35,7 +35,7 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_artifact(kind, tmp_path
     recipe, source = EfficientDM(**SETTINGS), tiny_source(kind)
     whole = fit(source, recipe, RunOptions())
     options = {"checkpoint": tmp_path / "ck", "checkpoint_every": 2}
-    with pytest.raises(Interrupted, match="after step 3; the state is in .*--resume"):
+    with pytest.raises(Interrupted, match=r"after step 3; the state is in .*--resume"):
         fit(source, recipe, RunOptions(**options), on_progress=interrupted_at(3))
     steps = []
     resumed = fit(source, recipe, RunOptions(**options, resume=True), on_progress=lambda progress: steps.append(progress.step))
@@ -101,12 +101,13 @@ def test_two_runs_of_the_same_seed_are_the_same_and_of_another_are_not():
     assert digest(0) == digest(0) != digest(1)
 
 
-def test_a_student_at_more_bits_ends_nearer_to_the_teacher_and_training_brings_it_nearer():
+def test_training_brings_the_student_nearer_to_the_teacher():
     losses = []
-    settings = SETTINGS | {"rows": 2, "steps": 60, "batch": 8, "calibration_samples": 8, "compute": "fp32", "scale_rate": 2e-3, "bound_rate": 0.02}
-    fit(tiny_source(), EfficientDM(**settings), RunOptions(teacher_dtype="fp32"), on_progress=lambda progress: losses.append(progress.loss))
+    settings = SETTINGS | {"rows": 2, "steps": 30, "batch": 16, "calibration_samples": 16, "rank": 8, "update_rate": 0.05}
+    recipe = EfficientDM(**settings, weight_bits=2, act_bits=8, weight_scale_rate=1e-3, compute="fp32")
+    fit(tiny_source(), recipe, RunOptions(teacher_dtype="fp32"), on_progress=lambda progress: losses.append(progress.loss))
     trained = [loss for loss in losses if loss is not None]
-    assert sum(trained[-10:]) < 0.9 * sum(trained[:10])
+    assert sum(trained[-5:]) < 0.9 * sum(trained[:5])  # 0.75 where this was written
 
 
 def test_checkpoint_holds_every_row_of_every_table(tmp_path):

@@ -54,7 +54,7 @@ def test_the_source_is_not_changed():
 
 
 @pytest.mark.parametrize("kind", ["unet2d", "unet2d-classes", "unet2d-condition"])
-@pytest.mark.parametrize("bits", [(4, 4), (8, 8), (2, 3), (4, 16)], ids=lambda bits: "W%dA%d" % bits)
+@pytest.mark.parametrize("bits", [(4, 4), (8, 8), (2, 3), (4, 16)], ids=lambda bits: f"W{bits[0]}A{bits[1]}")
 def test_each_site_of_the_reference_agrees_with_the_students_layer(kind, bits):
     source, student = student_of(kind, weight_bits=bits[0], act_bits=bits[1])
     for quantizer in student.quantizers.values():

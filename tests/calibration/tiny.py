@@ -8,6 +8,6 @@ from tests.conftest import PIPELINE, TINY, tiny_model
 
 def tiny_source(kind: str = "unet2d") -> Source:
     """A tiny random model with a DDIM schedule of 1000 timesteps."""
-    family, config, model = tiny_model(kind)
+    _, config, model = tiny_model(kind)
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=True)
     return Source(name=kind, family=TINY[kind][0], config=config, model=model, scheduler=scheduler, pipeline=PIPELINE)
