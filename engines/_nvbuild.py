@@ -68,7 +68,7 @@ def main(package: str, install: str) -> None:
     request = Request(**json.loads(Path(sys.argv[1]).read_text()))
     try:
         write_json(Path(request.reply), build_here(vendor(package, mend=install), request))
-    except EdmDeployError as err:
+    except (EdmDeployError, OSError) as err:
         print(str(err).replace("\n", " "), file=sys.stderr)
         sys.exit(2)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edm_deploy.activations import rows_of
-from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.family import TIMESTEP
 from edm_deploy.lookup import suggestion
 from edm_deploy.manifest import ROW_NAME, Manifest, Range
@@ -44,13 +45,24 @@ class OpenvinoBackend(Backend):
     def build(self, onnx: Path, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
         ov = _openvino()
         effective = {"precision": self._precision(options.precision), "threads": options.threads}
-        model = ov.Core().read_model(onnx)
-        model.reshape({declared.name: _partial_shape(ov, declared.dims, options.profile) for declared in manifest.inputs})
+        with _refusals(ov):
+            model = ov.Core().read_model(onnx)
+            model.reshape({declared.name: _partial_shape(ov, declared.dims, options.profile) for declared in manifest.inputs})
         save_file(lift_tables(ov, model), out / TABLES_NAME)
         kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model)
-        ov.save_model(model, out / ENGINE_NAME, compress_to_fp16=False)
+        try:
+            ov.save_model(model, out / ENGINE_NAME, compress_to_fp16=False)
+        except RuntimeError as err:  # OpenVINO hides the system's reason
+            raise ArtifactError(
+                f"OpenVINO cannot write {ENGINE_NAME}. Nothing was left behind; free space or choose another path."
+            ) from err
         keep_float32(out / ENGINE_NAME, kept)
-        return Built(versions={PACKAGE: _version(ov)}, options=effective, executed=_executed(ov, out / ENGINE_NAME, effective, manifest))
+        return Built(
+            versions={PACKAGE: _version(ov)},
+            options=effective,
+            executed=_executed(ov, out / ENGINE_NAME, effective, manifest),
+            warnings=_warnings(ov, effective["precision"]),
+        )
 
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
         ov = _openvino()
@@ -103,9 +115,10 @@ class OpenvinoSession:
     def _compile(self, shapes: Mapping[str, tuple[int, ...]]) -> _Compiled:
         batch = shapes[TIMESTEP.name][0]
         lookups = {name: (batch, *table.shape[1:]) for name, table in self._tables.items()}
-        model = _read(self._ov, self._xml)
-        model.reshape({**shapes, **lookups})
-        request = self._ov.Core().compile_model(model, "CPU", self._properties).create_infer_request()
+        with _refusals(self._ov):
+            model = _read(self._ov, self._xml)
+            model.reshape({**shapes, **lookups})
+            request = self._ov.Core().compile_model(model, "CPU", self._properties).create_infer_request()
         looked_up = torch.zeros(len(lookups), batch)
         for (name, shape), row in zip(lookups.items(), looked_up, strict=True):
             request.set_tensor(name, self._ov.Tensor(row.reshape(shape).numpy(), shared_memory=True))
@@ -148,7 +161,8 @@ def properties(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _executed(ov: Any, xml: Path, options: Mapping[str, Any], manifest: Manifest) -> dict[str, Execution]:
     """How each site is computed on this machine: the data type that its product runs in, in the compiled graph."""
-    compiled = ov.Core().compile_model(_read(ov, xml), "CPU", properties(options))
+    with _refusals(ov):
+        compiled = ov.Core().compile_model(_read(ov, xml), "CPU", properties(options))
     precisions: dict[str, str] = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
@@ -160,6 +174,22 @@ def _executed(ov: Any, xml: Path, options: Mapping[str, Any], manifest: Manifest
         for name, site in manifest.sites.items()
         if site.quantized_input
     }
+
+
+def _warnings(ov: Any, precision: Any) -> tuple[str, ...]:
+    if precision == "bf16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return ("This CPU has no bfloat16 instructions; what --precision bf16 asks for is computed in float32.",)
+    return ()
+
+
+@contextlib.contextmanager
+def _refusals(ov: Any) -> Iterator[None]:
+    """OpenVINO's own errors, which are all RuntimeError and many lines long, as one line."""
+    try:
+        yield
+    except RuntimeError as err:
+        reason = [line for line in str(err).splitlines() if line.strip()][-1].strip()
+        raise UnsupportedError(f"OpenVINO {_version(ov)} cannot take the graph: {reason}. Export it again, or build for ort.") from err
 
 
 def _version(ov: Any) -> str:

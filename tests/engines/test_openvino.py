@@ -1,9 +1,12 @@
+import shutil
+
 import pytest
 import torch
 
 from edm_deploy.denoiser import load_denoiser, open_session
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.export.cut import onnx_cut_at_sites
+from edm_deploy.manifest import GRAPH_NAME, Manifest
 from edm_deploy.reference import Reference
 from edm_deploy.session import BuildOptions
 from engines import build_engine
@@ -125,3 +128,19 @@ def test_a_split_group_norm_is_the_group_norm(mean, precision, tolerance):
     expected = torch.nn.functional.group_norm(x, 4, gamma, beta, eps=1e-5)
     # A mean of 30 deviations costs float32 five bits; bfloat16 has eight bits in all.
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+def test_a_graph_that_openvino_cannot_read_is_one_clear_error(onnx_w4a4, tmp_path):
+    shutil.copytree(onnx_w4a4, tmp_path / "onnx")
+    (tmp_path / "onnx" / GRAPH_NAME).write_bytes(b"no graph")
+    Manifest.read(onnx_w4a4, kind="onnx").write(tmp_path / "onnx", [GRAPH_NAME])
+    with pytest.raises(UnsupportedError, match=r"^OpenVINO \S+ cannot take the graph: .* Export it again"):
+        build_engine(tmp_path / "onnx", tmp_path / "engine", backend="openvino")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_cpu_without_bfloat16_is_told(onnx_w4a4, tmp_path, monkeypatch):
+    ov = pytest.importorskip("openvino")
+    monkeypatch.setattr(ov.Core, "get_property", lambda *_: ["FP32", "INT8"])
+    manifest = build_engine(onnx_w4a4, tmp_path / "engine", backend="openvino", options=BuildOptions(precision="bf16"))
+    assert "no bfloat16 instructions" in manifest.build["warnings"][0]
