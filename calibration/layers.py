@@ -11,7 +11,7 @@ from torch.nn import functional
 from calibration.fake_quant import fake_quantize, round_straight_through
 from calibration.recipe import Range, SiteSpec
 from edm_deploy.activations import ActivationTable
-from edm_deploy.quant import quantize_weight, weight_bounds
+from edm_deploy.quant import dequantize_weight, quantize_weight, weight_bounds
 
 
 class ActivationQuantizer(nn.Module):
@@ -90,6 +90,23 @@ class StudentLayer(nn.Module):
     def set_weight_scale(self, scale: Tensor) -> None:
         """Set the scale of each output channel, float32 [Cout]."""
         self.log_weight_scale.copy_(scale.log())
+
+    @torch.no_grad()
+    def correct_bias(self, mean_input: Tensor) -> None:
+        """Add to the bias what rounding the weight takes from the mean output; a layer without a bias stays as it is.
+
+        Args:
+            mean_input: float32 [Cin], the mean of each input channel.
+
+        Source: Nagel et al., Data-Free Quantization, arXiv 1906.04721, section 4.2, with measured means.
+        """
+        if self.layer.bias is None:
+            return
+        codes, scale = self.codes()
+        error = self.merged_weight() - dequantize_weight(codes, scale)
+        groups = self.layer.groups if isinstance(self.layer, nn.Conv2d) else 1
+        seen = mean_input.to(error.device).reshape(groups, -1).repeat_interleave(error.shape[0] // groups, dim=0)
+        self.layer.bias += (error.reshape(*error.shape[:2], -1).sum(2) * seen).sum(1)
 
     def add_update(self, rank: int, generator: torch.Generator) -> None:
         """Add a low-rank update that starts at zero: A uniform in +-1/sqrt(fan in), B zero.

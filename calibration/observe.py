@@ -60,9 +60,32 @@ class Observer:
         return observation
 
 
+class InputMean:
+    """The mean of each input channel over all batches of all rows. A forward pre-hook of the teacher's layer."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.batches = 0
+
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Look at one batch; a pre-hook gets the layer and its arguments."""
+        x = args[0]
+        channel = 1 if isinstance(layer, nn.Conv2d) else x.ndim - 1
+        mean = x.mean(dim=[axis for axis in range(x.ndim) if axis != channel])
+        self.total = mean if self.total is None else self.total + mean
+        self.batches += 1
+
+    def take(self) -> Tensor:
+        """float32 [Cin]."""
+        assert self.total is not None  # every site is run in every forward
+        return self.total / self.batches
+
+
 @torch.no_grad()
 def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, recipe: Recipe, run: Run) -> None:
-    """Set every row of every activation table of the student, in place. The pool is left staggered over the schedule.
+    """Set every row of every activation table of the student, and correct its biases where the recipe says so; in place.
+
+    The pool is left staggered over the schedule.
 
     Args:
         student: Its weight scales are set already.
@@ -78,6 +101,8 @@ def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, re
     generator = torch.Generator().manual_seed(recipe.seed)
     observers = {name: Observer(generator) for name in student.quantizers}
     handles: list[Any] = [layers[name].register_forward_pre_hook(observer) for name, observer in observers.items()]
+    means = {name: InputMean() for name in layers} if recipe.corrects_bias else {}
+    handles += [layers[name].register_forward_pre_hook(mean) for name, mean in means.items()]
     specs = {name: recipe.specs(name, teacher.family.placement(name)) for name in student.quantizers}
     start = time.perf_counter()
     try:
@@ -96,3 +121,5 @@ def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, re
     finally:
         for handle in handles:
             handle.remove()
+    for name, mean in means.items():
+        student.layers[name].correct_bias(mean.take())

@@ -137,7 +137,7 @@ class Recipe:
         rows: Rows of the activation tables: the timesteps of that many DDIM steps. Source: EfficientDM, 100 steps.
         symmetric: Symmetric activation bounds below 8 bit; at 8 bit they always are.
         calibration_samples: Trajectories that the ranges are observed on.
-        eta: Fresh noise of the trajectories, 0 (DDIM) to 1 (DDPM). Source: EfficientDM, 1.0.
+        eta: Fresh noise of the trajectories, 0 (DDIM, as most samplers that are deployed) to 1 (DDPM).
         seed: Of everything random.
     """
 
@@ -148,7 +148,7 @@ class Recipe:
     rows: int = 100
     symmetric: bool = False
     calibration_samples: int = 32
-    eta: float = 1.0
+    eta: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -187,6 +187,11 @@ class Recipe:
     def pool_size(self) -> int:
         """Samples in flight."""
         return self.calibration_samples
+
+    @property
+    def corrects_bias(self) -> bool:
+        """Whether calibration moves biases by what rounding the weights takes from the mean output."""
+        return False
 
     def settings(self) -> dict[str, Any]:
         """Every setting by name, for provenance and checkpoints."""

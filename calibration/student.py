@@ -95,7 +95,7 @@ class Student(nn.Module):
 
     def learnable_or_fixed(self) -> dict[str, nn.Parameter]:
         """What `learnable` gives before a rate of 0 fixes some of it: all that a checkpoint must hold."""
-        kept = {id(parameter) for layer in self.layers.values() for parameter in layer.layer.parameters()}
+        kept = {id(layer.layer.weight) for layer in self.layers.values()}
         own = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()} - kept
         return {name: value for name, value in self.named_parameters() if id(value) in own}
 

@@ -26,6 +26,7 @@ class EfficientDM(Mse):
     looked up by timestep; the update is added to the float weight, as the paper has it, not to the rounded one.
 
     Attributes:
+        eta: Source: 1.0.
         steps: Training steps. Source: 160 epochs of 100.
         batch: Samples a step. Source: 2 samples with and without their label.
         rank: Of the low-rank update. Source: 32.
@@ -41,6 +42,8 @@ class EfficientDM(Mse):
     name = "efficientdm"
     weight_bits: int = 4
     act_bits: int = 4
+    bias_correction: bool = False
+    eta: float = 1.0
     steps: int = 16000
     batch: int = 4
     rank: int = 32

@@ -17,14 +17,21 @@ class Mse(Recipe):
 
     Attributes:
         weight_exponent: Of the weights' rounding error. Source: 2.4, EfficientDM's and Q-Diffusion's released code.
+        bias_correction: Whether biases make up for what rounding the weights takes from the mean output.
     """
 
     name = "mse"
     weight_exponent: float = 2.4
+    bias_correction: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("weight_exponent", self.weight_exponent, 1.0)
+
+    @property
+    def corrects_bias(self) -> bool:
+        """As set."""
+        return self.bias_correction
 
     def weight_scale(self, weight: Tensor, bits: int) -> Tensor:
         """The scale with the least rounding error, by `weight_exponent`."""

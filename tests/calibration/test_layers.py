@@ -95,3 +95,24 @@ def test_autocast_computes_in_bfloat16_and_rounds_in_float32():
     assert low.dtype == torch.bfloat16
     layer.quantizer.forget()
     torch.testing.assert_close(low.float(), layer(x.float()), rtol=0.02, atol=0.02)  # bfloat16 keeps 8 bits of each product and of the sum
+
+
+def test_the_bias_makes_up_for_what_rounding_takes_from_the_mean_output():
+    layer = StudentLayer(nn.Linear(2, 1).requires_grad_(False), A4, None)
+    layer.layer.weight.copy_(torch.tensor([[1.25, 2.0]]))
+    layer.layer.bias.fill_(1.0)
+    layer.set_weight_scale(torch.tensor([1.0]))
+    layer.correct_bias(torch.tensor([4.0, 9.0]))  # rounding took 0.25 from the first weight: 0.25 * 4
+    assert layer.layer.bias.item() == 2.0
+
+
+def test_the_mean_output_of_a_grouped_convolution_is_kept():
+    generator = torch.Generator().manual_seed(0)
+    float_layer = nn.Conv2d(4, 6, 3, groups=2).requires_grad_(False)
+    float_layer.weight.copy_(torch.randn(float_layer.weight.shape, generator=generator))
+    x = torch.randn(1, 4, 1, 1, generator=generator).expand(1, 4, 5, 5).contiguous()  # constant per channel: the correction is exact
+    expected = float_layer(x)
+    layer = StudentLayer(float_layer, A4, None)
+    layer.set_weight_scale(torch.full((6,), 0.5))
+    layer.correct_bias(x.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
