@@ -30,6 +30,8 @@ def quantize(model: str, out: Path, recipe: Any, options: RunOptions, *, backend
     if backend is not None:
         check_scheme(target_named(backend), recipe.weight_bits, recipe.act_bits)
     check_out(out, marker=JSON_NAME)
+    if options.resume and options.checkpoint is not None and not options.checkpoint.is_dir():
+        raise ArtifactError(f"{options.checkpoint} holds no checkpoint to resume. Start without --resume, or check --out.")
     source = load_source(model)
     with progress() as show:
         artifact = calibration.fit(source, recipe, options, on_progress=show)

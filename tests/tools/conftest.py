@@ -1,0 +1,85 @@
+"""The whole chain once, on a model of a few thousand parameters: what every test of `tools` looks at."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from edm_deploy_tools.cli import main
+from tests.conftest import TINY_UNET
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Directories of one model, from the float model to an engine."""
+
+    model: Path
+    artifact: Path
+    onnx: Path
+    engine: Path
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The one line on stderr of a command that refused."""
+        assert self.code == 2
+        assert "Traceback" not in self.err
+        assert self.err.count("\n") == 1, self.err
+        assert self.err.startswith("Error: ")
+        return self.err
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory):
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    DDIMPipeline(unet=UNet2DModel(**TINY_UNET), scheduler=DDIMScheduler()).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def chain(tiny_model_dir):
+    root = tiny_model_dir.parent
+    made = Chain(model=tiny_model_dir, artifact=root / "artifact", onnx=root / "onnx", engine=root / "engine")
+    fast = ["--rows", "4", "--set", "calibration_samples=2"]
+    assert main(["calibrate", str(made.model), "--out", str(made.artifact), "--recipe", "minmax", *fast]) == 0
+    assert main(["export", str(made.artifact), "--out", str(made.onnx)]) == 0
+    assert main(["build-engine", str(made.onnx), "--out", str(made.engine), "--backend", "ort", "--batch", "1:4:8"]) == 0
+    return made
+
+
+@pytest.fixture
+def run(capfd) -> Callable[..., Ran]:
+    """Runs the command line in this process."""
+
+    def run_command(*arguments: object) -> Ran:
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Ran(code, *capfd.readouterr())
+
+    return run_command
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """A copy of a directory, to be damaged."""
+
+    def copy(directory: Path) -> Path:
+        return Path(shutil.copytree(directory, tmp_path / directory.name))
+
+    return copy

@@ -1,0 +1,133 @@
+"""What a user gets wrong ends in one line that names the mend, exit code 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import pytest
+
+# Arguments, where {model}, {artifact}, {onnx}, {engine}, {empty}, {file}, {out} stand for paths, and what the line must say.
+REFUSED = {
+    "unknown command": ("calibrte {model} --out {out}", "Did you mean 'calibrate'"),
+    "unknown option": ("calibrate {model} --out {out} --recip mse", "--recip"),
+    "missing argument": ("calibrate --out {out}", "MODEL"),
+    "number that is none": ("calibrate {model} --out {out} --rows many", "--rows"),
+    "model that is not there": ("calibrate ./nothing --out {out}", "does not exist"),
+    "directory that is no model": ("calibrate {empty} --out {out}", "no diffusers pipeline directory"),
+    "unknown recipe": ("calibrate {model} --out {out} --recipe mes", "Did you mean 'mse'"),
+    "unknown preset": ("calibrate {model} --out {out} --preset dem", "Did you mean 'demo'"),
+    "unknown setting": ("finetune {model} --out {out} --set stps=3", "Did you mean 'steps'"),
+    "setting without a value": ("finetune {model} --out {out} --set steps", "expected key=value"),
+    "setting of the wrong type": ("finetune {model} --out {out} --set steps=many", "expected a whole number"),
+    "setting outside its range": ("finetune {model} --out {out} --set steps=0", "at least 1"),
+    "config that is not there": ("finetune {model} --out {out} --config nothing.toml", "does not exist"),
+    "config that is no TOML": ("finetune {model} --out {out} --config {file}", "cannot be read as TOML"),
+    "weight bits out of range": ("calibrate {model} --out {out} --weight-bits 9", "expected 2 to 8"),
+    "activation bits out of range": ("calibrate {model} --out {out} --act-bits 2", "expected 3 to 8"),
+    "unknown target": ("finetune {model} --out {out} --for openvin", "Did you mean 'openvino'"),
+    "scheme that the target cannot carry": ("calibrate {model} --out {out} --act-bits 16 --for trt-rtx", "Nearest: W8A8"),
+    "out that holds something else": ("calibrate {model} --out {model}", "holds other files"),
+    "out that is a file": ("calibrate {model} --out {file}", "is a file"),
+    "resume of nothing": ("finetune {model} --out {out} --resume", "no checkpoint to resume"),
+    "export of a model": ("export {model} --out {out}", "no artifact directory"),
+    "export to an unknown type": ("export {artifact} --out {out} --dtype fp8", "fp8"),
+    "build of an artifact": ("build-engine {artifact} --out {out} --backend ort", "no onnx directory"),
+    "build of an engine": ("build-engine {engine} --out {out} --backend ort", "expected an onnx directory"),
+    "unknown backend": ("build-engine {onnx} --out {out} --backend openvin", "Did you mean 'openvino'"),
+    "unknown gpu": ("build-engine {onnx} --out {out} --backend trt-rtx --gpu rtx3091", "rtx3091"),
+    "option of another backend": ("build-engine {onnx} --out {out} --backend ort --gpu rtx3090", "--gpu"),
+    "profile that is none": ("build-engine {onnx} --out {out} --backend ort --batch 1-8", "expected MIN:OPT:MAX"),
+    "profile upside down": ("build-engine {onnx} --out {out} --backend ort --batch 8:4:1", "MIN <= OPT <= MAX"),
+    "dimension that the model has not": ("build-engine {onnx} --out {out} --backend ort --tokens 77", "--tokens"),
+    "height between the levels": ("build-engine {onnx} --out {out} --backend ort --height 7", "multiples of 2"),
+    "no threads": ("build-engine {onnx} --out {out} --backend ort --threads 0", "expected 1 or more"),
+    "builder's effort out of range": ("build-engine {onnx} --out {out} --backend trt-rtx --gpu rtx3090 --opt-level 9", "expected 0 to 5"),
+    "sampling from a graph": ("sample {onnx} --out {out}", "build-engine"),
+    "unknown scheduler": ("sample {engine} --out {out} --scheduler eulr", "Did you mean 'euler'"),
+    "no images": ("sample {engine} --out {out} --num-images 0", "at least 1"),
+    "no steps": ("sample {engine} --out {out} --steps 0", "at least 1"),
+    "evaluation of a model": ("evaluate {model} --out {out}", "takes artifacts and engines"),
+    "evaluation of a graph": ("evaluate {onnx} --out {out}", "build-engine"),
+    "evaluation of nothing": ("evaluate {empty} --out {out}", "is no model, artifact"),
+    "engine without a reference": ("evaluate {engine} --out {out}", "--reference MODEL"),
+    "no samples": ("evaluate {artifact} --out {out} --samples 0", "expected 1 or more"),
+    "benchmark of nothing": ("bench", "No engine was given"),
+    "unknown baseline": ("bench {engine} --against torhc", "Did you mean 'torch'"),
+    "batch over the profile": ("bench {engine} --batch 99", "outside the profile 1:4:8"),
+    "no rounds": ("bench {engine} --rounds 0", "expected 1 or more"),
+    "inspection of a file": ("inspect {file}", "is a file"),
+    "inspection of nothing": ("inspect {empty}", "is no model, artifact"),
+    "demo without a scheme": ("demo --out {out} --bits four", "W4A4"),
+    "demo of too many bits": ("demo --out {out} --bits W9A9", "expected 2 to 8"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_one_line(run, chain, tmp_path, case):
+    arguments, said = REFUSED[case]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("no = toml =")
+    paths = {**vars(chain), "empty": tmp_path / "empty", "file": tmp_path / "file", "out": tmp_path / "out"}
+    ran = run(*(part.format(**paths) for part in arguments.split()))
+    assert said in ran.complaint
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"empty", "file"}, "something was half-written"
+
+
+def test_a_flipped_byte_in_an_artifact_is_found(run, chain, copy_of, tmp_path):
+    artifact = copy_of(chain.artifact)
+    path = artifact / "artifact.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    assert "is damaged" in run("export", artifact, "--out", tmp_path / "out").complaint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_file_of_a_graph_is_found(run, chain, copy_of, tmp_path):
+    onnx = copy_of(chain.onnx)
+    with (onnx / "model.onnx").open("ab") as stream:
+        stream.write(b"0")
+    assert "does not match" in run("build-engine", onnx, "--out", tmp_path / "out", "--backend", "ort").complaint
+
+
+def test_a_missing_file_of_an_engine_is_found(run, chain, copy_of, tmp_path):
+    engine = copy_of(chain.engine)
+    (engine / "model.onnx").unlink()
+    assert "is missing" in run("sample", engine, "--out", tmp_path / "out").complaint
+
+
+def test_a_pickle_checkpoint_is_refused(run, chain, copy_of, tmp_path):
+    model = copy_of(chain.model)
+    (model / "unet" / "diffusion_pytorch_model.safetensors").rename(model / "unet" / "diffusion_pytorch_model.bin")
+    assert "pickle" in run("calibrate", model, "--out", tmp_path / "out").complaint
+
+
+def test_another_reference_is_refused(run, chain, copy_of, tmp_path):
+    from edm_deploy_tools.demo import MODEL
+
+    assert "Name" in run("evaluate", chain.artifact, "--out", tmp_path / "out", "--reference", MODEL).complaint
+
+
+def test_a_full_disk_leaves_nothing(run, chain, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("edm_deploy_tools.evaluate.write_json", full)
+    ran = run("evaluate", chain.artifact, "--out", tmp_path / "out", "--samples", 1, "--steps", 1)
+    assert "No space left on device" in ran.complaint
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_ends_in_one_line(run, chain, tmp_path, monkeypatch):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edm_deploy_tools.describe.describe", interrupt)
+    assert "Interrupted" in run("inspect", chain.artifact).complaint
+
+
+def test_a_fault_of_ours_is_one_line_too(run, chain, monkeypatch):
+    def fault(*_: object) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("edm_deploy_tools.describe.describe", fault)
+    assert "a fault of edm-deploy" in run("inspect", chain.artifact).complaint
