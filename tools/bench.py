@@ -60,29 +60,28 @@ class Bench:
     timings: tuple[Timing, ...]
     batch: int
 
+    def rows(self) -> list[Row]:
+        """One line for each contestant, with its speed relative to the first."""
+        first = self.timings[0]
+        return [
+            {
+                "name": timing.name,
+                "median ms": round(1000 * timing.median, 2),
+                "least ms": round(1000 * min(timing.seconds), 2),
+                "samples/s": round(self.batch / timing.median, 1),
+                f"times {first.name}": round(first.median / timing.median, 2),
+                "n": len(timing.seconds),
+            }
+            for timing in self.timings
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Every figure, by name."""
         return {
             "conditions": dict(self.conditions),
-            "results": rows_of(self),
+            "results": self.rows(),
             "seconds": {timing.name: list(timing.seconds) for timing in self.timings},
         }
-
-
-def rows_of(bench: Bench) -> list[Row]:
-    """One line for each contestant, with its speed relative to the first."""
-    first = bench.timings[0]
-    return [
-        {
-            "name": timing.name,
-            "median ms": round(1000 * timing.median, 2),
-            "least ms": round(1000 * min(timing.seconds), 2),
-            "samples/s": round(bench.batch / timing.median, 1),
-            f"times {first.name}": round(first.median / timing.median, 2),
-            "n": len(timing.seconds),
-        }
-        for timing in bench.timings
-    ]
 
 
 def bench_engines(
@@ -124,9 +123,7 @@ def check_request(
     """Refuse what cannot be measured, before anything is loaded."""
     if not engines:
         raise InputError("No engine was given. Name one or more directories that build-engine wrote, or use --finetune-step MODEL.")
-    for name, value in (("--batch", batch), ("--rounds", rounds), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value}: expected 1 or more.")
+    check_counts(batch, rounds, threads)
     for name in against:
         if name not in BASELINES:
             raise UnsupportedError(f"No baseline {name!r}.{suggestion(name, BASELINES)} Known: {', '.join(BASELINES)}.")
@@ -138,6 +135,13 @@ def check_request(
             raise InputError(
                 f"--batch {batch} lies outside the profile {allowed.min}:{allowed.opt}:{allowed.max} of {path}. Choose one inside, or build again."
             )
+
+
+def check_counts(batch: int, rounds: int, threads: int | None) -> None:
+    """Raises InputError where one of them is below 1."""
+    for name, value in (("--batch", batch), ("--rounds", rounds), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value}: expected 1 or more.")
 
 
 def random_model(family: Family, config: Mapping[str, Any]) -> nn.Module:

@@ -6,12 +6,16 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edm_deploy_tools import console, entry
 from edm_deploy_tools import options as opt
+
+if TYPE_CHECKING:
+    from edm_deploy_tools.bench import Bench
+    from edm_deploy_tools.training_cost import TrainingCost
 
 # Nothing of torch, diffusers or a backend is imported above the commands: `--help` answers at once.
 
@@ -215,9 +219,10 @@ def bench(
     as_json: opt.Json = False,
 ) -> None:
     """Time engines against float baselines, in turns in one process; medians and ratios."""
-    from edm_deploy_tools.bench import bench_engines, rows_of
+    from edm_deploy_tools.bench import bench_engines
     from edm_deploy_tools.training_cost import bench_finetune_step
 
+    result: Bench | TrainingCost
     if finetune_step:
         result = bench_finetune_step(finetune_step, batch=batch, rounds=rounds, threads=threads)
     else:
@@ -228,7 +233,7 @@ def bench(
         console.print_json(result.to_json())
         return
     console.print_facts(result.conditions)
-    console.print_table("Median time of one call", rows_of(result))
+    console.print_table("Medians, measured in turns", result.rows())
 
 
 @app.command(epilog=opt.example("inspect ddpm-w4a4"))

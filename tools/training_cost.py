@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.nn import functional
 
-from calibration.distill import Training
-from calibration.memory import peak_memory
-from calibration.recipe import Progress, Run, RunOptions
-from calibration.recipes.efficientdm import EfficientDM
-from calibration.recipes.mse import Mse
-from calibration.student import DTYPES, Student, Teacher
-from calibration.trajectories import Trajectories, calibrated_timesteps
-from edm_deploy.errors import InputError
-from edm_deploy.pipelines import Source, load_source
-from edm_deploy_tools.bench import Bench, Call, conditions, in_turns
-
-ROWS = 10  # of the tables here: their number changes nothing in a step's cost
-FLOAT = "float step (teacher + forward + backward, fp32)"
+from calibration.cost import StepCost, step_cost
+from edm_deploy.pipelines import load_source
+from edm_deploy_tools.bench import check_counts, conditions
+from edm_deploy_tools.console import Row
+from edm_deploy_tools.settings import recipe_with
 
 
-def bench_finetune_step(model: str, *, batch: int, rounds: int, threads: int | None = None) -> Bench:
-    """Time a step of the `efficientdm` recipe and a step of float distillation, in turns.
+@dataclass(frozen=True, kw_only=True)
+class TrainingCost:
+    """A finished measurement.
+
+    Attributes:
+        conditions: What a number needs to mean something: machine, versions, batch, n, date.
+        cost: Medians and peaks.
+    """
+
+    conditions: Mapping[str, Any]
+    cost: StepCost
+
+    def rows(self) -> list[Row]:
+        """The float step and the fine-tuning step."""
+        cost = self.cost
+        measured = (
+            ("float step: teacher, forward, backward, fp32", cost.float_seconds, cost.float_peak_bytes),
+            ("fine-tuning step: efficientdm", cost.step_seconds, cost.step_peak_bytes),
+        )
+        return [
+            {
+                "name": name,
+                "median ms": round(1000 * seconds, 1),
+                "of the float step": round(seconds / cost.float_seconds, 2),
+                "peak GB": round(peak / 1e9, 2) if peak else None,
+                "n": cost.repeats,
+            }
+            for name, seconds, peak in measured
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure, by name."""
+        return {"conditions": dict(self.conditions), "results": self.rows(), "ratio": self.cost.ratio}
+
+
+def bench_finetune_step(model: str, *, batch: int, rounds: int, threads: int | None = None) -> TrainingCost:
+    """Time a step of the `efficientdm` recipe and a step of float distillation in turns, then the peak memory of each in a process of its own.
 
     Args:
         model: A local diffusers directory or a hub id.
@@ -35,57 +63,8 @@ def bench_finetune_step(model: str, *, batch: int, rounds: int, threads: int | N
         InputError: A number below 1.
         ArtifactError, UnsupportedError: As load_source.
     """
-    for name, value in (("--batch", batch), ("--rounds", rounds), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value}: expected 1 or more.")
+    check_counts(batch, rounds, threads)
     if threads:
         torch.set_num_threads(threads)
-    source = load_source(model)
-    step = finetune_step(source, batch)
-    for _ in range(2):
-        step()
-    peak = peak_memory(torch.device("cpu"))  # before the float step allocates anything
-    timings = in_turns({FLOAT: float_step(source, batch), "fine-tuning step (efficientdm)": step}, rounds)
-    return Bench(
-        conditions=conditions(batch, rounds, threads) | {"peak_memory_gb_of_finetuning": round(peak / 1e9, 2)}, timings=timings, batch=batch
-    )
-
-
-def finetune_step(source: Source, batch: int) -> Call:
-    """One step of `efficientdm` after the other; calibrated first, on few samples."""
-    recipe = EfficientDM(batch=batch, rows=ROWS, calibration_samples=batch, steps=1_000_000)
-    device = torch.device("cpu")
-    timesteps = calibrated_timesteps(source.scheduler, recipe.rows)
-    trajectories = Trajectories(source, timesteps, size=recipe.pool_size(), eta=recipe.calibration_eta, seed=0, device=device)
-    teacher, student = Teacher(source, device), Student(source, recipe, timesteps, device)
-    generator = torch.Generator().manual_seed(0)
-    for layer in student.layers.values():
-        layer.add_update(recipe.rank, generator)
-    Mse.fit(recipe, student, teacher, trajectories, Run(options=RunOptions(), identity={}, on_progress=_ignore))
-    student.compute_dtype = DTYPES[recipe.compute]
-    teacher.lead_in(DTYPES[RunOptions().teacher_dtype])
-    training = Training(student, teacher, trajectories, recipe.groups(student), recipe.schedule)
-    number = iter(range(recipe.steps))
-    return lambda: training.step(next(number))
-
-
-def float_step(source: Source, batch: int) -> Call:
-    """Teacher forward, float forward and backward to every weight, in float32."""
-    student = copy.deepcopy(source.model).requires_grad_(True)
-    generator = torch.Generator().manual_seed(0)
-    family = source.family_object
-    inputs = {
-        "sample": torch.randn(batch, *family.sample_shape(source.config), generator=generator),
-        "timestep": torch.linspace(0, source.num_train_timesteps - 1, batch).round(),
-    } | family.random_conditioning(source.config, batch, generator)
-
-    def step() -> None:
-        with torch.no_grad():
-            target = family.forward(source.model, inputs)
-        student.zero_grad(set_to_none=True)
-        functional.mse_loss(family.forward(student, inputs), target).backward()
-
-    return step
-
-
-def _ignore(_: Progress) -> None: ...
+    cost = step_cost(load_source(model), recipe_with("efficientdm"), batch=batch, repeats=rounds)
+    return TrainingCost(conditions=conditions(batch, rounds, threads), cost=cost)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+
+from edm_deploy.errors import ArtifactError
+from edm_deploy.family import family_named
+from edm_deploy_tools.describe import describe, kind_of, macs_by_site
+from tests.conftest import TINY_UNET
+
+
+def test_each_kind_is_told_by_the_file_that_marks_it(chain):
+    for kind in ("model", "artifact", "onnx", "engine"):
+        assert kind_of(str(getattr(chain, kind))) == kind
+        assert describe(str(getattr(chain, kind))).kind == kind
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match="is no model, artifact, ONNX directory or engine"):
+        kind_of(str(tmp_path))
+
+
+def test_a_convolution_s_work_is_weights_times_positions():
+    work = macs_by_site(family_named("unet2d"), TINY_UNET)
+    assert work["conv_in"] == 8 * 3 * 3 * 3 * 8 * 8
+    assert work["time_embedding.linear_1"] == 8 * 32
+
+
+def test_shares_of_the_work_sum_to_all_of_it(chain):
+    rows = describe(str(chain.model)).tables["Sites"]
+    assert sum(row["MACs %"] for row in rows) == pytest.approx(100, abs=0.5)  # each is rounded to 0.01
+    assert {row["placement"] for row in rows} == {"quantize", "keep8"}
+
+
+def test_an_artifact_is_described_with_a_plan_for_every_backend(chain):
+    description = describe(str(chain.artifact))
+    assert {row["backend"] for row in description.tables["Plan"]} >= {"ort", "openvino", "trt-rtx", "trt"}
+    assert description.facts["recipe"] == "minmax"
+
+
+def test_an_engine_is_described_with_profile_and_plan(chain):
+    facts = describe(str(chain.engine)).facts
+    assert facts["backend"] == "ort"
+    assert "batch 1:4:8" in facts["profile"]
+    assert "stored W8A8" in facts["plan"]
