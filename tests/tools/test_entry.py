@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import typer
+
+from edm_deploy.errors import InputError
+from edm_deploy_tools.entry import run
+
+
+def app_that(raises: BaseException | None) -> typer.Typer:
+    app = typer.Typer(add_completion=False)
+
+    @app.command()
+    def command() -> None:
+        if raises:
+            raise raises
+
+    return app
+
+
+def test_a_command_that_ends_well_gives_zero():
+    assert run(app_that(None), "x", []) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (InputError("rows is 0;\nexpected 1."), "Error: rows is 0; expected 1."),
+        (OSError(28, "No space left on device", "a/b"), "a/b: No space left on device"),
+        (MemoryError(), "Out of memory"),
+        (KeyError("x"), "a fault of edm-deploy"),
+        (KeyboardInterrupt(), "Interrupted"),
+    ],
+)
+def test_an_error_is_one_line_and_two(capsys, error, said):
+    assert run(app_that(error), "x", []) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_the_traceback_comes_when_it_is_asked_for(monkeypatch):
+    monkeypatch.setenv("EDM_DEPLOY_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        run(app_that(KeyError("x")), "x", [])
+
+
+def test_a_wrong_option_is_one_line_and_two(capsys):
+    assert run(app_that(None), "x", ["--nothing"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pytest
+
+from calibration.recipe import RunOptions
+from edm_deploy.errors import ArtifactError, UnsupportedError
+from edm_deploy_tools.quantize import check_out, quantize, run_options
+from edm_deploy_tools.settings import recipe_with
+
+
+def test_the_teacher_s_dtype_stays_the_default_where_none_is_given():
+    assert run_options(device="cpu").teacher_dtype == RunOptions().teacher_dtype
+    assert run_options(device="cpu", teacher_dtype="fp32").teacher_dtype == "fp32"
+
+
+def test_an_empty_directory_and_one_of_ours_may_be_replaced(tmp_path, chain):
+    check_out(tmp_path, marker="artifact.json")
+    check_out(chain.artifact, marker="artifact.json")
+    with pytest.raises(ArtifactError, match="holds other files"):
+        check_out(chain.model, marker="artifact.json")
+
+
+def test_a_scheme_is_refused_before_the_model_is_looked_for(tmp_path):
+    recipe = recipe_with("mse", flags={"act_bits": 16})
+    with pytest.raises(UnsupportedError, match="Nearest"):
+        quantize("./nothing", tmp_path / "out", recipe, RunOptions(), backend="trt-rtx")
+
+
+def test_a_resume_without_a_checkpoint_is_refused_before_any_work(tmp_path):
+    options = RunOptions(checkpoint=tmp_path / "none", resume=True)
+    with pytest.raises(ArtifactError, match="no checkpoint to resume"):
+        quantize("./nothing", tmp_path / "out", recipe_with("efficientdm"), options)
