@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/edm-deploy demo --out demo
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -50,7 +50,9 @@ def load_checkpoint(directory: Path, identity: Mapping[str, Any]) -> tuple[int, 
     description = read_json(directory / JSON_NAME, what="checkpoint")
     found = description.get("identity")
     if found != json.loads(json.dumps(identity)):
-        raise ArtifactError(f"{directory} is the checkpoint of another run: {_difference(found, identity)}. Use the settings it was made with, or start without --resume.")
+        raise ArtifactError(
+            f"{directory} is the checkpoint of another run: {_difference(found, identity)}. Use the settings it was made with, or start without --resume."
+        )
     path = directory / TENSORS_NAME
     try:
         if sha256_of(path) != description.get("sha256"):

@@ -52,7 +52,9 @@ class StepCost:
         return self.step_seconds / self.float_seconds
 
 
-def step_cost(source: Source, recipe: EfficientDM, *, batch: int = 32, repeats: int = 7, memory: bool = True, device: str = "cpu") -> StepCost:
+def step_cost(
+    source: Source, recipe: EfficientDM, *, batch: int = 32, repeats: int = 7, memory: bool = True, device: str = "cpu"
+) -> StepCost:
     """Measure one fine-tuning step against the float model's.
 
     Args:
@@ -123,7 +125,16 @@ def _pool(source: Source, rows: int, batch: int, device: str) -> Trajectories:
 
 
 def _peak_in_fresh_process(model: str, variant: str, recipe: EfficientDM, batch: int, device: str) -> int:
-    task = json.dumps({"model": model, "variant": variant, "settings": recipe.settings(), "batch": batch, "device": device, "threads": torch.get_num_threads()})
+    task = json.dumps(
+        {
+            "model": model,
+            "variant": variant,
+            "settings": recipe.settings(),
+            "batch": batch,
+            "device": device,
+            "threads": torch.get_num_threads(),
+        }
+    )
     result = subprocess.run([sys.executable, "-m", "calibration.cost", task], capture_output=True, text=True, check=False)
     if result.returncode:
         raise EdmDeployError(f"The process that measures the memory of {variant!r} failed: {result.stderr.strip().splitlines()[-1]}")
@@ -134,7 +145,11 @@ def _main(task: str) -> None:
     asked = json.loads(task)
     torch.set_num_threads(asked["threads"])
     source, batch, device = load_source(asked["model"]), asked["batch"], asked["device"]
-    work = float_work(source, batch, device) if asked["variant"] == "float" else step_work(source, EfficientDM(**asked["settings"]), batch, device)
+    work = (
+        float_work(source, batch, device)
+        if asked["variant"] == "float"
+        else step_work(source, EfficientDM(**asked["settings"]), batch, device)
+    )
     work()
     work()
     sys.stdout.write(f"{peak_memory(torch.device(device))}\n")

@@ -100,7 +100,9 @@ class Training:
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"optimizer.{key}.{name}" in state:
                     self.optimizer.state[parameter][key] = state[f"optimizer.{key}.{name}"].to(parameter.device)
-        self.trajectories.load_state({name.removeprefix("trajectories."): value for name, value in state.items() if name.startswith("trajectories.")})
+        self.trajectories.load_state(
+            {name.removeprefix("trajectories."): value for name, value in state.items() if name.startswith("trajectories.")}
+        )
 
     def _loss(self, batch: Batch, target: Tensor) -> Tensor:
         distances = (self.student(batch.inputs).float() - target).square().flatten(1).sum(1)
@@ -109,9 +111,7 @@ class Training:
         return mean
 
 
-def distill(
-    student: Student, teacher: Teacher, trajectories: Trajectories, groups: Sequence[Group], schedule: Schedule, run: Run
-) -> None:
+def distill(student: Student, teacher: Teacher, trajectories: Trajectories, groups: Sequence[Group], schedule: Schedule, run: Run) -> None:
     """Train the student in place.
 
     Raises:
@@ -136,7 +136,17 @@ def distill(
             done = number + 1
             rate = (done - first) / (time.perf_counter() - start)
             left = (schedule.steps - done) / rate
-            run.on_progress(Progress(stage="finetune", step=done, total=schedule.steps, loss=loss, rate=rate, eta_seconds=left, memory_bytes=peak_memory(trajectories.device)))
+            run.on_progress(
+                Progress(
+                    stage="finetune",
+                    step=done,
+                    total=schedule.steps,
+                    loss=loss,
+                    rate=rate,
+                    eta_seconds=left,
+                    memory_bytes=peak_memory(trajectories.device),
+                )
+            )
             if interrupt.seen or done % options.checkpoint_every == 0 or done == schedule.steps:
                 save(done)
             if interrupt.seen and done < schedule.steps:

@@ -115,7 +115,17 @@ def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, re
                 rate = done / (time.perf_counter() - start)
                 left = (trajectories.rows - done) / rate
                 device = trajectories.device
-                run.on_progress(Progress(stage="calibrate", step=done, total=trajectories.rows, loss=None, rate=rate, eta_seconds=left, memory_bytes=peak_memory(device)))
+                run.on_progress(
+                    Progress(
+                        stage="calibrate",
+                        step=done,
+                        total=trajectories.rows,
+                        loss=None,
+                        rate=rate,
+                        eta_seconds=left,
+                        memory_bytes=peak_memory(device),
+                    )
+                )
                 if interrupt.seen:
                     raise Interrupted("Interrupted while calibrating; nothing was written. Run the same command again.")
     finally:

@@ -153,7 +153,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.weight_bits not in WEIGHT_BITS:
-            raise InputError(f"weight_bits is {self.weight_bits}; expected {WEIGHT_BITS.start} to {WEIGHT_BITS.stop - 1}. Set another --weight-bits.")
+            raise InputError(
+                f"weight_bits is {self.weight_bits}; expected {WEIGHT_BITS.start} to {WEIGHT_BITS.stop - 1}. Set another --weight-bits."
+            )
         if self.act_bits not in ACTIVATION_BITS and self.act_bits != WEIGHT_ONLY_BITS:
             raise InputError(
                 f"act_bits is {self.act_bits}; expected {ACTIVATION_BITS.start} to {ACTIVATION_BITS.stop - 1}, "

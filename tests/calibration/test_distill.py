@@ -113,7 +113,12 @@ def test_training_brings_the_student_nearer_to_the_teacher():
 def test_checkpoint_holds_every_row_of_every_table(tmp_path):
     recipe = EfficientDM(**SETTINGS | {"steps": 1})
     with_identity = fit(tiny_source(), recipe, RunOptions(checkpoint=tmp_path / "ck"))
-    identity = {"recipe": "efficientdm", "settings": recipe.settings(), "teacher": with_identity.provenance["teacher_sha256"], "teacher_dtype": "bf16"}
+    identity = {
+        "recipe": "efficientdm",
+        "settings": recipe.settings(),
+        "teacher": with_identity.provenance["teacher_sha256"],
+        "teacher_dtype": "bf16",
+    }
     step, tensors = load_checkpoint(tmp_path / "ck", identity)
     assert step == 1
     tables = [value for name, value in tensors.items() if name.startswith("parameter.") and name.endswith("log_scale")]
