@@ -134,9 +134,9 @@ def build_engine(
         str | None, typer.Option(help="Floating-point type of everything but the quantized layers: fp32, bf16, fp16.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    opt_level: Annotated[int | None, typer.Option(help="Builder's effort, 0 to 5.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="Builder's effort, 0 to 5.")] = None,
     timing_cache: Annotated[Path | None, typer.Option(metavar="FILE", help="Timing cache to read and extend.")] = None,
-    workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Most scratch memory.")] = None,
+    workspace_mib: Annotated[int | None, typer.Option(metavar="MIB", help="Most scratch memory.")] = None,
     allow_float_sites: Annotated[
         bool, typer.Option("--allow-float-sites", help="Accept quantized sites that no integer layer computes.")
     ] = False,
@@ -146,12 +146,12 @@ def build_engine(
     from edm_deploy_tools.profiles import build, build_options
 
     sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens}
-    asked = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": opt_level}
-    asked |= {"timing_cache": timing_cache, "workspace_mib": workspace, "allow_float_sites": allow_float_sites}
+    asked = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": optimization_level}
+    asked |= {"timing_cache": timing_cache, "workspace_mib": workspace_mib, "allow_float_sites": allow_float_sites}
     manifest = build(onnx_dir, out, backend=backend, options=build_options(sizes, asked))
     for warning in manifest.build.get("warnings", []):
-        console.out().print(f"Note: {warning}")
-    console.out().print(f"Plan: {summary(manifest.plan)}")
+        console.say(f"Note: {warning}")
+    console.say(f"Plan: {summary(manifest.plan)}")
     console.wrote(out, f"{manifest.backend} engine, {manifest.scheme}")
 
 
@@ -175,7 +175,7 @@ def sample(
         )
         return
     console.wrote(out, f"{result.count} images of {result.size[0]}x{result.size[1]} and {result.paths[0].name}")
-    console.out().print(
+    console.say(
         f"{result.seconds_per_image:.3f} s per image ({steps} steps of {scheduler}, {result.count} images in {result.seconds:.1f} s)"
     )
 

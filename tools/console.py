@@ -12,6 +12,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -31,9 +32,14 @@ def err() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def say(text: str) -> None:
+    """A line on stdout as it stands: square brackets are not taken for markup."""
+    out().print(text, markup=False)
+
+
 def wrote(path: Path, note: str = "") -> None:
     """Say which file or directory now stands there, how large it is, and what it is."""
-    out().print(f"Wrote [bold]{path}[/bold] ({size_words(bytes_of(path))}){': ' + note if note else ''}")
+    out().print(f"Wrote [bold]{escape(str(path))}[/bold] ({size_words(bytes_of(path))}){': ' + escape(note) if note else ''}")
 
 
 def print_json(content: Mapping[str, Any]) -> None:
@@ -45,7 +51,7 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     """Names and values, one a line."""
     width = max((len(name) for name in facts), default=0)
     for name, value in facts.items():
-        out().print(f"[dim]{name.ljust(width)}[/dim]  {value}", markup=True)
+        out().print(f"[dim]{name.ljust(width)}[/dim]  {escape(str(value))}", markup=True)
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
@@ -56,7 +62,7 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
     for name, value in rows[0].items():
         table.add_column(name, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(cell(value) for value in row.values()))
+        table.add_row(*(escape(cell(value)) for value in row.values()))
     out().print(table)
 
 

@@ -125,7 +125,7 @@ def kept(path: Path, fits: Callable[[Artifact], bool], make: Callable[[Path], Ar
     except ArtifactError:
         found = None
     if found is not None and fits(found):
-        console.out().print(f"{path} stands from an earlier run")
+        console.say(f"{path} stands from an earlier run")
         return found
     artifact = make(path)
     console.wrote(path, f"artifact, {artifact.scheme}")
@@ -148,7 +148,7 @@ def finetune(path: Path, recipe: Any) -> Artifact:
     except ArtifactError as err:
         if not checkpoint.is_dir():
             raise
-        console.out().print(f"Starting anew: {err}")  # the checkpoint of other settings, or a damaged one
+        console.say(f"Starting anew: {err}")  # the checkpoint of other settings, or a damaged one
         shutil.rmtree(checkpoint)
         return finetune(path, recipe)
     shutil.rmtree(checkpoint, ignore_errors=True)
@@ -158,7 +158,7 @@ def finetune(path: Path, recipe: Any) -> Artifact:
 def export(path: Path, artifact: Artifact) -> None:
     """Export, unless the directory holds this very artifact."""
     if made_from(path, artifact, "onnx"):
-        console.out().print(f"{path} stands from an earlier run")
+        console.say(f"{path} stands from an earlier run")
         return
     start = time.perf_counter()
     onnx_from_artifact(artifact, path)
@@ -172,7 +172,7 @@ def build_one(work: Path, artifact: Artifact, entry: Build) -> tuple[Path, Build
     try:
         manifest = manifest or build(work / "onnx", path, backend=entry.backend, options=entry.options)
     except UnsupportedError as err:
-        console.out().print(f"Skipped {entry.name}: {err}")
+        console.say(f"Skipped {entry.name}: {err}")
         return None
     console.wrote(path, f"{summary(manifest.plan)}; built in {console.time_words(float(manifest.build.get('seconds', 0)))}")
     return path, entry
@@ -193,7 +193,7 @@ def measure(work: Path, engines: Sequence[tuple[Path, Build]]) -> Report:
     paths = [work / "calibrated", work / "finetuned", *(path for path, _ in running)]
     labels = ["calibrated", "fine-tuned", *(f"fine-tuned, {entry.name}" for _, entry in running)]
     subjects = open_subjects(paths, labels)
-    report = judge(subjects, load_source(str(MODEL)), Setup(), say=lambda text: console.out().print(f"  {text}"))
+    report = judge(subjects, load_source(str(MODEL)), Setup(), say=lambda text: console.say(f"  {text}"))
     waiting = open_subjects([path for path, entry in engines if not entry.runs_here])
     if not running:
         return dataclasses.replace(report, waiting=tuple(waiting))
@@ -217,7 +217,7 @@ def bench_apart(engines: Sequence[Path]) -> list[Row]:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode:
-        console.out().print(f"Skipped the benchmark: {finished.stderr.strip()}")
+        console.say(f"Skipped the benchmark: {finished.stderr.strip()}")
         return []
     rows: list[Row] = json.loads(finished.stdout)["results"]
     return rows

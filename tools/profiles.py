@@ -25,8 +25,8 @@ def build_options(sizes: Mapping[str, str | None], asked: Mapping[str, Any]) -> 
     profile = {dim: range_of(dim, text) for dim, text in sizes.items() if text is not None}
     level, threads, workspace = asked.get("optimization_level"), asked.get("threads"), asked.get("workspace_mib")
     if level is not None and not 0 <= level <= 5:
-        raise InputError(f"--opt-level {level}: expected 0 to 5.")
-    for flag, value in (("--threads", threads), ("--workspace", workspace)):
+        raise InputError(f"--optimization-level {level}: expected 0 to 5.")
+    for flag, value in (("--threads", threads), ("--workspace-mib", workspace)):
         if value is not None and value < 1:
             raise InputError(f"{flag} {value}: expected 1 or more.")
     return BuildOptions(profile=profile, **asked)

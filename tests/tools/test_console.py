@@ -5,6 +5,7 @@ import json
 import pytest
 
 from calibration.recipe import Progress
+from edm_deploy_tools import console
 from edm_deploy_tools.console import bytes_of, cell, plain_progress, print_json, progress_words, size_words, time_words
 
 NOW = Progress(stage="finetune", step=3, total=9, loss=0.5, rate=2.0, eta_seconds=3.0, memory_bytes=1_500_000_000)
@@ -45,3 +46,11 @@ def test_a_directory_is_as_large_as_its_files(tmp_path):
     (tmp_path / "a").write_bytes(b"12")
     (tmp_path / "below" / "b").write_bytes(b"345")
     assert bytes_of(tmp_path) == 5
+
+
+def test_square_brackets_are_no_markup(capsys):
+    console.say('pip install "edm-deploy[openvino]"')
+    console.print_facts({"inputs": "sample [batch, 3]"})
+    console.print_table("", [{"shape": "[1, 2]"}])
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("edm-deploy[openvino]", "sample [batch, 3]", "[1, 2]"))

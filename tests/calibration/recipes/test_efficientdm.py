@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from calibration.recipes.efficientdm import RECIPE
+from calibration.student import Student
+from calibration.trajectories import calibrated_timesteps
+from edm_deploy.errors import InputError
+from tests.calibration.tiny import tiny_source
+
+
+@pytest.fixture(scope="module")
+def student():
+    source = tiny_source()
+    recipe = RECIPE(rows=3, rank=4)
+    student = Student(source, recipe, calibrated_timesteps(source.scheduler, 3), torch.device("cpu"))
+    for layer in student.layers.values():
+        layer.add_update(recipe.rank, torch.Generator().manual_seed(0))
+        layer.set_weight_scale(torch.full_like(layer.log_weight_scale, 0.02))
+    return student
+
+
+def test_the_rate_of_an_update_follows_the_weight_scale_of_its_layer(student):
+    rates = [group.rate for group in RECIPE(update_rate=1 / 2500).groups(student)[: len(student.layers)]]
+    assert rates == pytest.approx([0.02 / 2500] * len(student.layers))
+
+
+def test_an_update_starts_at_zero(student):
+    for layer in student.layers.values():
+        assert torch.equal(layer.merged_weight(), layer.layer.weight)
+
+
+def test_bounds_are_learned_only_where_they_are_not_fixed(student):
+    learned = {id(parameter) for parameter in RECIPE(rows=3).groups(student)[-1].parameters}
+    for quantizer in student.quantizers.values():
+        assert (id(quantizer.qmin) in learned) == (quantizer.bits < 8)
+
+
+def test_the_published_constants_are_the_defaults():
+    recipe = RECIPE()
+    assert (recipe.weight_bits, recipe.act_bits, recipe.rank, recipe.steps, recipe.rows) == (4, 4, 32, 16000, 100)
+    assert (recipe.update_rate, recipe.bound_rate, recipe.eta) == (1 / 2500, 5e-4, 1.0)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"steps": 0}, {"batch": 0}, {"rank": 0}, {"update_rate": -1.0}, {"compute": "fp8"}, {"eta": 2.0}], ids=str
+)
+def test_a_setting_outside_its_range_is_refused(setting):
+    with pytest.raises(InputError, match=next(iter(setting))):
+        RECIPE(**setting)
