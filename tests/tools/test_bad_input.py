@@ -39,7 +39,10 @@ REFUSED = {
     "dimension that the model has not": ("build-engine {onnx} --out {out} --backend ort --tokens 77", "--tokens"),
     "height between the levels": ("build-engine {onnx} --out {out} --backend ort --height 7", "multiples of 2"),
     "no threads": ("build-engine {onnx} --out {out} --backend ort --threads 0", "expected 1 or more"),
-    "builder's effort out of range": ("build-engine {onnx} --out {out} --backend trt-rtx --gpu rtx3090 --optimization-level 9", "expected 0 to 5"),
+    "builder's effort out of range": (
+        "build-engine {onnx} --out {out} --backend trt-rtx --gpu rtx3090 --optimization-level 9",
+        "expected 0 to 5",
+    ),
     "sampling from a graph": ("sample {onnx} --out {out}", "build-engine"),
     "unknown scheduler": ("sample {engine} --out {out} --scheduler eulr", "Did you mean 'euler'"),
     "no images": ("sample {engine} --out {out} --num-images 0", "at least 1"),
