@@ -8,5 +8,7 @@ def test_the_peak_remembers_what_was_freed():
     block = torch.ones(64 << 20)  # 256 MiB, touched
     held = peak_memory(torch.device("cpu"))
     del block
-    assert peak_memory(torch.device("cpu")) >= held >= before
+    # Linux counts a thread's last few pages late, so two readings may differ by less than a megabyte.
+    assert peak_memory(torch.device("cpu")) >= held - 2**20
+    assert held >= before - 2**20
     assert held > 256 << 20
