@@ -30,10 +30,7 @@ def new_directory(path: Path, *, marker: str, overwrite: bool = True) -> Iterato
     Raises:
         ArtifactError: `path` is something else, or the system refuses to write (disk full, no permission).
     """
-    if path.exists() and not path.is_dir():
-        raise ArtifactError(f"{path} is a file; --out needs a directory. Choose another path.")
-    if path.is_dir() and any(path.iterdir()) and not (overwrite and (path / marker).is_file()):
-        raise ArtifactError(f"{path} exists and holds other files (no {marker}); nothing was written. Choose another path or empty it.")
+    check_replaceable(path, marker=marker, overwrite=overwrite)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +51,14 @@ def new_directory(path: Path, *, marker: str, overwrite: bool = True) -> Iterato
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(path: Path, *, marker: str, overwrite: bool = True) -> None:
+    """Raises ArtifactError where `path` holds something that `new_directory` would not replace; ask before long work, not after."""
+    if path.exists() and not path.is_dir():
+        raise ArtifactError(f"{path} is a file; --out needs a directory. Choose another path.")
+    if path.is_dir() and any(path.iterdir()) and not (overwrite and (path / marker).is_file()):
+        raise ArtifactError(f"{path} exists and holds other files (no {marker}); nothing was written. Choose another path or empty it.")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -142,7 +142,7 @@ def finetune(path: Path, recipe: Any) -> Artifact:
     """Fine-tune the shipped model; goes on from the checkpoint of an interrupted demo where there is one of the same settings."""
     checkpoint = path.with_name(path.name + ".checkpoint")
     try:
-        artifact = quantize(str(MODEL), path, recipe, RunOptions(checkpoint=checkpoint, resume=checkpoint.is_dir()))
+        return quantize(str(MODEL), path, recipe, RunOptions(checkpoint=checkpoint, resume=checkpoint.is_dir()))
     except Interrupted as err:
         raise Interrupted("Interrupted; what is done is kept. Run edm-deploy demo again to go on.") from err
     except ArtifactError as err:
@@ -151,8 +151,6 @@ def finetune(path: Path, recipe: Any) -> Artifact:
         console.say(f"Starting anew: {err}")  # the checkpoint of other settings, or a damaged one
         shutil.rmtree(checkpoint)
         return finetune(path, recipe)
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    return artifact
 
 
 def export(path: Path, artifact: Artifact) -> None:

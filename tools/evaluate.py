@@ -9,12 +9,11 @@ from pathlib import Path
 
 from edm_deploy.artifact import Artifact
 from edm_deploy.errors import ArtifactError, UnsupportedError
-from edm_deploy.files import new_directory, write_json
+from edm_deploy.files import check_replaceable, new_directory, write_json
 from edm_deploy.manifest import Manifest
 from edm_deploy.pipelines import Source, load_source
 from edm_deploy_tools.describe import kind_of
 from edm_deploy_tools.machine import machine, versions
-from edm_deploy_tools.quantize import check_out
 from edm_deploy_tools.report import html_of
 from edm_deploy_tools.results import Report, Result, Subject
 from edm_deploy_tools.sites import Cut, agreement, cut_at_sites, statistics
@@ -41,7 +40,7 @@ def evaluate_paths(
         ArtifactError: A path is neither, or the float model is not found.
         UnsupportedError: An engine cannot run on this machine.
     """
-    check_out(out, marker=JSON_NAME)
+    check_replaceable(out, marker=JSON_NAME)
     subjects = open_subjects(paths)
     source = load_source(reference or reference_of(subjects))
     report = judge(subjects, source, setup or Setup(), say=say)

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from calibration.memory import peak_memory
 from calibration.recipe import Progress
 from edm_deploy.errors import ArtifactError, InputError
-from edm_deploy.files import new_directory, read_json, write_json
+from edm_deploy.files import check_replaceable, new_directory, read_json, write_json
 from edm_deploy_tools import console, entry
 from edm_deploy_tools.pictures import load_pictures
-from edm_deploy_tools.quantize import check_out
 from edm_deploy_tools.sample import grid_of
 
 STATE_JSON = "training.json"
@@ -79,7 +78,7 @@ def train(pictures: Tensor, settings: Settings, out: Path, *, device: torch.devi
     Raises:
         ArtifactError: `out` holds something else, or there is no state to resume.
     """
-    check_out(out, marker=INDEX_NAME)
+    check_replaceable(out, marker=INDEX_NAME)
     state_path = out.with_name(out.name + ".training")
     scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=True)
     run = Training(settings, scheduler, device)

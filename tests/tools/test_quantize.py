@@ -4,7 +4,8 @@ import pytest
 
 from calibration.recipe import RunOptions
 from edm_deploy.errors import ArtifactError, UnsupportedError
-from edm_deploy_tools.quantize import check_out, quantize, run_options
+from edm_deploy.files import check_replaceable
+from edm_deploy_tools.quantize import quantize, run_options
 from edm_deploy_tools.settings import recipe_with
 
 
@@ -14,10 +15,10 @@ def test_the_teacher_s_dtype_stays_the_default_where_none_is_given():
 
 
 def test_an_empty_directory_and_one_of_ours_may_be_replaced(tmp_path, chain):
-    check_out(tmp_path, marker="artifact.json")
-    check_out(chain.artifact, marker="artifact.json")
+    check_replaceable(tmp_path, marker="artifact.json")
+    check_replaceable(chain.artifact, marker="artifact.json")
     with pytest.raises(ArtifactError, match="holds other files"):
-        check_out(chain.model, marker="artifact.json")
+        check_replaceable(chain.model, marker="artifact.json")
 
 
 def test_a_scheme_is_refused_before_the_model_is_looked_for(tmp_path):
@@ -30,3 +31,9 @@ def test_a_resume_without_a_checkpoint_is_refused_before_any_work(tmp_path):
     options = RunOptions(checkpoint=tmp_path / "none", resume=True)
     with pytest.raises(ArtifactError, match="no checkpoint to resume"):
         quantize("./nothing", tmp_path / "out", recipe_with("efficientdm"), options)
+
+
+def test_a_checkpoint_is_gone_once_the_artifact_stands(tmp_path, chain):
+    recipe = recipe_with("efficientdm", flags={"rows": 2}, overrides=["steps=1", "batch=2", "calibration_samples=2"])
+    quantize(str(chain.model), tmp_path / "a", recipe, RunOptions(checkpoint=tmp_path / "c"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
