@@ -1,6 +1,6 @@
 """Train a small pixel-space diffusion model from pictures, on a CPU or a GPU, and write it as a diffusers pipeline.
 
-Run it with `python -m edm_deploy_tools.train_reference DATA --out DIR`. It made the model in assets/.
+Run it with `python -m edm_deploy_tools.train_reference DATA --out DIR`. The model in assets/ was trained with these rates, steps and weights (its README).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SAVE_EVERY_SECONDS = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A training run; the defaults made the shipped model.
+    """A training run; the defaults are the settings of the shipped model, whose README says how long it took.
 
     Attributes:
         size: Height and width in pixels.
