@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/edm-deploy demo --out demo
 
 test: lint types
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadscope
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -X faulthandler -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .
