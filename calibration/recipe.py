@@ -12,13 +12,12 @@ from torch import Tensor
 from edm_deploy.errors import EdmDeployError, InputError
 from edm_deploy.family import Placement
 from edm_deploy.quant import ACTIVATION_BITS, WEIGHT_BITS, symmetric_bounds
+from edm_deploy.target import WEIGHT_ONLY_BITS
 
 if TYPE_CHECKING:
     from calibration.observe import Observation
     from calibration.student import Student, Teacher
     from calibration.trajectories import Trajectories
-
-WEIGHT_ONLY_BITS = 16
 
 
 class Interrupted(EdmDeployError):  # noqa: N818  # it is no error, and callers read `except Interrupted`
