@@ -14,7 +14,8 @@ MAY_IMPORT = {  # folder -> our folders it may name
 }
 OURS = {"edm_deploy", "calibration", "engines", "tools", "edm_deploy_tools"}
 ONLY_HERE = {  # third-party package -> the only places that may name it
-    "tensorrt": ("engines/trt.py",),
+    "tensorrt": ("engines/trt.py", "engines/kernels/plugin.py"),
+    "cuda": ("engines/kernels/",),
     "tensorrt_rtx": ("engines/trt_rtx.py",),
     "onnxruntime": ("engines/ort.py",),
     "openvino": ("engines/openvino.py",),

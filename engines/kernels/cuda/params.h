@@ -1,0 +1,51 @@
+// What the host hands to the kernels, and how packed tensors lie in memory. The one description of both; launch.py mirrors the structs.
+//
+// Codes of an activation:  [N][H][W][Cb] bytes, channels last. Cb = bytes of all channels, rounded up to 16, so that every pixel starts at a
+//   16-byte chunk, the unit that the convolution copies. 4 bits: two codes a byte, channel 2k in the low nibble of byte k (ONNX INT4's order).
+//   8 bits: one code a byte. What stands in the padding channels never matters: the weight is 0 there.
+// Codes of a weight:       [Cout][R * S][Cb] bytes, the same order of channels; padding channels hold 0.
+// Signed and unsigned:     an `s4` activation stores the code n in [-8, 7] itself; a `u4` activation stores n - qmin[row] in [0, 15], for ranges
+//   such as [-3, 12]. The convolution then sums (n - qmin) * w, and the epilogue puts qmin * sum(w) back. `s8` stores n.
+// Zero padding of the map: the code of real 0 is n = 0, so -qmin[row] in a u4 tensor: the loader copies it from `zero`, one 16-byte chunk a row.
+// A Linear is a 1x1 convolution: x [B, L, C] is N = B, H = L, W = 1.
+#pragma once
+
+typedef unsigned char byte_t;
+
+// What stands between the network and the rounding; a kernel is compiled for each.
+enum Prologue { PLAIN = 0, SILU = 1, NORM = 2, NORM_SILU = 3 };
+
+struct QuantizeParams {
+  const void* x;           // float16 or bfloat16, channels last [N][HW][C] or channels first [N][C][HW]
+  byte_t* codes;           // [N][HW][Cb]
+  const int* row;          // [N] table row of each sample
+  const float* inv_scale;  // [rows]
+  const int* qmin;         // [rows]
+  const int* qmax;         // [rows]
+  const float* mean;       // [N][groups]; for NORM only, as are the next three
+  const float* rstd;       // [N][groups]
+  const float* gamma;      // [C] or null
+  const float* beta;       // [C] or null
+  int N, HW, C, Cb, groups;
+};
+
+struct ConvParams {
+  const byte_t* codes;        // [N][H][W][Cb]
+  const byte_t* weight;       // [K][R * S][Cb]
+  const byte_t* zero;         // [rows][16] the code of real 0, at every table row
+  const int* row;             // [N]
+  const float* act_scale;     // [rows]
+  const int* qmin;            // [rows]; read by u4 kernels only
+  const float* weight_scale;  // [K]
+  const int* weight_sum;      // [K] sum of an output channel's codes; read by u4 kernels only
+  const float* bias;          // [K] or null
+  const void* residual;       // [M][K] of the output's type, or null
+  void* out;                  // [M][K], M = N * P * Q: channels last
+  int* partial;               // [splits][M][K] where the sum is split, else null
+  int N, H, W, Cb;            // the input
+  int K, R, S, P, Q;          // output channels, filter height and width, output height and width
+  int padding, stride;
+  int splits;                 // blocks that share one output tile, each summing a part of the filter taps and channels
+};
+// y = float(acc) * (act_scale[row] * weight_scale[k]) + bias[k] + residual, each step rounded to float32 on its own (no fused multiply-add), then to
+// the output's type: the same number as numpy's, bit for bit.
