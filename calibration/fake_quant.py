@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edm_deploy.activations import reciprocal
 from edm_deploy.quant import per_channel
 
 
@@ -42,7 +43,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: Tensor, levels: int) -> Tensor:  # Any: torch's context has no public type
         lowest = per_channel(qmin, x)
         codes = x.float() if x.dtype != torch.float32 else x.clone()
-        codes.mul_(per_channel(_reciprocal(scale), x)).round_()
+        codes.mul_(per_channel(reciprocal(scale), x)).round_()
         torch.maximum(codes, lowest, out=codes)
         torch.minimum(codes, lowest + levels, out=codes)
         y = codes.mul_(per_channel(scale, x)).to(x.dtype)
@@ -56,7 +57,7 @@ class _FakeQuantize(torch.autograd.Function):
         grad = grads[0].to(x.dtype)
         # All of this in the dtype of x: in bfloat16 half the traffic, and only values within 2^-8 of an edge may fall on its other side.
         # Shifted so that the bounds are the same two numbers for every sample: one fused kernel then makes the mask and applies it.
-        position = x * per_channel(_reciprocal(scale), x).to(x.dtype)
+        position = x * per_channel(reciprocal(scale), x).to(x.dtype)
         position.sub_(per_channel(qmin, x).to(x.dtype))
         grad_x = torch.ops.aten.hardtanh_backward(grad, position, -0.5, ctx.levels + 0.5)
         grad_scale = grad_qmin = None
@@ -66,10 +67,6 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_qmin = _sums(torch.sub(grad, grad_x, out=position)).mul_(scale)
         return grad_x, grad_scale, grad_qmin, None
-
-
-def _reciprocal(scale: Tensor) -> Tensor:
-    return (1.0 / scale.double()).float()
 
 
 def _sums(values: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ class ActivationTable:
 
     @property
     def inv_scale(self) -> Tensor:
-        """float32 [R]: `float32(1 / scale)`. Every executor multiplies by this same number, so that codes can be compared."""
-        return (1.0 / self.scale.double()).float()
+        """float32 [R]: the reciprocal of the scale, which every executor multiplies by."""
+        return reciprocal(self.scale)
 
     @property
     def is_constant(self) -> bool:
@@ -55,6 +55,11 @@ class ActivationTable:
         if bool((qmax - qmin > 2**self.bits - 1).any()):
             return f"bounds span {int((qmax - qmin).max()) + 1} codes, more than the {2**self.bits} of {self.bits} bits"
         return None
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """`float32(1 / scale)`, float32 in the shape of `scale`. Every executor multiplies by this same number, so that codes can be compared."""
+    return (1.0 / scale.double()).float()
 
 
 def codes_of(x: Tensor, table: ActivationTable, rows: Tensor) -> Tensor:
