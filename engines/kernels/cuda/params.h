@@ -27,6 +27,18 @@ struct QuantizeParams {
   const float* gamma;      // [C] or null
   const float* beta;       // [C] or null
   int N, HW, C, Cb, groups;
+  int unsigned_codes;      // 1: store n - qmin[row] (u4), 0: store n
+};
+// n = rint(clip(value * inv_scale[row], qmin[row], qmax[row])), half to even, float32. NaN becomes qmin[row], -0.0 becomes 0.
+// NORM: value = ((x - mean) * rstd) * gamma + beta, each step rounded to float32 on its own; a null gamma or beta leaves its step out.
+// SILU: value = v / (1 + exp(-v)) in float32, relative error below 2^-19 of the exact one where |v| < 64.
+
+struct StatsParams {
+  const void* x;  // float16 or bfloat16 [N][HW][C]
+  float* mean;    // [N][groups]
+  float* rstd;    // [N][groups] 1 / sqrt(variance + eps), the variance of the group itself (divided by its size)
+  int N, HW, C, groups;
+  float eps;
 };
 
 struct ConvParams {
@@ -49,3 +61,14 @@ struct ConvParams {
 };
 // y = float(acc) * (act_scale[row] * weight_scale[k]) + bias[k] + residual, each step rounded to float32 on its own (no fused multiply-add), then to
 // the output's type: the same number as numpy's, bit for bit.
+
+// How the host launches each entry point (grid, threads a block). Every kernel takes its struct by value and nothing else.
+//   quantize_last_*    (ceil(HW * channels / 8 / 256), N)              256   channels = Cb * 8 / bits; both axes stride over what a smaller grid leaves
+//   quantize_first_*   (ceil(HW / 64), ceil(channels / 64), N)         256   likewise
+//   group_stats_*      (groups, N)                                     256   likewise
+//   conv_*_BMxBN_*     (ceil(M / BM), ceil(K / BN), splits)            Tile::threads and Tile::shared_bytes of dynamic shared memory (TILES in kernels.cu)
+//   reduce_*           (ceil(M * ceil(K / 8) / 256))                   256   likewise; only conv takes dynamic shared memory
+constexpr int THREADS = 256;  // of every kernel but conv
+
+// Bounds that the host must keep: M * K < 2^31 and N * HW * channels / 8 < 2^31 for one tensor; 128 * 128 * R * S * C < 2^31, so that no sum overflows;
+// codes, weight, zero, partial start at 16 bytes (out and residual too where K % 8 == 0; otherwise, and for x anywhere, their natural alignment is enough).
