@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from edm_deploy.errors import ArtifactError, UnsupportedError
+from edm_deploy.errors import ArtifactError, UnsupportedError, first_line
 from edm_deploy.family import Config, Family, family_named, name_of_family
 from edm_deploy.files import PIPELINE_FILES, read_json
 from edm_deploy.lookup import suggestion
@@ -98,7 +98,7 @@ def load_source(path_or_id: str | Path) -> Source:
         model = model_class.from_pretrained(directory / component, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as err:
         raise ArtifactError(
-            f"{directory / component} cannot be read as {model_class.__name__}: {_first_line(err)}. Download or save the model again."
+            f"{directory / component} cannot be read as {model_class.__name__}: {first_line(err)}. Download or save the model again."
         ) from err
     pipeline = {name: read_json(directory / name, what="diffusers pipeline") for name in PIPELINE_FILES}
     config = json.loads(json.dumps({key: value for key, value in model.config.items() if not key.startswith("_")}))
@@ -228,7 +228,7 @@ def _local_directory(path_or_id: str | Path) -> Path:
         return Path(DiffusionPipeline.download(str(path_or_id), use_safetensors=True))
     except (OSError, ValueError, RuntimeError) as err:
         raise ArtifactError(
-            f"{path_or_id} is no local directory, and the hub does not give it: {_first_line(err)}. Check the path or the network."
+            f"{path_or_id} is no local directory, and the hub does not give it: {first_line(err)}. Check the path or the network."
         ) from err
 
 
@@ -242,7 +242,3 @@ def _refuse_pickle(directory: Path) -> None:
             "Save the model as safetensors (save_pretrained(..., safe_serialization=True)) in an environment that you trust."
         )
     raise ArtifactError(f"{directory} holds no safetensors weights. Download or save the model again.")
-
-
-def _first_line(err: Exception) -> str:
-    return next((line for line in str(err).splitlines() if line.strip()), type(err).__name__).rstrip(".")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from edm_deploy.errors import UnsupportedError
+from edm_deploy.errors import UnsupportedError, first_line
 from edm_deploy.family import family_named
 from edm_deploy.manifest import GRAPH_NAME, Manifest
 from edm_deploy.session import Backend, BuildOptions, Built, Session
@@ -99,7 +99,7 @@ def _session(ort: Any, graph: Path, device: torch.device, *, threads: int | None
     try:
         return ort.InferenceSession(str(graph), options, providers=providers)
     except Exception as err:  # onnxruntime's classes derive from Exception alone
-        raise UnsupportedError(f"ONNX Runtime {ort.__version__} cannot load the graph: {str(err).splitlines()[0]}") from err
+        raise UnsupportedError(f"ONNX Runtime {ort.__version__} cannot load the graph: {first_line(err)}.") from err
 
 
 def _executed(ort: Any, graph: Path, manifest: Manifest) -> dict[str, Execution]:

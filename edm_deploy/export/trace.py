@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from edm_deploy.errors import UnsupportedError
+from edm_deploy.errors import UnsupportedError, first_line
 from edm_deploy.family import Config, Family, ModelInput, skeleton
 
 OPSET = 21  # the first with INT4 initialisers and per-group normalization as one op
@@ -86,7 +86,7 @@ def trace(family: Family, config: Config, dtype: torch.dtype) -> ir.Model:
                 output_names=[OUTPUT],
             )
         except Exception as err:  # torch wraps every failure of its tracer in classes that share no base
-            raise UnsupportedError(f"torch.onnx cannot trace {family.class_name} with this config: {str(err).splitlines()[0]}") from err
+            raise UnsupportedError(f"torch.onnx cannot trace {family.class_name} with this config: {first_line(err)}.") from err
     assert program is not None
     graph_model: ir.Model = program.model
     for name in list(graph_model.graph.initializers):
