@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from edm_deploy.artifact import Op
+from edm_deploy.artifact import Artifact, Op
 from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.family import ModelInput
 from edm_deploy.files import read_json, sha256_of, write_json
@@ -18,6 +18,7 @@ from edm_deploy.target import WEIGHT_ONLY_BITS, SitePlan
 SCHEMA = 1
 NAME = "manifest.json"
 GRAPH_NAME = "model.onnx"
+OUTPUT = "prediction"  # what a denoiser gives
 ROW_NAME = "row"  # in every graph: the table row of each sample, [B]
 Dtype = Literal["fp32", "fp16"]
 TORCH_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
@@ -103,6 +104,33 @@ class Manifest:
     def dynamic_dims(self) -> tuple[str, ...]:
         """Names of the dynamic dimensions, in order of appearance."""
         return tuple(dict.fromkeys(dim for declared in self.inputs for dim in declared.dims if isinstance(dim, str)))
+
+    @classmethod
+    def of(
+        cls, artifact: Artifact, nodes: Mapping[str, str], *, kind: Literal["onnx", "engine"], dtype: Dtype, weight_storage: str
+    ) -> Manifest:
+        """What is written beside what is made of `artifact`; its files are hashed when it is written.
+
+        Args:
+            artifact: A valid artifact.
+            nodes: For each site the name by which the graph speaks of it.
+            kind: What is made.
+            dtype: Floating-point type of the sample that goes in.
+            weight_storage: `int8` or `int4`.
+        """
+        return cls(
+            kind=kind,
+            artifact=artifact.digest,
+            scheme=artifact.scheme,
+            family=artifact.family,
+            config=dict(artifact.config),
+            num_train_timesteps=artifact.num_train_timesteps,
+            dtype=dtype,
+            weight_storage=weight_storage,
+            inputs=artifact.family_object.inputs(artifact.config),
+            outputs=(OUTPUT,),
+            sites={name: GraphSite(nodes[name], site.op, site.scheme) for name, site in artifact.sites.items()},
+        )
 
     def write(self, directory: Path, files: list[str]) -> Manifest:
         """Write `manifest.json` into `directory`, with the hashes of `files`; returns the manifest with them."""

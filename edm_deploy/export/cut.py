@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from edm_deploy.artifact import Artifact
-from edm_deploy.export.onnx import graph_from_artifact, onnx_manifest, save_graph
+from edm_deploy.export.onnx import graph_from_artifact, save_graph
 from edm_deploy.family import TIMESTEP, ModelInput
 from edm_deploy.files import new_directory
 from edm_deploy.manifest import NAME, TORCH_DTYPES, Dtype, Manifest
@@ -59,7 +59,7 @@ def onnx_cut_at_sites(artifact: Artifact, records: Mapping[str, SiteRecord], out
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
     manifest = replace(
-        onnx_manifest(artifact, site_nodes, dtype=dtype, weight_storage="int8"),
+        Manifest.of(artifact, site_nodes, kind="onnx", dtype=dtype, weight_storage="int8"),
         inputs=(TIMESTEP, *inputs.values()),
         outputs=tuple(str(value.name) for value in outputs),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -14,9 +13,9 @@ from onnxscript import optimizer
 from edm_deploy.artifact import Artifact
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.export.qdq import WeightStorage, insert_qdq, remove_float_weights
-from edm_deploy.export.trace import OUTPUT, find_sites, trace
+from edm_deploy.export.trace import find_sites, trace
 from edm_deploy.files import copy_pipeline_files, new_directory
-from edm_deploy.manifest import GRAPH_NAME, NAME, TORCH_DTYPES, Dtype, GraphSite, Manifest
+from edm_deploy.manifest import GRAPH_NAME, NAME, TORCH_DTYPES, Dtype, Manifest
 
 DATA_NAME = "model.onnx.data"
 EXTERNAL_DATA_BYTES = 1 << 30  # one protobuf file ends at 2 GiB; well below it, one file is handier than two
@@ -42,28 +41,11 @@ def onnx_from_artifact(artifact: Artifact, out: Path | str, *, dtype: Dtype = "f
     if dtype not in TORCH_DTYPES or weight_storage not in ("int8", "int4"):
         raise InputError(f"dtype {dtype!r}, weight storage {weight_storage!r}: expected fp32 or fp16, int8 or int4.")
     model, site_nodes = graph_from_artifact(artifact, TORCH_DTYPES[dtype], weight_storage)
-    manifest = onnx_manifest(artifact, site_nodes, dtype=dtype, weight_storage=weight_storage)
+    manifest = Manifest.of(artifact, site_nodes, kind="onnx", dtype=dtype, weight_storage=weight_storage)
     with new_directory(Path(out), marker=NAME) as directory:
         files = save_graph(model, directory)
         copy_pipeline_files(artifact.pipeline, directory)
         return manifest.write(directory, [*files, *artifact.pipeline])
-
-
-def onnx_manifest(artifact: Artifact, site_nodes: Mapping[str, str], *, dtype: Dtype, weight_storage: WeightStorage) -> Manifest:
-    """What is written beside a graph of `artifact`; its files are hashed when it is written."""
-    return Manifest(
-        kind="onnx",
-        artifact=artifact.digest,
-        scheme=artifact.scheme,
-        family=artifact.family,
-        config=dict(artifact.config),
-        num_train_timesteps=artifact.num_train_timesteps,
-        dtype=dtype,
-        weight_storage=weight_storage,
-        inputs=artifact.family_object.inputs(artifact.config),
-        outputs=(OUTPUT,),
-        sites={name: GraphSite(site_nodes[name], site.op, site.scheme) for name, site in artifact.sites.items()},
-    )
 
 
 def graph_from_artifact(artifact: Artifact, dtype: torch.dtype, storage: WeightStorage) -> tuple[ir.Model, dict[str, str]]:

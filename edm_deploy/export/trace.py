@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
 
 from edm_deploy.errors import UnsupportedError, first_line
-from edm_deploy.family import Config, Family, ModelInput, skeleton
+from edm_deploy.family import Config, Family, ModelInput
+from edm_deploy.manifest import OUTPUT
+from edm_deploy.program import MODEL, exported_program, quiet
 
 OPSET = 21  # the first with INT4 initialisers and per-group normalization as one op
-OUTPUT = "prediction"
-_TRACE_SIZES = {"batch": 2, "height": 4, "width": 6, "tokens": 7}  # in multiples; distinct, so that no two dimensions are taken for one
 
 
 @dataclass(frozen=True)
@@ -43,17 +37,6 @@ class SiteNodes:
         return x
 
 
-class _Denoiser(nn.Module):
-    """A model behind the family's input names, so that the exporter sees plain tensors."""
-
-    def __init__(self, family: Family, model: nn.Module, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.family, self.model, self.names = family, model, names
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.family.forward(self.model, dict(zip(self.names, inputs, strict=True)))
-
-
 def trace(family: Family, config: Config, dtype: torch.dtype) -> ir.Model:
     """The float graph at opset 21; initialisers are named as in the model's state dict and hold no data yet.
 
@@ -66,16 +49,9 @@ def trace(family: Family, config: Config, dtype: torch.dtype) -> ir.Model:
         UnsupportedError: torch cannot trace this config.
     """
     inputs = family.inputs(config)
-    multiple = family.size_multiple(config)
-    # Empty tensors cost address space only: the tracer looks at shapes, never at values, so no float weight is ever in memory.
-    with _quiet():
-        model = skeleton(family, config).to(dtype).to_empty(device="cpu")
-        arguments = tuple(_example(declared, multiple, dtype) for declared in inputs)
-        wrapped = _Denoiser(family, model, tuple(declared.name for declared in inputs)).eval()
+    exported = exported_program(family, config, dtype)
+    with quiet():
         try:
-            exported = torch.export.export(
-                wrapped, arguments, dynamic_shapes=(tuple(_dynamic_dims(declared, multiple) for declared in inputs),), strict=False
-            )
             program = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -85,16 +61,16 @@ def trace(family: Family, config: Config, dtype: torch.dtype) -> ir.Model:
                 input_names=[declared.name for declared in inputs],
                 output_names=[OUTPUT],
             )
-        except Exception as err:  # torch wraps every failure of its tracer in classes that share no base
-            raise UnsupportedError(f"torch.onnx cannot trace {family.class_name} with this config: {first_line(err)}.") from err
+        except Exception as err:  # torch wraps every failure of its exporter in classes that share no base
+            raise UnsupportedError(f"torch.onnx cannot export {family.class_name} with this config: {first_line(err)}.") from err
     assert program is not None
     graph_model: ir.Model = program.model
     for name in list(graph_model.graph.initializers):
-        if name.startswith("model."):
+        if name.startswith(MODEL):
             value = graph_model.graph.initializers.pop(name)
-            value.name = name.removeprefix("model.")
+            value.name = name.removeprefix(MODEL)
             graph_model.graph.initializers[value.name] = value
-    _name_dimensions(graph_model, inputs, multiple)
+    _name_dimensions(graph_model, inputs)
     return graph_model
 
 
@@ -134,42 +110,10 @@ def _site_nodes(graph: ir.Graph, name: str) -> SiteNodes:
     return SiteNodes(node, y, tuple(dead))
 
 
-def _example(declared: ModelInput, multiple: int, dtype: torch.dtype) -> Tensor:
-    shape = [_TRACE_SIZES.get(dim, 5) * _factor(dim, multiple) if isinstance(dim, str) else dim for dim in declared.dims]
-    return torch.zeros(shape, dtype=declared.dtype(dtype))
-
-
-def _factor(dim: str, multiple: int) -> int:
-    return multiple if dim in ("height", "width") else 1
-
-
-def _dynamic_dims(declared: ModelInput, multiple: int) -> dict[int, object]:
-    dims: dict[int, object] = {}
-    for axis, dim in enumerate(declared.dims):
-        if isinstance(dim, str):
-            # diffusers' upsampling makes its input contiguous from 64 samples on, which changes no value: below it, one trace serves all.
-            base = torch.export.Dim(dim, max=63) if dim == "batch" else torch.export.Dim(dim)
-            dims[axis] = multiple * base if _factor(dim, multiple) > 1 else base
-    return dims
-
-
-def _name_dimensions(model: ir.Model, inputs: tuple[ModelInput, ...], multiple: int) -> None:
+def _name_dimensions(model: ir.Model, inputs: tuple[ModelInput, ...]) -> None:
     """Plain names (`height`, not `4*height`) on the graph's inputs and output, as every engine's profile options use them."""
     for value, declared in zip(model.graph.inputs, inputs, strict=True):
         value.shape = ir.Shape(declared.dims)
     (output,) = model.graph.outputs
     assert output.shape is not None
     output.shape = ir.Shape([inputs[0].dims[0], output.shape[1], *inputs[0].dims[2:]])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints and warns about packages that it does not need; none of it is the user's to mend."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -39,7 +39,7 @@ def test_a_layer_that_feeds_no_product_is_named(graph):
 def test_a_model_that_cannot_be_traced_is_one_clear_error(monkeypatch):
     family, config, _ = tiny_model("unet2d")
     monkeypatch.setattr(type(family), "forward", lambda self, model, inputs: inputs["sample"].tolist())
-    with pytest.raises(UnsupportedError, match=r"torch\.onnx cannot trace UNet2DModel"):
+    with pytest.raises(UnsupportedError, match=r"torch\.export cannot trace UNet2DModel"):
         trace(family, config, torch.float32)
 
 
