@@ -16,10 +16,10 @@ from edm_deploy.files import write_json
 from edm_deploy.manifest import Manifest, Range
 from edm_deploy.session import Backend, BuildOptions, Built, Session
 from edm_deploy.target import Execution
-from engines._gpus import capabilities
 from engines._layers import Finding, Layer, audit
 from engines._nvbuild import Request, run_in_child
 from engines._vendor import refuse_other_build, vendor
+from engines.gpus import capabilities
 
 ENGINE_NAME = "engine.trt"
 AUDIT_NAME = "audit.json"

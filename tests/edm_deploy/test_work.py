@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from edm_deploy.family import family_named
+from edm_deploy.work import model_work
+from tests.conftest import TINY_UNET
+
+
+@pytest.fixture(scope="module")
+def work():
+    return model_work(family_named("unet2d"), TINY_UNET)
+
+
+def test_a_convolution_s_work_is_weights_times_positions(work):
+    conv_in = work.sites["conv_in"]
+    assert (conv_in.channels, conv_in.taps, conv_in.outputs) == (3, 9, 8)
+    assert conv_in.macs == 8 * 3 * 3 * 3 * 8 * 8
+    assert work.sites["time_embedding.linear_1"].macs == 8 * 32
+
+
+def test_a_convolution_of_stride_2_reads_four_times_what_it_writes(work):
+    name = next(name for name in work.sites if "downsamplers" in name)
+    assert work.sites[name].inputs_at == 4 * work.sites[name].outputs_at
+
+
+def test_every_site_is_seen_and_every_parameter_counted(work):
+    family = family_named("unet2d")
+    with torch.device("meta"):
+        model = family.build(TINY_UNET)
+    assert list(work.sites) == list(family.sites(model))
+    assert work.parameters == sum(value.numel() for value in model.parameters())
+
+
+def test_attention_s_matmuls_stand_outside_the_sites():
+    """Two matmuls of [tokens, tokens, width] in each attention block; torch counts them on its own."""
+    config = TINY_UNET | {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+    family = family_named("unet2d")
+    with torch.device("meta"):
+        blocks = sum(type(module).__name__ == "Attention" for module in family.build(config).modules())
+    tokens, width = 4 * 4, config["block_out_channels"][-1]
+    found = model_work(family, config)
+    assert found.other_macs == blocks * 2 * tokens * tokens * width
+    assert found.macs == sum(site.macs for site in found.sites.values()) + found.other_macs
