@@ -1,0 +1,211 @@
+// Convolution as one matrix product (implicit GEMM), on the integer tensor cores: y[m][k] = sum over j of A[m][j] * B[k][j], where
+//
+//   m   an output pixel (n, p, q)              M = N * P * Q
+//   k   an output channel                      K
+//   j   a 16-byte chunk of the sum: filter tap (r, s), then chunk c of the input's channels        R * S * Cb / 16 chunks
+//
+//   A[m][j] = codes[n][p * stride + r - padding][q * stride + s - padding][16c ..]     gathered while loading; never stored unrolled
+//   B[k][j] = weight[k][r * S + s][16c ..]                                             lies so in memory
+//
+// The sum runs over chunks without regard to where a tap ends, so a layer of 32 or 96 channels wastes nothing (a tile per tap would). 4 and 8 bits differ in the
+// one instruction multiply_add; a chunk is 32 codes of 4 bits, or 16 of 8.
+//
+// A block computes a tile of BM pixels x BN channels. Its threads copy the next stages (64 bytes of the sum for every row of A and B) while the
+// tensor cores work on the present one; a ring of STAGES buffers hides the way to memory. Each warp computes WARP_M x 32 of the tile.
+#pragma once
+#include "epilogue.cuh"
+
+constexpr int CHUNK = 16;                         // bytes of one cp.async, and of one row of an ldmatrix matrix
+constexpr int STAGE_CHUNKS = 4;                   // chunks of the sum in a stage
+constexpr int STAGE_ROW = STAGE_CHUNKS * CHUNK;   // 64 bytes of each row of A and B: two steps of multiply_add (32 bytes each)
+constexpr int WARP_N = 32;                        // channels a warp computes: a 16-row slice of its result is 2 KB, see store_tile
+
+// A tile's shape and what follows from it. RTX 3090: 65536 registers and 100 KB of shared memory a multiprocessor, of which each block costs 1 KB more than
+// it asks for. docs/kernels.md has the occupancy that the compiler's register counts give.
+template <int BM_, int BN_, int WARP_M_, int STAGES_>
+struct Tile {
+  static constexpr int BM = BM_, BN = BN_, WARP_M = WARP_M_, STAGES = STAGES_;
+  static constexpr int WARPS_M = BM / WARP_M, WARPS_N = BN / WARP_N, THREADS = 32 * WARPS_M * WARPS_N;
+  static constexpr int STAGE_BYTES = (BM + BN) * STAGE_ROW, SHARED_BYTES = STAGES * STAGE_BYTES;
+  static constexpr int FRAGMENTS_M = WARP_M / 16, FRAGMENTS_N = WARP_N / 8;  // multiply_add is 16 x 8
+  static constexpr int LOAD_ROWS = THREADS / STAGE_CHUNKS;                   // rows that the block's threads copy at once, a chunk each
+  static constexpr int LOADS_A = BM / LOAD_ROWS, LOADS_B = BN / LOAD_ROWS;   // chunks of A and of B that a thread copies for a stage
+  static_assert(BM % LOAD_ROWS == 0 && BN % LOAD_ROWS == 0, "every thread copies whole chunks of every stage");
+  static_assert(WARPS_M * WARPS_N * 16 * WARP_N * 4 <= SHARED_BYTES, "the result's slices reuse the stages' memory");
+};
+
+// Shared memory of a stage: BM rows of A, then BN rows of B, 64 bytes each; two rows are one line of the 32 banks. ldmatrix reads one chunk column of 8
+// consecutive rows at once: unswizzled, all even rows would lie in the same four banks. So chunk c of row i lies at position c ^ (i / 2 % 4):
+//
+//             bank 0..3   4..7   8..11  12..15 | 16..19 20..23 24..27 28..31
+//   rows 0,1      0         1      2      3    |    0      1      2      3          column c = 0 of rows 0..7 is in eight different groups
+//   rows 2,3      1         0      3      2    |    1      0      3      2          of four banks, and so is every other column: one pass.
+//   rows 4,5      2         3      0      1    |    2      3      0      1          The eight threads that write two rows together fill
+//   rows 6,7      3         2      1      0    |    3      2      1      0          one line: one pass, too.
+__device__ __forceinline__ unsigned swizzled(int row, int chunk) { return row * STAGE_ROW + (chunk ^ (row / 2 % STAGE_CHUNKS)) * CHUNK; }
+
+// Copies stages of A and B into shared memory. Four neighbouring threads copy the four chunks of one row: 64 bytes of a pixel in one go. All divisions
+// happen here, once; the main loop only adds.
+template <class TILE>
+struct Loader {
+  const ConvParams& p;
+  unsigned place;                      // where in a stage this thread's first chunk of A goes; later ones LOAD_ROWS rows further, at the same swizzle
+  int r, s, c, chunks;                 // tap and chunk where this thread stands; chunks a tap
+  int j, end;                          // the same as one number; the sum's end
+  int top[TILE::LOADS_A], left[TILE::LOADS_A];  // per row of A: input position of its tap (0, 0), maybe outside the map
+  long long first[TILE::LOADS_A];      //   offset of that position in `codes`: followed only where a tap falls inside
+  int zero[TILE::LOADS_A];             //   offset of its sample's 16-byte code of zero
+  long long weight[TILE::LOADS_B];     // per row of B: offset in `weight`
+
+  __device__ __forceinline__ Loader(const ConvParams& params, int first_stage) : p(params) {
+    const int chunk = threadIdx.x % STAGE_CHUNKS, row = threadIdx.x / STAGE_CHUNKS;
+    place = swizzled(row, chunk);
+    chunks = p.Cb / CHUNK;
+    end = p.R * p.S * chunks;
+    j = first_stage * STAGE_CHUNKS + chunk;
+    const int tap = j / chunks;
+    c = j - tap * chunks;
+    r = tap / p.S;
+    s = tap - r * p.S;
+    const int pixels = p.P * p.Q, M = p.N * pixels;
+#pragma unroll
+    for (int i = 0; i < TILE::LOADS_A; ++i) {
+      const int m = min(static_cast<int>(blockIdx.x) * TILE::BM + row + i * TILE::LOAD_ROWS, M - 1);  // rows past the end repeat the last: not stored
+      const int n = m / pixels, pixel = m - n * pixels, y = pixel / p.Q, x = pixel - y * p.Q;
+      top[i] = y * p.stride - p.padding;
+      left[i] = x * p.stride - p.padding;
+      first[i] = ((static_cast<long long>(n) * p.H + top[i]) * p.W + left[i]) * p.Cb;
+      zero[i] = p.row[n] * CHUNK;
+    }
+#pragma unroll
+    for (int i = 0; i < TILE::LOADS_B; ++i) {
+      const int k = min(static_cast<int>(blockIdx.y) * TILE::BN + row + i * TILE::LOAD_ROWS, p.K - 1);
+      weight[i] = static_cast<long long>(k) * end * CHUNK;
+    }
+  }
+
+  // Starts the copies of the next stage into the buffer at `stage`, and steps on.
+  __device__ __forceinline__ void load(unsigned stage) {
+    const unsigned a = stage + place, b = a + TILE::BM * STAGE_ROW;
+    const long long tap = (static_cast<long long>(r) * p.W + s) * p.Cb + c * CHUNK;
+#pragma unroll
+    for (int i = 0; i < TILE::LOADS_A; ++i) {
+      // One unsigned comparison holds for 0 <= y < H. Past the sum's end r runs on: whatever is read then is valid memory, and meets zero weights.
+      const bool inside = static_cast<unsigned>(top[i] + r) < static_cast<unsigned>(p.H) && static_cast<unsigned>(left[i] + s) < static_cast<unsigned>(p.W);
+      copy_async(a + i * TILE::LOAD_ROWS * STAGE_ROW, inside ? p.codes + (first[i] + tap) : p.zero + zero[i], true);
+    }
+    const bool valid = j < end;
+#pragma unroll
+    for (int i = 0; i < TILE::LOADS_B; ++i)
+      copy_async(b + i * TILE::LOAD_ROWS * STAGE_ROW, p.weight + (valid ? weight[i] + static_cast<long long>(j) * CHUNK : 0), valid);
+    j += STAGE_CHUNKS;
+    c += STAGE_CHUNKS;
+    while (c >= chunks) {  // once for 64 bytes of channels or more, at most four times
+      c -= chunks;
+      if (++s == p.S) s = 0, ++r;
+    }
+  }
+};
+
+// One stage of the sum: both 32-byte steps of every fragment of the warp's tile.
+template <Kind KIND, class TILE>
+__device__ __forceinline__ void multiply_stage(int (&sums)[TILE::FRAGMENTS_M][TILE::FRAGMENTS_N][4], unsigned a_address, unsigned b_address) {
+#pragma unroll
+  for (int step = 0; step < STAGE_CHUNKS / 2; ++step) {
+    // The next step is two chunks on: bit 1 of the chunk, bit 5 of the address, swizzled or not.
+    const unsigned flip = step * 2 * CHUNK;
+    unsigned a[TILE::FRAGMENTS_M][4], b[TILE::FRAGMENTS_N / 2][4];
+#pragma unroll
+    for (int i = 0; i < TILE::FRAGMENTS_M; ++i) load_matrices(a[i], (a_address ^ flip) + i * 16 * STAGE_ROW);
+#pragma unroll
+    for (int i = 0; i < TILE::FRAGMENTS_N / 2; ++i) load_matrices(b[i], (b_address ^ flip) + i * 16 * STAGE_ROW);
+#pragma unroll
+    for (int i = 0; i < TILE::FRAGMENTS_M; ++i)
+#pragma unroll
+      for (int k = 0; k < TILE::FRAGMENTS_N; ++k) multiply_add<KIND>(sums[i][k], a[i], b[k / 2][k % 2 * 2], b[k / 2][k % 2 * 2 + 1]);
+  }
+}
+
+// Where column `column` of row `row` of a warp's 16 x 32 slice of int32 lies. A row is one line of banks. Eight lanes write 8 rows' worth of pairs at a time, four
+// rows each half-warp, and read two rows of four octets, half an octet at a time: the first XOR spreads the four rows, the second the two.
+__device__ __forceinline__ int slice_place(int row, int column) { return row * WARP_N + (column ^ (row % 4 * 8) ^ (row % 2 * 4)); }
+
+// Results leave through shared memory: a lane holds two neighbouring channels of eight pixels (8-byte pieces), but can store 16 bytes at once when it has eight
+// channels of one. Each warp turns around its own slices of 16 pixels, so no barrier of the block is needed.
+//
+//   fragment:  lane 4g + t holds columns 2t, 2t + 1 of rows g and g + 8      stored:  lane 4i + o takes octet o of rows i and i + 8
+template <Kind KIND, class TILE, class T>
+__device__ __forceinline__ void store_tile(const ConvParams& p, const int (&sums)[TILE::FRAGMENTS_M][TILE::FRAGMENTS_N][4], int m0, int k0, int* slice) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, M = p.N * p.P * p.Q, k = k0 + t * OCTET;
+  const Columns<KIND> columns(p, k);
+#pragma unroll
+  for (int i = 0; i < TILE::FRAGMENTS_M; ++i) {
+#pragma unroll
+    for (int f = 0; f < TILE::FRAGMENTS_N; ++f) {
+      *reinterpret_cast<int2*>(slice + slice_place(g, f * 8 + t * 2)) = int2{sums[i][f][0], sums[i][f][1]};
+      *reinterpret_cast<int2*>(slice + slice_place(g + 8, f * 8 + t * 2)) = int2{sums[i][f][2], sums[i][f][3]};
+    }
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = g + half * 8, m = m0 + i * 16 + row;
+      const int4 low = *reinterpret_cast<const int4*>(slice + slice_place(row, t * OCTET));
+      const int4 high = *reinterpret_cast<const int4*>(slice + slice_place(row, t * OCTET + 4));
+      const int octet[OCTET] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      if (m >= M || k >= p.K) continue;
+      if (p.splits == 1) {
+        finish<KIND, T>(p, columns, m, k, octet);
+        continue;
+      }
+      int* to = p.partial + (static_cast<long long>(blockIdx.z) * M + m) * p.K + k;
+      if (p.K % OCTET == 0) {
+        store_octet(to, octet);
+      } else {
+#pragma unroll
+        for (int e = 0; e < OCTET; ++e)
+          if (k + e < p.K) to[e] = octet[e];
+      }
+    }
+    __syncwarp();  // the next slice overwrites this one
+  }
+}
+
+template <Kind KIND, class TILE, class T>
+__device__ __forceinline__ void convolve(const ConvParams& p) {
+  // The stages of this block: all of them, or an even share where several blocks split the sum. A share may be empty: its sums are 0.
+  const int stages = divide_up(p.R * p.S * (p.Cb / CHUNK), STAGE_CHUNKS), share = divide_up(stages, p.splits);
+  const int begin = blockIdx.z * share, count = max(min(stages - begin, share), 0);
+
+  byte_t* const memory = dynamic_shared();
+  const unsigned base = shared_address(memory);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp_m = warp % TILE::WARPS_M * TILE::WARP_M, warp_n = warp / TILE::WARPS_M * WARP_N;
+  // ldmatrix takes its rows' addresses from the lanes, eight a matrix, and gives matrix i in register i. multiply_add wants
+  //   A: rows 0..7 | rows 8..15 | rows 0..7, next chunk | rows 8..15, next chunk          a whole 16 x 32-byte fragment
+  //   B: rows 0..7 | rows 0..7, next chunk | rows 8..15 | rows 8..15, next chunk          two 8 x 32-byte fragments
+  const unsigned a_lane = swizzled(warp_m + lane % 16, lane / 16);
+  const unsigned b_lane = TILE::BM * STAGE_ROW + swizzled(warp_n + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+
+  int sums[TILE::FRAGMENTS_M][TILE::FRAGMENTS_N][4] = {};
+  Loader<TILE> loader(p, begin);
+  int loaded = 0;
+  for (; loaded < TILE::STAGES - 1; ++loaded) {
+    if (loaded < count) loader.load(base + loaded * TILE::STAGE_BYTES);
+    commit_copies();  // also when empty: then "all but the newest STAGES - 2 groups" always means "the stage that comes next"
+  }
+  unsigned reading = 0, writing = (TILE::STAGES - 1) * TILE::STAGE_BYTES;
+  for (int stage = 0; stage < count; ++stage, ++loaded) {
+    wait_copies<TILE::STAGES - 2>();  // this thread's part of the stage has arrived,
+    __syncthreads();                  // everybody's has; and everybody has left the stage before, whose buffer is now filled again
+    if (loaded < count) loader.load(base + writing);
+    commit_copies();
+    multiply_stage<KIND, TILE>(sums, base + reading + a_lane, base + reading + b_lane);
+    writing = reading;
+    reading += TILE::STAGE_BYTES;
+    if (reading == TILE::SHARED_BYTES) reading = 0;
+  }
+  wait_copies<0>();
+  __syncthreads();  // the stages' memory is free
+  int* const slice = reinterpret_cast<int*>(memory) + warp * 16 * WARP_N;
+  store_tile<KIND, TILE, T>(p, sums, blockIdx.x * TILE::BM + warp_m, blockIdx.y * TILE::BN + warp_n, slice);
+}

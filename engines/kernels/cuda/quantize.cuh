@@ -1,0 +1,146 @@
+// From float16 or bfloat16 to packed codes: the prologue, the rounding, the packing. Bound by memory, so every kernel here is about wide, coalesced accesses.
+#pragma once
+#include "device.cuh"
+
+constexpr int CHANNELS = 8;  // a thread's share: 16 bytes of input; 4 bytes (4 bits) or 8 bytes (8 bits) of codes, so as many bytes as a code has bits
+
+// The table row of one sample.
+struct Row {
+  float inv_scale, low, high;
+  int offset;  // subtracted from the code before it is stored
+
+  __device__ __forceinline__ Row(const QuantizeParams& p, int n) {
+    const int row = p.row[n];
+    inv_scale = p.inv_scale[row];
+    low = __int2float_rn(p.qmin[row]);
+    high = __int2float_rn(p.qmax[row]);
+    offset = p.unsigned_codes ? p.qmin[row] : 0;
+  }
+};
+
+// The code of one value, as it is stored. To round, 1.5 * 2^23 is added: at that size a float32 has no fraction bits left, so the addition itself rounds to an
+// integer, half to even, and the integer stands in the low bits of the sum. Clipping first is the same, as the bounds are integers, and keeps the sum in range.
+// fmaxf and fminf return the number when the other is NaN: NaN becomes qmin. -0.0 + 1.5 * 2^23 is the code 0.
+__device__ __forceinline__ int encode(float value, const Row& row) {
+  const float clipped = fminf(fmaxf(__fmul_rn(value, row.inv_scale), row.low), row.high);
+  return __float_as_int(__fadd_rn(clipped, 12582912.0f)) - 0x4B400000 - row.offset;
+}
+
+// x / (1 + exp(-x)). 2^(-x log2 e) instead of exp; the argument's own rounding costs |x| * 2^-24 of relative error, so below 2^-19 in all for |x| < 64.
+// From -89 on exp overflows to infinity and the result is -0, the limit.
+__device__ __forceinline__ float silu(float x) { return x * reciprocal_approx(1.0f + exp2_approx(-1.4426950408889634f * x)); }
+
+// Eight neighbouring values of one pixel, `count` of which exist. One 16-byte load where they allow it.
+template <class T>
+__device__ __forceinline__ void load_values(float (&v)[CHANNELS], const T* x, int count, bool wide) {
+  if (wide) {
+    const uint4 words = *reinterpret_cast<const uint4*>(x);
+    const unsigned pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int e = 0; e < CHANNELS; e += 2) v[e] = low_float<T>(pairs[e / 2]), v[e + 1] = high_float<T>(pairs[e / 2]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < CHANNELS; ++e) v[e] = e < count ? to_float(x[e]) : 0.0f;
+  }
+}
+
+// GroupNorm's second half, on statistics that group_stats made: channels c0 .. c0 + 7 of sample n. They may straddle groups.
+__device__ __forceinline__ void normalize(float (&v)[CHANNELS], const QuantizeParams& p, int n, int c0, int count) {
+  const int size = p.C / p.groups;
+  int group = c0 / size, left = size - (c0 - group * size);
+  float mean = p.mean[n * p.groups + group], rstd = p.rstd[n * p.groups + group];
+#pragma unroll
+  for (int e = 0; e < CHANNELS; ++e) {
+    if (e >= count) break;
+    if (left == 0) {
+      ++group, left = size;
+      mean = p.mean[n * p.groups + group], rstd = p.rstd[n * p.groups + group];
+    }
+    --left;
+    v[e] = __fmul_rn(__fsub_rn(v[e], mean), rstd);
+    if (p.gamma) v[e] = __fmul_rn(v[e], p.gamma[c0 + e]);
+    if (p.beta) v[e] = __fadd_rn(v[e], p.beta[c0 + e]);
+  }
+}
+
+// Packs eight codes, the first lowest, and writes them: one 4-byte or 8-byte store.
+template <int BITS>
+__device__ __forceinline__ void store_codes(byte_t* to, const int (&codes)[CHANNELS]) {
+  unsigned words[BITS / 4] = {};
+#pragma unroll
+  for (int e = 0; e < CHANNELS; ++e) words[e * BITS / 32] |= (static_cast<unsigned>(codes[e]) & ((1u << BITS) - 1)) << (e * BITS % 32);
+  if constexpr (BITS == 4) *reinterpret_cast<unsigned*>(to) = words[0];
+  if constexpr (BITS == 8) *reinterpret_cast<uint2*>(to) = uint2{words[0], words[1]};
+}
+
+// Channels last. Neighbouring threads take neighbouring octets of channels: a warp reads 512 and writes 128 or 256 contiguous bytes. Padding channels become 0 bits.
+template <class T, int BITS, Prologue PROLOGUE>
+__device__ __forceinline__ void quantize_last(const QuantizeParams& p) {
+  const unsigned octets = p.Cb / BITS, items = p.HW * octets;  // Cb bytes are Cb * 8 / BITS channels, an eighth of that many octets
+  const bool wide = p.C % CHANNELS == 0 && aligned_16(p.x);
+  for (int n = blockIdx.y; n < p.N; n += gridDim.y) {
+    const Row row(p, n);
+    const T* x = static_cast<const T*>(p.x) + static_cast<long long>(n) * p.HW * p.C;
+    byte_t* codes = p.codes + static_cast<long long>(n) * p.HW * p.Cb;
+    for (unsigned item = blockIdx.x * THREADS + threadIdx.x; item < items; item += gridDim.x * THREADS) {
+      const unsigned pixel = item / octets;
+      const int c0 = (item - pixel * octets) * CHANNELS, count = min(max(p.C - c0, 0), CHANNELS);
+      int stored[CHANNELS] = {};
+      if (count > 0) {
+        float v[CHANNELS];
+        load_values(v, x + static_cast<long long>(pixel) * p.C + c0, count, wide);
+        if constexpr (PROLOGUE == NORM || PROLOGUE == NORM_SILU) normalize(v, p, n, c0, count);
+#pragma unroll
+        for (int e = 0; e < CHANNELS; ++e) {
+          if constexpr (PROLOGUE == SILU || PROLOGUE == NORM_SILU) v[e] = silu(v[e]);
+          stored[e] = e < count ? encode(v[e], row) : 0;
+        }
+      }
+      store_codes<BITS>(codes + static_cast<long long>(item) * BITS, stored);
+    }
+  }
+}
+
+// Channels first: a block turns 64 pixels x 64 channels around in shared memory. Reading, a warp takes 32 neighbouring pixels of one channel (64 contiguous
+// bytes); writing, four neighbouring threads (4 bits: 4 x 8 bytes) take one pixel's channels. In between lies a byte a code, at a pitch of 68 bytes = 17 words:
+// odd, so 32 lanes that write one column hit 32 banks.
+constexpr int TURN = 64, PITCH = TURN + 4;
+
+template <class T, int BITS, bool WITH_SILU>
+__device__ __forceinline__ void quantize_first(const QuantizeParams& p) {
+  byte_t* const turned = fixed_shared<TURN * PITCH>();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, channels = p.Cb / BITS * CHANNELS;
+  const int pixel_tiles = divide_up(p.HW, TURN), channel_tiles = divide_up(channels, TURN);
+  for (int n = blockIdx.z; n < p.N; n += gridDim.z) {
+    const Row row(p, n);
+    const T* x = static_cast<const T*>(p.x) + static_cast<long long>(n) * p.C * p.HW;
+    byte_t* codes = p.codes + static_cast<long long>(n) * p.HW * p.Cb;
+    for (int tile_y = blockIdx.y; tile_y < channel_tiles; tile_y += gridDim.y) {
+      for (int tile_x = blockIdx.x; tile_x < pixel_tiles; tile_x += gridDim.x) {
+        const int c0 = tile_y * TURN, pixel0 = tile_x * TURN;
+#pragma unroll
+        for (int i = 0; i < TURN * TURN / THREADS; ++i) {  // a warp takes every eighth channel, its lanes 32 pixels, then the next 32
+          const int c = warp + i / 2 * (THREADS / 32), pixel = lane + i % 2 * 32;
+          int code = 0;
+          if (c0 + c < p.C && pixel0 + pixel < p.HW) {
+            float v = to_float(x[static_cast<long long>(c0 + c) * p.HW + pixel0 + pixel]);
+            if constexpr (WITH_SILU) v = silu(v);
+            code = encode(v, row);
+          }
+          turned[pixel * PITCH + c] = static_cast<byte_t>(code);
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < TURN * TURN / CHANNELS / THREADS; ++i) {
+          const int octet = threadIdx.x + i * THREADS, pixel = octet / (TURN / CHANNELS), c = octet % (TURN / CHANNELS) * CHANNELS;
+          int stored[CHANNELS];
+#pragma unroll
+          for (int e = 0; e < CHANNELS; ++e) stored[e] = turned[pixel * PITCH + c + e];
+          if (c0 + c < channels && pixel0 + pixel < p.HW)
+            store_codes<BITS>(codes + static_cast<long long>(pixel0 + pixel) * p.Cb + (c0 + c) / CHANNELS * BITS, stored);
+        }
+        __syncthreads();  // the next tile overwrites this one
+      }
+    }
+  }
+}
