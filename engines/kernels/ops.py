@@ -1,0 +1,156 @@
+"""The kernels as torch operators, `torch.ops.edm_deploy.*`, which torch.export, torch.compile and CUDA graphs see through.
+
+Importing this file defines them; it needs nothing beyond torch. On CUDA tensors they launch kernels on the current stream (`_dispatch.py`), on CPU tensors
+they compute the same bits in plain torch (`_arithmetic.py`), under a tracer only shapes. All read the same checks (`_checks.py`).
+
+    quantize          float16 or bfloat16 -> packed codes, SiLU first where asked
+    group_stats       mean and 1 / sqrt(variance + eps) of each sample's groups of channels
+    quantize_normed   as quantize, the values normalized by such statistics first
+    conv2d            packed codes * packed weight -> float16 or bfloat16 [B, K, P, Q], channels last
+    linear            likewise for a Linear -> [*leading, K]
+
+An activation is a map [B, C, H, W], or [B, ..., C] of 2, 3 or more than 4 axes; four axes are always a map, so a Linear's [B, X, Y, C] goes in as
+[B, X * Y, C]. Channels last is read as it lies, and so is a contiguous map by `quantize`; anything else is copied. Packed codes, weights and tables must be
+contiguous. `rows` is int32 [B], the table row of each sample, in the tensors' own memory, so that a CUDA graph replays with whatever stands there; on CUDA
+nobody checks that it lies in the table. `unsigned_codes` asks for `n - qmin`, which a convolution of kind `u4` expects.
+
+Raises InputError for operands that do not fit, UnsupportedError for what no kernel does (docs of `_checks.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edm_deploy.errors import InputError
+from engines.kernels import _arithmetic, _checks, _dispatch
+from engines.kernels._checks import ConvShape, Norm, Operands, Table
+from engines.kernels.layout import code_bytes
+
+_TABLE = "Tensor rows, Tensor inv_scale, Tensor qmin, Tensor qmax, int bits, bool unsigned_codes, bool silu"
+_OPERANDS = (
+    "Tensor codes, Tensor rows, Tensor weight, Tensor zero, Tensor act_scale, Tensor qmin, Tensor weight_scale, Tensor weight_sum, "
+    "Tensor? bias, Tensor? residual, str kind"
+)
+SCHEMAS = {
+    "quantize": f"(Tensor x, {_TABLE}) -> Tensor",
+    "group_stats": "(Tensor x, int groups, float eps) -> (Tensor, Tensor)",
+    "quantize_normed": f"(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, int groups, {_TABLE}) -> Tensor",
+    "conv2d": f"({_OPERANDS}, int[2] kernel, int stride, int padding, ScalarType dtype) -> Tensor",
+    "linear": f"({_OPERANDS}, SymInt[] leading, ScalarType dtype) -> Tensor",
+}
+
+
+def codes_shape(x: Tensor, bits: int) -> list[int]:
+    """[B, H, W, Cb] of the packed codes of an activation."""
+    if x.ndim == 4:
+        return [x.shape[0], x.shape[2], x.shape[3], code_bytes(x.shape[1], bits)]
+    return [x.shape[0], math.prod(x.shape[1:-1]), 1, code_bytes(x.shape[-1], bits)]
+
+
+def _quantize(
+    traced: bool, x: Tensor, rows: Tensor, inv_scale: Tensor, qmin: Tensor, qmax: Tensor, bits: int, unsigned_codes: bool, silu: bool
+) -> Tensor:
+    _checks.check_values("quantize", x)
+    return _to_codes("quantize", traced, x, None, Table(rows, inv_scale, qmin, qmax, bits, unsigned_codes), silu)
+
+
+def _quantize_normed(
+    traced: bool,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    groups: int,
+    rows: Tensor,
+    inv_scale: Tensor,
+    qmin: Tensor,
+    qmax: Tensor,
+    bits: int,
+    unsigned_codes: bool,
+    silu: bool,
+) -> Tensor:
+    norm = Norm(mean, rstd, gamma, beta)
+    norm.check("quantize_normed", x, _checks.check_values("quantize_normed", x), groups)
+    return _to_codes("quantize_normed", traced, x, norm, Table(rows, inv_scale, qmin, qmax, bits, unsigned_codes), silu)
+
+
+def _to_codes(op: str, traced: bool, x: Tensor, norm: Norm | None, table: Table, silu: bool) -> Tensor:
+    table.check(op, x)
+    shape = codes_shape(x, table.bits)
+    if traced:
+        return x.new_empty(shape, dtype=torch.uint8)
+    _checks.check_size(op, x=x.shape, codes=shape)
+    _checks.check_rows(op, table.rows, len(table.inv_scale))
+    run = _dispatch.quantize if x.is_cuda else _arithmetic.quantize
+    return run(x, norm, table, silu=silu).view(shape)
+
+
+def _group_stats(traced: bool, x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    _checks.check_groups("group_stats", _checks.check_values("group_stats", x), groups)
+    if eps < 0:
+        raise InputError(f"group_stats: eps {eps}; expected at least 0.")
+    if traced:
+        mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
+        return mean, torch.empty_like(mean)
+    _checks.check_size("group_stats", x=x.shape)
+    run = _dispatch.group_stats if x.is_cuda else _arithmetic.group_stats
+    return run(x, groups, eps)
+
+
+def _conv2d(traced: bool, *arguments: Any) -> Tensor:  # in the order of the schema, whose types torch has checked
+    operands, (kernel, stride, padding, dtype) = Operands(*arguments[:11]), arguments[11:]
+    shape = operands.shape("conv2d", kernel, stride, padding)
+    operands.check("conv2d", shape, [shape.N, shape.K, shape.P, shape.Q], dtype)
+    if operands.residual is not None:
+        operands = replace(operands, residual=operands.residual.permute(0, 2, 3, 1))
+    return _convolved("conv2d", traced, operands, shape, dtype).permute(0, 3, 1, 2)
+
+
+def _linear(traced: bool, *arguments: Any) -> Tensor:
+    operands, (leading, dtype) = Operands(*arguments[:11]), arguments[11:]
+    shape = operands.shape("linear", (1, 1), stride=1, padding=0)
+    _checks.check_leading("linear", operands.codes, leading)
+    operands.check("linear", shape, [*leading, shape.K], dtype)
+    return _convolved("linear", traced, operands, shape, dtype).view(*leading, shape.K)
+
+
+def _convolved(op: str, traced: bool, operands: Operands, shape: ConvShape, dtype: torch.dtype) -> Tensor:
+    """[N, P, Q, K], contiguous."""
+    result = (shape.N, shape.P, shape.Q, shape.K)
+    if traced:
+        return operands.codes.new_empty(result, dtype=dtype)
+    _checks.check_size(op, codes=operands.codes.shape, weight=operands.weight.shape, output=result)
+    _checks.check_rows(op, operands.rows, len(operands.act_scale))
+    if operands.residual is not None:
+        operands = replace(operands, residual=operands.residual.reshape(shape.M, shape.K).contiguous())
+    run = _dispatch.convolve if operands.codes.is_cuda else _arithmetic.convolve
+    return run(operands, shape, dtype)
+
+
+_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    "quantize": _quantize,
+    "group_stats": _group_stats,
+    "quantize_normed": _quantize_normed,
+    "conv2d": _conv2d,
+    "linear": _linear,
+}
+
+
+def _define(library: Any, name: str) -> None:  # torch.library.Library, whose methods carry no types
+    library.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    for device in ("CPU", "CUDA"):
+        library.impl(name, partial(_FUNCTIONS[name], False), device)
+    torch.library.register_fake(f"edm_deploy::{name}", partial(_FUNCTIONS[name], True), lib=library)
+
+
+_LIBRARY: Any = torch.library.Library("edm_deploy", "DEF")  # type: ignore[no-untyped-call]  # the operators live as long as this object
+for _name in SCHEMAS:
+    _define(_LIBRARY, _name)
