@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +13,14 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from edm_deploy.errors import ArtifactError, UnsupportedError, first_line
-from edm_deploy.family import Config, Family, family_named, name_of_family
+from edm_deploy.family import Config, Family, family_named
 from edm_deploy.files import PIPELINE_FILES, read_json
 from edm_deploy.lookup import suggestion
+from edm_deploy.outline import read_outline
 from edm_deploy.sampling import last_sample, trajectory
 
 log = logging.getLogger(__name__)
@@ -80,33 +81,25 @@ def load_source(path_or_id: str | Path) -> Source:
         ArtifactError: Nothing there, or nothing that diffusers can read; a checkpoint in pickle form is refused.
         UnsupportedError: No family answers for the denoiser's class.
     """
-    directory = _local_directory(path_or_id)
-    index = read_json(directory / "model_index.json", what="diffusers pipeline")
-    if "scheduler" not in index:
-        raise ArtifactError(
-            f"{path_or_id} is a pipeline without a scheduler; a trajectory needs one. Add scheduler/scheduler_config.json and its entry in model_index.json."
-        )
-    component = next((name for name in ("unet", "transformer") if name in index), None)
-    if component is None:
-        raise UnsupportedError(
-            f"{path_or_id} is a {index.get('_class_name')} without a unet or transformer; there is no denoiser to quantize."
-        )
-    family = name_of_family(str(index[component][1]))
-    _refuse_pickle(directory / component)
-    model_class = getattr(diffusers, family_named(family).class_name)
+    directory = local_directory(path_or_id)
+    outline = read_outline(directory, str(path_or_id))  # refuses what no family carries, before any work
+    _refuse_pickle(directory / outline.component)
+    model_class = getattr(diffusers, outline.family_object.class_name)
     try:
-        model = model_class.from_pretrained(directory / component, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True)
+        model = model_class.from_pretrained(
+            directory / outline.component, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as err:
         raise ArtifactError(
-            f"{directory / component} cannot be read as {model_class.__name__}: {first_line(err)}. Download or save the model again."
+            f"{directory / outline.component} cannot be read as {model_class.__name__}: {first_line(err)}. Download or save the model again."
         ) from err
-    pipeline = {name: read_json(directory / name, what="diffusers pipeline") for name in PIPELINE_FILES}
-    config = json.loads(json.dumps({key: value for key, value in model.config.items() if not key.startswith("_")}))
-    with torch.device("meta"):
-        family_named(family).build(config)  # refuses what the family cannot carry, before any work
-    scheduler = scheduler_from_config(str(index["scheduler"][1]), pipeline["scheduler/scheduler_config.json"])
     return Source(
-        name=str(path_or_id), family=family, config=config, model=model.eval().requires_grad_(False), scheduler=scheduler, pipeline=pipeline
+        name=outline.name,
+        family=outline.family,
+        config=outline.config,
+        model=model.eval().requires_grad_(False),
+        scheduler=scheduler_from_config(outline.scheduler_class, outline.scheduler_config),
+        pipeline=outline.pipeline,
     )
 
 
@@ -217,7 +210,16 @@ def pipeline_from_directory(directory: Path, component: str, denoiser: nn.Module
     return pipeline_class.from_pretrained(directory, **{component: denoiser, "scheduler": chosen})
 
 
-def _local_directory(path_or_id: str | Path) -> Path:
+def local_directory(path_or_id: str | Path, *, weights: bool = True) -> Path:
+    """The local directory of a pipeline, asked of the hub where there is none of that name.
+
+    Args:
+        path_or_id: A directory or a hub id.
+        weights: False fetches the json files only.
+
+    Raises:
+        ArtifactError: Neither here nor on the hub.
+    """
     directory = Path(path_or_id)
     if directory.exists():
         return directory
@@ -225,6 +227,8 @@ def _local_directory(path_or_id: str | Path) -> Path:
         raise ArtifactError(f"{path_or_id} does not exist; expected a diffusers directory or a hub id such as google/ddpm-cifar10-32.")
     log.info("no such directory, asking the hub for %s", path_or_id)
     try:
+        if not weights:
+            return Path(snapshot_download(str(path_or_id), allow_patterns=[*PIPELINE_FILES, "*/config.json"]))
         return Path(DiffusionPipeline.download(str(path_or_id), use_safetensors=True))
     except (OSError, ValueError, RuntimeError) as err:
         raise ArtifactError(

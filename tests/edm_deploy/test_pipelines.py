@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edm_deploy.errors import ArtifactError, UnsupportedError
-from edm_deploy.pipelines import UnconditionalPipeline, load_source, scheduler_named
+from edm_deploy.pipelines import UnconditionalPipeline, load_source, local_directory, scheduler_named
 from tests.conftest import SCHEDULER, tiny_model
 
 
@@ -94,3 +94,13 @@ def test_labels_reach_a_class_conditional_model():
         return pipeline(num_inference_steps=2, generator=generator, class_labels=torch.tensor([label]), output_type="np").images
 
     assert abs(sample(0) - sample(3)).max() > 0
+
+
+def test_without_weights_only_json_is_asked_of_the_hub(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(
+        "edm_deploy.pipelines.snapshot_download", lambda name, **options: asked.update(name=name, **options) or str(tmp_path)
+    )
+    assert local_directory("some/model", weights=False) == tmp_path
+    assert asked["name"] == "some/model"
+    assert all(pattern.endswith(".json") for pattern in asked["allow_patterns"])
