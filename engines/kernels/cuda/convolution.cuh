@@ -50,21 +50,17 @@ template <class TILE>
 struct Loader {
   const ConvParams& p;
   unsigned place;                      // where in a stage this thread's first chunk of A goes; later ones LOAD_ROWS rows further, at the same swizzle
-  int r, s, c, chunks;                 // tap and chunk where this thread stands; chunks a tap
-  int j, end;                          // the same as one number; the sum's end
+  int r, s, c;                         // tap, and byte of its channels, where this thread stands; r >= R: past the end of the sum
   int top[TILE::LOADS_A], left[TILE::LOADS_A];  // per row of A: input position of its tap (0, 0), maybe outside the map
   long long first[TILE::LOADS_A];      //   offset of that position in `codes`: followed only where a tap falls inside
   int zero[TILE::LOADS_A];             //   offset of its sample's 16-byte code of zero
-  long long weight[TILE::LOADS_B];     // per row of B: offset in `weight`
+  long long weight[TILE::LOADS_B];     // per row of B: offset of that chunk in `weight`
 
   __device__ __forceinline__ Loader(const ConvParams& params, int first_stage) : p(params) {
     const int chunk = threadIdx.x % STAGE_CHUNKS, row = threadIdx.x / STAGE_CHUNKS;
     place = swizzled(row, chunk);
-    chunks = p.Cb / CHUNK;
-    end = p.R * p.S * chunks;
-    j = first_stage * STAGE_CHUNKS + chunk;
-    const int tap = j / chunks;
-    c = j - tap * chunks;
+    const int chunks = p.Cb / CHUNK, j = first_stage * STAGE_CHUNKS + chunk, tap = j / chunks;
+    c = (j - tap * chunks) * CHUNK;
     r = tap / p.S;
     s = tap - r * p.S;
     const int pixels = p.P * p.Q, M = p.N * pixels;
@@ -80,28 +76,28 @@ struct Loader {
 #pragma unroll
     for (int i = 0; i < TILE::LOADS_B; ++i) {
       const int k = min(static_cast<int>(blockIdx.y) * TILE::BN + row + i * TILE::LOAD_ROWS, p.K - 1);
-      weight[i] = static_cast<long long>(k) * end * CHUNK;
+      weight[i] = static_cast<long long>(k) * p.R * p.S * p.Cb + static_cast<long long>(j) * CHUNK;
     }
   }
 
   // Starts the copies of the next stage into the buffer at `stage`, and steps on.
   __device__ __forceinline__ void load(unsigned stage) {
     const unsigned a = stage + place, b = a + TILE::BM * STAGE_ROW;
-    const long long tap = (static_cast<long long>(r) * p.W + s) * p.Cb + c * CHUNK;
+    const long long tap = (static_cast<long long>(r) * p.W + s) * p.Cb + c;
 #pragma unroll
     for (int i = 0; i < TILE::LOADS_A; ++i) {
       // One unsigned comparison holds for 0 <= y < H. Past the sum's end r runs on: whatever is read then is valid memory, and meets zero weights.
       const bool inside = static_cast<unsigned>(top[i] + r) < static_cast<unsigned>(p.H) && static_cast<unsigned>(left[i] + s) < static_cast<unsigned>(p.W);
       copy_async(a + i * TILE::LOAD_ROWS * STAGE_ROW, inside ? p.codes + (first[i] + tap) : p.zero + zero[i], true);
     }
-    const bool valid = j < end;
 #pragma unroll
-    for (int i = 0; i < TILE::LOADS_B; ++i)
-      copy_async(b + i * TILE::LOAD_ROWS * STAGE_ROW, p.weight + (valid ? weight[i] + static_cast<long long>(j) * CHUNK : 0), valid);
-    j += STAGE_CHUNKS;
-    c += STAGE_CHUNKS;
-    while (c >= chunks) {  // once for 64 bytes of channels or more, at most four times
-      c -= chunks;
+    for (int i = 0; i < TILE::LOADS_B; ++i) {
+      copy_async(b + i * TILE::LOAD_ROWS * STAGE_ROW, p.weight + (r < p.R ? weight[i] : 0), r < p.R);
+      weight[i] += STAGE_ROW;
+    }
+    c += STAGE_CHUNKS * CHUNK;
+    while (c >= p.Cb) {  // once for 64 bytes of channels or more, at most four times
+      c -= p.Cb;
       if (++s == p.S) s = 0, ++r;
     }
   }

@@ -64,6 +64,20 @@ def build(to: pathlib.Path, *flags: str, cuda: pathlib.Path = CUDA) -> pathlib.P
     return to
 
 
+def cached_library(*flags: str) -> pathlib.Path:
+    """The build of the present sources with `flags`, made once for their content and kept in the user's cache."""
+    digest = hashlib.sha256(" ".join(FLAGS + flags).encode())
+    for path in sorted([*CUDA.iterdir(), *HERE.glob("emulator.*")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "edm-deploy" / "emulator"
+    library = cache / f"{digest.hexdigest()[:24]}.so"
+    if not library.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            os.replace(build(pathlib.Path(scratch) / "emulator.so", *flags), library)
+    return library
+
+
 class Emulator:
     """One build of the kernels."""
 
@@ -74,18 +88,8 @@ class Emulator:
     @classmethod
     @functools.cache
     def built(cls, *flags: str) -> "Emulator":
-        """The emulator of the sources as they are now: built once for their content and `flags` (default -O1), kept in the user's cache."""
-        flags = flags or ("-O1",)
-        digest = hashlib.sha256(" ".join(FLAGS + flags).encode())
-        for path in sorted([*CUDA.iterdir(), *HERE.glob("emulator.*")]):
-            digest.update(path.name.encode() + path.read_bytes())
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "edm-deploy" / "emulator"
-        library = cache / f"{digest.hexdigest()[:24]}.so"
-        if not library.is_file():
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as scratch:
-                os.replace(build(pathlib.Path(scratch) / "emulator.so", *flags), library)
-        return cls(library)
+        """The emulator of the sources as they are now, compiled with `flags` (default -O1)."""
+        return cls(cached_library(*(flags or ("-O1",))))
 
     def run(
         self, entry: str, params: ctypes.Structure, grid: tuple[int, int, int] | tuple[int, int], threads: int, shared_bytes: int = 0

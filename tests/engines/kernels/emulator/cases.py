@@ -1,0 +1,334 @@
+"""Random work for the kernels and what numpy says of it: integers summed exactly, float32 rounded step by step, everything compared bit for bit.
+
+Nothing is shared with the code that packs for a real GPU: layouts are written out here a second time, from params.h.
+As a program, `python -m tests.engines.kernels.emulator.cases LIBRARY SEED COUNT` checks a build of the kernels, and exits with 1 at the first difference.
+"""
+
+import dataclasses
+import pathlib
+import re
+import sys
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tests.engines.kernels.emulator import CUDA, STRUCTS, Emulator
+
+TABLE_ROWS = 5
+GUARD = 32  # elements behind every output that must stay as they were
+# (BM, BN) -> threads, bytes of dynamic shared memory; from the source's own table.
+TILES = {
+    (int(bm), int(bn)): (int(threads), int(shared))
+    for bm, bn, threads, shared in re.findall(r"  X\((\d+), (\d+), \d+, \d+, (\d+), (\d+), \d+\)", (CUDA / "kernels.cu").read_text())
+}
+KINDS = ("s4", "u4", "s8")
+TYPES = ("f16", "bf16")
+
+
+def bits_of(kind: str) -> int:
+    return 8 if kind == "s8" else 4
+
+
+def pack(codes: NDArray[np.integer], bits: int, padding: np.random.Generator | None = None) -> NDArray[np.uint8]:
+    """Codes [..., C] as bytes [..., Cb]; the padding channels hold zeros, or what `padding` draws."""
+    channels = -(-codes.shape[-1] * bits // 128) * 128 // bits
+    shape = (*codes.shape[:-1], channels - codes.shape[-1])
+    tail = np.zeros(shape, np.int64) if padding is None else padding.integers(0, 1 << bits, shape)
+    whole = (np.concatenate([codes, tail], -1) & ((1 << bits) - 1)).astype(np.uint8)
+    return np.ascontiguousarray(whole if bits == 8 else whole[..., 0::2] | whole[..., 1::2] << 4)
+
+
+def to_type(x: NDArray[np.float32], dtype: str) -> NDArray[np.uint16]:
+    """float32 rounded to the bits of float16 or bfloat16, half to even."""
+    if dtype == "f16":
+        with np.errstate(over="ignore"):  # beyond 65504 lies infinity, there as here
+            return x.astype(np.float16).view(np.uint16)
+    bits = x.astype(np.float32).view(np.uint32)
+    return np.where(np.isnan(x), 0x7FFF, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def to_float(bits: NDArray[np.uint16], dtype: str) -> NDArray[np.float32]:
+    return bits.view(np.float16).astype(np.float32) if dtype == "f16" else (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def address(array: NDArray | None) -> int | None:
+    assert array is None or array.flags.c_contiguous
+    return None if array is None else array.ctypes.data
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convolution:
+    """One call of conv_* (and reduce_*). A Linear is kernel (1, 1) on W = 1."""
+
+    kind: str
+    tile: tuple[int, int]
+    dtype: str
+    N: int
+    H: int
+    W: int
+    C: int
+    K: int
+    R: int = 1
+    S: int = 1
+    padding: int = 0
+    stride: int = 1
+    splits: int = 1
+    bias: bool = True
+    residual: bool = False
+    short: int = 0  # elements by which the output is too small: for the sanitizer's own test
+    seed: int = 0
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        P, Q = ((size + 2 * self.padding - taps) // self.stride + 1 for size, taps in ((self.H, self.R), (self.W, self.S)))
+        return self.N, P, Q, self.K
+
+    @classmethod
+    def drawn(cls, g: np.random.Generator, kind: str, dtype: str) -> "Convolution":
+        """A shape such as networks have, or odder; a few hundred thousand products at most."""
+        tiles = list(TILES)
+        while True:
+            R, S = ((1, 1), (3, 3), (3, 3), (2, 2), (5, 5), (1, 3))[g.integers(6)]
+            linear = (R, S) == (1, 1) and g.random() < 0.5
+            drawn = cls(
+                kind=kind,
+                dtype=dtype,
+                tile=tiles[g.integers(len(tiles))],
+                N=int(g.integers(1, 6)),
+                H=int(g.integers(1, 13)),
+                W=1 if linear else int(g.integers(1, 13)),
+                C=int(g.integers(1, 201)),
+                K=int(g.choice([g.integers(1, 140), 8 * g.integers(1, 17)])),
+                R=R,
+                S=S,
+                padding=0 if linear else int(g.integers(0, R // 2 + 2)),
+                stride=1 if linear else int(g.integers(1, 3)),
+                splits=int(g.integers(1, 5)),
+                bias=bool(g.integers(2)),
+                residual=bool(g.integers(2)),
+                seed=int(g.integers(1 << 30)),
+            )
+            n, P, Q, K = drawn.out_shape
+            if P > 0 and Q > 0 and n * P * Q * K * R * S * drawn.C < 2_000_000:
+                return drawn
+
+    def check(self, emulator: Emulator) -> None:
+        g = np.random.default_rng(self.seed)
+        bits = bits_of(self.kind)
+        low, high = -(1 << bits - 1), (1 << bits - 1) - 1
+        qmin = g.integers(-15, 1, TABLE_ROWS).astype(np.int32) if self.kind == "u4" else np.full(TABLE_ROWS, low, np.int32)
+        offset = qmin if self.kind == "u4" else np.zeros(TABLE_ROWS, np.int32)
+        row = g.integers(0, TABLE_ROWS, self.N).astype(np.int32)
+        per_sample = (slice(None), None, None, None)
+        n = g.integers(0, 1 << bits, (self.N, self.H, self.W, self.C)) + qmin[row][per_sample]
+        w = g.integers(low, high + 1, (self.K, self.R, self.S, self.C))
+        codes, weight = pack(n - offset[row][per_sample], bits, padding=g), pack(w, bits)
+        zero = pack(np.repeat(-offset[:, None], 128 // bits, 1), bits)
+        act_scale = g.uniform(0.01, 0.1, TABLE_ROWS).astype(np.float32)
+        weight_scale = g.uniform(1e-3, 1e-2, self.K).astype(np.float32)
+        weight_sum = w.sum((1, 2, 3)).astype(np.int32)
+        bias = g.standard_normal(self.K).astype(np.float32) if self.bias else None
+        residual = to_type(g.standard_normal(self.out_shape).astype(np.float32), self.dtype) if self.residual else None
+
+        y = self.sums(n, w).astype(np.float32) * (act_scale[row][per_sample] * weight_scale)
+        if bias is not None:
+            y = y + bias
+        if residual is not None:
+            y = y + to_float(residual, self.dtype)
+
+        _, P, Q, K = self.out_shape
+        M = self.N * P * Q
+        out = np.full(M * K + (0 if self.short else GUARD) - self.short, 0x7EAD, np.uint16)
+        partial = np.full(self.splits * M * K + GUARD, 0x7EADBEEF, np.int32) if self.splits > 1 else None
+        u4 = self.kind == "u4"
+        params = STRUCTS["ConvParams"](
+            codes=address(codes),
+            weight=address(weight),
+            zero=address(zero),
+            row=address(row),
+            act_scale=address(act_scale),
+            qmin=address(qmin) if u4 else None,
+            weight_scale=address(weight_scale),
+            weight_sum=address(weight_sum) if u4 else None,
+            bias=address(bias),
+            residual=address(residual),
+            out=address(out),
+            partial=address(partial),
+            **{name: getattr(self, name) for name in ("N", "H", "W", "K", "R", "S", "padding", "stride", "splits")},
+            **{"Cb": codes.shape[-1], "P": P, "Q": Q},
+        )
+        threads, shared = TILES[self.tile]
+        BM, BN = self.tile
+        emulator.run(f"conv_{self.kind}_{BM}x{BN}_{self.dtype}", params, (-(-M // BM), -(-K // BN), self.splits), threads, shared)
+        if self.splits > 1:
+            assert (partial[-GUARD:] == 0x7EADBEEF).all(), "wrote behind the partial sums"
+            emulator.run(f"reduce_{self.kind}_{self.dtype}", params, (-(-M * -(-K // 8) // 256), 1), 256)
+        assert (out[M * K :] == 0x7EAD).all(), "wrote behind the output"
+        wrong = out[: M * K] != to_type(y, self.dtype).ravel()
+        assert not wrong.any(), f"{int(wrong.sum())} of {wrong.size} outputs differ, the first at {int(wrong.argmax())}"
+
+    def sums(self, n: NDArray[np.int64], w: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The convolution's integer sums; float64 is exact below 2^53."""
+        around = ((0, 0), (self.padding, self.padding), (self.padding, self.padding), (0, 0))
+        x, total = np.pad(n, around).astype(np.float64), np.zeros(self.out_shape)
+        _, P, Q, _ = self.out_shape
+        for r in range(self.R):
+            for s in range(self.S):
+                taken = x[:, r : r + self.stride * (P - 1) + 1 : self.stride, s : s + self.stride * (Q - 1) + 1 : self.stride]
+                total += taken @ w[:, r, s].T.astype(np.float64)
+        return total.astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """One call of quantize_*."""
+
+    layout: str
+    dtype: str
+    bits: int
+    prologue: str
+    N: int
+    HW: int
+    C: int
+    groups: int = 1
+    unsigned: bool = False
+    affine: bool = True
+    seed: int = 0
+
+    def check(self, emulator: Emulator) -> None:
+        g = np.random.default_rng(self.seed)
+        row = g.integers(0, TABLE_ROWS, self.N).astype(np.int32)
+        inv_scale = g.uniform(1, 20, TABLE_ROWS).astype(np.float32)
+        inv_scale[0] = 1.0  # row 0 meets exact ties
+        qmin = g.integers(-15 if self.unsigned else -(1 << self.bits - 1), 1, TABLE_ROWS).astype(np.int32)
+        qmax = qmin + (1 << self.bits) - 1 if self.unsigned else np.full(TABLE_ROWS, (1 << self.bits - 1) - 1, np.int32)
+        x = g.standard_normal((self.N, self.HW, self.C)).astype(np.float32) * g.choice([0.5, 3.0])
+        x[g.random(x.shape) < 0.2] = 0.5 * g.integers(-20, 20)  # ties, and one value in many places
+        for special in (np.nan, np.inf, -np.inf, -0.0):
+            x[tuple(g.integers(0, size) for size in x.shape)] = special
+        stored = to_type(x, self.dtype)
+        mean, rstd = (g.uniform(low, 2, (self.N, self.groups)).astype(np.float32) for low in (-2, 0.1))
+        gamma, beta = (g.standard_normal(self.C).astype(np.float32) if self.affine else None for _ in range(2))
+
+        with np.errstate(all="ignore"):
+            value = to_float(stored, self.dtype)
+            if "norm" in self.prologue:
+                size = self.C // self.groups
+                value = (value - np.repeat(mean, size, 1)[:, None]) * np.repeat(rstd, size, 1)[:, None]
+                value = value * gamma + beta if self.affine else value
+            if "silu" in self.prologue:
+                value = value / (np.float32(1) + np.exp(-value))
+            scaled = value * inv_scale[row][:, None, None]
+            low, high = (bound[row][:, None, None] for bound in (qmin, qmax))
+            clipped = np.where(np.isnan(scaled), low, np.clip(scaled, low, high))
+            expected = np.rint(clipped).astype(np.int64)
+
+        Cb = -(-self.C * self.bits // 128) * 16
+        codes = np.full(self.N * self.HW * Cb + GUARD, 0xAD, np.uint8)
+        held = np.ascontiguousarray(stored if self.layout == "last" else stored.transpose(0, 2, 1))
+        params = STRUCTS["QuantizeParams"](
+            x=address(held),
+            codes=address(codes),
+            row=address(row),
+            inv_scale=address(inv_scale),
+            qmin=address(qmin),
+            qmax=address(qmax),
+            mean=address(mean),
+            rstd=address(rstd),
+            gamma=address(gamma),
+            beta=address(beta),
+            **{"N": self.N, "HW": self.HW, "C": self.C, "Cb": Cb, "groups": self.groups, "unsigned_codes": int(self.unsigned)},
+        )
+        octets = Cb // self.bits
+        # Sometimes a grid smaller than params.h asks for: the kernels stride over the rest.
+        grid = (-(-self.HW * octets // 256), self.N) if self.layout == "last" else (-(-self.HW // 64), -(-octets * 8 // 64), self.N)
+        grid = (1, 1, 1) if g.random() < 0.3 else grid
+        emulator.run(f"quantize_{self.layout}_{self.dtype}_i{self.bits}_{self.prologue}", params, grid, 256)
+        assert (codes[-GUARD:] == 0xAD).all(), "wrote behind the codes"
+        found = self.unpacked(codes[:-GUARD].reshape(self.N, self.HW, Cb))
+        assert (found[..., self.C :] == 0).all(), "padding channels are not 0"
+        found = found[..., : self.C] + (qmin[row][:, None, None] if self.unsigned else 0)
+        # exp2 on a GPU, exp2f here and numpy's exp differ in the last bits: at a tie the code may fall to either side. Without SiLU all is exact.
+        near_tie = np.abs(np.abs(clipped - np.floor(clipped)) - 0.5) < 1e-4
+        allowed = near_tie & (np.abs(found - expected) == 1) if "silu" in self.prologue else False
+        wrong = (found != expected) & ~np.asarray(allowed)
+        at = np.unravel_index(wrong.argmax(), wrong.shape)
+        assert not wrong.any(), f"{int(wrong.sum())} of {wrong.size} codes differ, the first at {at}: {found[at]}, expected {expected[at]}"
+
+    def unpacked(self, codes: NDArray[np.uint8]) -> NDArray[np.int64]:
+        if self.bits == 8:
+            return codes.view(np.int8).astype(np.int64)
+        nibbles = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1).astype(np.int64)
+        return nibbles if self.unsigned else (nibbles ^ 8) - 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """One call of group_stats_*."""
+
+    dtype: str
+    N: int
+    HW: int
+    C: int
+    groups: int
+    mean: float = 0.0
+    seed: int = 0
+
+    def check(self, emulator: Emulator) -> None:
+        g = np.random.default_rng(self.seed)
+        x = to_type((g.standard_normal((self.N, self.HW, self.C)) + self.mean).astype(np.float32), self.dtype)
+        mean, rstd = (np.full(self.N * self.groups + GUARD, 7.5, np.float32) for _ in range(2))
+        params = STRUCTS["StatsParams"](x=address(x), mean=address(mean), rstd=address(rstd), eps=1e-5)
+        params.N, params.HW, params.C, params.groups = self.N, self.HW, self.C, self.groups
+        emulator.run(f"group_stats_{self.dtype}", params, (1, 1) if g.random() < 0.3 else (self.groups, self.N), 256)
+        assert (mean[-GUARD:] == 7.5).all() and (rstd[-GUARD:] == 7.5).all(), "wrote behind the statistics"
+        exact = to_float(x, self.dtype).astype(np.float64).reshape(self.N, self.HW, self.groups, -1)
+        # float32 sums of thousands of numbers, a hundred or so a thread: a few units in the last place of the mean, and of the variance about it.
+        scale = np.abs(exact).mean()
+        np.testing.assert_allclose(mean[:-GUARD], exact.mean((1, 3)).ravel(), rtol=0, atol=2e-6 * scale + 1e-7)
+        np.testing.assert_allclose(rstd[:-GUARD], 1 / np.sqrt(exact.var((1, 3)).ravel() + 1e-5), rtol=1e-5)
+
+
+def quantizations(seed: int) -> list[Quantization]:
+    """Every quantize kernel, at shapes that take 16-byte loads and at shapes that cannot."""
+    g = np.random.default_rng(seed)
+    found = []
+    for layout, prologues in (("last", ("plain", "silu", "norm", "norm_silu")), ("first", ("plain", "silu"))):
+        for prologue in prologues:
+            for dtype in TYPES:
+                for bits, unsigned in ((4, False), (4, True), (8, False)):
+                    for wide in (True, False):
+                        size = int(g.integers(1, 9)) * (4 if wide else 1)
+                        groups = int(g.integers(1, 9)) * (2 if wide else 1)
+                        shape = {"N": int(g.integers(1, 4)), "HW": int(g.integers(1, 90)), "C": size * groups, "groups": groups}
+                        kernel = {"layout": layout, "dtype": dtype, "bits": bits, "prologue": prologue, "unsigned": unsigned}
+                        found.append(Quantization(**kernel, **shape, affine=bool(g.integers(2)), seed=int(g.integers(1 << 30))))
+    return found
+
+
+def statistics(seed: int) -> list[Statistics]:
+    """Groups of one channel to more channels than a block has threads."""
+    shapes = ((64, 8), (40, 4), (320, 32), (30, 30), (300, 1), (64, 32), (7, 1), (600, 2))
+    g = np.random.default_rng(seed)
+    return [
+        Statistics(
+            dtype=dtype, N=int(g.integers(1, 3)), HW=int(g.integers(1, 120)), C=C, groups=groups, mean=mean, seed=int(g.integers(1 << 30))
+        )
+        for C, groups in shapes
+        for dtype, mean in (("f16", 0.0), ("f16", 100.0), ("bf16", -3.0))
+    ]
+
+
+def check_build(library: pathlib.Path, seed: int, count: int) -> None:
+    """`count` convolutions of each kind, and the float16 quantizations and statistics."""
+    emulator, g = Emulator(library), np.random.default_rng(seed)
+    for kind in KINDS:
+        for _ in range(count):
+            Convolution.drawn(g, kind, "f16").check(emulator)
+    for case in (*quantizations(seed), *statistics(seed)):
+        if case.dtype == "f16":
+            case.check(emulator)
+
+
+if __name__ == "__main__":
+    check_build(pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,126 @@
+"""The kernels' own source, on a CPU, against numpy; then the same under sanitizers."""
+
+import concurrent.futures
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.engines.kernels.emulator import SANITIZE, STRUCTS, EmulationError, Emulator, cached_library
+from tests.engines.kernels.emulator import cases as drawn
+
+SHAPES_EACH = 56  # of each kind and type: 336 in all
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Emulator:
+    return Emulator.built()
+
+
+def check_all(emulator: Emulator, cases: list) -> None:
+    """Checks cases on two CPU threads, and names the one that fails."""
+
+    def failure(case) -> str | None:
+        try:
+            case.check(emulator)
+        except (AssertionError, EmulationError) as error:
+            return f"{case}: {error}"
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        failures = [found for found in pool.map(failure, cases) if found]
+    assert failures == []
+
+
+@pytest.mark.parametrize("dtype", drawn.TYPES)
+@pytest.mark.parametrize("kind", drawn.KINDS)
+def test_convolutions_of_random_shape_are_numpys_bit_for_bit(emulator, kind, dtype):
+    g = np.random.default_rng(list(f"{kind} {dtype}".encode()))
+    cases = [drawn.Convolution.drawn(g, kind, dtype) for _ in range(SHAPES_EACH)]
+    assert {case.tile for case in cases} == set(drawn.TILES)
+    assert {case.splits for case in cases} == {1, 2, 3, 4}
+    assert {case.stride for case in cases} == {1, 2}
+    check_all(emulator, cases)
+
+
+@pytest.mark.parametrize("tile", drawn.TILES)
+def test_every_tile_computes_a_layer_wider_than_itself(emulator, tile):
+    """Several blocks each way, more stages than the ring has buffers, tiles that span samples at different rows."""
+    shape = {"N": 3, "H": 8, "W": 8, "C": 160, "K": 136, "R": 3, "S": 3, "padding": 1, "residual": True}
+    check_all(emulator, [drawn.Convolution(kind=kind, tile=tile, dtype="f16", **shape) for kind in drawn.KINDS])
+
+
+def test_more_splits_than_stages_add_zeros(emulator):
+    shape = {"N": 1, "H": 4, "W": 4, "C": 16, "K": 16, "splits": 4}
+    check_all(emulator, [drawn.Convolution(kind="s4", tile=(32, 64), dtype="f16", **shape)])
+
+
+def test_every_quantizing_kernel_stores_numpys_codes(emulator):
+    cases = drawn.quantizations(seed=0)
+    assert len(cases) == 72
+    check_all(emulator, cases)
+
+
+def test_group_statistics_are_those_of_float64(emulator):
+    check_all(emulator, drawn.statistics(seed=0))
+
+
+# ---- the emulator notices --------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_gpu_leaves_undefined_is_an_error(emulator):
+    params = STRUCTS["ConvParams"](N=1, H=1, W=1, Cb=16, K=8, R=1, S=1, P=1, Q=1, stride=1, splits=1)
+    kept = [np.zeros(256, np.uint8) for _ in range(8)]
+    for name, array in zip(("codes", "weight", "zero", "row", "act_scale", "weight_scale", "out"), kept, strict=False):
+        setattr(params, name, array.ctypes.data)
+    threads, shared = drawn.TILES[64, 64]
+    emulator.run("conv_s4_64x64_f16", params, (1, 1), threads, shared)
+    with pytest.raises(EmulationError, match="past the end of shared memory"):
+        emulator.run("conv_s4_64x64_f16", params, (1, 1), threads, 4096)  # half a stage
+    params.codes += 4
+    with pytest.raises(EmulationError, match="misaligned address in global memory"):
+        emulator.run("conv_s4_64x64_f16", params, (1, 1), threads, shared)
+
+
+@pytest.mark.parametrize(
+    ("grid", "threads", "shared"), [((0, 1), 128, 0), ((1, 70000), 128, 0), ((1, 1), 100, 0), ((1, 1), 128, 101 << 10)]
+)
+def test_a_launch_that_no_gpu_would_do_is_an_error(emulator, grid, threads, shared):
+    with pytest.raises(EmulationError, match=r"grid|whole warps|99 KB"):
+        emulator.run("conv_s4_64x64_f16", STRUCTS["ConvParams"](), grid, threads, shared)
+
+
+# ---- under sanitizers ------------------------------------------------------------------------------------------------------------------------
+
+
+def run_sanitized(program: str) -> subprocess.CompletedProcess[str]:
+    """Runs a Python program on the sanitized build. Its arrays come from the sanitizer's malloc, so that every one ends in a red zone."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    head = "import numpy as np\nfrom tests.engines.kernels.emulator import *\nfrom tests.engines.kernels.emulator import cases\n"
+    # Fibers that a failed launch leaves behind are no leak of the kernels', nor is what Python keeps.
+    environment = os.environ | {
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "PYTHONMALLOC": "malloc",
+    }
+    library = cached_library("-O1", *SANITIZE)  # built here: the compiler would carry the preloaded sanitizer, too
+    command = [sys.executable, "-c", head + f"emulator = Emulator({str(library)!r})\n{program}"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_no_kernel_leaves_its_memory_or_does_what_is_undefined():
+    done = run_sanitized(
+        "g = np.random.default_rng(1)\n"
+        "for kind in cases.KINDS:\n"
+        "    for _ in range(14): cases.Convolution.drawn(g, kind, 'f16').check(emulator)\n"
+        "for case in (*cases.quantizations(1)[::2], *cases.statistics(1)[::3]): case.check(emulator)\n"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_sanitizer_sees_an_output_one_element_short():
+    done = run_sanitized("cases.Convolution(kind='s4', tile=(32, 64), dtype='f16', N=1, H=8, W=8, C=8, K=13, short=1).check(emulator)\n")
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
