@@ -6,20 +6,20 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from edm_deploy.activations import ActivationTable
 from edm_deploy.errors import ArtifactError, EdmDeployError
 from edm_deploy.family import Family, family_named, skeleton
-from edm_deploy.files import PIPELINE_FILES, copy_pipeline_files, new_directory, read_json, write_json
+from edm_deploy.files import PIPELINE_FILES, copy_pipeline_files, new_directory, read_json, sha256_of, write_json
 from edm_deploy.quant import fits_int4, pack_int4, unpack_int4, weight_bounds
+from edm_deploy.tensors import Stored, digest_of, write_tensors
 
 SCHEMA = 1
 JSON_NAME = "artifact.json"
@@ -61,8 +61,9 @@ class Site:
         if not bool((torch.isfinite(self.weight_scale) & (self.weight_scale > 0)).all()):
             return "weight_scale holds a value that is not finite and positive"
         qmin, qmax = weight_bounds(self.weight_bits)
-        if int(self.codes.min()) < qmin or int(self.codes.max()) > qmax:
-            return f"codes reach [{int(self.codes.min())}, {int(self.codes.max())}], outside [{qmin}, {qmax}] of {self.weight_bits} bits"
+        lowest, highest = (int(edge) for edge in torch.aminmax(self.codes))
+        if lowest < qmin or highest > qmax:
+            return f"codes reach [{lowest}, {highest}], outside [{qmin}, {qmax}] of {self.weight_bits} bits"
         return self.activation.problem(rows) if self.activation else None
 
 
@@ -106,10 +107,13 @@ class Artifact:
         schemes = [site.scheme for site in self.sites.values()]
         return max(sorted(set(schemes)), key=schemes.count, default="float")
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 hex of all that decides what the engine computes: family, config, sites and tensors; not of the provenance."""
-        content = self._description() | {"tensors": hashlib.sha256(save_tensors(self._tensors())).hexdigest()}
+        return self._digest(digest_of(self._tensors()))
+
+    def _digest(self, tensors_sha256: str) -> str:
+        content = self._description() | {"tensors": tensors_sha256}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def validate(self) -> None:
@@ -139,11 +143,10 @@ class Artifact:
             ArtifactError: The artifact is not valid, `path` holds something else, or the disk refuses.
         """
         self.validate()
-        data = save_tensors(self._tensors())
-        description = {"schema": SCHEMA} | self._description()
-        description |= {"tensors_sha256": hashlib.sha256(data).hexdigest(), "digest": self.digest, "provenance": dict(self.provenance)}
         with new_directory(Path(path), marker=JSON_NAME, overwrite=overwrite) as directory:
-            (directory / TENSORS_NAME).write_bytes(data)
+            found = write_tensors(directory / TENSORS_NAME, self._tensors())
+            description = {"schema": SCHEMA} | self._description()
+            description |= {"tensors_sha256": found, "digest": self._digest(found), "provenance": dict(self.provenance)}
             write_json(directory / JSON_NAME, description)
             copy_pipeline_files(self.pipeline, directory)
         return Path(path)
@@ -184,32 +187,47 @@ class Artifact:
         }
         return {"family": self.family, "config": dict(self.config), "sites": sites}
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"timesteps": self.timesteps, "row_of_timestep": self.row_of_timestep}
+    def _tensors(self) -> dict[str, Stored]:
+        """What the file holds; codes are packed and parameters narrowed one at a time, when their turn comes."""
+        tensors = {"timesteps": Stored.of(self.timesteps), "row_of_timestep": Stored.of(self.row_of_timestep)}
         for name, site in self.sites.items():
-            tensors[f"sites.{name}.codes"] = pack_int4(site.codes) if fits_int4(site.codes) else site.codes
-            tensors[f"sites.{name}.weight_scale"] = site.weight_scale
+            tensors[f"sites.{name}.codes"] = _stored_codes(site.codes)
+            tensors[f"sites.{name}.weight_scale"] = Stored.of(site.weight_scale)
             if site.activation:
-                tensors[f"sites.{name}.act_scale"] = site.activation.scale
-                tensors[f"sites.{name}.act_qmin"] = site.activation.qmin
-                tensors[f"sites.{name}.act_qmax"] = site.activation.qmax
-        tensors |= {f"params.{name}": _smallest_exact(value) for name, value in self.params.items()}
-        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+                tensors[f"sites.{name}.act_scale"] = Stored.of(site.activation.scale)
+                tensors[f"sites.{name}.act_qmin"] = Stored.of(site.activation.qmin)
+                tensors[f"sites.{name}.act_qmax"] = Stored.of(site.activation.qmax)
+        return tensors | {f"params.{name}": _stored_param(value) for name, value in self.params.items()}
+
+
+def _stored_codes(codes: Tensor) -> Stored:
+    """Packed two to a byte where all codes fit in 4 bits."""
+    if not fits_int4(codes):
+        return Stored.of(codes)
+    return Stored(torch.uint8, ((codes.numel() + 1) // 2,), lambda: pack_int4(codes))
+
+
+def _stored_param(value: Tensor) -> Stored:
+    """float16 where that loses nothing, float32 otherwise."""
+    exact = torch.equal(value.to(torch.float16).float(), value.float())
+    dtype = torch.float16 if exact else torch.float32
+    return Stored(dtype, tuple(value.shape), lambda: value.to(dtype))
 
 
 def _read_tensors(path: Path, expected_sha256: str) -> dict[str, Tensor]:
+    """Every tensor of the file, mapped: its pages are read when they are looked at, and belong to no one's heap."""
     try:
-        data = path.read_bytes()
+        found = sha256_of(path)
     except OSError as err:
         raise ArtifactError(f"{path} cannot be read ({err.strerror}); the artifact is incomplete. Make it again.") from err
-    found = hashlib.sha256(data).hexdigest()
     if found != expected_sha256:
         raise ArtifactError(
             f"{path} is damaged: sha256 {found[:12]}, {JSON_NAME} says {expected_sha256[:12]}. Copy or make the artifact again."
         )
     try:
-        return load_tensors(data)
-    except (safetensors.SafetensorError, ValueError, RuntimeError) as err:
+        with safetensors.safe_open(path, framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # it is no dict
+    except (safetensors.SafetensorError, ValueError, RuntimeError, OSError) as err:
         raise ArtifactError(f"{path} is no safetensors file ({err}). Make the artifact again.") from err
 
 
@@ -270,9 +288,3 @@ def _check_params(params: Mapping[str, Tensor], expected: Mapping[str, tuple[int
             raise ArtifactError(f"parameter {name!r} holds NaN or infinity. Check the source model, then make the artifact again.")
     if unknown := sorted(set(params) - set(expected)):
         raise ArtifactError(f"parameter {unknown[0]!r} is not one of the model's. Make the artifact again.")
-
-
-def _smallest_exact(value: Tensor) -> Tensor:
-    """float16 where that loses nothing, float32 otherwise."""
-    half = value.to(torch.float16)
-    return half if torch.equal(half.float(), value) else value.float()

@@ -103,10 +103,14 @@ def unpack_int4(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     count = int(torch.Size(shape).numel())
     if packed.numel() != (count + 1) // 2:
         raise ValueError(f"{packed.numel()} bytes hold {2 * packed.numel()} codes; shape {shape} needs {count}.")
-    nibbles = torch.stack([packed & 0xF, packed >> 4], dim=1).reshape(-1)[:count].to(torch.int8)
-    return torch.where(nibbles > 7, nibbles - 16, nibbles).reshape(shape)
+    signed = packed.reshape(-1).view(torch.int8)
+    low, high = (signed << 4) >> 4, signed >> 4  # arithmetic shifts: the sign comes along
+    return torch.stack([low, high], dim=1).reshape(-1)[:count].reshape(shape)
 
 
 def fits_int4(codes: Tensor) -> bool:
     """True where every code lies in [-8, 7]."""
-    return codes.numel() == 0 or (int(codes.min()) >= -8 and int(codes.max()) <= 7)
+    if codes.numel() == 0:
+        return True
+    lowest, highest = torch.aminmax(codes)
+    return int(lowest) >= -8 and int(highest) <= 7

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from dataclasses import replace
@@ -185,26 +186,22 @@ def test_a_description_that_does_not_fit_is_one_clear_error(saved, change, messa
         Artifact.load(saved)
 
 
+def full_disk(path, _):
+    path.write_bytes(b"half of it")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_disk_that_fills_up_leaves_nothing_behind(artifact_w4a4, tmp_path, monkeypatch):
-    import errno
-    from pathlib import Path
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("edm_deploy.artifact.write_tensors", full_disk)
     with pytest.raises(ArtifactError, match="No space left on device"):
         artifact_w4a4.save(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_fills_up_keeps_the_old_artifact(saved, artifact_w8a8, monkeypatch):
-    import errno
-    from pathlib import Path
-
     before = Artifact.load(saved).digest
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr("edm_deploy.artifact.write_tensors", full_disk)
         with pytest.raises(ArtifactError, match="No space left"):
             artifact_w8a8.save(saved)
     assert Artifact.load(saved).digest == before
