@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from edm_deploy import artifact as artifact_module
 from edm_deploy import manifest as manifest_module
 from edm_deploy.artifact import Artifact
 from edm_deploy.errors import ArtifactError
-from edm_deploy.family import Family, skeleton
 from edm_deploy.files import read_json
 from edm_deploy.manifest import Manifest
-from edm_deploy.pipelines import Source, load_source
 from edm_deploy.target import TARGETS, plan, summary
+from edm_deploy.work import model_work
+from edm_deploy_tools import describe_model as model
 from edm_deploy_tools.console import Row, bytes_of, size_words, time_words
+from edm_deploy_tools.estimates import by_site
 
 Kind = Literal["model", "artifact", "onnx", "engine"]
 
@@ -40,7 +40,7 @@ class Description:
 
 
 def describe(path_or_id: str) -> Description:
-    """What stands at a path (or behind a hub id).
+    """What stands at a path, behind a hub id, or under the name of an architecture.
 
     Raises:
         ArtifactError: It is none of the four, or damaged.
@@ -55,7 +55,7 @@ def describe(path_or_id: str) -> Description:
         case "engine":
             return describe_manifest(path, "engine")
         case _:
-            return describe_model(load_source(path_or_id))
+            return describe_model(path_or_id)
 
 
 def kind_of(path_or_id: str) -> Kind:
@@ -82,55 +82,15 @@ def kind_of(path_or_id: str) -> Kind:
     return "model"
 
 
-def describe_model(source: Source) -> Description:
-    """Layers, placement, shapes, parameters and each layer's share of the multiply-accumulates."""
-    family = source.family_object
-    work = macs_by_site(family, source.config)
-    total = sum(work.values())
-    parameters = sum(value.numel() for value in source.model.parameters())
-    rows = []
-    for name, layer in family.sites(source.model).items():
-        share = 100 * work[name] / total
-        rows.append(
-            {
-                "site": name,
-                "op": "conv2d" if layer.weight.ndim == 4 else "linear",
-                "placement": family.placement(name),
-                "weight": "x".join(map(str, layer.weight.shape)),
-                "parameters": layer.weight.numel(),
-                "MACs %": round(share, 2),
-            }
-        )
-    facts = {
-        "kind": "diffusers model",
-        "name": source.name,
-        "family": f"{source.family} ({family.class_name})",
-        "parameters": f"{parameters:,}",
-        "sites": f"{len(rows)}: {sum(row['placement'] == 'quantize' for row in rows)} quantized, {sum(row['placement'] == 'keep8' for row in rows)} kept at W8A8",
-        "in the sites": f"{100 * sum(row['parameters'] for row in rows) / parameters:.1f} % of the parameters",
-        "sample": "x".join(map(str, family.sample_shape(source.config))),
-        "MACs a sample": f"{total / 1e9:.3f} G in the sites",
-        "scheduler": f"{type(source.scheduler).__name__}, {source.num_train_timesteps} timesteps, predicts {source.scheduler.config.get('prediction_type', 'epsilon')}",
-        "weights": f"sha256 {source.digest()[:16]}",
-    }
-    return Description(kind="model", facts=facts, tables={"Sites": rows})
+def describe_model(name: str) -> Description:
+    """Layers, shapes, work, plans and expected sizes of a float model; its weights are not read.
 
-
-def macs_by_site(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
-    """Multiply-accumulates of each site for one sample at the model's own size, from shapes alone."""
-    model = skeleton(family, config)
-    work: dict[str, int] = {}
-
-    def count(name: str, weight: Tensor, y: Tensor) -> None:
-        channel_axis = 1 if weight.ndim == 4 else y.ndim - 1
-        work[name] = work.get(name, 0) + weight.numel() * (y.numel() // y.shape[channel_axis])
-
-    for name, layer in family.sites(model).items():
-        layer.register_forward_hook(lambda module, _, y, name=name: count(name, module.weight, y))
-    inputs = {"sample": torch.empty(1, *family.sample_shape(config), device="meta"), "timestep": torch.zeros(1, device="meta")}
-    conditioning = family.random_conditioning(config, 1, torch.Generator().manual_seed(0))
-    family.forward(model, inputs | {name: value.to("meta") for name, value in conditioning.items()})
-    return work
+    Raises:
+        ArtifactError, UnsupportedError: As `describe_model.outline_of`.
+    """
+    outline = model.outline_of(name)
+    work = model.work_of(outline)
+    return Description(kind="model", facts=model.facts_of(outline, work), tables=model.tables_of(outline, work))
 
 
 def describe_artifact(path: Path) -> Description:
@@ -146,8 +106,9 @@ def describe_artifact(path: Path) -> Description:
         "size": size_words(bytes_of(path)),
         "digest": artifact.digest,
     } | {name: provenance_words(name, value) for name, value in artifact.provenance.items()}
-    rows = [site_row(name, site) for name, site in artifact.sites.items()]
-    plans = [{"backend": target.backend, "plan": summary(plan(artifact.sites, target))} for target in TARGETS.values()]
+    share = by_site(model_work(artifact.family_object, artifact.config).sites)
+    rows = [{**site_row(name, site), "MACs %": share.get(name)} for name, site in artifact.sites.items()]
+    plans = [{"backend": target.backend, "plan": summary(plan(artifact, target))} for target in TARGETS.values()]
     return Description(kind="artifact", facts=facts, tables={"Sites": rows, "Plan": plans})
 
 

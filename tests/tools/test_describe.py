@@ -3,9 +3,7 @@ from __future__ import annotations
 import pytest
 
 from edm_deploy.errors import ArtifactError
-from edm_deploy.family import family_named
-from edm_deploy_tools.describe import describe, kind_of, macs_by_site
-from tests.conftest import TINY_UNET
+from edm_deploy_tools.describe import describe, kind_of
 
 
 def test_each_kind_is_told_by_the_file_that_marks_it(chain):
@@ -17,12 +15,6 @@ def test_each_kind_is_told_by_the_file_that_marks_it(chain):
 def test_a_directory_of_something_else_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="is no model, artifact, ONNX directory or engine"):
         kind_of(str(tmp_path))
-
-
-def test_a_convolution_s_work_is_weights_times_positions():
-    work = macs_by_site(family_named("unet2d"), TINY_UNET)
-    assert work["conv_in"] == 8 * 3 * 3 * 3 * 8 * 8
-    assert work["time_embedding.linear_1"] == 8 * 32
 
 
 def test_shares_of_the_work_sum_to_all_of_it(chain):

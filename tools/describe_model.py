@@ -1,0 +1,164 @@
+"""What a float model would become, said from its config alone: layers, shapes, work, plans and expected sizes. No weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from edm_deploy.errors import UnsupportedError
+from edm_deploy.family import family_named, name_of_family, skeleton
+from edm_deploy.outline import INDEX, Outline, read_outline, whole_config
+from edm_deploy.pipelines import local_directory, scheduler_from_config
+from edm_deploy.target import TARGETS, summary
+from edm_deploy.work import ModelWork, model_work
+from edm_deploy_tools import architectures, estimates
+from edm_deploy_tools.console import Row, size_words
+
+
+def outline_of(name: str) -> Outline:
+    """The outline of a local diffusers directory, a hub id, or an architecture by its name (`sd15`).
+
+    Raises:
+        ArtifactError: Nothing there.
+        UnsupportedError: No family answers for it.
+    """
+    if is_architecture(name):
+        return outline_of_architecture(architectures.architecture(name))
+    return read_outline(local_directory(name, weights=False), name)
+
+
+def is_architecture(name: str) -> bool:
+    """Whether this is the name of a published architecture, and no directory stands there."""
+    return name in architectures.names() and not Path(name).exists()
+
+
+def outline_of_architecture(described: architectures.Architecture) -> Outline:
+    """What a pipeline of this architecture would say of itself.
+
+    Raises:
+        UnsupportedError: No family answers for it.
+    """
+    family = name_of_family(described.class_name)
+    component = family_named(family).component
+    index = {
+        "_class_name": described.pipeline_class,
+        component: ["diffusers", described.class_name],
+        "scheduler": ["diffusers", described.scheduler_class],
+    }
+    scheduler = {"_class_name": described.scheduler_class, **described.scheduler_config}
+    return Outline(
+        name=described.title,
+        family=family,
+        component=component,
+        config=whole_config(family, json.loads(json.dumps(dict(described.config)))),
+        scheduler_class=described.scheduler_class,
+        pipeline={INDEX: index, "scheduler/scheduler_config.json": scheduler},
+    )
+
+
+def facts_of(outline: Outline, work: ModelWork) -> dict[str, Any]:
+    """Name and value of what there is to say in a line each."""
+    family = outline.family_object
+    placements = [family.placement(name) for name in work.sites]
+    weights = sum(site.weights for site in work.sites.values())
+    scheduler = scheduler_from_config(outline.scheduler_class, outline.scheduler_config)
+    predicts = scheduler.config.get("prediction_type", "velocity" if "FlowMatch" in outline.scheduler_class else "epsilon")
+    return {
+        "kind": "diffusers model",
+        "name": outline.name,
+        "family": f"{outline.family} ({family.class_name})",
+        "parameters": f"{work.parameters:,}",
+        "size": f"{size_words(2 * work.parameters)} in float16, {size_words(4 * work.parameters)} in float32",
+        "sites": f"{len(placements)}: {placements.count('quantize')} quantized, {placements.count('keep8')} kept at W8A8",
+        "in the sites": f"{100 * weights / work.parameters:.1f} % of the parameters",
+        "sample": "x".join(map(str, family.sample_shape(outline.config))),
+        "MACs a sample": f"{sum(site.macs for site in work.sites.values()) / 1e9:.3f} G in the sites, {work.other_macs / 1e9:.3f} G outside",
+        "scheduler": f"{outline.scheduler_class}, {scheduler.config.num_train_timesteps} timesteps, predicts {predicts}",
+    }
+
+
+def site_rows(outline: Outline, work: ModelWork) -> list[Row]:
+    """A line for each site, in the model's order."""
+    family = outline.family_object
+    share = estimates.by_site(work.sites)
+    layers = family.sites(skeleton(family, outline.config))
+    return [
+        {
+            "site": name,
+            "op": "conv2d" if isinstance(layers[name], nn.Conv2d) else "linear",
+            "group": estimates.group_of(name),
+            "placement": family.placement(name),
+            "weight": "x".join(map(str, layers[name].weight.shape)),
+            "parameters": site.weights,
+            "positions": site.outputs_at,
+            "MACs": site.macs,
+            "MACs %": share[name],
+        }
+        for name, site in work.sites.items()
+    ]
+
+
+def float_rows(outline: Outline) -> list[Row]:
+    """The layers that the family leaves in floating point."""
+    family = outline.family_object
+    layers = skeleton(family, outline.config).named_modules()
+    return [
+        {"layer": name, "weight": "x".join(map(str, layer.weight.shape))}
+        for name, layer in layers
+        if isinstance(layer, nn.Conv2d | nn.Linear) and family.placement(name) == "float"
+    ]
+
+
+def plan_rows(outline: Outline, work: ModelWork) -> list[Row]:
+    """What each backend would make of each scheme, and how large its constants would be."""
+    family = outline.family_object
+    rows: list[Row] = []
+    for scheme in estimates.SCHEMES:
+        for target in TARGETS.values():
+            row = {"scheme": scheme.name, "backend": target.backend}
+            try:
+                plans = estimates.planned(family, outline.config, scheme, target)
+            except UnsupportedError as err:
+                rows.append(row | {"engine": None, "plan": f"refused: {err}"})
+                continue
+            size = estimates.engine_bytes(family, work, scheme, target, plans)
+            rows.append(row | {"engine": size_words(size), "plan": summary(plans)})
+    return rows
+
+
+def size_rows(outline: Outline, work: ModelWork) -> list[Row]:
+    """Expected size of an artifact of each scheme, its other parameters exact in float16 or not."""
+    half = 2 * work.parameters
+    rows: list[Row] = []
+    for scheme in estimates.SCHEMES:
+        least, most = (estimates.artifact_bytes(outline.family_object, work, scheme, rest_bytes=size) for size in (2, 4))
+        rows.append(
+            {
+                "scheme": scheme.name,
+                "artifact": f"{size_words(least)} to {size_words(most)}",
+                "bytes": least,
+                "of float16": round(least / half, 3),
+            }
+        )
+    return rows
+
+
+def tables_of(outline: Outline, work: ModelWork) -> Mapping[str, list[Row]]:
+    """Every table, by title."""
+    tables = {
+        "Shares": estimates.shares(work),
+        "Sites": site_rows(outline, work),
+        "Left in floating point": float_rows(outline),
+        f"Expected artifact ({estimates.ROWS} rows)": size_rows(outline, work),
+        "Expected engine": plan_rows(outline, work),
+    }
+    return {title: rows for title, rows in tables.items() if rows}
+
+
+def work_of(outline: Outline) -> ModelWork:
+    """`edm_deploy.work.model_work` of an outline."""
+    return model_work(outline.family_object, outline.config)
