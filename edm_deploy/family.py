@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,17 @@ from edm_deploy.errors import UnsupportedError
 Placement = Literal["quantize", "keep8", "float"]
 Config = Mapping[str, Any]  # a diffusers config: its values are whatever the JSON holds
 Kind = Literal["float", "float32", "int64"]
+Group = Literal["time_embedding", "skip", "feed_forward", "attention", "convolution", "other"]
+GROUPS: tuple[Group, ...] = get_args(Group)
+# What diffusers calls the layers of each part, in every family; the first that is found in a site's name decides. The linears of an adaptive
+# norm take the timestep's embedding alone.
+GROUP_PATTERNS: tuple[tuple[Group, str], ...] = (
+    ("time_embedding", r"time_emb|timestep_embedder|time_text_embed|add_embedding|class_embedding|adaln|norm\w*\.linear"),
+    ("skip", r"conv_shortcut"),
+    ("feed_forward", r"\bff(_context)?\.|proj_mlp|single_transformer_blocks\.\d+\.proj_out"),
+    ("attention", r"\battn\d*\.|\battentions\."),
+    ("convolution", r"conv|proj$"),
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +49,37 @@ class ModelInput:
         return {"float": float_dtype, "float32": torch.float32, "int64": torch.int64}[self.kind]
 
 
+@dataclass(frozen=True)
+class Rule:
+    """Sites of one fate.
+
+    Attributes:
+        pattern: Regular expression that is searched in a site's name.
+        placement: What becomes of the sites that match.
+        reason: Why, as a phrase.
+    """
+
+    pattern: str
+    placement: Placement
+    reason: str
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a model is steered towards its conditioning.
+
+    Attributes:
+        kind: `classifier-free` runs it with and without the conditioning; `embedded` feeds it the scale.
+        scale: The one that its samples are usually drawn with; 1 is off.
+    """
+
+    kind: Literal["none", "classifier-free", "embedded"]
+    scale: float = 1.0
+
+
 SAMPLE = "sample"
 TIMESTEP = ModelInput("timestep", "float32", ("batch",))
+QUANTIZED = Rule("", "quantize", "the recipe's bits")
 
 
 class Family(ABC):
@@ -47,10 +88,14 @@ class Family(ABC):
     Attributes:
         class_name: The diffusers class, as `_class_name` in its config.json.
         component: The denoiser's name in a pipeline, `unet` or `transformer`.
+        rules: Which sites are not simply quantized, and why; the first that matches decides.
+        text_inputs: Inputs that come from a prompt.
     """
 
     class_name: ClassVar[str]
     component: ClassVar[str] = "unet"
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    text_inputs: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def build(self, config: Config) -> nn.Module:
@@ -65,12 +110,8 @@ class Family(ABC):
         """The graph's inputs in order; the first is `sample`, the second `timestep`."""
 
     @abstractmethod
-    def placement(self, site: str) -> Placement:
-        """What becomes of the Conv2d or Linear of this name: `quantize`, `keep8` (W8A8 symmetric) or `float`."""
-
-    @abstractmethod
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The prediction of `model`, [B, C, H, W], for inputs named as in `inputs`."""
+        """The output of `model`, [B, ...], for inputs named as in `inputs`: what the graph gives, and what a pipeline gets."""
 
     @abstractmethod
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,15 +123,71 @@ class Family(ABC):
 
     @abstractmethod
     def output(self, sample: Tensor) -> Any:  # each diffusers model has an output class of its own
-        """The diffusers output object around a prediction."""
+        """The diffusers output object around the graph's output."""
 
     @abstractmethod
     def size_multiple(self, config: Config) -> int:
         """Height and width must be multiples of this many pixels."""
 
+    def sample_shape(self, config: Config) -> tuple[int, ...]:
+        """Shape of the input `sample` without its batch, at the model's own size: channels, height and width, unless the family says otherwise."""
+        size = config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(config["in_channels"]), int(height), int(width)
+
+    def walked_shape(self, config: Config) -> tuple[int, ...]:
+        """Shape of what a scheduler walks from noise, without its batch: `sample_shape`, unless conditioning stands in further channels."""
+        return self.sample_shape(config)
+
+    def sizes(self, config: Config) -> dict[str, int]:
+        """The usual size of each dynamic dimension but `batch`."""
+        dims = self.inputs(config)[0].dims[1:]
+        return {dim: size for dim, size in zip(dims, self.sample_shape(config), strict=True) if isinstance(dim, str)}
+
+    def prediction(self, config: Config, output: Tensor) -> Tensor:
+        """What a scheduler consumes of an output: all of it, unless the model has learned a variance beside."""
+        return output
+
+    def rule(self, site: str) -> Rule:
+        """What becomes of the Conv2d or Linear of this name, and why."""
+        return next((rule for rule in self.rules if re.search(rule.pattern, site)), QUANTIZED)
+
+    def placement(self, site: str) -> Placement:
+        """What becomes of the Conv2d or Linear of this name: `quantize`, `keep8` (W8A8 symmetric) or `float`."""
+        return self.rule(site).placement
+
+    def group(self, site: str) -> Group:
+        """Which part of the model a site belongs to, for recipes that treat parts differently."""
+        return next((group for group, pattern in GROUP_PATTERNS if re.search(pattern, site)), "other")
+
+    def guidance(self, config: Config) -> Guidance:
+        """How its samples are usually drawn."""
+        return Guidance("none")
+
     def random_conditioning(self, config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Conditioning of `batch` samples drawn without data, one tensor for each input beyond sample and timestep."""
         return {}
+
+    def beside_sample(self, config: Config, batch: int, generator: torch.Generator) -> Tensor | None:
+        """The further channels of the input `sample`, [B, ...], drawn without data; None where there are none."""
+        return None
+
+    def unconditional(self, config: Config, generator: torch.Generator) -> dict[str, Tensor]:
+        """What stands for no conditioning, [1, ...] by name: of `random_conditioning` the inputs that classifier-free guidance takes away."""
+        return {}
+
+    def encode_prompts(self, config: Config, pipeline: Any, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What prompts become by a pipeline's own text encoders.
+
+        Args:
+            config: Of the model.
+            pipeline: A diffusers pipeline that holds its text encoders and tokenizers, and perhaps nothing else.
+            prompts: One or more.
+
+        Returns:
+            `text_inputs` by name, [P, ...]; and what stands for no prompt, [1, ...].
+        """
+        raise UnsupportedError(f"{self.class_name} takes no prompts.")
 
     def freeze_config(self, config: Config) -> Any:  # diffusers' FrozenDict: attribute access, as pipelines expect
         """`config` as the mapping with attributes that diffusers pipelines read."""
@@ -103,12 +200,6 @@ class Family(ABC):
             if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
                 raise UnsupportedError(f"Site {name!r} pads with {layer.padding_mode!r}; integer convolutions pad with zeros only.")
         return {name: layer for name, layer in layers.items() if self.placement(name) != "float"}
-
-    def sample_shape(self, config: Config) -> tuple[int, int, int]:
-        """Channels, height and width of one sample at the model's own size."""
-        size = config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(config["in_channels"]), int(height), int(width)
 
 
 def family_named(name: str) -> Family:

@@ -9,9 +9,10 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.family import Config, Family, Placement
+from edm_deploy.family import Config, Family, Rule
 
-KEEP8 = ("time_embedding.", "class_embedding.", "add_embedding.")
+ENDS = Rule(r"^conv_(in|out)$", "keep8", "the first and last layer see the sample itself: their rounding is seen in it")
+EMBEDDINGS = Rule(r"^(time|class|add)_embedding\.", "keep8", "few weights, and every block depends on their output")
 
 
 class UNetFamily(Family):
@@ -27,6 +28,7 @@ class UNetFamily(Family):
     model_class: ClassVar[Any]
     output_class: ClassVar[Any]
     signature: ClassVar[tuple[str, ...]]
+    rules = (ENDS, EMBEDDINGS)
 
     def build(self, config: Config) -> nn.Module:
         arguments = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -35,9 +37,6 @@ class UNetFamily(Family):
         except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError, AttributeError) as err:
             raise UnsupportedError(f"diffusers cannot build {self.class_name} from this config: {err}. Check config.json.") from err
         return model
-
-    def placement(self, site: str) -> Placement:
-        return "keep8" if site in ("conv_in", "conv_out") or site.startswith(KEEP8) else "quantize"
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         carried = [declared.name for declared in self.inputs(config)]
