@@ -91,6 +91,10 @@ class Emulator:
         """The emulator of the sources as they are now, compiled with `flags` (default -O1)."""
         return cls(cached_library(*(flags or ("-O1",))))
 
+    def has(self, entry: str) -> bool:
+        """Whether an entry point of that name was built."""
+        return hasattr(self._library, entry)
+
     def run(
         self, entry: str, params: ctypes.Structure, grid: tuple[int, int, int] | tuple[int, int], threads: int, shared_bytes: int = 0
     ) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import pathlib
 import re
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,9 +85,8 @@ class Convolution:
         return self.N, P, Q, self.K
 
     @classmethod
-    def drawn(cls, g: np.random.Generator, kind: str, dtype: str) -> "Convolution":
+    def drawn(cls, g: np.random.Generator, kind: str, dtype: str, tiles: Sequence[tuple[int, int]] = tuple(TILES)) -> "Convolution":
         """A shape such as networks have, or odder; a few hundred thousand products at most."""
-        tiles = list(TILES)
         while True:
             R, S = ((1, 1), (3, 3), (3, 3), (2, 2), (5, 5), (1, 3))[g.integers(6)]
             linear = (R, S) == (1, 1) and g.random() < 0.5
@@ -155,7 +155,9 @@ class Convolution:
             out=address(out),
             partial=address(partial),
             **{name: getattr(self, name) for name in ("N", "H", "W", "K", "R", "S", "padding", "stride", "splits")},
-            **{"Cb": codes.shape[-1], "P": P, "Q": Q},
+            Cb=codes.shape[-1],
+            P=P,
+            Q=Q,
         )
         threads, shared = TILES[self.tile]
         BM, BN = self.tile
@@ -237,7 +239,12 @@ class Quantization:
             rstd=address(rstd),
             gamma=address(gamma),
             beta=address(beta),
-            **{"N": self.N, "HW": self.HW, "C": self.C, "Cb": Cb, "groups": self.groups, "unsigned_codes": int(self.unsigned)},
+            N=self.N,
+            HW=self.HW,
+            C=self.C,
+            Cb=Cb,
+            groups=self.groups,
+            unsigned_codes=int(self.unsigned),
         )
         octets = Cb // self.bits
         # Sometimes a grid smaller than params.h asks for: the kernels stride over the rest.
@@ -320,14 +327,15 @@ def statistics(seed: int) -> list[Statistics]:
 
 
 def check_build(library: pathlib.Path, seed: int, count: int) -> None:
-    """`count` convolutions of each kind, and the float16 quantizations and statistics."""
+    """The quantizations and statistics, then `count` convolutions of each kind in the tiles that the library has; all in float16."""
     emulator, g = Emulator(library), np.random.default_rng(seed)
-    for kind in KINDS:
-        for _ in range(count):
-            Convolution.drawn(g, kind, "f16").check(emulator)
+    tiles = [(BM, BN) for BM, BN in TILES if emulator.has(f"conv_s4_{BM}x{BN}_f16")]
     for case in (*quantizations(seed), *statistics(seed)):
         if case.dtype == "f16":
             case.check(emulator)
+    for _ in range(count):
+        for kind in KINDS:
+            Convolution.drawn(g, kind, "f16", tiles).check(emulator)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,173 @@
+"""Errors sown into the kernels, one at a time: each must be found by the checks of test_emulated.py, or those checks prove nothing."""
+
+import concurrent.futures
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.engines.kernels.emulator import CUDA, HERE, build
+
+# What goes wrong -> file, a text that it holds exactly once, what that becomes.
+MUTANTS = {
+    "the middle words of the A fragment are swapped": (
+        "convolution.cuh",
+        "swizzled(warp_m + lane % 16, lane / 16)",
+        "swizzled(warp_m + lane % 8 + lane / 16 * 8, lane / 8 % 2)",
+    ),
+    "B's second 16 bytes are its first again": ("convolution.cuh", "b[k / 2][k % 2 * 2 + 1]", "b[k / 2][k % 2 * 2]"),
+    "the second step reads the first step's chunks": (
+        "convolution.cuh",
+        "const unsigned flip = step * 2 * CHUNK;",
+        "const unsigned flip = 0;",
+    ),
+    "no barrier before a stage is read": (
+        "convolution.cuh",
+        "    __syncthreads();                  // everybody's has;",
+        "                                      // everybody's has;",
+    ),
+    "no barrier before the epilogue reuses the stages": (
+        "convolution.cuh",
+        "  __syncthreads();  // the stages' memory is free",
+        "  // the stages' memory is free",
+    ),
+    "no warp barrier between writing and reading a slice": (
+        "convolution.cuh",
+        "    __syncwarp();\n#pragma unroll\n    for (int half",
+        "#pragma unroll\n    for (int half",
+    ),
+    "no warp barrier before the next slice": ("convolution.cuh", "    __syncwarp();  // the next slice", "    // the next slice"),
+    "one group of copies too few is waited for": (
+        "convolution.cuh",
+        "wait_copies<TILE::STAGES - 2>();",
+        "wait_copies<TILE::STAGES - 1>();",
+    ),
+    "empty groups are not committed": (
+        "convolution.cuh",
+        "    if (loaded < count) loader.load(base + writing);\n    commit_copies();",
+        "    if (loaded < count) { loader.load(base + writing); commit_copies(); }",
+    ),
+    "the ring has one buffer too few": (
+        "convolution.cuh",
+        "if (reading == TILE::SHARED_BYTES)",
+        "if (reading == TILE::SHARED_BYTES - TILE::STAGE_BYTES)",
+    ),
+    "rows above the map are read": (
+        "convolution.cuh",
+        "static_cast<unsigned>(top[i] + r) < static_cast<unsigned>(p.H)",
+        "top[i] + r < p.H",
+    ),
+    "columns right of the map are read": (
+        "convolution.cuh",
+        "static_cast<unsigned>(left[i] + s) < static_cast<unsigned>(p.W)",
+        "left[i] + s >= 0",
+    ),
+    "A is read by another swizzle than it was written": (
+        "convolution.cuh",
+        "swizzled(warp_m + lane % 16, lane / 16)",
+        "(swizzled(warp_m + lane % 16, lane / 16) ^ CHUNK)",
+    ),
+    "weights are not zeroed past the sum's end": (
+        "convolution.cuh",
+        "p.weight + (r < p.R ? weight[i] : 0), r < p.R)",
+        "p.weight + (r < p.R ? weight[i] : 0), true)",
+    ),
+    "zero padding is the code of sample 0's row": ("convolution.cuh", "zero[i] = p.row[n] * CHUNK;", "zero[i] = p.row[0] * CHUNK;"),
+    "the stride is ignored in one direction": ("convolution.cuh", "left[i] = x * p.stride - p.padding;", "left[i] = x - p.padding;"),
+    "the taps of a row are counted by the filter's height": (
+        "convolution.cuh",
+        "if (++s == p.S) s = 0, ++r;",
+        "if (++s == p.R) s = 0, ++r;",
+    ),
+    "rows of C are eight apart the wrong way": (
+        "convolution.cuh",
+        "slice + slice_place(g + 8, f * 8 + t * 2)",
+        "slice + slice_place(g ^ 1, f * 8 + t * 2)",
+    ),
+    "a split begins where the one before begins": (
+        "convolution.cuh",
+        "const int begin = blockIdx.z * share,",
+        "const int begin = 0 * share,",
+    ),
+    "partial sums of all splits lie in one place": (
+        "convolution.cuh",
+        "static_cast<long long>(blockIdx.z) * M + m",
+        "static_cast<long long>(0) * M + m",
+    ),
+    "pixels past the end are stored": ("convolution.cuh", "if (m >= M || k >= p.K) continue;", "if (k >= p.K) continue;"),
+    "the last split is left out": ("reduce.cuh", "split < p.splits;", "split < p.splits - 1;"),
+    "the scale is that of sample 0": ("epilogue.cuh", "p.row[m / (p.P * p.Q)]", "p.row[0]"),
+    "the correction of unsigned codes is dropped": ("epilogue.cuh", "sum += p.qmin[row] * columns.weight_sum[e];", "sum += 0;"),
+    "the bias is added twice": (
+        "epilogue.cuh",
+        "if (p.bias) y[e] = __fadd_rn(y[e], columns.bias[e]);",
+        "if (p.bias) y[e] = y[e] + columns.bias[e] + columns.bias[e];",
+    ),
+    "the bias is fused into the product": (
+        "epilogue.cuh",
+        "if (p.bias) y[e] = __fadd_rn(y[e], columns.bias[e]);",
+        "if (p.bias) y[e] = fmaf(__int2float_rn(sum), __fmul_rn(act_scale, columns.scale[e]), columns.bias[e]);",
+    ),
+    "the residual is skipped where channels are no octets": (
+        "epilogue.cuh",
+        "if (p.residual) y[e] = __fadd_rn(y[e], to_float(residual[e]));",
+        "",
+    ),
+    "channels past the end are stored": ("epilogue.cuh", "if (k0 + e >= p.K) continue;", ""),
+    "the nibbles of a byte are swapped": ("quantize.cuh", "<< (e * BITS % 32);", "<< ((BITS == 4 ? e ^ 1 : e) * BITS % 32);"),
+    "codes are rounded half up": ("quantize.cuh", "__fadd_rn(clipped, 12582912.0f)", "__fadd_rn(floorf(clipped + 0.5f), 12582912.0f)"),
+    "unsigned codes keep their sign": ("quantize.cuh", "- 0x4B400000 - row.offset;", "- 0x4B400000;"),
+    "a group's end is missed inside an octet": ("quantize.cuh", "    if (left == 0) {", "    if (left < 0) {"),
+    "no barrier between turning and storing": (
+        "quantize.cuh",
+        "        __syncthreads();\n#pragma unroll\n        for (int i = 0; i < TURN * TURN / CHANNELS",
+        "#pragma unroll\n        for (int i = 0; i < TURN * TURN / CHANNELS",
+    ),
+    "the variance is about zero, not the mean": ("norm.cuh", "pass == 0 ? 0.0f : by_group[group];", "0.0f;"),
+}
+# What no mutant needs, replaced by nothing: bfloat16, and two of the tiles. It halves the time to compile.
+LEFT_OUT = (
+    r"OF_TYPE\(bf16\)\n",
+    r" \\\n  CONVOLUTION\(S4, s4, bf16.*\n.*bf16.*\n.*bf16.*",
+    r"  X\(128, 128,.*\n",
+    r"  X\(64, 64,.*\n",
+)
+
+
+def outcome(folder: pathlib.Path, file: str, old: str, new: str) -> str | None:
+    """Builds the kernels with one replacement and checks them; returns None where the checks pass, else what they said."""
+    cuda = folder / "cuda"
+    shutil.copytree(CUDA, cuda)
+    entry_points = (cuda / "kernels.cu").read_text()
+    for pattern in LEFT_OUT:
+        entry_points, found = re.subn(pattern, "", entry_points)
+        assert found == 1, f"kernels.cu holds {pattern} {found} times"
+    (cuda / "kernels.cu").write_text(entry_points)
+    source = (cuda / file).read_text()
+    assert source.count(old) == 1, f"{file} holds {old!r} {source.count(old)} times"
+    (cuda / file).write_text(source.replace(old, new))
+    library = build(folder / "mutant.so", "-O1", "-w", cuda=cuda)
+    program = [sys.executable, "-m", "tests.engines.kernels.emulator.cases", str(library), "2", "12"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60, cwd=HERE.parents[3])
+    return done.stderr or f"ended with {done.returncode}" if done.returncode else None
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[str, str | None]:
+    """Of every mutant, and of the source as it is ('unchanged'); two at a time."""
+    work = {"unchanged": ("kernels.cu", "TILES(CONVOLUTIONS)", "TILES(CONVOLUTIONS)"), **MUTANTS}
+    folders = [tmp_path_factory.mktemp("mutant") for _ in work]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip(work, pool.map(lambda folder, mutant: outcome(folder, *mutant), folders, work.values()), strict=True))
+
+
+def test_the_source_as_it_is_passes(outcomes):
+    assert outcomes["unchanged"] is None
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_an_error_sown_into_the_kernels_is_found(outcomes, mutant):
+    assert outcomes[mutant] is not None, f"nothing noticed that {mutant}"
