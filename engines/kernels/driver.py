@@ -1,0 +1,198 @@
+"""Load the kernels onto a GPU and start them: CUDA's driver API, on torch's own context and current stream, through `cuda.bindings`.
+
+Nothing of CUDA is imported before the first call. `available` says whether kernels could run here; `prepare` builds and loads them, which takes seconds the first
+time and must not happen while a CUDA graph is captured; `launch` starts them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from edm_deploy.errors import UnsupportedError
+from engines.kernels import build
+from engines.kernels.launch import Launch
+
+log = logging.getLogger(__name__)
+
+LEAST_CAPABILITY = (8, 0)  # cp.async and mma of 4-bit integers
+FREE_SHARED_BYTES = 48 * 1024  # of a block's dynamic shared memory; more must be asked for by kernel
+ELSEWHERE = "Use --backend ort, openvino or trt."
+
+
+def available() -> str | None:
+    """Why kernels cannot run on this machine, or None where they can."""
+    try:
+        _driver()
+    except UnsupportedError as err:
+        return str(err)
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no CUDA device. Install a torch that is built for CUDA. {ELSEWHERE}"
+    return None
+
+
+def prepare(device: torch.device) -> None:
+    """Build, where that has not been done, and load the kernels for a GPU.
+
+    Raises:
+        UnsupportedError: No driver, one that is too old, a GPU that is too old, or no compiler.
+    """
+    _driver().module(_index(device))
+
+
+def launch(launches: Sequence[Launch], device: torch.device) -> None:
+    """Start kernels one after the other on the device's current stream. Does not wait for them.
+
+    Raises:
+        UnsupportedError: As `prepare`, or the driver refuses a kernel; errors that a kernel makes while it runs come later, from torch.
+    """
+    index = _index(device)
+    with torch.cuda.device(index):
+        _driver().launch(launches, index, torch.cuda.current_stream(index).cuda_stream)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """Compute capability, `sm_86`, that kernels are compiled for on a GPU of this one.
+
+    Raises:
+        UnsupportedError: It is below 8.0.
+    """
+    if capability < LEAST_CAPABILITY:
+        raise UnsupportedError(
+            f"This GPU has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0 (A100, RTX 30 series) or later. {ELSEWHERE}"
+        )
+    return "sm_{}{}".format(*capability)
+
+
+class Driver:
+    """The driver with our kernels on each GPU that was asked for.
+
+    Args:
+        api: `cuda.bindings.driver`, or what behaves like it.
+
+    Raises:
+        UnsupportedError: There is no driver, or it finds no GPU.
+    """
+
+    def __init__(self, api: Any) -> None:
+        self._api = api
+        self._modules: dict[int, _Module] = {}
+        try:
+            self._call("cuInit", 0, doing="The NVIDIA driver cannot start", mend=ELSEWHERE)
+        except RuntimeError as err:  # the library itself is missing
+            raise UnsupportedError(f"No NVIDIA driver is installed (libcuda cannot be loaded). Install one. {ELSEWHERE}") from err
+
+    def module(self, index: int) -> _Module:
+        """The kernels on GPU number `index`, loaded when first asked for."""
+        if index not in self._modules:
+            self._modules[index] = self._load(index)
+        return self._modules[index]
+
+    def launch(self, launches: Sequence[Launch], index: int, stream: int) -> None:
+        """Start kernels on a stream, whose device torch has made the current one."""
+        module = self.module(index)
+        self._make_current(module.context)
+        for one in launches:
+            function = module.function(one.entry, one.shared_bytes)
+            # The driver takes an array of addresses, one an argument, and copies what stands there before it returns.
+            arguments = (ctypes.c_void_p * 1)(ctypes.addressof(one.params))
+            self._call(
+                "cuLaunchKernel",
+                function,
+                *one.grid,
+                one.threads,
+                1,
+                1,
+                one.shared_bytes,
+                stream,
+                ctypes.addressof(arguments),
+                0,
+                doing=f"Kernel {one.entry} with grid {list(one.grid)} cannot be started",
+            )
+
+    def _load(self, index: int) -> _Module:
+        device = self._call("cuDeviceGet", index, doing=f"GPU {index} cannot be opened")
+        context = self._call("cuDevicePrimaryCtxRetain", device, doing=f"GPU {index} cannot be opened")
+        self._make_current(context)
+        start = time.perf_counter()
+        built = build.cubin(arch_of(torch.cuda.get_device_capability(index)))
+        self._check_version(built.compiler)
+        handle = self._call("cuModuleLoadData", built.code, doing=f"The kernels for {built.arch}, {built.path}, cannot be loaded")
+        log.info("Kernels for %s by %s loaded in %.1f s from %s.", built.arch, built.compiler, time.perf_counter() - start, built.path)
+        return _Module(self, handle, context)
+
+    def _check_version(self, compiler: build.Compiler) -> None:
+        """A driver runs what any compiler of its own major version made, and of older ones (CUDA's minor version compatibility)."""
+        version = self._call("cuDriverGetVersion", doing="The NVIDIA driver does not say its version")
+        major, minor = version // 1000, version % 1000 // 10
+        if major < compiler.version[0]:
+            raise UnsupportedError(
+                f"The NVIDIA driver is one for CUDA {major}.{minor}; kernels compiled by {compiler} need one for {compiler.version[0]}.0 or later. "
+                f"Update the driver, or pip install 'nvidia-cuda-nvrtc<{major + 1}'."
+            )
+
+    def _make_current(self, context: Any) -> None:
+        current = self._call("cuCtxGetCurrent", doing="The current CUDA context is unknown")
+        if int(current) != int(context):
+            self._call("cuCtxSetCurrent", context, doing="The GPU's context cannot be made the current one")
+
+    def _call(self, name: str, *arguments: Any, doing: str, mend: str = "") -> Any:
+        status, *values = getattr(self._api, name)(*arguments)
+        if int(status):
+            words = self._api.cuGetErrorName(status)[1], self._api.cuGetErrorString(status)[1]
+            said = ": ".join(word.decode() if isinstance(word, bytes) else str(word) for word in words)
+            raise UnsupportedError(f"{doing} ({said}). {mend}".rstrip())
+        return values[0] if values else None
+
+
+class _Module:
+    """Our kernels in one GPU's context."""
+
+    def __init__(self, driver: Driver, handle: Any, context: Any) -> None:
+        self._driver = driver
+        self._handle = handle
+        self._functions: dict[str, Any] = {}
+        self.context = context
+
+    def function(self, entry: str, shared_bytes: int) -> Any:
+        """A kernel by name, allowed to take `shared_bytes` of dynamic shared memory, always the same for one name."""
+        if entry not in self._functions:
+            call, api = self._driver._call, self._driver._api
+            function = call("cuModuleGetFunction", self._handle, entry.encode(), doing=f"The kernels have no {entry}")
+            if shared_bytes > FREE_SHARED_BYTES:
+                attribute = api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                call(
+                    "cuFuncSetAttribute",
+                    function,
+                    attribute,
+                    shared_bytes,
+                    doing=f"{entry} cannot have {shared_bytes} bytes of shared memory",
+                )
+            self._functions[entry] = function
+        return self._functions[entry]
+
+
+@functools.cache
+def _driver() -> Driver:
+    try:
+        api = importlib.import_module("cuda.bindings.driver")
+    except (ImportError, OSError) as err:
+        raise UnsupportedError(f"cuda-bindings, which starts the kernels, cannot be imported here ({err}). Run {build.INSTALL}.") from err
+    return Driver(api)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -1,0 +1,128 @@
+"""How each kernel is called: the structs of `cuda/params.h` as ctypes mirrors them, the entry points' names, and their grids.
+
+Addresses are plain integers here, so that everything that starts these kernels (torch operators, a TensorRT plugin, a benchmark) shares it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engines.kernels.layout import KINDS
+from engines.kernels.tiles import TILES, Tile
+
+THREADS = 256  # of every kernel but the convolutions
+TURN = 64  # pixels, and channels, that a block of quantize_first turns around
+OCTET = 8  # channels that a thread takes
+LARGEST_GRID = (2**31 - 1, 65535, 65535)  # blocks along x, y, z; the kernels stride over what a smaller grid leaves
+TYPES = ("f16", "bf16")
+
+
+def _fields(pointers: str, integers: str) -> Sequence[tuple[str, type]]:
+    return [(name, ctypes.c_void_p) for name in pointers.split()] + [(name, ctypes.c_int) for name in integers.split()]
+
+
+class QuantizeParams(ctypes.Structure):
+    """Mirror of the struct of this name."""
+
+    _fields_ = _fields("x codes row inv_scale qmin qmax mean rstd gamma beta", "N HW C Cb groups unsigned_codes")
+
+
+class StatsParams(ctypes.Structure):
+    """Mirror of the struct of this name."""
+
+    _fields_ = [*_fields("x mean rstd", "N HW C groups"), ("eps", ctypes.c_float)]
+
+
+class ConvParams(ctypes.Structure):
+    """Mirror of the struct of this name."""
+
+    _fields_ = _fields(
+        "codes weight zero row act_scale qmin weight_scale weight_sum bias residual out partial",
+        "N H W Cb K R S P Q padding stride splits",
+    )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel call, complete but for the stream.
+
+    Attributes:
+        entry: Name of the kernel.
+        grid: Blocks along x, y, z.
+        threads: Of a block.
+        shared_bytes: Dynamic shared memory of a block.
+        params: The one struct that the kernel takes by value.
+    """
+
+    entry: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    params: ctypes.Structure
+
+
+def quantize_launch(params: QuantizeParams, *, type_name: str, bits: int, channels_last: bool, norm: bool, silu: bool) -> Launch:
+    """Quantize and pack.
+
+    Args:
+        params: All fields set.
+        type_name: `f16` or `bf16`, of x.
+        bits: 4 or 8.
+        channels_last: How x lies; a norm needs channels last.
+        norm: Whether the fields mean and rstd hold statistics.
+        silu: Whether SiLU comes before the rounding.
+    """
+    assert channels_last or not norm, "no kernel normalizes channels first"
+    channels = params.Cb * 8 // bits
+    prologue = {(False, False): "plain", (False, True): "silu", (True, False): "norm", (True, True): "norm_silu"}[norm, silu]
+    entry = f"quantize_{'last' if channels_last else 'first'}_{type_name}_i{bits}_{prologue}"
+    if channels_last:
+        grid = (_ceil(params.HW * channels // OCTET, THREADS), params.N, 1)
+    else:
+        grid = (_ceil(params.HW, TURN), _ceil(channels, TURN), params.N)
+    return Launch(entry, _clipped(*grid), THREADS, 0, params)
+
+
+def stats_launch(params: StatsParams, *, type_name: str) -> Launch:
+    """Statistics of a group norm; x lies channels last."""
+    return Launch(f"group_stats_{type_name}", _clipped(params.groups, params.N, 1), THREADS, 0, params)
+
+
+def conv_launches(params: ConvParams, *, kind: str, tile: Tile, type_name: str) -> list[Launch]:
+    """The convolution, and where `params.splits` > 1 the sum of the splits after it.
+
+    Args:
+        params: All fields set; `partial` where the sum is split.
+        kind: `s4`, `u4` or `s8`.
+        tile: From `tiles.TILES`.
+        type_name: `f16` or `bf16`, of the output and the residual.
+    """
+    M = params.N * params.P * params.Q
+    grid = tile.grid(M, params.K, params.splits)
+    launches = [Launch(f"conv_{kind}_{tile.name}_{type_name}", grid, tile.threads, tile.shared_bytes, params)]
+    if params.splits > 1:
+        grid = _clipped(_ceil(M * _ceil(params.K, OCTET), THREADS), 1, 1)
+        launches.append(Launch(f"reduce_{kind}_{type_name}", grid, THREADS, 0, params))
+    return launches
+
+
+def entry_points() -> list[str]:
+    """Names of all kernels, as `cuda/kernels.cu` must define them."""
+    names = []
+    for type_name in TYPES:
+        names += [f"conv_{kind}_{tile.name}_{type_name}" for kind in KINDS for tile in TILES]
+        names += [f"reduce_{kind}_{type_name}" for kind in KINDS]
+        names += [f"quantize_last_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in ("plain", "silu", "norm", "norm_silu")]
+        names += [f"quantize_first_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in ("plain", "silu")]
+        names.append(f"group_stats_{type_name}")
+    return names
+
+
+def _clipped(x: int, y: int, z: int) -> tuple[int, int, int]:
+    return min(x, LARGEST_GRID[0]), min(y, LARGEST_GRID[1]), min(z, LARGEST_GRID[2])
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

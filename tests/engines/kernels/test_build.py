@@ -1,0 +1,220 @@
+"""Compiling for real where NVRTC is; the cache on a stand-in for the compiler, which counts."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edm_deploy.errors import UnsupportedError
+from engines.kernels import build
+from engines.kernels.build import Compiler, Cubin, cubin
+
+SMALL = {
+    "kernels.cu": b'#include "part.h"\nextern "C" __global__ void twice(int* x) { x[threadIdx.x] *= FACTOR; }\n',
+    "part.h": b"#define FACTOR 2\n",
+}
+needs_nvrtc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="NVRTC's wheel is for Linux and Windows")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("EDM_DEPLOY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("EDM_DEPLOY_NVCC", raising=False)
+    return tmp_path / "cache" / "kernels"
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list[str]:
+    """The GPUs that the stand-in has compiled for."""
+    seen: list[str] = []
+
+    def compiled(files: dict, main: str, arch: str, compiler: Compiler) -> bytes:
+        seen.append(arch)
+        return b"code for " + arch.encode()
+
+    monkeypatch.setattr(build, "compiled", compiled)
+    monkeypatch.setattr(build, "nvrtc_compiler", lambda: Compiler("nvrtc", (13, 0)))
+    return seen
+
+
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    """What is said aloud."""
+    said: list[str] = []
+    monkeypatch.setattr(build.log, "warning", lambda message, *values: said.append(message % values))
+    return said
+
+
+def test_a_second_call_compiles_nothing(compilations, own_cache):
+    first, second = cubin("sm_86"), cubin("sm_86")
+    assert compilations == ["sm_86"]
+    assert first == second
+    assert (first.code, first.path.parent) == (b"code for sm_86", own_cache)
+    assert [path.name for path in own_cache.iterdir()] == [first.path.name]  # no temporary file is left
+
+
+def test_every_change_that_matters_has_its_own_entry(compilations, monkeypatch):
+    paths = [cubin("sm_86").path, cubin("sm_89").path]
+    monkeypatch.setattr(build, "nvrtc_compiler", lambda: Compiler("nvrtc", (13, 1)))
+    paths.append(cubin("sm_86").path)
+    monkeypatch.setattr(build, "FLAGS", ("-std=c++20",))
+    paths.append(cubin("sm_86").path)
+    files = build.source_files()
+    monkeypatch.setattr(build, "source_files", lambda: files | {"params.h": files["params.h"] + b" "})
+    paths.append(cubin("sm_86").path)
+    assert len(set(paths)) == len(paths) == len(compilations)
+
+
+@pytest.mark.parametrize("damage", [b"", b"cod", b"code for sm_87" + build.SEAL + bytes(32)], ids=["empty", "half", "altered"])
+def test_a_damaged_entry_is_compiled_again(compilations, damage):
+    path = cubin("sm_86").path
+    path.write_bytes(damage)
+    assert cubin("sm_86").code == b"code for sm_86"
+    assert cubin("sm_86").code == b"code for sm_86"
+    assert len(compilations) == 2
+
+
+def test_a_flipped_bit_is_noticed(compilations, warnings):
+    path = cubin("sm_86").path
+    content = bytearray(path.read_bytes())
+    content[3] ^= 1
+    path.write_bytes(content)
+    cubin("sm_86")
+    assert warnings == [f"{path} is damaged; the kernels are compiled again."]
+
+
+def test_a_directory_that_cannot_be_written_is_said_once(compilations, tmp_path, monkeypatch, warnings):
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv("EDM_DEPLOY_CACHE", str(tmp_path / "file"))
+    first = cubin("sm_86")
+    second = cubin("sm_89")
+    assert first.path.read_bytes().startswith(b"code for sm_86")
+    assert first.path.parent == second.path.parent
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"Compiled kernels cannot be kept in {tmp_path / 'file' / 'kernels'} (Not a directory)")
+    assert "Set EDM_DEPLOY_CACHE to a directory that can be written" in warnings[0]
+
+
+def test_the_cache_stands_where_the_system_keeps_caches(monkeypatch, tmp_path):
+    monkeypatch.delenv("EDM_DEPLOY_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_directory() == tmp_path / "edm-deploy" / "kernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert build.cache_directory() == tmp_path / "home" / ".cache" / "edm-deploy" / "kernels"
+
+
+def test_an_environment_variable_names_an_nvcc(compilations, monkeypatch, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.41'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("EDM_DEPLOY_NVCC", str(nvcc))
+    built = cubin("sm_86")
+    assert built.compiler == Compiler(str(nvcc), (12, 9))
+    assert str(built.compiler) == "nvcc 12.9"
+
+
+# ---- real compilers
+
+
+@needs_nvrtc
+def test_nvrtc_compiles_without_a_gpu():
+    code = build.compiled(SMALL, "kernels.cu", "sm_86", build.nvrtc_compiler())
+    assert code.startswith(b"\x7fELF")
+    assert b"twice" in code
+
+
+@needs_nvcc
+def test_nvcc_compiles_the_same_source():
+    code = build.compiled(SMALL, "kernels.cu", "sm_86", build.nvcc_compiler("nvcc"))
+    assert code.startswith(b"\x7fELF")
+    assert b"twice" in code
+
+
+@needs_nvrtc
+def test_a_refused_source_is_told_in_its_first_error():
+    broken = SMALL | {"part.h": b"#define FACTOR nothing\n"}
+    with pytest.raises(
+        UnsupportedError, match=r'nvrtc \d+\.\d+ cannot compile the kernels for sm_86: kernels.cu\(2\): error: identifier "nothing"'
+    ):
+        build.compiled(broken, "kernels.cu", "sm_86", build.nvrtc_compiler())
+
+
+@needs_nvcc
+def test_what_nvcc_refuses_is_told_likewise():
+    compiler = build.nvcc_compiler("nvcc")
+    with pytest.raises(UnsupportedError, match=r'cannot compile the kernels for sm_86: kernels.cu\(2\): error: identifier "nothing"'):
+        build.compiled(SMALL | {"part.h": b"#define FACTOR nothing\n"}, "kernels.cu", "sm_86", compiler)
+    with pytest.raises(UnsupportedError, match=r"cannot compile the kernels for sm_20: nvcc fatal"):
+        build.compiled(SMALL, "kernels.cu", "sm_20", compiler)
+
+
+@needs_nvrtc
+def test_an_unknown_gpu_is_told_what_is_known():
+    with pytest.raises(UnsupportedError, match=r"nvrtc \d+\.\d+ cannot compile for sm_20; it can for .*sm_86"):
+        build.compiled(SMALL, "kernels.cu", "sm_20", build.nvrtc_compiler())
+
+
+def test_the_kernels_find_all_their_headers():
+    files = build.source_files()
+    named = {line.split('"')[1] for content in files.values() for line in content.decode().splitlines() if line.startswith("#include")}
+    assert named - {"emulator.h"} <= set(files)  # the emulator's stands beside its tests
+
+
+# ---- no compiler
+
+
+def test_a_missing_nvcc_is_told_of_nvrtc():
+    with pytest.raises(UnsupportedError, match=r"No nvcc at '/nowhere/nvcc'. Name the one of a CUDA toolkit, or leave it out"):
+        cubin("sm_86", "/nowhere/nvcc")
+    with pytest.raises(UnsupportedError, match="--version names no release, so it is no nvcc"):
+        cubin("sm_86", "true")
+
+
+def test_without_cuda_bindings_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+    with pytest.raises(UnsupportedError, match=r"cuda-bindings cannot be imported here \(.*\). Run pip install 'edm-deploy\[cuda\]'"):
+        cubin("sm_86")
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch):
+    class Nvrtc:
+        @staticmethod
+        def nvrtcVersion():  # noqa: N802  # NVRTC's name
+            raise RuntimeError('Failure finding "libnvrtc.so"\nand more')
+
+    monkeypatch.setattr(build, "_nvrtc", lambda: Nvrtc)
+    with pytest.raises(
+        UnsupportedError, match=r"cannot be loaded \(Failure finding \"libnvrtc.so\"\). Run pip install 'edm-deploy\[cuda\]'"
+    ):
+        cubin("sm_86")
+
+
+# ---- the command
+
+
+def test_the_command_prints_a_line_for_each_gpu(compilations, capsys):
+    assert build.main(["--arch", "sm_86, sm_89"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[1:2] + line.split("  ")[3:] for line in lines] == [
+        ["14 bytes", "sm_86 by nvrtc 13.0"],
+        ["14 bytes", "sm_89 by nvrtc 13.0"],
+    ]
+
+
+def test_the_command_ends_in_one_line():
+    command = [sys.executable, "-m", "engines.kernels.build", "--arch", "sm_86", "--nvcc", "/nowhere/nvcc"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("Error: No nvcc at '/nowhere/nvcc'.")
+    assert ran.stderr.count("\n") == 1
+
+
+def test_a_cubin_says_where_it_is_from(compilations):
+    built = cubin("sm_90")
+    assert isinstance(built, Cubin)
+    assert built.arch == "sm_90"
+    assert built.path.name.startswith("kernels-sm_90-")

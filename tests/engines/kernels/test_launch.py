@@ -1,0 +1,97 @@
+"""The structs against a C++ compiler's own reading of params.h; names against the source; grids by hand."""
+
+import ctypes
+import re
+import subprocess
+
+import pytest
+
+from engines.kernels.build import SOURCE, source_files
+from engines.kernels.launch import (
+    LARGEST_GRID,
+    ConvParams,
+    QuantizeParams,
+    StatsParams,
+    conv_launches,
+    entry_points,
+    quantize_launch,
+    stats_launch,
+)
+from engines.kernels.tiles import TILES
+
+STRUCTS = (QuantizeParams, StatsParams, ConvParams)
+
+
+def test_structs_lie_in_memory_as_the_compiler_has_them(tmp_path):
+    lines = ["#include <cstddef>", "#include <cstdio>", f'#include "{SOURCE / "params.h"}"', "int main() {"]
+    for struct in STRUCTS:
+        name = struct.__name__
+        lines.append(f'std::printf("{name} %zu\\n", sizeof({name}));')
+        lines += [f'std::printf("{name}.{field[0]} %zu\\n", offsetof({name}, {field[0]}));' for field in struct._fields_]
+    (tmp_path / "offsets.cpp").write_text("\n".join([*lines, "}"]))
+    subprocess.run(["g++", "-std=c++17", "-o", tmp_path / "offsets", tmp_path / "offsets.cpp"], check=True)
+    seen = subprocess.run([tmp_path / "offsets"], capture_output=True, text=True, check=True).stdout
+    ours = []
+    for struct in STRUCTS:
+        ours.append(f"{struct.__name__} {ctypes.sizeof(struct)}")
+        ours += [f"{struct.__name__}.{field[0]} {getattr(struct, field[0]).offset}" for field in struct._fields_]
+    assert seen.splitlines() == ours
+
+
+def test_structs_have_every_field_of_the_header():
+    header = re.sub(r"//.*", "", source_files()["params.h"].decode())
+    for struct in STRUCTS:
+        body = re.search(rf"struct {struct.__name__} {{(.*?)}};", header, flags=re.S)[1]
+        names = [re.split(r"[ *]", name.strip())[-1] for line in body.split(";") for name in line.split(",") if name.strip()]
+        assert names == [field[0] for field in struct._fields_]
+
+
+@pytest.fixture(scope="module")
+def kernels_after_the_preprocessor(tmp_path_factory) -> set[str]:
+    """Names of the `extern "C"` kernels once g++ has expanded the macros."""
+    header = tmp_path_factory.mktemp("pre") / "emulator.h"
+    header.write_text("")
+    flags = ["-E", "-P", "-DEDM_EMULATED", f"-I{header.parent}", f"-I{SOURCE}", "-x", "c++"]
+    text = subprocess.run(["g++", *flags, SOURCE / "kernels.cu"], capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(', text))
+
+
+def test_every_kernel_that_is_asked_for_stands_in_the_source(kernels_after_the_preprocessor):
+    assert kernels_after_the_preprocessor == set(entry_points())
+
+
+def quantize_params(**fields: int) -> QuantizeParams:
+    return QuantizeParams(**({"N": 2, "HW": 100, "C": 40, "Cb": 32} | fields))
+
+
+def test_quantize_channels_last_gives_a_thread_eight_channels():
+    """Cb = 32 bytes are 64 channels of 4 bits, 8 octets a pixel: 800 octets a sample are 4 blocks of 256."""
+    call = quantize_launch(quantize_params(), type_name="f16", bits=4, channels_last=True, norm=True, silu=True)
+    assert (call.entry, call.grid, call.threads) == ("quantize_last_f16_i4_norm_silu", (4, 2, 1), 256)
+
+
+def test_quantize_channels_first_gives_a_block_64_pixels_and_channels():
+    call = quantize_launch(quantize_params(Cb=80), type_name="bf16", bits=8, channels_last=False, norm=False, silu=False)
+    assert (call.entry, call.grid, call.threads) == ("quantize_first_bf16_i8_plain", (2, 2, 2), 256)
+
+
+def test_a_grid_never_passes_what_a_gpu_takes():
+    call = quantize_launch(quantize_params(N=70000), type_name="f16", bits=4, channels_last=True, norm=False, silu=False)
+    assert call.grid == (4, LARGEST_GRID[1], 1)
+
+
+def test_statistics_take_a_block_a_group():
+    call = stats_launch(StatsParams(N=3, groups=32), type_name="f16")
+    assert (call.entry, call.grid, call.threads) == ("group_stats_f16", (32, 3, 1), 256)
+
+
+def test_a_split_convolution_is_two_kernels():
+    """M = 2 * 8 * 8 = 128 rows of 40 channels: 640 octets are 3 blocks."""
+    params = ConvParams(N=2, P=8, Q=8, K=40, splits=4)
+    tile = TILES[2]
+    first, second = conv_launches(params, kind="u4", tile=tile, type_name="f16")
+    assert (first.entry, first.grid) == ("conv_u4_64x64_f16", (2, 1, 4))
+    assert (first.threads, first.shared_bytes) == (tile.threads, tile.shared_bytes)
+    assert (second.entry, second.grid, second.threads, second.shared_bytes) == ("reduce_u4_f16", (3, 1, 1), 256, 0)
+    params.splits = 1
+    assert [call.entry for call in conv_launches(params, kind="s8", tile=TILES[0], type_name="bf16")] == ["conv_s8_128x128_bf16"]
