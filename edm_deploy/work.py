@@ -48,11 +48,13 @@ class ModelWork:
 
     Attributes:
         sites: By layer name, in the model's order; a layer that is used twice counts its positions twice.
+        leaders: For each site the first one that is fed the very same tensor: itself, or the sibling whose quantized input it can share.
         other_macs: Multiply-accumulates outside the sites: attention's two matmuls above all.
         parameters: Of the whole model.
     """
 
     sites: Mapping[str, SiteWork]
+    leaders: Mapping[str, str]
     other_macs: int
     parameters: int
 
@@ -70,8 +72,14 @@ def model_work(family: Family, config: Config) -> ModelWork:
     """
     model = skeleton(family, config)
     seen: dict[str, list[SiteWork]] = {}
+    fed: list[tuple[Tensor, str]] = []  # keeps the inputs, which take no memory, so that none takes another's identity
+
+    def look(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        seen.setdefault(name, []).append(_site_work(layer, x, y))
+        fed.append((x, name))
+
     for name, layer in family.sites(model).items():
-        layer.register_forward_hook(lambda module, args, y, name=name: seen.setdefault(name, []).append(_site_work(module, args[0], y)))
+        layer.register_forward_hook(lambda module, args, y, name=name: look(name, module, args[0], y))
     conditioning = family.random_conditioning(config, 1, torch.Generator().manual_seed(0))
     inputs = {SAMPLE: torch.empty(1, *family.sample_shape(config), device="meta"), "timestep": torch.zeros(1, device="meta")}
     counter = FlopCounterMode(display=False)
@@ -80,6 +88,7 @@ def model_work(family: Family, config: Config) -> ModelWork:
     sites = {name: _sum(seen[name]) for name in family.sites(model) if name in seen}
     return ModelWork(
         sites=sites,
+        leaders=_leaders(fed),
         other_macs=max(0, counter.get_total_flops() // 2 - sum(site.macs for site in sites.values())),
         parameters=sum(value.numel() for value in model.parameters()),
     )
@@ -97,6 +106,14 @@ def _site_work(layer: Any, x: Tensor, y: Tensor) -> SiteWork:
         )
     positions = x.numel() // x.shape[-1]
     return SiteWork(channels=x.shape[-1], taps=1, outputs=y.shape[-1], inputs_at=positions, outputs_at=positions)
+
+
+def _leaders(fed: list[tuple[Tensor, str]]) -> dict[str, str]:
+    first: dict[int, str] = {}
+    leaders: dict[str, str] = {}
+    for x, name in fed:
+        leaders.setdefault(name, first.setdefault(id(x), name))
+    return leaders
 
 
 def _sum(uses: list[SiteWork]) -> SiteWork:

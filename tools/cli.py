@@ -236,21 +236,33 @@ def bench(
     console.print_table("Medians, measured in turns", result.rows())
 
 
-@app.command(epilog=opt.example("inspect ddpm-w4a4"))
+@app.command(epilog=opt.example("inspect ddpm-w4a4 --gpu rtx3090"))
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A model, an artifact, an ONNX directory or an engine.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="A model, an architecture such as sd15 or sdxl, an artifact, an ONNX directory or an engine."),
+    ],
+    gpu: Annotated[str | None, typer.Option(help="Add expected times on this GPU: rtx3090, rtx4090, a100, h200.")] = None,
+    batch: Annotated[str, typer.Option(help="Samples a call for --gpu; several with commas.")] = "1,8",
+    top: Annotated[int, typer.Option(help="Most sites to show.")] = 40,
     as_json: opt.Json = False,
 ) -> None:
-    """Say what PATH is and what is in it."""
-    from edm_deploy_tools.describe import describe
+    """Say what PATH is and what is in it; of a model also what it would become, without reading its weights."""
+    from edm_deploy_tools.describe import describe, longest
 
-    description = describe(path)
+    description, rooflines = describe(path), []
+    if gpu:
+        from edm_deploy_tools import roofline
+
+        rooflines = roofline.draw(path, gpu, batch)
     if as_json:
-        console.print_json(vars(description))
+        console.print_json(vars(description) | ({"rooflines": [roofline.to_json(found) for found in rooflines]} if gpu else {}))
         return
     console.print_facts(description.facts)
     for title, rows in description.tables.items():
-        console.print_table(title, rows)
+        console.print_table(*longest(title, rows, top))
+    if gpu:
+        roofline.show(rooflines, top)
 
 
 @app.command(epilog=opt.example("demo --bits W4A8"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -170,3 +170,11 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in content.items():
         flat |= _flat(value, f"{prefix}{name} ") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
+
+
+def longest(title: str, rows: Sequence[Row], top: int) -> tuple[str, list[Row]]:
+    """Title and rows of a table as it is printed: of many sites those with the most work, in the model's order."""
+    if len(rows) <= top or "MACs %" not in rows[0]:
+        return title, list(rows)
+    kept = sorted(range(len(rows)), key=lambda index: -(rows[index]["MACs %"] or 0))[:top]
+    return f"{title}: the {top} with the most work of {len(rows)}; --json has all", [rows[index] for index in sorted(kept)]

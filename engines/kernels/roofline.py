@@ -10,23 +10,22 @@ Source: Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from edm_deploy.work import SiteWork
 from engines.gpus import Gpu, launch_seconds
+from engines.kernels.layout import CHUNK
+from engines.kernels.tiles import STAGE_BYTES, choose
 
 Precision = Literal["float16", "int8", "int4"]
 Bound = Literal["tensor cores", "L2", "DRAM", "launch"]
 
 MAIN_LOOP = 0.80  # share of the tensor cores' peak that a good main loop reaches; fitted to profiles/measured.toml
 L2_PORT = 64  # bytes a clock that one multiprocessor reads from L2. Source: Jia et al., arXiv 1804.06826, section 3.5
-STEP = 64  # bytes of the summed dimension that a tile takes at a time
-CHUNK = 16  # bytes that a pixel's or a tap's codes are padded to
-TILES = ((128, 128), (128, 64), (64, 64), (32, 64))
-FLOAT_TILES = ((256, 128), *TILES)  # cuDNN and cuBLAS have larger ones
-SPLITS = (1, 2, 4, 8, 16)
+OTHERS_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64), (32, 64))  # of cuDNN, cuBLAS and CUTLASS, which choose the best
+OTHERS_SPLITS = (1, 2, 4, 8, 16)
 BITS: Mapping[Precision, int] = {"float16": 16, "int8": 8, "int4": 4}
 
 
@@ -101,11 +100,9 @@ def expected(
     fused_quantize: bool = False,
     graph: bool = True,
     resident: bool = True,
-    tile: tuple[int, int] | None = None,
-    out_bytes: float = 2,
     quantize: bool = True,
 ) -> Expected:
-    """Expected time of one layer with the tile and the split that make it shortest.
+    """Expected time of one layer: of our kernel with the tile and the split that `tiles.choose` takes, or of the vendor's in float16.
 
     Args:
         matmul: Its shape.
@@ -114,19 +111,41 @@ def expected(
         fused_quantize: Whether the kernel before writes codes, at no cost; otherwise a kernel of its own reads float16 and writes them.
         graph: Whether kernels are launched by a CUDA graph.
         resident: Whether activations stay in L2 between kernels where they fit; False where a benchmark flushes it.
-        tile: The only tile to consider.
-        out_bytes: Bytes of an output element, where it is not float16.
-        quantize: False leaves the quantization of the input out altogether: the matmul alone.
+        quantize: False where the input's codes are there already, made for another site.
     """
     precision = "int8" if precision == "int4" and not gpu.has_int4 else precision
-    tiles = (tile,) if tile else (FLOAT_TILES if precision == "float16" else TILES)
     launch = launch_seconds(graph=graph)
-    found = min(_candidates(matmul, precision, gpu, tiles, launch, resident, out_bytes), key=lambda candidate: candidate.seconds)
-    if precision == "float16" or fused_quantize or not quantize:
+    if precision == "float16":
+        return others(matmul, precision, gpu, graph=graph, resident=resident)
+    depth = matmul.taps * _pixel_bytes(matmul.channels, precision)
+    tile, splits = choose(matmul.rows, matmul.outputs, depth, gpu.sms)
+    found = _kernel(matmul, precision, gpu, (tile.BM, tile.BN), splits, launch, resident, 2)
+    if fused_quantize or not quantize:
         return found
     moved = matmul.input_positions * (2 * matmul.channels + _pixel_bytes(matmul.channels, precision))
     copy = _moved(moved, gpu, stays=resident and moved <= gpu.l2_size / 2)
     return replace(found, parts=_sum(found.parts, {"launch": launch}, copy), quantize_seconds=launch + sum(copy.values()))
+
+
+def others(
+    matmul: Matmul,
+    precision: Precision,
+    gpu: Gpu,
+    *,
+    graph: bool = True,
+    resident: bool = True,
+    tile: tuple[int, int] | None = None,
+    out_bytes: float = 2,
+) -> Expected:
+    """Expected time of somebody else's kernel, of the tile and the split that make it shortest.
+
+    `tile` names the only one to consider, `out_bytes` the size of an output element; the rest is as in `expected`.
+    """
+    launch = launch_seconds(graph=graph)
+    depth = matmul.taps * _pixel_bytes(matmul.channels, precision)
+    choices = [(each, splits) for each in ((tile,) if tile else OTHERS_TILES) for splits in OTHERS_SPLITS if splits * STAGE_BYTES <= depth]
+    found = (_kernel(matmul, precision, gpu, *choice, launch, resident, out_bytes) for choice in choices or [((32, 64), 1)])
+    return min(found, key=lambda candidate: candidate.seconds)
 
 
 def faster_as_int8(sites: Mapping[str, SiteWork], gpu: Gpu, batch: int, *, fused_quantize: bool = False) -> frozenset[str]:
@@ -146,38 +165,29 @@ def faster_as_int8(sites: Mapping[str, SiteWork], gpu: Gpu, batch: int, *, fused
     return frozenset(name for name, site in sites.items() if seconds(site, "int8") <= 1.01 * seconds(site, "int4"))
 
 
-def _candidates(
-    matmul: Matmul,
-    precision: Precision,
-    gpu: Gpu,
-    tiles: tuple[tuple[int, int], ...],
-    launch: float,
-    resident: bool,
-    out_bytes: float,
-) -> Iterator[Expected]:
+def _kernel(
+    matmul: Matmul, precision: Precision, gpu: Gpu, tile: tuple[int, int], splits: int, launch: float, resident: bool, out_bytes: float
+) -> Expected:
     pixel = _pixel_bytes(matmul.channels, precision)
-    steps = math.ceil(matmul.taps * pixel / STEP)
     in_bytes, weight_bytes = matmul.input_positions * pixel, matmul.outputs * matmul.taps * pixel
     written = matmul.rows * matmul.outputs * out_bytes
     stays = resident and in_bytes + written <= gpu.l2_size / 2
-    from_dram = (weight_bytes + (0 if stays else in_bytes + written)) / gpu.dram
-    for rows, outputs in tiles:
-        blocks = math.ceil(matmul.rows / rows) * math.ceil(matmul.outputs / outputs)
-        for splits in (count for count in SPLITS if count <= steps):
-            waves = math.ceil(blocks * splits / gpu.sms)
-            depth = math.ceil(steps / splits) * STEP
-            operations = 2 * rows * outputs * depth * 8 / BITS[precision]
-            loaded = (rows + outputs) * depth
-            partial = splits * matmul.rows * matmul.outputs * 4 if splits > 1 else 0  # int32 sums, or float32
-            roofs: dict[Bound, float] = {
-                "tensor cores": waves * operations / (gpu.ops[precision] * gpu.clock * MAIN_LOOP),
-                "L2": max((blocks * splits * loaded + written + partial) / gpu.l2, waves * loaded / (L2_PORT * gpu.clock)),
-                "DRAM": from_dram + (0 if partial <= gpu.l2_size / 2 else partial / gpu.dram),
-            }
-            highest = max(roofs, key=lambda name: roofs[name])
-            reduce = _moved(partial + written, gpu, stays=partial <= gpu.l2_size / 2) if partial else {}
-            parts = _sum({highest: roofs[highest]}, {"launch": launch * (2 if partial else 1)}, reduce)
-            yield Expected(parts=parts, precision=precision, tile=(rows, outputs), splits=splits)
+    partial = splits * matmul.rows * matmul.outputs * 4 if splits > 1 else 0  # int32 sums, or float32
+    partial_stays = partial <= gpu.l2_size / 2
+    rows, outputs = tile
+    blocks = math.ceil(matmul.rows / rows) * math.ceil(matmul.outputs / outputs) * splits
+    waves = math.ceil(blocks / gpu.sms)
+    depth = math.ceil(math.ceil(matmul.taps * pixel / STAGE_BYTES) / splits) * STAGE_BYTES
+    loaded = (rows + outputs) * depth
+    roofs: dict[Bound, float] = {
+        "tensor cores": waves * 2 * rows * outputs * depth * 8 / BITS[precision] / (gpu.ops[precision] * gpu.clock * MAIN_LOOP),
+        "L2": max((blocks * loaded + written + partial) / gpu.l2, waves * loaded / (L2_PORT * gpu.clock)),
+        "DRAM": (weight_bytes + (0 if stays else in_bytes + written) + (0 if partial_stays else partial)) / gpu.dram,
+    }
+    highest = max(roofs, key=lambda name: roofs[name])
+    reduce = _moved(partial + written, gpu, stays=partial_stays) if partial else {}
+    parts = _sum({highest: roofs[highest]}, {"launch": launch * (2 if partial else 1)}, reduce)
+    return Expected(parts=parts, precision=precision, tile=tile, splits=splits)
 
 
 def _moved(size: float, gpu: Gpu, *, stays: bool) -> dict[Bound, float]:

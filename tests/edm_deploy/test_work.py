@@ -43,3 +43,10 @@ def test_attention_s_matmuls_stand_outside_the_sites():
     found = model_work(family, config)
     assert found.other_macs == blocks * 2 * tokens * tokens * width
     assert found.macs == sum(site.macs for site in found.sites.values()) + found.other_macs
+
+
+def test_projections_of_one_tensor_share_their_input(work):
+    attention = [name for name in work.sites if name.endswith((".to_q", ".to_k", ".to_v"))]
+    assert {work.leaders[name].rsplit(".", 1)[-1] for name in attention} == {"to_q"}
+    assert work.leaders["conv_in"] == "conv_in"
+    assert set(work.leaders) == set(work.sites)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from edm_deploy.errors import ArtifactError
-from edm_deploy_tools.describe import describe, kind_of
+from edm_deploy_tools.describe import describe, kind_of, longest
 
 
 def test_each_kind_is_told_by_the_file_that_marks_it(chain):
@@ -34,3 +34,11 @@ def test_an_engine_is_described_with_profile_and_plan(chain):
     assert facts["backend"] == "ort"
     assert "batch 1:4:8" in facts["profile"]
     assert "stored W8A8" in facts["plan"]
+
+
+def test_of_many_sites_those_with_the_most_work_are_printed_in_the_models_order():
+    rows = [{"site": name, "MACs %": share} for name, share in (("a", 30.0), ("b", 10.0), ("c", 60.0))]
+    title, kept = longest("Sites", rows, 2)
+    assert [row["site"] for row in kept] == ["a", "c"]
+    assert title == "Sites: the 2 with the most work of 3; --json has all"
+    assert longest("Sites", rows, 3) == ("Sites", rows)

@@ -6,7 +6,8 @@ import pytest
 
 from edm_deploy.work import SiteWork
 from engines.gpus import TABLE, gpu_named, launch_seconds
-from engines.kernels.roofline import Matmul, expected, faster_as_int8
+from engines.kernels.roofline import Matmul, expected, faster_as_int8, others
+from engines.kernels.tiles import choose
 
 MEASURED = tomllib.loads((TABLE.parent / "measured.toml").read_text())
 RTX3090, A100, H200 = (gpu_named(name) for name in ("rtx3090", "a100", "h200"))
@@ -18,13 +19,12 @@ CIFAR = Matmul(rows=32 * 32, channels=128, taps=9, outputs=128)
 def test_the_model_is_as_far_from_each_measured_point_as_the_file_says(point):
     matmul = Matmul(**point["shape"])
     tile = tuple(point["tile"]) if "tile" in point else None
-    found = expected(
+    found = others(
         matmul,
         point["precision"],
         gpu_named(point["gpu"]),
         tile=tile,
         out_bytes=point.get("out_bytes", 2),
-        quantize=False,
         resident=False,
         graph=False,
     )
@@ -48,12 +48,25 @@ def test_ratios_lie_between_the_published_ones(ratio):
         assert low <= expected(matmul, "float16", gpu).seconds / expected(matmul, "int8", gpu).seconds <= high
 
 
-def test_one_tile_on_one_multiprocessor_is_checked_by_hand():
-    """A tile of 128x128 with 4096 INT8 products deep: 2 * 128 * 128 * 4096 operations at 80 % of 2048 a clock."""
-    found = expected(Matmul(rows=128, channels=4096, taps=1, outputs=128), "int8", RTX3090, tile=(128, 128), quantize=False)
-    by_hand = 2 * 128 * 128 * 4096 / (2048 * 1.695e9 * 0.80)
-    assert found.splits > 1  # 82 multiprocessors, one tile: sharing the sum is faster than
-    assert found.seconds < by_hand + launch_seconds(graph=True)
+def test_a_single_wave_is_checked_by_hand():
+    """82 tiles of 128x128, one for each multiprocessor: 2 * 128 * 128 * 4096 operations at 80 % of 2048 a clock."""
+    found = others(Matmul(rows=41 * 128, channels=4096, taps=1, outputs=2 * 128), "int8", RTX3090, tile=(128, 128))
+    assert found.parts["tensor cores"] == pytest.approx(2 * 128 * 128 * 4096 / (2048 * 1.695e9 * 0.80))
+    assert found.parts["launch"] == launch_seconds(graph=True)
+
+
+def test_one_row_more_is_a_wave_more():
+    one, two = (
+        others(Matmul(rows=rows, channels=64, taps=9, outputs=128), "int8", RTX3090, tile=(128, 128)) for rows in (82 * 128, 82 * 128 + 1)
+    )
+    assert two.splits == one.splits == 1
+    assert two.seconds - two.parts["launch"] == pytest.approx(2 * (one.seconds - one.parts["launch"]), rel=0.05)
+
+
+def test_the_tile_is_the_one_that_the_kernels_choose():
+    tile, splits = choose(CIFAR.rows, CIFAR.outputs, 9 * 64, RTX3090.sms)
+    found = expected(CIFAR, "int4", RTX3090)
+    assert (found.tile, found.splits) == ((tile.BM, tile.BN), splits)
 
 
 def test_peaks_are_those_of_the_whitepapers():
