@@ -74,7 +74,7 @@ class Training:
     def step(self, number: int) -> float:
         """One training step; the loss, a mean over the batch of squared distances."""
         batch = self.trajectories.take(self.schedule.batch)
-        target = self.teacher(batch.inputs)
+        target = batch.conditioning.combine(self.teacher(batch.inputs))
         loss = self._loss(batch, target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -105,7 +105,9 @@ class Training:
         )
 
     def _loss(self, batch: Batch, target: Tensor) -> Tensor:
-        distances = (self.student(batch.inputs).float() - target).square().flatten(1).sum(1)
+        # Source: EfficientDM, arXiv 2310.03270: a guided model is trained on the combined prediction, which its samples are made of.
+        prediction = batch.conditioning.combine(self.student(batch.inputs).float())
+        distances = (prediction - target).square().flatten(1).sum(1)
         power = target.square().flatten(1).mean(1)
         mean: Tensor = (distances / power.pow(self.schedule.relative)).mean()
         return mean

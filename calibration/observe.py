@@ -109,7 +109,7 @@ def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, re
         with CtrlC() as interrupt:
             for done, (row, batches) in enumerate(trajectories.sweep(BATCH), start=1):
                 for batch in batches:
-                    trajectories.advance(batch, teacher(batch.inputs))
+                    trajectories.advance(batch, batch.conditioning.combine(teacher(batch.inputs)))
                 for name, observer in observers.items():
                     student.quantizers[name].set_row(row, recipe.activation_range(observer.take(), specs[name]))
                 rate = done / (time.perf_counter() - start)

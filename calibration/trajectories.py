@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edm_deploy.conditioning import Conditioner, Conditioning
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.family import SAMPLE
 from edm_deploy.pipelines import Source
 from edm_deploy.quant import per_channel
 
@@ -105,11 +105,20 @@ class Batch:
 
     Attributes:
         members: int64 [B], their indices in the pool.
-        inputs: Graph inputs by name.
+        sample: float32 [B, ...], as the schedule walks them.
+        timestep: float32 [B].
+        conditioning: What they are told.
     """
 
     members: Tensor
-    inputs: dict[str, Tensor]
+    sample: Tensor
+    timestep: Tensor
+    conditioning: Conditioning
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Graph inputs by name: [B, ...] each, or [2 B, ...] where the model is guided."""
+        return self.conditioning.inputs(self.sample, self.timestep)
 
 
 class Trajectories:
@@ -124,11 +133,23 @@ class Trajectories:
         eta: Fresh noise of each step, 0 to 1.
         seed: Of the noise and the conditioning.
         device: Where the samples live.
+        conditioner: Draws what they are told; None draws it at random and guides as the family does.
     """
 
-    def __init__(self, source: Source, timesteps: Tensor, *, size: int, eta: float, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: Source,
+        timesteps: Tensor,
+        *,
+        size: int,
+        eta: float,
+        seed: int,
+        device: torch.device,
+        conditioner: Conditioner | None = None,
+    ) -> None:
         self.schedule = noise_schedule(source.scheduler, timesteps)
-        self.family, self.config = source.family_object, source.config
+        self.shape = source.family_object.walked_shape(source.config)
+        self.conditioner = conditioner or Conditioner(source.family_object, source.config)
         self.size, self.eta, self.device = size, eta, device
         self.generator = torch.Generator().manual_seed(seed)
         self.position = torch.zeros(size, dtype=torch.int64)
@@ -152,7 +173,7 @@ class Trajectories:
 
         Args:
             batch: As `take` gave it.
-            prediction: float [B, C, H, W].
+            prediction: float [B, ...], of both halves together where guided.
         """
         members = batch.members
         self.sample[members] = self._stepped(members, prediction)
@@ -194,16 +215,15 @@ class Trajectories:
 
     def _batch(self, members: Tensor) -> Batch:
         timestep = self.schedule.timesteps[self.position[members]].float().to(self.device)
-        conditioning = {name: value[members] for name, value in self.conditioning.items()}
-        return Batch(members, {SAMPLE: self.sample[members], "timestep": timestep} | conditioning)
+        given = {name: value[members] for name, value in self.conditioning.items()}
+        return Batch(members, self.sample[members], timestep, self.conditioner.of(given))
 
     def _stepped(self, members: Tensor, prediction: Tensor) -> Tensor:
         noise = self._noise(len(members)) if self.eta else torch.zeros_like(self.sample[members])
         return self.schedule.previous(self.sample[members], prediction.float(), self.position[members], noise, self.eta)
 
     def _noise(self, count: int) -> Tensor:
-        return torch.randn(count, *self.family.sample_shape(self.config), generator=self.generator).to(self.device)
+        return torch.randn(count, *self.shape, generator=self.generator).to(self.device)
 
     def _conditioning(self, count: int) -> dict[str, Tensor]:
-        drawn = self.family.random_conditioning(self.config, count, self.generator)
-        return {name: value.to(self.device) for name, value in drawn.items()}
+        return {name: value.to(self.device) for name, value in self.conditioner.draw(count, self.generator).items()}
