@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def facts_of(outline: Outline, work: ModelWork) -> dict[str, Any]:
     weights = sum(site.weights for site in work.sites.values())
     scheduler = scheduler_from_config(outline.scheduler_class, outline.scheduler_config)
     predicts = scheduler.config.get("prediction_type", "velocity" if "FlowMatch" in outline.scheduler_class else "epsilon")
+    guidance = family.guidance(outline.config)
     return {
         "kind": "diffusers model",
         "name": outline.name,
@@ -76,6 +78,7 @@ def facts_of(outline: Outline, work: ModelWork) -> dict[str, Any]:
         "sites": f"{len(placements)}: {placements.count('quantize')} quantized, {placements.count('keep8')} kept at W8A8",
         "in the sites": f"{100 * weights / work.parameters:.1f} % of the parameters",
         "sample": "x".join(map(str, family.sample_shape(outline.config))),
+        "guidance": guidance.kind if guidance.kind == "none" else f"{guidance.kind}, usually {guidance.scale:g}",
         "MACs a sample": f"{sum(site.macs for site in work.sites.values()) / 1e9:.3f} G in the sites, {work.other_macs / 1e9:.3f} G outside",
         "scheduler": f"{outline.scheduler_class}, {scheduler.config.num_train_timesteps} timesteps, predicts {predicts}",
     }
@@ -90,7 +93,7 @@ def site_rows(outline: Outline, work: ModelWork) -> list[Row]:
         {
             "site": name,
             "op": "conv2d" if isinstance(layers[name], nn.Conv2d) else "linear",
-            "group": estimates.group_of(name),
+            "group": family.group(name),
             "placement": family.placement(name),
             "weight": "x".join(map(str, layers[name].weight.shape)),
             "parameters": site.weights,
@@ -102,15 +105,13 @@ def site_rows(outline: Outline, work: ModelWork) -> list[Row]:
     ]
 
 
-def float_rows(outline: Outline) -> list[Row]:
-    """The layers that the family leaves in floating point."""
+def kept_rows(outline: Outline) -> list[Row]:
+    """The layers that are not quantized like the rest, by the reason that the family gives."""
     family = outline.family_object
-    layers = skeleton(family, outline.config).named_modules()
-    return [
-        {"layer": name, "weight": "x".join(map(str, layer.weight.shape))}
-        for name, layer in layers
-        if isinstance(layer, nn.Conv2d | nn.Linear) and family.placement(name) == "float"
-    ]
+    names = [name for name, layer in skeleton(family, outline.config).named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    counts = Counter(rule for name in names if (rule := family.rule(name)).placement != "quantize")
+    words = {"keep8": "W8A8", "float": "float"}
+    return [{"layers": count, "kept": words[rule.placement], "because": rule.reason} for rule, count in counts.items()]
 
 
 def plan_rows(outline: Outline, work: ModelWork) -> list[Row]:
@@ -150,9 +151,9 @@ def size_rows(outline: Outline, work: ModelWork) -> list[Row]:
 def tables_of(outline: Outline, work: ModelWork) -> Mapping[str, list[Row]]:
     """Every table, by title."""
     tables = {
-        "Shares": estimates.shares(work),
+        "Shares": estimates.shares(outline.family_object, work),
         "Sites": site_rows(outline, work),
-        "Left in floating point": float_rows(outline),
+        "Kept": kept_rows(outline),
         f"Expected artifact ({estimates.ROWS} rows)": size_rows(outline, work),
         "Expected engine": plan_rows(outline, work),
     }

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from edm_deploy.activations import ActivationTable
 from edm_deploy.artifact import Op, Site
-from edm_deploy.family import Config, Family, Placement, skeleton
+from edm_deploy.family import GROUPS, Config, Family, Placement, skeleton
 from edm_deploy.quant import symmetric_bounds, weight_bounds
 from edm_deploy.target import WEIGHT_ONLY_BITS, SitePlan, Target, check_scheme, site_plan
 from edm_deploy.work import ModelWork, SiteWork
 from edm_deploy_tools.console import Row
 
-Group = Literal["convolutions", "attention", "feed-forward", "time embedding", "other"]
-GROUPS: tuple[Group, ...] = get_args(Group)
-# What diffusers calls the layers of each part, in every family; the first that is found in a site's name decides. adaLN's linears take the
-# timestep's embedding alone.
-PATTERNS: tuple[tuple[Group, str], ...] = (
-    ("time embedding", r"time_emb|timestep_embedder|time_text_embed|add_embedding|class_embedding|adaln|norm\w*\.linear"),
-    ("feed-forward", r"\bff(_context)?\.|proj_mlp|single_transformer_blocks\.\d+\.proj_out"),
-    ("attention", r"\battn\d*\.|\battentions\."),
-    ("convolutions", r"conv"),
-)
 ROWS = 100  # of a table, as recipes have by default
 FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -56,11 +44,6 @@ class Scheme:
 
 
 SCHEMES = (Scheme(4, 4), Scheme(4, 8), Scheme(8, 8))  # what people ask for
-
-
-def group_of(site: str) -> Group:
-    """Which part of a denoiser a site belongs to, by its name."""
-    return next((group for group, pattern in PATTERNS if re.search(pattern, site)), "other")
 
 
 def stand_in(op: Op, scheme: Scheme) -> Site:
@@ -115,12 +98,12 @@ def engine_bytes(family: Family, work: ModelWork, scheme: Scheme, target: Target
     return total
 
 
-def shares(work: ModelWork) -> list[Row]:
+def shares(family: Family, work: ModelWork) -> list[Row]:
     """Layers, weights and multiply-accumulates by group, and what is computed outside the layers."""
     weights, macs = sum(site.weights for site in work.sites.values()), work.macs
     rows: list[Row] = []
     for group in GROUPS:
-        members = [site for name, site in work.sites.items() if group_of(name) == group]
+        members = [site for name, site in work.sites.items() if family.group(name) == group]
         if members:
             rows.append(
                 {

@@ -29,6 +29,11 @@ def test_work_and_sizes_are_those_of_stable_diffusion(sd15):
     assert sum(row["MACs %"] for row in sd15.tables["Shares"]) == pytest.approx(100, abs=0.05)
 
 
+def test_what_is_kept_has_its_reason(sd15):
+    assert sum(row["layers"] for row in sd15.tables["Kept"]) == 4
+    assert all(row["kept"] == "W8A8" and row["because"] for row in sd15.tables["Kept"])
+
+
 def test_each_backend_has_a_plan_for_each_scheme(sd15):
     rows = {(row["scheme"], row["backend"]): row["plan"] for row in sd15.tables["Expected engine"]}
     assert rows["W4A4", "cuda"] == "278 sites stored W4A4, executed as INT4; 4 sites stored W8A8, executed as INT8"

@@ -7,7 +7,7 @@ from edm_deploy.errors import UnsupportedError
 from edm_deploy.family import family_named
 from edm_deploy.target import TARGETS
 from edm_deploy.work import model_work
-from edm_deploy_tools.estimates import Scheme, artifact_bytes, by_site, engine_bytes, group_of, planned, shares
+from edm_deploy_tools.estimates import Scheme, artifact_bytes, by_site, engine_bytes, planned, shares
 from tests.conftest import TINY_UNET
 
 FAMILY = family_named("unet2d")
@@ -18,33 +18,8 @@ def work():
     return model_work(FAMILY, TINY_UNET)
 
 
-@pytest.mark.parametrize(
-    ("site", "group"),
-    [
-        ("conv_in", "convolutions"),
-        ("down_blocks.0.resnets.0.conv_shortcut", "convolutions"),
-        ("down_blocks.0.resnets.0.time_emb_proj", "time embedding"),
-        ("transformer_blocks.3.norm1.linear", "time embedding"),
-        ("transformer_blocks.3.norm1_context.linear", "time embedding"),
-        ("transformer_blocks.3.norm1.emb.timestep_embedder.linear_1", "time embedding"),
-        ("adaln_single.linear", "time embedding"),
-        ("down_blocks.0.attentions.0.proj_in", "attention"),
-        ("mid_block.attentions.0.to_out.0", "attention"),
-        ("single_transformer_blocks.7.attn.to_q", "attention"),
-        ("down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj", "feed-forward"),
-        ("transformer_blocks.3.ff_context.net.2", "feed-forward"),
-        ("single_transformer_blocks.7.proj_mlp", "feed-forward"),
-        ("single_transformer_blocks.7.proj_out", "feed-forward"),
-        ("context_embedder", "other"),
-        ("proj_out", "other"),
-    ],
-)
-def test_a_site_s_group_is_told_by_diffusers_names(site, group):
-    assert group_of(site) == group
-
-
 def test_shares_sum_to_all_of_it(work):
-    rows = shares(work)
+    rows = shares(FAMILY, work)
     assert sum(row["MACs %"] for row in rows) == pytest.approx(100, abs=0.05)
     assert sum(row["weights %"] for row in rows) == pytest.approx(100, abs=0.05)
     assert sum(row["sites"] for row in rows) == len(work.sites)
