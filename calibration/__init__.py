@@ -44,7 +44,7 @@ def fit(source: Source, recipe: Recipe, options: RunOptions, *, on_progress: Cal
     size = recipe.pool_size()
     trajectories = Trajectories(source, timesteps, size=size, eta=recipe.eta, seed=recipe.seed, device=device)
     teacher = Teacher(source, device)
-    student = Student(source, recipe, timesteps, device)
+    student = Student(source, recipe, timesteps, device, teacher=teacher)
     recipe.fit(student, teacher, trajectories, Run(options=options, identity=identity, on_progress=on_progress or (lambda _: None)))
     provenance = {
         "recipe": recipe.name,

@@ -106,7 +106,9 @@ class StudentLayer(nn.Module):
         error = self.merged_weight() - dequantize_weight(codes, scale)
         groups = self.layer.groups if isinstance(self.layer, nn.Conv2d) else 1
         seen = mean_input.to(error.device).reshape(groups, -1).repeat_interleave(error.shape[0] // groups, dim=0)
-        self.layer.bias += (error.reshape(*error.shape[:2], -1).sum(2) * seen).sum(1)
+        # A new parameter: the old one may be the teacher's too.
+        moved = self.layer.bias.float() + (error.reshape(*error.shape[:2], -1).sum(2) * seen).sum(1)
+        self.layer.bias = nn.Parameter(moved, requires_grad=False)
 
     def add_update(self, rank: int, generator: torch.Generator) -> None:
         """Add a low-rank update that starts at zero: A uniform in +-1/sqrt(fan in), B zero.
@@ -122,7 +124,7 @@ class StudentLayer(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """`W + B @ A`: float32, the shape of the layer's weight."""
-        weight = self.layer.weight
+        weight = self.layer.weight.float()
         if self.lora_a is None or self.lora_b is None:
             return weight
         return torch.addmm(weight.flatten(1), self.lora_b, self.lora_a).view_as(weight)

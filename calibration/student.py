@@ -13,7 +13,7 @@ from calibration.layers import ActivationQuantizer, StudentLayer
 from calibration.recipe import Recipe, SiteSpec
 from edm_deploy.activations import nearest_rows, rows_of
 from edm_deploy.artifact import Artifact, Site
-from edm_deploy.family import SAMPLE
+from edm_deploy.family import SAMPLE, skeleton
 from edm_deploy.pipelines import Source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -23,50 +23,55 @@ class Teacher(nn.Module):
     """The float model: graph inputs by name in, float32 prediction out, without gradients.
 
     Args:
-        source: Its model is copied, not changed.
-        device: Where the copy lives.
+        source: Its model is not changed; its tensors are shared where they lie on `device` already.
+        device: Where the teacher lives.
     """
 
     def __init__(self, source: Source, device: torch.device) -> None:
         super().__init__()
-        self.family = source.family_object
-        self.model = _frozen_copy(source.model, device)
+        self.family, self.config = source.family_object, source.config
+        self.model = _sharing(source.model, device)
         self.dtype = torch.float32
 
     def lead_in(self, dtype: torch.dtype) -> None:
-        """Compute in `dtype` from now on."""
+        """Compute in `dtype` from now on; in float32 the weights stay those of the source."""
         self.dtype = dtype
-        self.model.to(dtype)
+        if dtype != torch.float32:
+            self.model.to(dtype)
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Prediction, float32 [B, C, H, W]; `timestep` stays float32, which holds what bfloat16 would round."""
-        return self.family.forward(self.model, _cast(inputs, self.dtype)).float()
+        """Prediction, float32 [B, ...]; `timestep` stays float32, which holds what bfloat16 would round."""
+        return self.family.prediction(self.config, self.family.forward(self.model, _cast(inputs, self.dtype))).float()
 
 
 class Student(nn.Module):
     """The quantized copy: graph inputs by name in, prediction out; rows follow each sample's timestep.
 
     Args:
-        source: Its model is copied, not changed.
+        source: Its model is not changed.
         recipe: Says what becomes of each site.
         timesteps: int32 [R] ascending, one a table row.
         device: Where the student lives.
+        teacher: Its float weights on `device` are the student's too; None shares those of the source.
 
     Attributes:
         layers: Every quantized layer by site name.
         quantizers: Every activation quantizer by the name of the first site that it serves.
     """
 
-    def __init__(self, source: Source, recipe: Recipe, timesteps: Tensor, device: torch.device) -> None:
+    def __init__(self, source: Source, recipe: Recipe, timesteps: Tensor, device: torch.device, *, teacher: Teacher | None = None) -> None:
         super().__init__()
-        self.family = source.family_object
-        self.model = _frozen_copy(source.model, device)
+        self.family, self.config = source.family_object, source.config
+        self.model = _sharing(teacher.model if teacher else source.model, device)
         self.timesteps = timesteps
         self.row_of_timestep = nearest_rows(timesteps, source.num_train_timesteps)
         self.compute_dtype = torch.float32
         sites = self.family.sites(self.model)
-        leaders = sites_by_input(self.model, self.family.forward, example_inputs(source, device), sites)
+        # On the meta device: who is fed what follows from the graph, and nothing is computed.
+        outline = skeleton(self.family, source.config)
+        inputs = example_inputs(source, torch.device("meta"))
+        leaders = sites_by_input(outline, self.family.forward, inputs, self.family.sites(outline))
         specs = {name: recipe.specs(name, self.family.placement(name)) for name in sites}
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.layers: dict[str, StudentLayer] = {}
@@ -77,14 +82,14 @@ class Student(nn.Module):
             _replace(self.model, name, self.layers[name])
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Prediction, [B, C, H, W] in the compute dtype."""
+        """Prediction, [B, ...] in the compute dtype."""
         rows = rows_of(self.row_of_timestep, inputs["timestep"])
         for quantizer in self.quantizers.values():
             quantizer.current = rows
         device = inputs[SAMPLE].device.type
         try:
             with torch.autocast(device, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-                return self.family.forward(self.model, inputs)
+                return self.family.prediction(self.config, self.family.forward(self.model, inputs))
         finally:
             for quantizer in self.quantizers.values():
                 quantizer.forget()
@@ -151,7 +156,9 @@ def artifact_from_student(student: Student, source: Source, provenance: Mapping[
     Raises:
         ArtifactError: Training left a value that is not finite.
     """
-    sites, params = {}, {name: value.detach().float().cpu() for name, value in source.model.state_dict().items()}
+    replaced = {f"{name}.weight" for name in student.layers}
+    params = {name: value.detach().float().cpu() for name, value in source.model.state_dict().items() if name not in replaced}
+    sites = {}
     for name, layer in student.layers.items():
         codes, scale = layer.codes()
         sites[name] = Site(
@@ -161,7 +168,6 @@ def artifact_from_student(student: Student, source: Source, provenance: Mapping[
             weight_bits=layer.bits,
             activation=layer.quantizer.table() if layer.quantizer else None,
         )
-        del params[f"{name}.weight"]
         if layer.layer.bias is not None:
             params[f"{name}.bias"] = layer.layer.bias.detach().float().cpu()
     artifact = Artifact(
@@ -178,10 +184,16 @@ def artifact_from_student(student: Student, source: Source, provenance: Mapping[
     return artifact
 
 
-def _frozen_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    # channels_last: the layout that bfloat16 convolutions are fast in, on CPUs and GPUs alike.
-    copied: nn.Module = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-    return copied.eval().requires_grad_(False)
+def _sharing(model: nn.Module, device: torch.device) -> nn.Module:
+    """Another tree of modules on the same tensors, so that replacing a layer or a parameter in one leaves the other as it is."""
+    memo: dict[int, Any] = {id(value): nn.Parameter(value.detach(), requires_grad=False) for value in model.parameters()}
+    memo |= {id(value): value for value in model.buffers()}
+    shared: nn.Module = copy.deepcopy(model, memo).to(device).eval()
+    # channels_last: the layout that bfloat16 convolutions are fast in, on CPUs and GPUs alike. No copy where the weights have it already.
+    for parameter in shared.parameters():
+        if parameter.ndim == 4 and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    return shared
 
 
 def _cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

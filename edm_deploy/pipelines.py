@@ -20,8 +20,10 @@ from edm_deploy.errors import ArtifactError, UnsupportedError, first_line
 from edm_deploy.family import Config, Family, family_named
 from edm_deploy.files import PIPELINE_FILES, read_json
 from edm_deploy.lookup import suggestion
-from edm_deploy.outline import read_outline
+from edm_deploy.outline import Outline, read_outline
 from edm_deploy.sampling import last_sample, trajectory
+from edm_deploy.tensors import raw
+from edm_deploy.weights import empty_model, fill, widen_while_running
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ class Source:
         name: Path or hub id, as the user gave it.
         family: Name of its family.
         config: Its config, without diffusers' private keys.
-        model: float32, in eval mode, without gradients, on the CPU.
+        model: Computes in float32; in eval mode, without gradients, on the CPU. Its weights are float32 too, unless it was loaded with
+            `low_memory`: then they lie as the files have them, mapped, and each layer is widened while it runs.
         scheduler: The pipeline's own scheduler.
         pipeline: The pipeline's json files, by relative path.
     """
@@ -66,16 +69,20 @@ class Source:
         return int(self.scheduler.config.num_train_timesteps)
 
     def digest(self) -> str:
-        """sha256 hex of the float weights."""
+        """sha256 hex of the float weights, as float32 whatever they are stored in; one tensor at a time."""
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data if value.ndim else str(value.item()).encode())
+            digest.update(raw(value.float() if value.is_floating_point() else value) if value.ndim else str(value.item()).encode())
         return digest.hexdigest()
 
 
-def load_source(path_or_id: str | Path) -> Source:
+def load_source(path_or_id: str | Path, *, low_memory: bool = False) -> Source:
     """The denoiser and scheduler of a local diffusers directory or a hub id.
+
+    Args:
+        path_or_id: The directory or hub id.
+        low_memory: Leave the weights in their files until a layer runs, which takes time and changes no result.
 
     Raises:
         ArtifactError: Nothing there, or nothing that diffusers can read; a checkpoint in pickle form is refused.
@@ -86,7 +93,7 @@ def load_source(path_or_id: str | Path) -> Source:
     _refuse_pickle(directory / outline.component)
     model_class = getattr(diffusers, outline.family_object.class_name)
     try:
-        model = model_class.from_pretrained(
+        model = _streamed(outline, directory / outline.component, low_memory) or model_class.from_pretrained(
             directory / outline.component, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as err:
@@ -101,6 +108,16 @@ def load_source(path_or_id: str | Path) -> Source:
         scheduler=scheduler_from_config(outline.scheduler_class, outline.scheduler_config),
         pipeline=outline.pipeline,
     )
+
+
+def _streamed(outline: Outline, directory: Path, low_memory: bool) -> nn.Module | None:
+    """The model, filled tensor by tensor; None where the files name tensors otherwise, as old ones do: diffusers knows how to read those."""
+    model = empty_model(lambda: outline.family_object.build(outline.config))
+    if not fill(model, directory, keep=low_memory):
+        return None
+    if low_memory:
+        widen_while_running(model)
+    return model
 
 
 def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:

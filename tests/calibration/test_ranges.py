@@ -67,3 +67,33 @@ def test_the_searched_weight_scale_is_no_worse_than_the_widest(bits):
 
 def test_a_dead_output_channel_gets_a_scale_above_zero():
     assert float(least_error_weight_scale(torch.zeros(2, 3), 4).min()) > 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "uniform"])
+def test_the_quick_search_costs_at_most_two_percent_of_the_error_of_trying_everything(kind, bits):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(64, 2900, generator=generator)
+    weight = {"normal": noise, "heavy tails": noise**3, "uniform": torch.rand(64, 2900, generator=generator) - 0.5}[kind]
+
+    def error_of(scale):
+        return float((dequantize_weight(quantize_weight(weight, scale, bits), scale) - weight).abs().pow(2.4).sum())
+
+    best = torch.full((64,), float("inf"))
+    for fraction in torch.linspace(1.0, 0.2, 80):
+        scale = widest_weight_scale(weight, bits) * fraction
+        best = torch.minimum(best, (dequantize_weight(quantize_weight(weight, scale, bits), scale) - weight).abs().pow(2.4).sum(1))
+    assert error_of(least_error_weight_scale(weight, bits)) <= float(best.sum()) * 1.02
+
+
+def test_channels_are_searched_in_pieces_with_the_same_result(monkeypatch):
+    weight = torch.randn(10, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    whole = least_error_weight_scale(weight, 4)
+    monkeypatch.setattr("calibration.ranges.PIECE", 54)  # two channels
+    torch.testing.assert_close(least_error_weight_scale(weight, 4), whole)
+
+
+def test_weights_stored_in_float16_are_searched_in_float32():
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)).half()
+    assert torch.equal(least_error_weight_scale(weight, 4), least_error_weight_scale(weight.float(), 4))
+    assert torch.equal(widest_weight_scale(weight, 4), widest_weight_scale(weight.float(), 4))

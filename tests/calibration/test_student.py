@@ -53,6 +53,37 @@ def test_the_source_is_not_changed():
     assert source.digest() == before
 
 
+def addresses(model):
+    return {value.data_ptr() for value in model.state_dict().values()}
+
+
+def test_source_teacher_and_student_hold_one_copy_of_the_weights():
+    source = tiny_source()
+    source.model.to(memory_format=torch.channels_last)
+    teacher = Teacher(source, CPU)
+    student = Student(source, Mse(), TIMESTEPS, CPU, teacher=teacher)
+    assert addresses(teacher.model) == addresses(source.model)
+    assert {layer.layer.weight.data_ptr() for layer in student.layers.values()} <= addresses(source.model)
+
+
+def test_a_student_shares_the_layout_that_its_teacher_had_to_copy():
+    source = tiny_source()
+    teacher = Teacher(source, CPU)
+    assert addresses(teacher.model) != addresses(source.model)  # channels_last
+    student = Student(source, Mse(), TIMESTEPS, CPU, teacher=teacher)
+    assert {layer.layer.weight.data_ptr() for layer in student.layers.values()} <= addresses(teacher.model)
+
+
+def test_a_corrected_bias_is_the_students_alone():
+    source = tiny_source()
+    teacher = Teacher(source, CPU)
+    student = Student(source, Mse(weight_bits=2), TIMESTEPS, CPU, teacher=teacher)
+    before = source.digest()
+    student.layers["conv_in"].correct_bias(torch.ones(3))
+    assert source.digest() == before
+    assert not torch.equal(student.layers["conv_in"].layer.bias, teacher.model.conv_in.bias)
+
+
 @pytest.mark.parametrize("kind", ["unet2d", "unet2d-classes", "unet2d-condition"])
 @pytest.mark.parametrize("bits", [(4, 4), (8, 8), (2, 3), (4, 16)], ids=lambda bits: f"W{bits[0]}A{bits[1]}")
 def test_each_site_of_the_reference_agrees_with_the_students_layer(kind, bits):
