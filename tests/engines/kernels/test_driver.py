@@ -1,0 +1,226 @@
+"""The driver's calls, at the seam: a stand-in for `cuda.bindings.driver` that records, and can fail. No GPU is behind it.
+
+What only a GPU can show is in test_dispatch.py, marked `gpu`.
+"""
+
+import ctypes
+import enum
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from edm_deploy.errors import UnsupportedError
+from engines.kernels import build, driver
+from engines.kernels.build import Compiler, Cubin
+from engines.kernels.driver import Driver, arch_of
+from engines.kernels.launch import Launch, StatsParams
+
+CONTEXT, HANDLE, STREAM = 11, 22, 33
+
+
+class Result(enum.IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_NO_DEVICE = 100
+    CUDA_ERROR_NOT_FOUND = 500
+    CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES = 701
+
+
+class Api:
+    """Answers as the binding does, (status, value): each call is kept, and those named in `failing` fail."""
+
+    class CUfunction_attribute(enum.Enum):  # noqa: N801  # the binding's name
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+    def __init__(self, version: int = 13000, **failing: Result) -> None:
+        self.version, self.failing = version, failing
+        self.calls: list[tuple] = []
+        self.current = 0
+
+    def __getattr__(self, name: str):
+        def call(*arguments):
+            self.calls.append((name, *arguments))
+            if name in self.failing:
+                return (self.failing[name],)
+            return self.answer(name, arguments)
+
+        return call
+
+    def answer(self, name: str, arguments: tuple) -> tuple:
+        if name == "cuGetErrorName":
+            return Result.CUDA_SUCCESS, arguments[0].name.encode()
+        if name == "cuGetErrorString":
+            return Result.CUDA_SUCCESS, b"as CUDA explains it"
+        if name == "cuCtxSetCurrent":
+            self.current = arguments[0]
+        if name == "cuLaunchKernel":  # what the kernel would see: the struct behind the first address
+            address = ctypes.cast(arguments[9], ctypes.POINTER(ctypes.c_void_p))[0]
+            self.seen = StatsParams.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(StatsParams)))
+        values = {
+            "cuDeviceGet": 0,
+            "cuDevicePrimaryCtxRetain": CONTEXT,
+            "cuCtxGetCurrent": self.current,
+            "cuDriverGetVersion": self.version,
+            "cuModuleLoadData": HANDLE,
+            "cuModuleGetFunction": "function",
+        }
+        return (Result.CUDA_SUCCESS, values[name]) if name in values else (Result.CUDA_SUCCESS,)
+
+    def called(self, name: str) -> list[tuple]:
+        return [call[1:] for call in self.calls if call[0] == name]
+
+
+@pytest.fixture(autouse=True)
+def a_gpu(monkeypatch):
+    """torch says sm_86, and nothing is compiled; the GPUs that were asked for."""
+    asked: list[str] = []
+
+    def cubin(arch: str) -> Cubin:
+        asked.append(arch)
+        return Cubin(Path("/cache/kernels.cubin"), b"code", arch, Compiler("nvrtc", (13, 5)))
+
+    monkeypatch.setattr(build, "cubin", cubin)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    driver._driver.cache_clear()
+    yield asked
+    driver._driver.cache_clear()
+
+
+def a_launch(shared_bytes: int = 0) -> Launch:
+    return Launch("group_stats_f16", (4, 2, 1), 256, shared_bytes, StatsParams(N=2, groups=4, eps=0.5))
+
+
+def test_a_launch_hands_over_name_grid_stream_and_struct(a_gpu):
+    api = Api()
+    Driver(api).launch([a_launch()], 0, STREAM)
+    (arguments,) = api.called("cuLaunchKernel")
+    assert arguments[:9] == ("function", 4, 2, 1, 256, 1, 1, 0, STREAM)
+    assert arguments[10] == 0
+    assert (api.seen.N, api.seen.groups, api.seen.eps) == (2, 4, 0.5)
+    assert api.called("cuModuleGetFunction") == [(HANDLE, b"group_stats_f16")]
+    assert a_gpu == ["sm_86"]
+
+
+def test_kernels_are_loaded_once_and_into_torch_s_context():
+    api = Api()
+    one = Driver(api)
+    one.launch([a_launch(), a_launch()], 0, STREAM)
+    one.launch([a_launch()], 0, STREAM)
+    assert len(api.called("cuLaunchKernel")) == 3
+    assert len(api.called("cuModuleLoadData")) == len(api.called("cuModuleGetFunction")) == 1
+    assert api.called("cuCtxSetCurrent") == [(CONTEXT,)]  # later it was the current one already
+    names = [call[0] for call in api.calls]
+    assert names.index("cuCtxSetCurrent") < names.index("cuModuleLoadData")
+
+
+def test_more_than_48_kb_of_shared_memory_are_asked_for():
+    api = Api()
+    one = Driver(api)
+    one.launch([a_launch(shared_bytes=49152)], 0, STREAM)
+    assert api.called("cuFuncSetAttribute") == []
+    api = Api()
+    Driver(api).launch([a_launch(shared_bytes=65536)], 0, STREAM)
+    ((function, attribute, size),) = api.called("cuFuncSetAttribute")
+    assert (function, attribute.name, size) == ("function", "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", 65536)
+
+
+def test_a_gpu_s_own_capability_is_compiled_for():
+    assert [arch_of(capability) for capability in ((8, 0), (8, 9), (9, 0), (12, 0))] == ["sm_80", "sm_89", "sm_90", "sm_120"]
+
+
+# ---- what goes wrong
+
+
+def test_a_gpu_below_8_0_is_told_of_other_backends(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    message = r"compute capability 7.5; the kernels need 8.0 \(A100, RTX 30 series\) or later. Use --backend ort, openvino or trt."
+    with pytest.raises(UnsupportedError, match=message):
+        Driver(Api()).module(0)
+
+
+def test_a_missing_driver_is_told(monkeypatch):
+    class Missing:
+        @staticmethod
+        def cuInit(flags):  # noqa: N802  # CUDA's name
+            raise RuntimeError('Failure finding "libcuda.so"')
+
+    with pytest.raises(
+        UnsupportedError, match=r"No NVIDIA driver is installed \(libcuda cannot be loaded\). Install one. Use --backend ort"
+    ):
+        Driver(Missing)
+
+
+def test_a_driver_without_a_gpu_is_told():
+    api = Api(cuInit=Result.CUDA_ERROR_NO_DEVICE)
+    message = r"The NVIDIA driver cannot start \(CUDA_ERROR_NO_DEVICE: as CUDA explains it\). Use --backend ort, openvino or trt."
+    with pytest.raises(UnsupportedError, match=message):
+        Driver(api)
+
+
+def test_an_older_driver_is_told_which_is_needed():
+    message = (
+        r"The NVIDIA driver is one for CUDA 12.8; kernels compiled by nvrtc 13.5 need one for 13.0 or later. "
+        r"Update the driver, or pip install 'nvidia-cuda-nvrtc<13'."
+    )
+    with pytest.raises(UnsupportedError, match=message):
+        Driver(Api(version=12080)).module(0)
+    Driver(Api(version=13000)).module(0)  # the same major version suffices
+
+
+def test_code_that_does_not_load_is_named():
+    api = Api(cuModuleLoadData=Result.CUDA_ERROR_NOT_FOUND)
+    with pytest.raises(UnsupportedError, match=r"The kernels for sm_86, /cache/kernels.cubin, cannot be loaded \(CUDA_ERROR_NOT_FOUND"):
+        Driver(api).module(0)
+
+
+def test_a_kernel_that_cannot_start_is_named():
+    api = Api(cuLaunchKernel=Result.CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES)
+    message = r"Kernel group_stats_f16 with grid \[4, 2, 1\] cannot be started \(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: as CUDA explains it\)"
+    with pytest.raises(UnsupportedError, match=message):
+        Driver(api).launch([a_launch()], 0, STREAM)
+    api = Api(cuModuleGetFunction=Result.CUDA_ERROR_NOT_FOUND)
+    with pytest.raises(UnsupportedError, match="The kernels have no group_stats_f16"):
+        Driver(api).launch([a_launch()], 0, STREAM)
+
+
+def test_without_cuda_bindings_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    assert "cuda-bindings, which starts the kernels, cannot be imported here" in driver.available()
+    assert "pip install 'edm-deploy[cuda]'" in driver.available()
+
+
+def test_a_torch_without_cuda_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", Api())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert f"torch {torch.__version__} sees no CUDA device. Install a torch that is built for CUDA." in driver.available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert driver.available() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_this_machine_says_why_it_cannot():
+    assert driver.available() is not None
+    with pytest.raises(UnsupportedError):
+        driver.prepare(torch.device("cuda", 0))
+
+
+def test_the_real_binding_takes_these_arguments():
+    """Without a driver the binding still converts its arguments first: TypeError would be ours, a missing library is not."""
+    api = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("it would launch for real: the gpu tests do")
+    one = a_launch()
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(one.params))
+    launch = (api.CUfunction(0), *one.grid, one.threads, 1, 1, 0, STREAM, ctypes.addressof(arguments), 0)
+    for name, values in {
+        "cuLaunchKernel": launch,
+        "cuModuleLoadData": (b"code",),
+        "cuModuleGetFunction": (api.CUmodule(0), b"entry"),
+        "cuFuncSetAttribute": (api.CUfunction(0), api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 65536),
+        "cuDevicePrimaryCtxRetain": (api.CUdevice(0),),
+        "cuCtxSetCurrent": (api.CUcontext(0),),
+        "cuDriverGetVersion": (),
+    }.items():
+        with pytest.raises(RuntimeError, match="NVIDIA driver library"):
+            getattr(api, name)(*values)
