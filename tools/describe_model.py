@@ -80,6 +80,7 @@ def facts_of(outline: Outline, work: ModelWork) -> dict[str, Any]:
         "sample": "x".join(map(str, family.sample_shape(outline.config))),
         "guidance": guidance.kind if guidance.kind == "none" else f"{guidance.kind}, usually {guidance.scale:g}",
         "MACs a sample": f"{sum(site.macs for site in work.sites.values()) / 1e9:.3f} G in the sites, {work.other_macs / 1e9:.3f} G outside",
+        "calibration needs": f"{size_words(4 * work.parameters)} for float32 weights, and {size_words(work.activation_bytes)} for each sample of a batch",
         "scheduler": f"{outline.scheduler_class}, {scheduler.config.num_train_timesteps} timesteps, predicts {predicts}",
     }
 

@@ -50,3 +50,26 @@ def test_projections_of_one_tensor_share_their_input(work):
     assert {work.leaders[name].rsplit(".", 1)[-1] for name in attention} == {"to_q"}
     assert work.leaders["conv_in"] == "conv_in"
     assert set(work.leaders) == set(work.sites)
+
+
+def test_the_memory_of_values_is_that_of_the_largest_moment(monkeypatch):
+    """By hand: x [1, 4, 8, 8] float32 is an input; while conv2 runs, its input and its output are alive, 4 and 16 channels of 256 bytes."""
+    from torch import nn
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 16, 1)
+
+    family = family_named("unet2d")
+    monkeypatch.setattr(type(family), "build", lambda self, config: Two())
+    monkeypatch.setattr(type(family), "forward", lambda self, model, inputs: model.conv2(model.conv1(inputs["sample"])))
+    work = model_work(family, {"sample_size": 8, "in_channels": 4})
+    assert work.activation_bytes == (4 + 16) * 8 * 8 * 4
+    assert list(work.sites) == ["conv1", "conv2"]
+
+
+def test_attention_is_never_held_as_a_matrix():
+    """Of 32x32 tokens the matrix alone would take 4 MB for each of two heads; the values of a model of 16 channels are far smaller."""
+    config = TINY_UNET | {"sample_size": 64}
+    assert model_work(family_named("unet2d"), config).activation_bytes < 2 * 4 * 1024 * 1024

@@ -21,6 +21,10 @@ def test_an_architecture_is_described_by_its_name(sd15):
     assert sd15.facts["sample"] == "4x64x64"
 
 
+def test_the_memory_of_calibration_is_said_beforehand(sd15):
+    assert sd15.facts["calibration needs"].startswith("3.4 GB for float32 weights")
+
+
 def test_work_and_sizes_are_those_of_stable_diffusion(sd15):
     """The sites' share of the work is known: 339 G of about 402 G multiply-accumulates, the rest attention's own matmuls."""
     assert sd15.facts["MACs a sample"].startswith("338.6")
