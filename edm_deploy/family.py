@@ -189,6 +189,10 @@ class Family(ABC):
         """
         raise UnsupportedError(f"{self.class_name} takes no prompts.")
 
+    def attributes(self, config: Config) -> dict[str, Any]:  # whatever a pipeline reads
+        """Further attributes of the diffusers model that its pipelines read, by name."""
+        return {}
+
     def freeze_config(self, config: Config) -> Any:  # diffusers' FrozenDict: attribute access, as pipelines expect
         """`config` as the mapping with attributes that diffusers pipelines read."""
         return dict(config)

@@ -16,6 +16,8 @@ from edm_deploy.errors import ArtifactError
 
 # What rebuilds a diffusers pipeline beside its denoiser. Text encoders and VAE stay where the source pipeline has them.
 PIPELINE_FILES = ("model_index.json", "scheduler/scheduler_config.json")
+SOURCE_KEY = "_name_or_path"  # diffusers' own, in model_index.json: where the pipeline was loaded from
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.onnx")
 
 
 @contextlib.contextmanager
@@ -94,6 +96,35 @@ def copy_pipeline_files(pipeline: Mapping[str, Any], directory: Path) -> None:
     """Write the source pipeline's json files, by relative path, below `directory`."""
     for name, content in pipeline.items():
         write_json(directory / name, content)
+
+
+def other_components(index: Mapping[str, Any], component: str) -> list[str]:
+    """A pipeline's components beside its denoiser and scheduler, by its model_index.json."""
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and value and value[0]}
+    return [name for name in parts if name not in ("scheduler", component)]
+
+
+def copy_components(index: Mapping[str, Any], component: str, home: Path, directory: Path) -> list[str]:
+    """Copy a pipeline's other components, weights as safetensors only, into `directory`.
+
+    Args:
+        index: The pipeline's model_index.json.
+        component: The denoiser's name, which is not copied.
+        home: The pipeline.
+        directory: Where each gets a directory of its own.
+
+    Returns:
+        The components' names.
+
+    Raises:
+        ArtifactError: One is not there.
+    """
+    names = other_components(index, component)
+    if missing := [name for name in names if not (home / name).is_dir()]:
+        raise ArtifactError(f"{home} has no {missing[0]!r}, which a {index.get('_class_name')} needs. Download or save the pipeline again.")
+    for name in names:
+        shutil.copytree(home / name, directory / name, ignore=shutil.ignore_patterns(*PICKLES))
+    return names
 
 
 def sha256_of(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from edm_deploy.errors import ArtifactError, UnsupportedError
 from edm_deploy.family import Config, Family, family_named, name_of_family, skeleton
-from edm_deploy.files import PIPELINE_FILES, read_json
+from edm_deploy.files import PIPELINE_FILES, SOURCE_KEY, read_json
 
 INDEX = "model_index.json"
 COMPONENTS = ("unet", "transformer")
@@ -60,6 +60,7 @@ def read_outline(directory: Path, name: str | None = None) -> Outline:
         UnsupportedError: It has no denoiser, or no family carries its class or config.
     """
     name = name or str(directory)
+    found_by = str(Path(name).resolve()) if Path(name).exists() else name  # from another working directory too
     index = read_json(directory / INDEX, what="diffusers pipeline")
     if "scheduler" not in index:
         raise ArtifactError(
@@ -68,14 +69,26 @@ def read_outline(directory: Path, name: str | None = None) -> Outline:
     component = next((component for component in COMPONENTS if component in index), None)
     if component is None:
         raise UnsupportedError(f"{name} is a {index.get('_class_name')} without a unet or transformer; there is no denoiser to quantize.")
+    if index.get("requires_aesthetics_score"):
+        raise UnsupportedError(
+            f"{name} is an SDXL refiner: it only ever sees samples that the base model has nearly finished, and trajectories from noise would "
+            "calibrate it on others. Quantize the base model, and leave the refiner in floating point."
+        )
     family = name_of_family(str(index[component][1]))
+    config = read_json(directory / component / "config.json", what="diffusers model")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "some method")
+        raise UnsupportedError(
+            f"{name} is quantized already ({method}); expected float weights. Start from the model that it was made from."
+        )
     return Outline(
         name=name,
         family=family,
         component=component,
-        config=whole_config(family, read_json(directory / component / "config.json", what="diffusers model")),
+        config=whole_config(family, config),
         scheduler_class=str(index["scheduler"][1]),
-        pipeline={path: read_json(directory / path, what="diffusers pipeline") for path in PIPELINE_FILES},
+        pipeline={path: read_json(directory / path, what="diffusers pipeline") for path in PIPELINE_FILES}
+        | {INDEX: index | {SOURCE_KEY: found_by}},
     )
 
 

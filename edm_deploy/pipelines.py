@@ -1,4 +1,4 @@
-"""diffusers pipelines from outside: a float model with its scheduler taken out of one, and one built around an engine."""
+"""diffusers pipelines from outside: a float model with its scheduler, taken out of one."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import safetensors
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from torch import nn
 
+from edm_deploy.artifact import Artifact
 from edm_deploy.errors import ArtifactError, UnsupportedError, first_line
 from edm_deploy.family import Config, Family, family_named
-from edm_deploy.files import PIPELINE_FILES, read_json
+from edm_deploy.files import PIPELINE_FILES
 from edm_deploy.lookup import suggestion
 from edm_deploy.outline import Outline, read_outline
-from edm_deploy.sampling import last_sample, trajectory
 from edm_deploy.tensors import raw
 from edm_deploy.weights import empty_model, fill, widen_while_running
 
@@ -34,6 +34,8 @@ SCHEDULERS: Mapping[str, str] = {
     "euler": "EulerDiscreteScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_config.json", "adapter_model.safetensors")
+LORA_PARTS = (".lora_", "lora_A.", "lora_B.", ".base_layer.", "_lora.")  # peft's names, and diffusers' old ones
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -49,6 +51,7 @@ class Source:
             `low_memory`: then they lie as the files have them, mapped, and each layer is widened while it runs.
         scheduler: The pipeline's own scheduler.
         pipeline: The pipeline's json files, by relative path.
+        directory: Where the rest of the pipeline is, text encoders and VAE; None where there is no rest.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Source:
     model: nn.Module
     scheduler: Any  # diffusers' schedulers share no useful base class
     pipeline: Mapping[str, Any]
+    directory: Path | None = None
 
     @property
     def family_object(self) -> Family:
@@ -91,11 +95,10 @@ def load_source(path_or_id: str | Path, *, low_memory: bool = False) -> Source:
     directory = local_directory(path_or_id)
     outline = read_outline(directory, str(path_or_id))  # refuses what no family carries, before any work
     _refuse_pickle(directory / outline.component)
+    _refuse_lora(directory, outline.component)
     model_class = getattr(diffusers, outline.family_object.class_name)
     try:
-        model = _streamed(outline, directory / outline.component, low_memory) or model_class.from_pretrained(
-            directory / outline.component, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
-        )
+        model = _streamed(outline, directory / outline.component, low_memory) or _by_diffusers(model_class, directory / outline.component)
     except (OSError, ValueError, RuntimeError, KeyError) as err:
         raise ArtifactError(
             f"{directory / outline.component} cannot be read as {model_class.__name__}: {first_line(err)}. Download or save the model again."
@@ -107,7 +110,33 @@ def load_source(path_or_id: str | Path, *, low_memory: bool = False) -> Source:
         model=model.eval().requires_grad_(False),
         scheduler=scheduler_from_config(outline.scheduler_class, outline.scheduler_config),
         pipeline=outline.pipeline,
+        directory=directory,
     )
+
+
+def float_artifact(source: Source) -> Artifact:
+    """The float model as an artifact without quantized sites, which goes the same way as any other."""
+    return Artifact(
+        family=source.family,
+        config=source.config,
+        timesteps=torch.zeros(1, dtype=torch.int32),
+        row_of_timestep=torch.zeros(source.num_train_timesteps, dtype=torch.int32),
+        sites={},
+        params={name: value.detach().float() for name, value in source.model.state_dict().items()},
+        provenance={"recipe": "none", "source": source.name},
+        pipeline=source.pipeline,
+    )
+
+
+def _by_diffusers(model_class: Any, directory: Path) -> nn.Module:
+    """The model as diffusers reads it; it would leave a tensor that the files do not name at random, and say so in a log."""
+    model, seen = model_class.from_pretrained(
+        directory, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(seen["missing_keys"]):
+        raise ValueError(f"the files hold no {missing[0]!r}" + (f" and {len(missing) - 1} more of its tensors" if missing[1:] else ""))
+    loaded: nn.Module = model
+    return loaded
 
 
 def _streamed(outline: Outline, directory: Path, low_memory: bool) -> nn.Module | None:
@@ -139,92 +168,6 @@ def scheduler_from_config(class_name: str, config: Mapping[str, Any]) -> Any:
             f"diffusers {diffusers.__version__} has no scheduler {class_name!r}. Install the diffusers version that the model was saved with."
         )
     return scheduler_class.from_config({key: value for key, value in config.items() if not key.startswith("_")})
-
-
-class UnconditionalPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ships no types
-    """Images from noise with any scheduler and any step count; class labels where the model takes them.
-
-    diffusers' own DDIMPipeline and DDPMPipeline call `step` with arguments that other schedulers refuse and skip their input scaling.
-    """
-
-    def __init__(self, unet: nn.Module, scheduler: Any) -> None:
-        super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        batch_size: int = 1,
-        num_inference_steps: int = 50,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        class_labels: Tensor | None = None,
-        eta: float = 0.0,
-        output_type: str = "pil",
-        return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Sample `batch_size` images.
-
-        Args:
-            batch_size: Number of images.
-            num_inference_steps: Steps of the scheduler.
-            generator: For the first noise, and for a stochastic scheduler's.
-            class_labels: int64 [batch_size], for class-conditional models.
-            eta: DDIM's share of fresh noise, 0 to 1.
-            output_type: `pil`, or `np` for float32 [B, H, W, C] in [0, 1].
-            return_dict: Whether to wrap the images in diffusers' output class.
-        """
-        config = self.unet.config
-        size = config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        noise = randn_tensor(
-            (batch_size, config["in_channels"], height, width), generator=generator, device=self.unet.device, dtype=self.unet.dtype
-        )
-        extra = {} if class_labels is None else {"class_labels": class_labels}
-
-        def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
-            prediction: Tensor = self.unet(sample, timestep, **extra).sample
-            return prediction
-
-        steps = trajectory(denoise, self.scheduler, noise, steps=num_inference_steps, generator=generator, options={"eta": eta})
-        images = images_from_sample(last_sample(steps))
-        result = self.numpy_to_pil(images) if output_type == "pil" else images
-        return ImagePipelineOutput(images=result) if return_dict else (result,)
-
-
-def images_from_sample(sample: Tensor) -> Any:
-    """Pixels of a pixel-space sample: numpy float32 [B, H, W, C] in [0, 1], from float [B, C, H, W] in [-1, 1]."""
-    return (sample.float() / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
-
-
-def pipeline_from_directory(directory: Path, component: str, denoiser: nn.Module, *, scheduler: str | None = None) -> DiffusionPipeline:
-    """The source pipeline, rebuilt around an engine.
-
-    Args:
-        directory: Holds the pipeline's json files.
-        component: The denoiser's name in it, `unet` or `transformer`.
-        denoiser: The drop-in.
-        scheduler: Another scheduler's name; None keeps the source's.
-
-    Raises:
-        ArtifactError: The directory holds no pipeline.
-        UnsupportedError: A component of the pipeline is not in the directory.
-    """
-    index = read_json(directory / "model_index.json", what="pipeline")
-    config = read_json(directory / "scheduler" / "scheduler_config.json", what="pipeline")
-    chosen = scheduler_named(scheduler, config) if scheduler else scheduler_from_config(str(index["scheduler"][1]), config)
-    others = [
-        name for name, value in index.items() if not name.startswith("_") and name not in ("scheduler", component) and value and value[0]
-    ]
-    if not others:
-        return UnconditionalPipeline(denoiser, chosen)
-    missing = [name for name in others if not (directory / name).is_dir()]
-    if missing:
-        raise UnsupportedError(
-            f"{directory} has no {missing[0]!r}, which a {index['_class_name']} needs. Load your own pipeline and put the engine in: "
-            f"pipe.{component} = edm_deploy.load_denoiser({str(directory)!r})."
-        )
-    pipeline_class = getattr(diffusers, str(index["_class_name"]))
-    return pipeline_class.from_pretrained(directory, **{component: denoiser, "scheduler": chosen})
 
 
 def local_directory(path_or_id: str | Path, *, weights: bool = True) -> Path:
@@ -263,3 +206,23 @@ def _refuse_pickle(directory: Path) -> None:
             "Save the model as safetensors (save_pretrained(..., safe_serialization=True)) in an environment that you trust."
         )
     raise ArtifactError(f"{directory} holds no safetensors weights. Download or save the model again.")
+
+
+def _refuse_lora(directory: Path, component: str) -> None:
+    """Raises ArtifactError where low-rank updates lie in or beside the weights: quantized without them, the model would be another one."""
+    mend = (
+        "Fuse it first, in diffusers: pipe.load_lora_weights(...); pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(...). "
+        "Then quantize what was saved."
+    )
+    for name in LORA_FILES:
+        for home in (directory, directory / component):
+            if (home / name).is_file():
+                raise ArtifactError(f"{home / name} is a LoRA that is not fused into the model. {mend} Or take the file away.")
+    for path in sorted((directory / component).glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(path, framework="pt") as stream:
+                found = next((key for key in stream.keys() if any(part in key for part in LORA_PARTS)), None)  # noqa: SIM118  # it is no dict
+        except (safetensors.SafetensorError, OSError):
+            return  # who reads the weights says what is wrong with them
+        if found:
+            raise ArtifactError(f"{path} carries a LoRA that is not fused: it has a tensor {found!r}. {mend}")

@@ -22,7 +22,7 @@ ONLY_HERE = {  # third-party package -> the only places that may name it
     "onnx": ("edm_deploy/export/",),
     "onnx_ir": ("edm_deploy/export/",),
     "onnxscript": ("edm_deploy/export/",),
-    "diffusers": ("edm_deploy/models/", "edm_deploy/pipelines.py", "tools/"),
+    "diffusers": ("edm_deploy/models/", "edm_deploy/pipelines.py", "edm_deploy/own_pipelines.py", "edm_deploy/assembly.py", "tools/"),
     "typer": ("tools/",),
     "rich": ("tools/",),
     "PIL": ("tools/", "edm_deploy/pipelines.py"),

@@ -24,7 +24,8 @@ from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.export.onnx import onnx_from_artifact
 from edm_deploy.files import write_json
 from edm_deploy.manifest import Manifest
-from edm_deploy.pipelines import UnconditionalPipeline, images_from_sample, load_source
+from edm_deploy.own_pipelines import UnconditionalPipeline, images_from_sample
+from edm_deploy.pipelines import load_source
 from edm_deploy.session import BuildOptions
 from edm_deploy.target import summary
 from edm_deploy_tools import console

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from edm_deploy.pipelines import images_from_sample
+from edm_deploy.own_pipelines import images_from_sample
 from edm_deploy.target import summary
 from edm_deploy_tools.charts import curves, heat_map, png_uri
 from edm_deploy_tools.console import Row, bytes_of, cell, size_words, time_words

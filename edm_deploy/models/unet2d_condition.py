@@ -1,8 +1,9 @@
-"""UNet2DConditionModel: latent denoisers with cross-attention (Stable Diffusion 1.x and 2.x shapes; text or label tokens)."""
+"""UNet2DConditionModel: latent denoisers with cross-attention: Stable Diffusion 1.x and 2.x, SDXL, inpainting, LDM with its label as a token."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,51 +12,180 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.family import SAMPLE, TIMESTEP, Config, ModelInput
+from edm_deploy.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput
 from edm_deploy.models._unet import UNetFamily
 
 TOKENS = "encoder_hidden_states"
-DEFAULT_TOKENS = 77  # CLIP's text length
+POOLED, TIME_IDS = "text_embeds", "time_ids"  # SDXL's: the pooled prompt; original size, crop and target size
+CLIP_TOKENS = 77
+NUM_TIME_IDS = 6
+MASK_AND_IMAGE = 5  # further channels of an inpainting model: the mask, and the masked image's four
+PIXELS_PER_LATENT = 8
+TEXT_SCALE = 7.5  # Source: the default of diffusers' StableDiffusionPipeline.
+SDXL_SCALE = 5.0  # Source: the default of diffusers' StableDiffusionXLPipeline.
+
+REFUSED_CONFIG = {
+    "encoder_hid_dim_type": "IP-Adapter and text projections in front of the UNet are not carried; unload the adapter",
+    "class_embed_type": "class labels beside the tokens are not carried",
+    "num_class_embeds": "class labels beside the tokens are not carried",
+    "time_cond_proj_dim": "a guidance scale embedded beside the timestep (LCM) is not carried",
+}
+REFUSED_ARGUMENTS = {
+    "encoder_attention_mask": "every text token is attended to; pad prompts as the pipeline does, without a mask",
+    "attention_mask": "every text token is attended to; pad prompts as the pipeline does, without a mask",
+    "down_block_additional_residuals": "ControlNet's and T2I adapters' residuals enter between the blocks of a float model",
+    "mid_block_additional_residual": "ControlNet's residuals enter between the blocks of a float model",
+    "down_intrablock_additional_residuals": "T2I adapters' residuals enter between the blocks of a float model",
+    "cross_attention_kwargs": "the weights are fixed; fuse a LoRA with its scale before quantizing",
+    "timestep_cond": "a guidance scale embedded beside the timestep is not carried",
+    "image_embeds": "IP-Adapter's image tokens are not carried",
+}
 
 
 class UNet2DCondition(UNetFamily):
-    """Models whose only conditioning beside the timestep is `encoder_hidden_states`."""
+    """Conditioning: `encoder_hidden_states`, and for SDXL `text_embeds` and `time_ids`, which its pipelines pass as `added_cond_kwargs`."""
 
     class_name = "UNet2DConditionModel"
     model_class = UNet2DConditionModel
     output_class = UNet2DConditionOutput
-    signature = (SAMPLE, "timestep", TOKENS)
+    signature = (
+        SAMPLE,
+        "timestep",
+        TOKENS,
+        "class_labels",
+        "timestep_cond",
+        "attention_mask",
+        "cross_attention_kwargs",
+        "added_cond_kwargs",
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+        "encoder_attention_mask",
+        "return_dict",
+    )
+    text_inputs = (TOKENS, POOLED)
 
     def build(self, config: Config) -> nn.Module:
-        for key in ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim"):
+        for key, reason in REFUSED_CONFIG.items():
             if config.get(key) is not None:
-                raise UnsupportedError(
-                    f"UNet2DConditionModel with {key}={config[key]!r} takes conditioning that this family does not carry yet; "
-                    "models whose only conditioning is encoder_hidden_states are supported."
-                )
+                raise UnsupportedError(f"UNet2DConditionModel with {key}={config[key]!r}: {reason}.")
+        if config.get("addition_embed_type") not in (None, "text_time"):
+            raise UnsupportedError(
+                f"UNet2DConditionModel with addition_embed_type={config['addition_embed_type']!r}: expected none, or SDXL's 'text_time'."
+            )
+        if config.get("attention_type", "default") != "default":
+            raise UnsupportedError(
+                f"UNet2DConditionModel with attention_type={config['attention_type']!r}: GLIGEN's boxes are not carried."
+            )
         return super().build(config)
 
     def inputs(self, config: Config) -> tuple[ModelInput, ...]:
         sample = ModelInput(SAMPLE, "float", ("batch", int(config["in_channels"]), "height", "width"))
-        return sample, TIMESTEP, ModelInput(TOKENS, "float", ("batch", "tokens", _token_width(config)))
+        tokens = ModelInput(TOKENS, "float", ("batch", "tokens", _token_width(config)))
+        if not _is_sdxl(config):
+            return sample, TIMESTEP, tokens
+        # float32: a size of 2049 is no float16.
+        sizes = ModelInput(TIME_IDS, "float32", ("batch", NUM_TIME_IDS))
+        return sample, TIMESTEP, tokens, ModelInput(POOLED, "float", ("batch", _pooled_width(config))), sizes
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        prediction: Tensor = model(inputs[SAMPLE], inputs["timestep"], inputs[TOKENS], return_dict=False)[0]
-        return prediction
+        added = {name: inputs[name] for name in (POOLED, TIME_IDS) if name in inputs}
+        output: Tensor = model(inputs[SAMPLE], inputs["timestep"], inputs[TOKENS], added_cond_kwargs=added, return_dict=False)[0]
+        return output
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        kwargs = {key: value for key, value in kwargs.items() if not (key == "added_cond_kwargs" and not value)}
-        return super().bind(config, args, kwargs)
+        given = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
+        given |= given.pop("added_cond_kwargs", None) or {}
+        given = {name: value for name, value in given.items() if not (name == "cross_attention_kwargs" and not value)}
+        for name, reason in REFUSED_ARGUMENTS.items():
+            if given.get(name) is not None:
+                raise UnsupportedError(f"The engine has no input {name!r}: {reason}.")
+        return super().bind(config, (), given)
+
+    def sample_shape(self, config: Config) -> tuple[int, ...]:
+        if config.get("sample_size") is None:
+            raise UnsupportedError("This UNet2DConditionModel's config has no sample_size. Write its latents' height into config.json.")
+        return super().sample_shape(config)
+
+    def walked_shape(self, config: Config) -> tuple[int, ...]:
+        return int(config["out_channels"]), *self.sample_shape(config)[1:]
+
+    def sizes(self, config: Config) -> dict[str, int]:
+        return super().sizes(config) | {"tokens": CLIP_TOKENS}
+
+    def attributes(self, config: Config) -> dict[str, Any]:
+        if not _is_sdxl(config):
+            return {}
+        width = int(config["projection_class_embeddings_input_dim"])
+        return {"add_embedding": SimpleNamespace(linear_1=SimpleNamespace(in_features=width))}  # SDXL's pipelines check it
+
+    def guidance(self, config: Config) -> Guidance:
+        return Guidance("classifier-free", SDXL_SCALE if _is_sdxl(config) else TEXT_SCALE)
 
     def random_conditioning(self, config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return {TOKENS: torch.randn(batch, DEFAULT_TOKENS, _token_width(config), generator=generator)}
+        """Tokens of the size that a text encoder's last layer norm gives; SDXL's sizes are those of an uncropped image."""
+        drawn = {TOKENS: torch.randn(batch, CLIP_TOKENS, _token_width(config), generator=generator)}
+        if _is_sdxl(config):
+            _, height, width = (PIXELS_PER_LATENT * size for size in self.sample_shape(config))
+            sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+            drawn |= {POOLED: torch.randn(batch, _pooled_width(config), generator=generator), TIME_IDS: sizes.expand(batch, NUM_TIME_IDS)}
+        return drawn
+
+    def beside_sample(self, config: Config, batch: int, generator: torch.Generator) -> Tensor | None:
+        """Inpainting: a rectangle to fill, and latents of unit variance around it; other channels are latents of unit variance."""
+        _, height, width = self.sample_shape(config)
+        channels = int(config["in_channels"]) - int(config["out_channels"])
+        if channels == 0:
+            return None
+        if channels != MASK_AND_IMAGE:
+            return torch.randn(batch, channels, height, width, generator=generator)
+        mask = torch.stack([_rectangle(height, width, generator) for _ in range(batch)])[:, None]
+        image = torch.randn(batch, channels - 1, height, width, generator=generator)
+        return torch.cat([mask, image * (1 - mask)], dim=1)
+
+    def unconditional(self, config: Config, generator: torch.Generator) -> dict[str, Tensor]:
+        """One fixed draw for all; SDXL's own is zero (`force_zeros_for_empty_prompt`)."""
+        if _is_sdxl(config):
+            return {TOKENS: torch.zeros(1, CLIP_TOKENS, _token_width(config)), POOLED: torch.zeros(1, _pooled_width(config))}
+        return {TOKENS: torch.randn(1, CLIP_TOKENS, _token_width(config), generator=generator)}
+
+    def encode_prompts(self, config: Config, pipeline: Any, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        encoded = pipeline.encode_prompt(
+            prompt=list(prompts), device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+        if not _is_sdxl(config):
+            given, without = encoded
+            return {TOKENS: given}, {TOKENS: without[:1]}
+        given, without, pooled, without_pooled = encoded
+        return {TOKENS: given, POOLED: pooled}, {TOKENS: without[:1], POOLED: without_pooled[:1]}
+
+
+def _is_sdxl(config: Config) -> bool:
+    return config.get("addition_embed_type") == "text_time"
+
+
+def _pooled_width(config: Config) -> int:
+    return int(config["projection_class_embeddings_input_dim"]) - NUM_TIME_IDS * int(config["addition_time_embed_dim"])
 
 
 def _token_width(config: Config) -> int:
-    width = config["cross_attention_dim"]
-    if not isinstance(width, int):
-        raise UnsupportedError(f"cross_attention_dim {width!r} differs by block; expected one number.")
-    return width
+    widths = config["cross_attention_dim"]
+    widths = {widths} if isinstance(widths, int) else set(widths)
+    if len(widths) != 1:
+        raise UnsupportedError(f"cross_attention_dim {config['cross_attention_dim']!r} differs by block; expected one number.")
+    return int(widths.pop())
+
+
+def _rectangle(height: int, width: int, generator: torch.Generator) -> Tensor:
+    """float32 [height, width]: 1 in a rectangle that covers a quarter to all of either side, 0 around it."""
+    mask = torch.zeros(height, width)
+    spans = []
+    for size in (height, width):
+        length = int(torch.randint(max(1, size // 4), size + 1, (1,), generator=generator))
+        start = int(torch.randint(0, size - length + 1, (1,), generator=generator))
+        spans.append(slice(start, start + length))
+    mask[spans[0], spans[1]] = 1
+    return mask
 
 
 FAMILY = UNet2DCondition()

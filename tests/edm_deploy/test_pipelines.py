@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from edm_deploy.errors import ArtifactError, UnsupportedError
-from edm_deploy.pipelines import UnconditionalPipeline, load_source, local_directory, scheduler_named
-from tests.conftest import SCHEDULER, tiny_model
+from edm_deploy.pipelines import load_source, local_directory, scheduler_named
+from tests.conftest import SCHEDULER
 
 
 def test_a_source_is_the_float_model_with_its_scheduler(save_tiny_pipeline, tmp_path):
@@ -75,25 +75,6 @@ def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(path):
 def test_an_unknown_scheduler_gets_the_nearest():
     with pytest.raises(UnsupportedError, match="Did you mean 'euler'"):
         scheduler_named("eular", SCHEDULER)
-
-
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm-solver++", "euler", "unipc"])
-def test_the_unconditional_pipeline_takes_any_scheduler(name):
-    _, _, model = tiny_model("unet2d")
-    pipeline = UnconditionalPipeline(model, scheduler_named(name, SCHEDULER))
-    images = pipeline(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images
-    assert [image.size for image in images] == [(8, 8), (8, 8)]
-
-
-def test_labels_reach_a_class_conditional_model():
-    _, _, model = tiny_model("unet2d-classes")
-    pipeline = UnconditionalPipeline(model, scheduler_named("ddim", SCHEDULER))
-
-    def sample(label):
-        generator = torch.Generator().manual_seed(0)
-        return pipeline(num_inference_steps=2, generator=generator, class_labels=torch.tensor([label]), output_type="np").images
-
-    assert abs(sample(0) - sample(3)).max() > 0
 
 
 def test_without_weights_only_json_is_asked_of_the_hub(monkeypatch, tmp_path):

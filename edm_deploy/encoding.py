@@ -1,0 +1,105 @@
+"""What the samples of a source are told: labels by its class embedder, prompts by its own text encoders, or noise of the same size, said aloud."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from edm_deploy.assembly import text_pipeline
+from edm_deploy.conditioning import Conditioner
+from edm_deploy.errors import ArtifactError, InputError
+from edm_deploy.family import Config, Family
+from edm_deploy.pipelines import Source
+
+log = logging.getLogger(__name__)
+
+EMBEDDER_WEIGHTS = Path("class_embedder/diffusion_pytorch_model.safetensors")
+LABEL_SCALE = 1.5  # Source: EfficientDM's training on LDM-4, methods of arXiv 2310.03270 and its released code.
+AT_ONCE = 8  # prompts in one call of the text encoders
+
+
+def conditioner_of(source: Source, *, scale: float | None = None, prompts: Sequence[str] = ()) -> Conditioner:
+    """Draws what the samples of `source` are told.
+
+    Args:
+        source: Its directory holds the class embedder or the text encoders, which are loaded, used and freed.
+        scale: Of the guidance; None is what samples of this model are usually drawn with.
+        prompts: For models that take text.
+
+    Raises:
+        ArtifactError: The embedder or a text encoder cannot be read.
+        InputError: A prompt is too long, or the model cannot be guided.
+    """
+    family, config, home = source.family_object, source.config, source.directory
+    if home is not None and (home / EMBEDDER_WEIGHTS).is_file():
+        table = _class_table(home / EMBEDDER_WEIGHTS)
+        tokens = family.text_inputs[0]
+        return Conditioner(
+            family,
+            config,
+            scale=LABEL_SCALE if scale is None else scale,
+            encoded={tokens: table[:-1, None]},
+            without={tokens: table[-1:, None]},
+        )
+    wanted = [declared.name for declared in family.inputs(config) if declared.name in family.text_inputs]
+    if not wanted:
+        return Conditioner(family, config, scale=scale)
+    encoded = encode(home, family, config, prompts) if home is not None and prompts else None
+    if encoded is None:
+        log.warning("%s has no text encoders here: its %s is drawn at random, which prompts are not.", source.name, wanted[0])
+        return Conditioner(family, config, scale=scale)
+    given, without = encoded
+    return Conditioner(family, config, scale=scale, encoded=given, without=without)
+
+
+@torch.no_grad()
+def encode(directory: Path, family: Family, config: Config, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    """Prompts as graph inputs by name, float32 [P, ...], and what stands for no prompt, [1, ...]; None where there are no text encoders.
+
+    Raises:
+        ArtifactError: A text encoder cannot be read.
+        InputError: A prompt is longer than what the text encoders take.
+    """
+    pipeline = text_pipeline(directory)
+    if pipeline is None:
+        return None
+    pipeline.set_progress_bar_config(disable=True)
+    _refuse_long(pipeline, prompts)
+    parts = [family.encode_prompts(config, pipeline, prompts[at : at + AT_ONCE]) for at in range(0, len(prompts), AT_ONCE)]
+    given = {name: torch.cat([_plain(part[name]) for part, _ in parts]) for name in parts[0][0]}
+    return given, {name: _plain(value) for name, value in parts[0][1].items()}
+
+
+def _plain(value: Tensor) -> Tensor:
+    value = value.detach().cpu()
+    return value.float().contiguous() if value.is_floating_point() else value.contiguous()
+
+
+def _refuse_long(pipeline: Any, prompts: Sequence[str]) -> None:
+    """Prompts are measured by the tokenizer that takes most: where there are two, the shorter one is meant to see less."""
+    tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part is not None]
+    if not tokenizers:
+        return
+    tokenizer = max(tokenizers, key=lambda part: int(part.model_max_length))
+    for prompt in prompts:
+        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        if count > tokenizer.model_max_length:
+            raise InputError(
+                f"The prompt {prompt[:40] + '...'!r} has {count} tokens; the text encoder takes {tokenizer.model_max_length}. Shorten it."
+            )
+
+
+def _class_table(path: Path) -> Tensor:
+    """float32 [classes + 1, width]; the last row stands for no label."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as stream:
+            table: Tensor = stream.get_tensor("embedding.weight").float()
+            return table
+    except (safetensors.SafetensorError, ValueError, RuntimeError, OSError) as err:
+        raise ArtifactError(f"{path} holds no embedding.weight ({err}). Save the class embedder again.") from err
