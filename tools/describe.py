@@ -174,7 +174,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def longest(title: str, rows: Sequence[Row], top: int) -> tuple[str, list[Row]]:
     """Title and rows of a table as it is printed: of many sites those with the most work, in the model's order."""
-    if len(rows) <= top or "MACs %" not in rows[0]:
+    if len(rows) <= top or not {"site", "MACs %"} <= rows[0].keys():
         return title, list(rows)
     kept = sorted(range(len(rows)), key=lambda index: -(rows[index]["MACs %"] or 0))[:top]
     return f"{title}: the {top} with the most work of {len(rows)}; --json has all", [rows[index] for index in sorted(kept)]

@@ -85,11 +85,10 @@ def facts_of(outline: Outline, work: ModelWork) -> dict[str, Any]:
     }
 
 
-def site_rows(outline: Outline, work: ModelWork) -> list[Row]:
+def site_rows(outline: Outline, work: ModelWork, layers: estimates.Layers) -> list[Row]:
     """A line for each site, in the model's order."""
     family = outline.family_object
     share = estimates.by_site(work.sites)
-    layers = family.sites(skeleton(family, outline.config))
     return [
         {
             "site": name,
@@ -106,16 +105,16 @@ def site_rows(outline: Outline, work: ModelWork) -> list[Row]:
     ]
 
 
-def kept_rows(outline: Outline) -> list[Row]:
+def kept_rows(outline: Outline, model: nn.Module) -> list[Row]:
     """The layers that are not quantized like the rest, by the reason that the family gives."""
     family = outline.family_object
-    names = [name for name, layer in skeleton(family, outline.config).named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     counts = Counter(rule for name in names if (rule := family.rule(name)).placement != "quantize")
     words = {"keep8": "W8A8", "float": "float"}
     return [{"layers": count, "kept": words[rule.placement], "because": rule.reason} for rule, count in counts.items()]
 
 
-def plan_rows(outline: Outline, work: ModelWork) -> list[Row]:
+def plan_rows(outline: Outline, work: ModelWork, layers: estimates.Layers) -> list[Row]:
     """What each backend would make of each scheme, and how large its constants would be."""
     family = outline.family_object
     rows: list[Row] = []
@@ -123,7 +122,7 @@ def plan_rows(outline: Outline, work: ModelWork) -> list[Row]:
         for target in TARGETS.values():
             row = {"scheme": scheme.name, "backend": target.backend}
             try:
-                plans = estimates.planned(family, outline.config, scheme, target)
+                plans = estimates.planned(family, layers, scheme, target)
             except UnsupportedError as err:
                 rows.append(row | {"engine": None, "plan": f"refused: {err}"})
                 continue
@@ -141,7 +140,7 @@ def size_rows(outline: Outline, work: ModelWork) -> list[Row]:
         rows.append(
             {
                 "scheme": scheme.name,
-                "artifact": f"{size_words(least)} to {size_words(most)}",
+                "artifact": size_words(least) if size_words(least) == size_words(most) else f"{size_words(least)} to {size_words(most)}",
                 "bytes": least,
                 "of float16": round(least / half, 3),
             }
@@ -151,12 +150,15 @@ def size_rows(outline: Outline, work: ModelWork) -> list[Row]:
 
 def tables_of(outline: Outline, work: ModelWork) -> Mapping[str, list[Row]]:
     """Every table, by title."""
+    family = outline.family_object
+    model = skeleton(family, outline.config)
+    layers = family.sites(model)
     tables = {
-        "Shares": estimates.shares(outline.family_object, work),
-        "Sites": site_rows(outline, work),
-        "Kept": kept_rows(outline),
+        "Shares": estimates.shares(family, work),
+        "Sites": site_rows(outline, work, layers),
+        "Kept": kept_rows(outline, model),
         f"Expected artifact ({estimates.ROWS} rows)": size_rows(outline, work),
-        "Expected engine": plan_rows(outline, work),
+        "Expected engine": plan_rows(outline, work, layers),
     }
     return {title: rows for title, rows in tables.items() if rows}
 

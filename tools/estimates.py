@@ -10,12 +10,13 @@ from torch import nn
 
 from edm_deploy.activations import ActivationTable
 from edm_deploy.artifact import Op, Site
-from edm_deploy.family import GROUPS, Config, Family, Placement, skeleton
+from edm_deploy.family import GROUPS, Family, Placement
 from edm_deploy.quant import symmetric_bounds, weight_bounds
 from edm_deploy.target import WEIGHT_ONLY_BITS, SitePlan, Target, check_scheme, site_plan
 from edm_deploy.work import ModelWork, SiteWork
 from edm_deploy_tools.console import Row
 
+Layers = Mapping[str, nn.Conv2d | nn.Linear]
 ROWS = 100  # of a table, as recipes have by default
 FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -57,15 +58,21 @@ def stand_in(op: Op, scheme: Scheme) -> Site:
     return Site(op=op, codes=codes, weight_scale=torch.ones(1), weight_bits=scheme.weight_bits, activation=table)
 
 
-def planned(family: Family, config: Config, scheme: Scheme, target: Target) -> dict[str, SitePlan]:
+def planned(family: Family, layers: Layers, scheme: Scheme, target: Target) -> dict[str, SitePlan]:
     """What each site would become on a target.
+
+    Args:
+        family: Says which sites keep 8 bits.
+        layers: Of `Family.sites`; the meta device will do.
+        scheme: Bits.
+        target: Where.
 
     Raises:
         UnsupportedError: The target cannot carry the scheme.
     """
     check_scheme(target, scheme.weight_bits, scheme.act_bits)
     plans = {}
-    for name, layer in family.sites(skeleton(family, config)).items():
+    for name, layer in layers.items():
         op: Op = "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
         plans[name] = site_plan(stand_in(op, scheme.of(family.placement(name))), layer, target)
     return plans

@@ -4,13 +4,14 @@ import pytest
 
 from edm_deploy.artifact import TENSORS_NAME, Artifact
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.family import family_named
+from edm_deploy.family import family_named, skeleton
 from edm_deploy.target import TARGETS
 from edm_deploy.work import model_work
 from edm_deploy_tools.estimates import Scheme, artifact_bytes, by_site, engine_bytes, planned, shares
 from tests.conftest import TINY_UNET
 
 FAMILY = family_named("unet2d")
+LAYERS = FAMILY.sites(skeleton(FAMILY, TINY_UNET))
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +47,16 @@ def test_four_bits_take_half_of_eight_in_the_quantized_sites(work):
 
 
 def test_plans_are_those_that_an_artifact_would_get(work):
-    cuda = planned(FAMILY, TINY_UNET, Scheme(4, 4), TARGETS["cuda"])
+    cuda = planned(FAMILY, LAYERS, Scheme(4, 4), TARGETS["cuda"])
     assert cuda["conv_in"].executed == "int8"  # kept at W8A8
     assert {plan.executed for name, plan in cuda.items() if FAMILY.placement(name) == "quantize"} == {"int4"}
-    assert {plan.executed for plan in planned(FAMILY, TINY_UNET, Scheme(4, 8), TARGETS["cuda"]).values()} == {"int8"}
-    assert planned(FAMILY, TINY_UNET, Scheme(8, 8), TARGETS["ort"])["conv_in"].executed == "float"
+    assert {plan.executed for plan in planned(FAMILY, LAYERS, Scheme(4, 8), TARGETS["cuda"]).values()} == {"int8"}
+    assert planned(FAMILY, LAYERS, Scheme(8, 8), TARGETS["ort"])["conv_in"].executed == "float"
 
 
 def test_an_engine_that_reads_packed_codes_is_smaller(work):
     def size(backend: str) -> int:
-        plans = planned(FAMILY, TINY_UNET, Scheme(4, 4), TARGETS[backend])
+        plans = planned(FAMILY, LAYERS, Scheme(4, 4), TARGETS[backend])
         return engine_bytes(FAMILY, work, Scheme(4, 4), TARGETS[backend], plans)
 
     assert size("cuda") < size("trt-rtx")
@@ -63,4 +64,4 @@ def test_an_engine_that_reads_packed_codes_is_smaller(work):
 
 def test_a_scheme_that_a_backend_refuses_has_no_plan():
     with pytest.raises(UnsupportedError, match="Nearest"):
-        planned(FAMILY, TINY_UNET, Scheme(4, 16), TARGETS["trt-rtx"])
+        planned(FAMILY, LAYERS, Scheme(4, 16), TARGETS["trt-rtx"])
