@@ -19,12 +19,12 @@ from edm_deploy.session import Backend, Session
 TIMESTEP = "timestep"
 
 
-def open_session(path: Path | str, *, device: str | torch.device = "cpu") -> tuple[Manifest, Session]:
+def open_session(path: Path | str, *, device: str | torch.device | None = None) -> tuple[Manifest, Session]:
     """Check an engine directory and open it.
 
     Args:
         path: What `edm-deploy build-engine` wrote.
-        device: Where its inputs will be.
+        device: Where its inputs will be; None is where its backend runs.
 
     Raises:
         ArtifactError: No engine directory, or its files are not those that were built.
@@ -32,11 +32,11 @@ def open_session(path: Path | str, *, device: str | torch.device = "cpu") -> tup
     """
     manifest = Manifest.read(path, kind="engine")
     # The one place where the ground reaches up: by name, and only when an engine is opened.
-    backend: Backend = lookup.load(importlib.import_module("engines"), str(manifest.backend), "BACKEND")
-    return manifest, backend.open(Path(path), manifest, torch.device(device))
+    backend: Backend[Any] = lookup.load(importlib.import_module("engines"), str(manifest.backend), "BACKEND")
+    return manifest, backend.open(Path(path), manifest, torch.device(device or backend.device))
 
 
-def load_denoiser(path: Path | str, *, device: str | torch.device = "cpu") -> EngineDenoiser:
+def load_denoiser(path: Path | str, *, device: str | torch.device | None = None) -> EngineDenoiser:
     """An engine as a drop-in for the diffusers model that it was made from, to be put into a pipeline as `pipe.unet`.
 
     Raises:
@@ -54,6 +54,8 @@ class EngineDenoiser(nn.Module):
         self.session = session
         self.family: Family = family_named(manifest.family)
         self.config = self.family.freeze_config(manifest.config)
+        for name, value in self.family.attributes(manifest.config).items():
+            setattr(self, name, value)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,18 +144,27 @@ class EngineDenoiser(nn.Module):
                 raise InputError(f"{dim} {size} is not a multiple of {multiple}, which this model's levels need.")
 
 
-def load_pipeline(path: Path | str, *, device: str | torch.device = "cpu", scheduler: str | None = None) -> Any:  # a DiffusionPipeline
+def load_pipeline(
+    path: Path | str,
+    *,
+    device: str | torch.device | None = None,
+    scheduler: str | None = None,
+    source: str | Path | None = None,
+) -> Any:  # a DiffusionPipeline
     """A diffusers pipeline whose denoiser is the engine: `load_pipeline("engine/")(num_inference_steps=20).images`.
 
     Args:
         path: What `edm-deploy build-engine` wrote.
-        device: Where it runs.
+        device: Where it runs; None is where its backend runs.
         scheduler: `ddim`, `ddpm`, `dpm-solver++`, `euler` or `unipc`; None keeps the source pipeline's own.
 
+        source: Directory or hub id of the pipeline that the model came from, whose text encoders and VAE are taken; None looks into the
+            engine's own directory, and then where the model was quantized from.
+
     Raises:
-        ArtifactError, UnsupportedError: As `open_session`; or the scheduler's name is unknown.
+        ArtifactError, UnsupportedError: As `open_session`; or the scheduler's name is unknown, or a component of the pipeline is not found.
     """
-    from edm_deploy.pipelines import pipeline_from_directory  # diffusers' pipelines load slowly; a bare denoiser needs none
+    from edm_deploy.assembly import pipeline_from_directory  # diffusers' pipelines load slowly; a bare denoiser needs none
 
     denoiser = load_denoiser(path, device=device)
-    return pipeline_from_directory(Path(path), denoiser.family.component, denoiser, scheduler=scheduler)
+    return pipeline_from_directory(Path(path), denoiser.family.component, denoiser, scheduler=scheduler, source=source)

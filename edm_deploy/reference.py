@@ -112,6 +112,25 @@ class Reference(nn.Module):
         finally:
             for site in self.sites.values():
                 site.recording = False
+        return self._records()
+
+    @torch.no_grad()
+    def at_sites(self, x: Mapping[str, Tensor], timestep: Tensor) -> dict[str, SiteRecord]:
+        """What each site makes of an input of its own, the network between them left out.
+
+        Args:
+            x: float32, by site name.
+            timestep: float32 [B].
+        """
+        rows = rows_of(self.artifact.row_of_timestep, timestep)
+        for name, value in x.items():
+            site = self.sites[name]
+            site.rows, site.recording = rows, True
+            site(value)
+            site.recording = False
+        return self._records()
+
+    def _records(self) -> dict[str, SiteRecord]:
         records = {name: site.record for name, site in self.sites.items() if site.record is not None}
         for site in self.sites.values():
             site.record = None

@@ -6,14 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from edm_deploy.artifact import Artifact
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.manifest import Manifest, Range
-from edm_deploy.target import Execution, Target, target_named
+from edm_deploy.reference import SiteRecord
+from edm_deploy.target import Execution, Kind, Target, target_named
+
+Content = TypeVar("Content")  # what a backend builds from, as it is in memory: the path of a graph, an Artifact
 
 
 class Session(Protocol):
@@ -59,6 +63,7 @@ class Built:
         versions: Of the packages that must be the same when it is opened, by name.
         options: The options as they took effect, defaults filled in.
         executed: How sites are really computed, where that was seen and differs from what the target promises, by site.
+        codes: The kernel's kind of codes, by site, where the backend chooses one.
         warnings: What a user should know, one line each.
         details: More for the manifest's `build`.
     """
@@ -66,20 +71,42 @@ class Built:
     versions: Mapping[str, str]
     options: Mapping[str, Any] = field(default_factory=dict)
     executed: Mapping[str, Execution] = field(default_factory=dict)
+    codes: Mapping[str, Kind] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Backend(ABC):
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Every site alone: what goes in, and what the reference makes of it. An engine is judged on it one site at a time.
+
+    Attributes:
+        artifact: What the sites are of.
+        timestep: float32 [B], of each sample.
+        records: By site; `x` goes in, `codes` and `y` are expected.
+        scratch: A directory where a backend may keep what it makes of it: engines of one artifact share a cut.
+    """
+
+    artifact: Artifact
+    timestep: Tensor
+    records: Mapping[str, SiteRecord]
+    scratch: Path
+
+
+class Backend(ABC, Generic[Content]):
     """One way to build and run engines; `engines/<name>.py` holds it as BACKEND. Importing that file imports no vendor package.
 
     Attributes:
         name: As users type it.
+        builds_from: Kind of directory that it builds from.
         options: The fields of BuildOptions that it has, beyond `profile` and `allow_float_sites`.
+        device: Where its engines run unless a user names another device.
     """
 
     name: ClassVar[str]
+    builds_from: ClassVar[Literal["onnx", "artifact"]]
     options: ClassVar[frozenset[str]] = frozenset()
+    device: ClassVar[str] = "cpu"
 
     @property
     def target(self) -> Target:
@@ -87,17 +114,26 @@ class Backend(ABC):
         return target_named(self.name)
 
     @abstractmethod
-    def build(self, onnx: Path, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
+    def read(self, source: Path) -> tuple[Content, Manifest]:
+        """What it builds from, checked, and the manifest that the engine's begins with.
+
+        Raises:
+            ArtifactError: `source` is damaged, or of another kind: the message says which command makes the right one.
+            UnsupportedError: The backend cannot carry it.
+        """
+
+    @abstractmethod
+    def build(self, content: Content, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
         """Write the engine's files into directory `out`.
 
         Args:
-            onnx: The graph's file.
-            manifest: The graph's manifest.
+            content: What `read` returned.
+            manifest: Likewise.
             options: Checked: every dynamic dimension has a Range, and only this backend's options are set.
             out: An empty directory.
 
         Raises:
-            UnsupportedError: The backend is not installed here (the message says what to install), or cannot carry the graph.
+            UnsupportedError: The backend is not installed here (the message says what to install), or cannot carry the content.
         """
 
     @abstractmethod
@@ -107,6 +143,18 @@ class Backend(ABC):
         Raises:
             UnsupportedError: Not installed, built by another version or for another device.
         """
+
+    @abstractmethod
+    def at_sites(self, cut: Cut, engine: Manifest, device: torch.device) -> dict[str, Tensor]:
+        """What an engine computes at each site alone, built as `engine` was: `<site>.codes`, integers, and `<site>.y`.
+
+        Raises:
+            UnsupportedError: The backend cannot run on this machine.
+        """
+
+    def site_dtype(self, engine: Manifest) -> torch.dtype:
+        """Floating-point type in which a value reaches a site's quantizer: both sides of a comparison start from such values."""
+        return torch.float32
 
     def refuse_foreign_options(self, options: BuildOptions) -> None:
         """Raises UnsupportedError where an option is set that this backend has not."""

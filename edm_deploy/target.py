@@ -7,12 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from edm_deploy import lookup
-from edm_deploy.artifact import Op, Site
-from edm_deploy.errors import UnsupportedError
-from edm_deploy.quant import ACTIVATION_BITS, WEIGHT_BITS
+from torch import nn
 
+from edm_deploy import lookup
+from edm_deploy.artifact import Artifact, Op, Site
+from edm_deploy.errors import UnsupportedError
+from edm_deploy.family import skeleton
+from edm_deploy.quant import ACTIVATION_BITS, WEIGHT_BITS, fits_int4
+
+# What integer tensor cores multiply: signed by signed 4 bits, unsigned activations by signed 4 bits, signed by signed 8 bits.
+Kind = Literal["s4", "u4", "s8"]
 Execution = Literal["int4", "int8", "weight-only", "float"]
+SPAN4 = 15  # largest qmax - qmin that an unsigned 4-bit code n - qmin can carry
 WEIGHT_ONLY_BITS = 16  # activation bits that stand for "the input is not quantized"
 
 
@@ -25,6 +31,9 @@ class Target:
         executes: How a site with quantized weights and inputs is computed, by op.
         because: The reason where `executes` is not an integer kernel.
         weight_only: How a site with quantized weights only is computed; None where the backend cannot carry one.
+        int4: Whether it multiplies 4-bit integers where a site's codes fit.
+        filters: Sizes of the filters whose convolutions it computes in integers; None where it takes any convolution.
+        plugins: Whether it runs the nodes of our INT4 plugins.
         int4_storage: Whether packed INT4 initialisers can be read beside quantized activations.
         rest: Floating-point types that the rest of the graph can run in, the default first.
     """
@@ -33,6 +42,9 @@ class Target:
     executes: Mapping[Op, Execution]
     because: str = ""
     weight_only: Execution | None = "weight-only"
+    int4: bool = False
+    filters: tuple[tuple[int, int], ...] | None = None
+    plugins: bool = False
     int4_storage: bool = False
     rest: tuple[str, ...] = field(default=("fp32",))
 
@@ -48,7 +60,15 @@ TARGETS: Mapping[str, Target] = {
         ),
         Target(backend="openvino", executes={"conv2d": "int8", "linear": "int8"}, int4_storage=True, rest=("fp32", "bf16")),
         Target(backend="trt-rtx", executes={"conv2d": "int8", "linear": "int8"}, weight_only=None, rest=("fp16", "fp32")),
-        Target(backend="trt", executes={"conv2d": "int8", "linear": "int8"}, weight_only=None, rest=("fp16", "fp32")),
+        Target(backend="trt", executes={"conv2d": "int8", "linear": "int8"}, weight_only=None, plugins=True, rest=("fp16", "fp32")),
+        Target(
+            backend="cuda",
+            executes={"conv2d": "int8", "linear": "int8"},
+            weight_only="float",
+            int4=True,
+            filters=((1, 1), (3, 3)),
+            rest=("fp16", "bf16"),
+        ),
     )
 }
 
@@ -60,10 +80,12 @@ class SitePlan:
     Attributes:
         stored: Its scheme, `W4A4`.
         executed: The arithmetic that computes it.
+        codes: How its codes are packed, where the backend chooses.
     """
 
     stored: str
     executed: Execution
+    codes: Kind | None = None
 
 
 def target_named(backend: str) -> Target:
@@ -109,14 +131,83 @@ def check_storage(target: Target, storage: str) -> None:
         )
 
 
-def plan(sites: Mapping[str, Site], target: Target) -> dict[str, SitePlan]:
+def check_plugins(target: Target | None, sites: int) -> None:
+    """Raises UnsupportedError where `sites` > 0 sites are plugin nodes and the target, or any of them where it is None, does not run those."""
+    if not sites or (target is not None and target.plugins):
+        return
+    able = " or ".join(name for name, other in TARGETS.items() if other.plugins)
+    if target is None:
+        raise UnsupportedError(f"--int4 plugin writes nodes that only {able} runs. Add --for {able}, or leave --int4 out.")
+    raise UnsupportedError(
+        f"{target.backend} does not run INT4 plugin nodes, which only {able} does, and this graph is for them. "
+        f"Export again without --int4 plugin, or build with --backend {able}."
+    )
+
+
+def plan(artifact: Artifact, target: Target) -> dict[str, SitePlan]:
     """What each site becomes on a target, by site name."""
-    return {name: SitePlan(site.scheme, execution(site.op, site.activation is not None, target)) for name, site in sites.items()}
+    layers = artifact.family_object.sites(skeleton(artifact.family_object, artifact.config))
+    return {name: site_plan(site, layers[name], target) for name, site in artifact.sites.items()}
+
+
+def site_plan(site: Site, layer: nn.Conv2d | nn.Linear, target: Target) -> SitePlan:
+    """What one site becomes: decided by its op, its layer's shape, and where there are 4-bit kernels by its codes and bounds."""
+    executed = execution(site.op, site.activation is not None, target)
+    if target.filters is not None and site.activation is not None:
+        executed = "float" if obstacle(layer, target.filters) else executed
+    if not target.int4 or executed != "int8":
+        return SitePlan(site.scheme, executed)
+    kind = kind_of(site)
+    return SitePlan(site.scheme, "int8" if kind == "s8" else "int4", kind)
 
 
 def execution(op: Op, quantized_input: bool, target: Target) -> Execution:
-    """How the target computes a site."""
+    """How the target computes a site of this op, its codes unseen."""
     return target.executes[op] if quantized_input else (target.weight_only or "float")
+
+
+def obstacle(layer: nn.Conv2d | nn.Linear, filters: tuple[tuple[int, int], ...]) -> str | None:
+    """Why a convolution is none that our kernels compute, as a phrase, or None.
+
+    Args:
+        layer: The layer; its weights may be on the meta device.
+        filters: Sizes of the filters that there are kernels for.
+    """
+    if isinstance(layer, nn.Linear):
+        return None
+    if layer.groups > 1:
+        return f"{layer.groups} groups"
+    if max(layer.dilation) > 1:
+        return f"dilation {max(layer.dilation)}"
+    if layer.kernel_size not in filters:
+        return f"a {layer.kernel_size[0]}x{layer.kernel_size[1]} filter"
+    if len(set(layer.stride)) > 1 or layer.stride[0] > 2:
+        return f"stride {layer.stride[0]}x{layer.stride[1]}"
+    if isinstance(layer.padding, str) or len(set(layer.padding)) > 1:
+        return f"uneven padding {layer.padding}"
+    return None
+
+
+def kind_of(site: Site) -> Kind:
+    """The narrowest kernel that computes `site` exactly.
+
+    Returns:
+        `s4` where the weight codes and all activation bounds lie in [-8, 7]; `u4` where the weight codes do and no row's bounds span more than 16
+        codes, so that `n - qmin` fits in [0, 15]; `s8` for every other pair of integers.
+
+    Raises:
+        UnsupportedError: The site quantizes its weight only.
+    """
+    table = site.activation
+    if table is None:
+        raise UnsupportedError(
+            f"A {site.scheme} site has no integer input; these kernels multiply integers only. Keep it in floating point."
+        )
+    if not fits_int4(site.codes):
+        return "s8"
+    if fits_int4(table.qmin) and fits_int4(table.qmax):
+        return "s4"
+    return "u4" if int((table.qmax.int() - table.qmin.int()).max()) <= SPAN4 else "s8"
 
 
 def summary(site_plans: Mapping[str, SitePlan]) -> str:

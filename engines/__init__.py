@@ -1,4 +1,4 @@
-"""Backends, one a file: how an ONNX directory becomes an engine, and how an engine is opened. `build_engine` is the door."""
+"""Backends, one a file: how an ONNX directory or an artifact becomes an engine, and how an engine is opened. `build_engine` is the door."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from edm_deploy import lookup
 from edm_deploy.errors import InputError
 from edm_deploy.family import family_named
 from edm_deploy.files import PIPELINE_FILES, new_directory
-from edm_deploy.manifest import GRAPH_NAME, NAME, Manifest, Range
+from edm_deploy.manifest import NAME, Manifest, Range
 from edm_deploy.session import Backend, BuildOptions, Built
-from edm_deploy.target import SitePlan, check_storage, execution
+from edm_deploy.target import SitePlan, execution
 
 DEFAULT_RANGES: Mapping[str, Range] = {"batch": Range(1, 16, 64), "tokens": Range(77, 77, 77)}  # 77: CLIP's prompts
 
 
-def build_engine(onnx_dir: Path, out: Path, *, backend: str, options: BuildOptions | None = None) -> Manifest:
+def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions | None = None) -> Manifest:
     """Build an engine directory, whole or not at all: engine, manifest and the pipeline's files. One folder deploys.
 
     Args:
-        onnx_dir: What `edm-deploy export` wrote.
+        source: What the backend builds from: the directory that `edm-deploy export` wrote, or an artifact.
         out: Directory to write; an engine that stood there is replaced.
-        backend: `ort`, `openvino`, `trt-rtx` or `trt`.
+        backend: `ort`, `openvino`, `trt-rtx`, `trt` from ONNX; `cuda` from the artifact.
         options: What the user asks of the build; dynamic dimensions without a Range get a default one.
 
     Returns:
         The engine's manifest, as written.
 
     Raises:
-        ArtifactError: `onnx_dir` is damaged or none, or `out` cannot be written.
+        ArtifactError: `source` is damaged, none, or not what this backend builds from; or `out` cannot be written.
         UnsupportedError: No such backend, it is not installed, it has not an option that is set, or it cannot carry the graph.
         InputError: The profile names no dimension of the graph, or sizes that the model cannot take.
     """
     options = options or BuildOptions()
-    manifest = Manifest.read(onnx_dir, kind="onnx")
-    builder: Backend = lookup.load(sys.modules[__name__], backend, "BACKEND")
+    builder = backend_named(backend)
     builder.refuse_foreign_options(options)
-    check_storage(builder.target, manifest.weight_storage)
+    content, manifest = builder.read(source)
     options = replace(options, profile=complete_profile(manifest, options.profile))
     with new_directory(out, marker=NAME) as directory:
         started = time.perf_counter()
-        built = builder.build(onnx_dir / GRAPH_NAME, manifest, options, directory)
+        built = builder.build(content, manifest, options, directory)
         seconds = time.perf_counter() - started
         engine_files = _files_in(directory)
         engine = replace(
@@ -56,7 +56,13 @@ def build_engine(onnx_dir: Path, out: Path, *, backend: str, options: BuildOptio
             plan=plan(manifest, builder, built),
             build=_description(built, seconds, sum((directory / name).stat().st_size for name in engine_files)),
         )
-        return engine.write(directory, engine_files + _copy_pipeline(onnx_dir, directory))
+        return engine.write(directory, engine_files + _copy_pipeline(source, directory))
+
+
+def backend_named(name: str) -> Backend[Any]:
+    """The backend in `engines/<name>.py`; UnsupportedError lists the known ones otherwise."""
+    backend: Backend[Any] = lookup.load(sys.modules[__name__], name, "BACKEND")
+    return backend
 
 
 def complete_profile(manifest: Manifest, asked: Mapping[str, Range]) -> dict[str, Range]:
@@ -80,10 +86,14 @@ def complete_profile(manifest: Manifest, asked: Mapping[str, Range]) -> dict[str
     return profile
 
 
-def plan(manifest: Manifest, builder: Backend, built: Built) -> dict[str, SitePlan]:
+def plan(manifest: Manifest, builder: Backend[Any], built: Built) -> dict[str, SitePlan]:
     """What each site became: what the target promises, corrected by what the build saw."""
     return {
-        name: SitePlan(site.scheme, built.executed.get(name) or execution(site.op, site.quantized_input, builder.target))
+        name: SitePlan(
+            site.scheme,
+            built.executed.get(name) or execution(site.op, site.quantized_input, builder.target),
+            built.codes.get(name),
+        )
         for name, site in manifest.sites.items()
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,19 +14,21 @@ from torch import Tensor
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.files import write_json
 from edm_deploy.manifest import Manifest, Range
-from edm_deploy.session import Backend, BuildOptions, Built, Session
+from edm_deploy.session import BuildOptions, Built, Session
 from edm_deploy.target import Execution
 from engines._layers import Finding, Layer, audit
 from engines._nvbuild import Request, run_in_child
+from engines._source import GraphBackend
 from engines._vendor import refuse_other_build, vendor
-from engines.gpus import capabilities
+from engines.kernels.gpus import capabilities
 
 ENGINE_NAME = "engine.trt"
 AUDIT_NAME = "audit.json"
 OPTIMIZATION_LEVELS = range(6)
+INT4_GPUS = ("sm_80", "sm_86", "sm_87", "sm_89")  # Ampere and Ada; on later ones 4-bit products are emulated
 
 
-class Nvinfer(Backend):
+class Nvinfer(GraphBackend):
     """A backend whose vendor package has TensorRT's API.
 
     Attributes:
@@ -40,14 +42,15 @@ class Nvinfer(Backend):
     module: ClassVar[str]
     install: ClassVar[str]
     default_gpus: ClassVar[tuple[str, ...]] = ()
+    device: ClassVar[str] = "cuda"
 
-    def build(self, onnx: Path, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
+    def build(self, content: Path, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
         gpus = capabilities(options.gpu) if options.gpu else self.default_gpus
         _check_level(options.optimization_level)
         version = str(vendor(self.package, mend=self.install).__version__)
         with tempfile.TemporaryDirectory() as scratch:
             request = Request(
-                graph=str(onnx.resolve()),
+                graph=str(content.resolve()),
                 engine=str(out / ENGINE_NAME),
                 reply=f"{scratch}/reply.json",
                 shapes={declared.name: _shapes(declared.dims, options.profile) for declared in manifest.inputs},
@@ -55,9 +58,12 @@ class Nvinfer(Backend):
                 optimization_level=options.optimization_level,
                 timing_cache=str(options.timing_cache.resolve()) if options.timing_cache else None,
                 workspace_mib=options.workspace_mib,
+                plugins=bool(manifest.plugin_sites),
             )
             reply = run_in_child(self.module, request, Path(scratch))
-        findings = audit([Layer(**{key: _tuples(value) for key, value in layer.items()}) for layer in reply["layers"]], manifest.sites)
+        plugins = manifest.plugin_sites  # nothing to audit: their nodes are our kernels, or the graph would not have parsed
+        audited = {name: site for name, site in manifest.sites.items() if name not in plugins}
+        findings = audit([Layer(**{key: _tuples(value) for key, value in layer.items()}) for layer in reply["layers"]], audited)
         write_json(out / AUDIT_NAME, {site: asdict(finding) for site, finding in findings.items()})
         floats = {site: finding for site, finding in findings.items() if finding.problem}
         if floats and not options.allow_float_sites:
@@ -65,8 +71,9 @@ class Nvinfer(Backend):
         return Built(
             versions={self.package: version},
             options={"optimization_level": options.optimization_level, "workspace_mib": options.workspace_mib},
-            executed={site: _executed(finding) for site, finding in findings.items()},
-            warnings=_warnings(manifest, floats),
+            executed={site: _executed(finding) for site, finding in findings.items()} | dict.fromkeys(plugins, "int4"),
+            codes=plugins,
+            warnings=_warnings(manifest, floats, reply["gpus"]),
             details={"gpus": reply["gpus"], "layers": len(reply["layers"]), "sites_in_integer_layers": len(findings) - len(floats)},
         )
 
@@ -153,8 +160,13 @@ def _refusal(backend: str, floats: Mapping[str, Finding], total: int) -> str:
     )
 
 
-def _warnings(manifest: Manifest, floats: Mapping[str, Finding]) -> tuple[str, ...]:
+def _warnings(manifest: Manifest, floats: Mapping[str, Finding], gpus: Sequence[str]) -> tuple[str, ...]:
     warnings = [f"{site}: {finding.problem}" for site, finding in floats.items()]
     if manifest.dtype == "fp32":
         warnings.append("The graph between the quantized sites is float32, which is slow on a GPU; export with --dtype fp16.")
+    if manifest.plugin_sites and (without := [gpu for gpu in gpus if gpu not in INT4_GPUS]):
+        warnings.append(
+            f"{', '.join(without)} has no INT4 tensor cores: the {len(manifest.plugin_sites)} plugin sites are exact there, and slow. "
+            "Export without --int4 plugin for it."
+        )
     return tuple(warnings)

@@ -18,10 +18,11 @@ from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.family import TIMESTEP
 from edm_deploy.lookup import suggestion
 from edm_deploy.manifest import ROW_NAME, Manifest, Range
-from edm_deploy.session import Backend, BuildOptions, Built, Session
+from edm_deploy.session import BuildOptions, Built, Session
 from edm_deploy.target import Execution
 from engines._ovgraph import keep_float32, lift_tables, timestep_path, widen_int4
 from engines._ovnorm import split_group_norms
+from engines._source import GraphBackend
 from engines._vendor import refuse_other_build, vendor
 
 PACKAGE = "openvino"
@@ -36,17 +37,17 @@ def _openvino() -> Any:
     return vendor(PACKAGE, mend='Install it with pip install "edm-deploy[openvino]".')
 
 
-class OpenvinoBackend(Backend):
+class OpenvinoBackend(GraphBackend):
     """OpenVINO on the CPU."""
 
     name: ClassVar[str] = "openvino"
     options: ClassVar[frozenset[str]] = frozenset({"precision", "threads"})
 
-    def build(self, onnx: Path, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
+    def build(self, content: Path, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
         ov = _openvino()
         effective = {"precision": self._precision(options.precision), "threads": options.threads}
         with _refusals(ov):
-            model = ov.Core().read_model(onnx)
+            model = ov.Core().read_model(content)
             model.reshape({declared.name: _partial_shape(ov, declared.dims, options.profile) for declared in manifest.inputs})
         save_file(lift_tables(ov, model), out / TABLES_NAME)
         kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model)

@@ -15,8 +15,9 @@ from torch import Tensor
 from edm_deploy.errors import UnsupportedError, first_line
 from edm_deploy.family import family_named
 from edm_deploy.manifest import GRAPH_NAME, Manifest
-from edm_deploy.session import Backend, BuildOptions, Built, Session
+from edm_deploy.session import BuildOptions, Built, Session
 from edm_deploy.target import Execution
+from engines._source import GraphBackend
 from engines._vendor import refuse_other_build, vendor
 
 PACKAGE = "onnxruntime"
@@ -29,17 +30,17 @@ def _onnxruntime() -> Any:
     return vendor(PACKAGE, mend='Install it with pip install "edm-deploy[ort]".')
 
 
-class OrtBackend(Backend):
+class OrtBackend(GraphBackend):
     """ONNX Runtime."""
 
     name: ClassVar[str] = "ort"
     options: ClassVar[frozenset[str]] = frozenset({"threads"})
 
-    def build(self, onnx: Path, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
+    def build(self, content: Path, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
         ort = _onnxruntime()
         for name in manifest.files:
             if name.startswith(GRAPH_NAME):  # the graph, and its weights where they stand beside it
-                shutil.copyfile(onnx.parent / name, out / name)
+                shutil.copyfile(content.parent / name, out / name)
         return Built(
             versions={PACKAGE: ort.__version__},
             options={"threads": options.threads},

@@ -7,16 +7,20 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
+import engines
 from edm_deploy.artifact import Artifact
 from edm_deploy.errors import ArtifactError, UnsupportedError
 from edm_deploy.files import check_replaceable, new_directory, write_json
 from edm_deploy.manifest import Manifest
 from edm_deploy.pipelines import Source, load_source
+from edm_deploy.session import Cut
 from edm_deploy_tools.describe import kind_of
 from edm_deploy_tools.machine import machine, versions
 from edm_deploy_tools.report import html_of
 from edm_deploy_tools.results import Report, Result, Subject
-from edm_deploy_tools.sites import Cut, agreement, cut_at_sites, statistics
+from edm_deploy_tools.sites import agreement, cut_at_sites, statistics
 from edm_deploy_tools.walk import FloatWalk, Setup, denoise_of_artifact, denoise_of_engine, distance, walk
 
 JSON_NAME = "report.json"
@@ -25,7 +29,13 @@ Say = Callable[[str], None]
 
 
 def evaluate_paths(
-    paths: Sequence[Path], out: Path, *, reference: str | None = None, setup: Setup | None = None, say: Say | None = None
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    reference: str | None = None,
+    setup: Setup | None = None,
+    device: str | None = None,
+    say: Say | None = None,
 ) -> Report:
     """Judge artifacts and engines, and write report.json and report.html into directory `out`.
 
@@ -34,6 +44,7 @@ def evaluate_paths(
         out: Directory to write, whole or not at all.
         reference: The float model; None takes the one that the first artifact was made from.
         setup: Samples, steps, seed.
+        device: Where engines run; None is where the backend of each runs.
         say: Told what is being measured.
 
     Raises:
@@ -43,7 +54,7 @@ def evaluate_paths(
     check_replaceable(out, marker=JSON_NAME)
     subjects = open_subjects(paths)
     source = load_source(reference or reference_of(subjects))
-    report = judge(subjects, source, setup or Setup(), say=say)
+    report = judge(subjects, source, setup or Setup(), device=device, say=say)
     write_report(report, out)
     return report
 
@@ -88,8 +99,8 @@ def reference_of(subjects: Sequence[Subject]) -> str:
     return named[0]
 
 
-def judge(subjects: Sequence[Subject], source: Source, setup: Setup, *, say: Say | None = None) -> Report:
-    """Measure each subject against the float model."""
+def judge(subjects: Sequence[Subject], source: Source, setup: Setup, *, device: str | None = None, say: Say | None = None) -> Report:
+    """Measure each subject against the float model; engines on `device`, or where their backends run."""
     say = say or (lambda text: None)
     for subject in subjects:
         check_same_model(subject, source)
@@ -100,7 +111,7 @@ def judge(subjects: Sequence[Subject], source: Source, setup: Setup, *, say: Say
         cuts = Cuts(reference, Path(scratch))
         for subject in subjects:
             say(f"{subject.label} ({subject.kind}, {subject.scheme})")
-            results.append(judge_engine(subject, reference, cuts) if subject.engine else judge_artifact(subject, reference))
+            results.append(judge_engine(subject, reference, cuts, device) if subject.engine else judge_artifact(subject, reference))
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return Report(reference=source, walk=reference, results=tuple(results), date=now, machine=machine(), versions=versions())
 
@@ -113,29 +124,31 @@ def judge_artifact(subject: Subject, reference: FloatWalk) -> Result:
 
 
 class Cuts:
-    """Cut graphs by artifact and dtype, each made once: the engines of one artifact share it."""
+    """What the reference makes of every site alone, by artifact and rounding of the inputs, each made once: the engines of one artifact share it."""
 
     def __init__(self, reference: FloatWalk, scratch: Path) -> None:
         self.reference, self.scratch = reference, scratch
-        self.made: dict[tuple[str, str], Cut] = {}
+        self.made: dict[tuple[str, torch.dtype], Cut] = {}
 
     def of(self, artifact: Artifact, engine: Manifest) -> Cut:
-        """The cut graph that an engine of `artifact` is compared on."""
-        key = engine.artifact, engine.dtype
+        """The cut that an engine of `artifact` is compared on."""
+        dtype = engines.backend_named(str(engine.backend)).site_dtype(engine)
+        key = engine.artifact, dtype
         if key not in self.made:
-            self.made[key] = cut_at_sites(artifact, self.reference, self.scratch / f"cut-{len(self.made)}", dtype=engine.dtype)
+            self.made[key] = cut_at_sites(artifact, self.reference, self.scratch / f"cut-{len(self.made)}", dtype=dtype)
         return self.made[key]
 
 
-def judge_engine(subject: Subject, reference: FloatWalk, cuts: Cuts) -> Result:
+def judge_engine(subject: Subject, reference: FloatWalk, cuts: Cuts, device: str | None) -> Result:
     """An engine, with its agreement site by site where its artifact is known."""
     assert subject.engine is not None  # an engine subject holds it
-    far = distance(denoise_of_engine(subject.path, reference.conditioning), reference)
+    far = distance(denoise_of_engine(subject.path, reference.conditioning, device=device), reference)
     if subject.artifact is None:
         note = "Agreement with the reference was not measured: give the artifact that the engine was built from beside it."
         return Result(subject=subject, distance=far, notes=(note,))
     try:
-        return Result(subject=subject, distance=far, agreement=tuple(agreement(cuts.of(subject.artifact, subject.engine), subject.engine)))
+        found = agreement(cuts.of(subject.artifact, subject.engine), subject.engine, device=device)
+        return Result(subject=subject, distance=far, agreement=tuple(found))
     except UnsupportedError as err:
         return Result(subject=subject, distance=far, notes=(f"Agreement with the reference was not measured: {err}",))
 

@@ -153,7 +153,7 @@ def result_json(result: Result) -> dict[str, Any]:
     if subject.engine:
         content |= engine_json(subject)
     elif subject.artifact:
-        content["plan"] = {name: summary(plan(subject.artifact.sites, target)) for name, target in TARGETS.items()}
+        content["plan"] = {name: summary(plan(subject.artifact, target)) for name, target in TARGETS.items()}
     if result.statistics:
         content["sites"] = [dataclasses.asdict(site) for site in result.statistics]
     if result.agreement is not None:

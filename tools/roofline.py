@@ -23,7 +23,7 @@ from edm_deploy_tools import console, entry
 from edm_deploy_tools.console import Row
 from edm_deploy_tools.describe import kind_of
 from edm_deploy_tools.describe_model import outline_of
-from engines.gpus import Gpu, gpu_named
+from engines.kernels.gpus import Gpu, gpu_named
 from engines.kernels.roofline import MAIN_LOOP, Expected, Matmul, Precision, expected, faster_as_int8
 
 NOTE = (
@@ -193,7 +193,7 @@ def advice(found: Roofline) -> str:
         words.append(f"INT8 is no slower at the other {len(found.as_int8)}")
     slower = sum(times["float16"].seconds < found.fastest(name).seconds for name, times in found.sites.items())
     if slower:
-        words.append(f"at {slower} sites float16 would be faster still: quantizing their input costs more than they gain")
+        words.append(f"{slower} of all would be faster still in float16: quantizing the input costs more than they gain")
     return "; ".join(words)
 
 

@@ -43,7 +43,16 @@ class Sampled:
         return self.seconds / self.count
 
 
-def sample(engine: Path, out: Path, *, num_images: int = 16, steps: int = 20, scheduler: str | None = "ddim", seed: int = 0) -> Sampled:
+def sample(
+    engine: Path,
+    out: Path,
+    *,
+    num_images: int = 16,
+    steps: int = 20,
+    scheduler: str | None = "ddim",
+    seed: int = 0,
+    device: str | None = None,
+) -> Sampled:
     """Draw images from an engine into directory `out`, whole or not at all.
 
     Args:
@@ -53,6 +62,7 @@ def sample(engine: Path, out: Path, *, num_images: int = 16, steps: int = 20, sc
         steps: Inference steps.
         scheduler: As edm_deploy.pipelines.SCHEDULERS names them; None is the source pipeline's own.
         seed: Of the noise.
+        device: Where the engine runs; None is where its backend runs.
 
     Raises:
         InputError: num_images or steps is below 1.
@@ -60,7 +70,7 @@ def sample(engine: Path, out: Path, *, num_images: int = 16, steps: int = 20, sc
     """
     if num_images < 1 or steps < 1:
         raise InputError(f"{num_images} images in {steps} steps: expected at least 1 of each.")
-    pipe = load_pipeline(engine, scheduler=scheduler)
+    pipe = load_pipeline(engine, scheduler=scheduler, device=device)
     start = time.perf_counter()
     images = draw(pipe, num_images, steps=steps, seed=seed)
     seconds = time.perf_counter() - start
@@ -82,7 +92,8 @@ def draw(pipe: Any, num_images: int, *, steps: int, seed: int) -> list[Image.Ima
     images: list[Image.Image] = []
     pipe.set_progress_bar_config(disable=True)
     for size in batches:
-        conditioning = denoiser.family.random_conditioning(denoiser.manifest.config, size, generator)
+        drawn = denoiser.family.random_conditioning(denoiser.manifest.config, size, generator)
+        conditioning = {name: value.to(denoiser.device) for name, value in drawn.items()}
         images += pipe(batch_size=size, num_inference_steps=steps, generator=generator, **conditioning).images
     return images[:num_images]
 

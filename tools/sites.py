@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import engines
 from edm_deploy.activations import per_sample, rows_of
 from edm_deploy.artifact import Artifact, Site
-from edm_deploy.denoiser import open_session
-from edm_deploy.export.cut import onnx_cut_at_sites
 from edm_deploy.family import SAMPLE
-from edm_deploy.manifest import Dtype, Manifest, Range
+from edm_deploy.manifest import Manifest
 from edm_deploy.reference import Reference, SiteRecord
-from edm_deploy.session import BuildOptions
-from edm_deploy_tools.profiles import build
+from edm_deploy.session import Cut
 from edm_deploy_tools.walk import FloatWalk
 
 SAMPLES = 4  # of the walk's batch: enough for shares and ratios, and the records of all sites fit in memory
@@ -105,52 +101,45 @@ def _fit(record: SiteRecord, site: Site, row: int) -> tuple[float, float, float,
     return used, clipped, min(sqnr, HIGHEST_SQNR), scale
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """The exported graph of an artifact cut at its sites, with what the reference saw at each: engines are built from it and compared.
+def cut_at_sites(artifact: Artifact, walk: FloatWalk, scratch: Path, *, dtype: torch.dtype) -> Cut:
+    """What the reference makes of every site alone, each from what it saw on points of the walk.
 
-    Attributes:
-        artifact: What it was made from.
-        onnx: Its directory.
-        inputs: Graph inputs by name; samples of the batch stand at different timesteps.
-        records: What the reference saw, by site.
+    Args:
+        artifact: Whose sites.
+        walk: Of the float model.
+        scratch: A directory for what backends make of the cut.
+        dtype: What the judged engine rounds a site's input to; the reference starts from the same rounded values.
     """
-
-    artifact: Artifact
-    onnx: Path
-    inputs: Mapping[str, Tensor]
-    records: Mapping[str, SiteRecord]
-
-
-def cut_at_sites(artifact: Artifact, walk: FloatWalk, onnx: Path, *, dtype: Dtype) -> Cut:
-    """Record the reference on points of the walk and write the cut graph into directory `onnx`."""
     chosen = [walk.steps[round(index * (len(walk.steps) - 1) / (SAMPLES - 1))] for index in range(SAMPLES)]
     samples = torch.stack([step.sample[index % len(step.sample)] for index, step in enumerate(chosen)])
     inputs = _inputs_at(walk, [step.timestep for step in chosen], samples)
-    records = Reference(artifact).record(inputs)
-    onnx_cut_at_sites(artifact, records, onnx, dtype=dtype)
-    return Cut(artifact=artifact, onnx=onnx, inputs=inputs, records=records)
+    return cut_from_inputs(artifact, inputs, scratch, dtype=dtype)
 
 
-def agreement(cut: Cut, engine: Manifest) -> list[SiteAgreement]:
-    """Every site of an engine against the reference, each from the reference's own input.
+def cut_from_inputs(artifact: Artifact, inputs: Mapping[str, Tensor], scratch: Path, *, dtype: torch.dtype) -> Cut:
+    """As `cut_at_sites`, from graph inputs by name; samples of the batch may stand at different timesteps."""
+    reference = Reference(artifact)
+    records = reference.record(inputs)
+    if dtype != torch.float32:
+        records = reference.at_sites({name: record.x.to(dtype).float() for name, record in records.items()}, inputs["timestep"])
+    scratch.mkdir(parents=True, exist_ok=True)
+    return Cut(artifact=artifact, timestep=inputs["timestep"], records=records, scratch=scratch)
+
+
+def agreement(cut: Cut, engine: Manifest, *, device: str | None = None) -> list[SiteAgreement]:
+    """Every site of an engine against the reference, each from the reference's own input: the one judge of all backends.
 
     Args:
         cut: Of the artifact that the engine was built from.
-        engine: Its manifest; the same backend builds the cut graph with the same options.
+        engine: Its manifest; the same backend computes each site alone, with the same options.
+        device: Where it runs; None is where its backend runs.
 
     Raises:
         UnsupportedError: The backend cannot run on this machine.
     """
-    assert engine.backend is not None  # an engine's manifest names one
-    kept = {field.name for field in dataclasses.fields(BuildOptions)}
-    options = {name: value for name, value in engine.build.get("options", {}).items() if name in kept}
-    options["profile"] = {"batch": Range(SAMPLES, SAMPLES, SAMPLES)}
-    with tempfile.TemporaryDirectory() as scratch:
-        built = build(cut.onnx, Path(scratch) / "engine", backend=engine.backend, options=BuildOptions(**options))
-        _, session = open_session(Path(scratch) / "engine")
-        found = session.run(_cut_inputs(built, cut))
-    rows = rows_of(cut.artifact.row_of_timestep, cut.inputs["timestep"])
+    backend = engines.backend_named(str(engine.backend))
+    found = backend.at_sites(cut, engine, torch.device(device or backend.device))
+    rows = rows_of(cut.artifact.row_of_timestep, cut.timestep)
     return [compare(name, cut.artifact.sites[name], record, found, rows) for name, record in cut.records.items()]
 
 
@@ -161,25 +150,20 @@ def compare(name: str, site: Site, record: SiteRecord, found: Mapping[str, Tenso
         name: The site's.
         site: It.
         record: What the reference saw.
-        found: The cut engine's outputs, `<site>.codes` and `<site>.y`.
+        found: What the engine computes, `<site>.codes` and `<site>.y`.
         rows: int64 [B], table row of each sample.
     """
     codes = ties = differ = 0
     if site.activation is not None:
-        apart = (found[f"{name}.codes"].float() - record.codes).abs()
+        apart = (found[f"{name}.codes"].cpu().float() - record.codes).abs()
         scaled = record.x * per_sample(site.activation.inv_scale, rows, record.x)
         tie = (apart == 1) & ((scaled - scaled.floor() - 0.5).abs() < TIE)
         codes, ties, differ = apart.numel(), int(tie.sum()), int((apart > 0).sum() - tie.sum())
     largest = max(float(record.y.abs().max()), torch.finfo(torch.float32).tiny)
-    error = float((found[f"{name}.y"].float() - record.y).abs().max()) / largest
+    error = float((found[f"{name}.y"].cpu().float() - record.y).abs().max()) / largest
     return SiteAgreement(site=name, codes=codes, ties=ties, differ=differ, output_error=error)
 
 
 def _inputs_at(walk: FloatWalk, timesteps: list[float], samples: Tensor) -> dict[str, Tensor]:
     conditioning = {name: value[torch.arange(len(samples)) % len(value)] for name, value in walk.conditioning.items()}
     return {SAMPLE: samples, "timestep": torch.tensor(timesteps[: len(samples)])} | conditioning
-
-
-def _cut_inputs(manifest: Manifest, cut: Cut) -> dict[str, Tensor]:
-    given = {"timestep": cut.inputs["timestep"]} | {f"{name}.x": record.x for name, record in cut.records.items()}
-    return {declared.name: given[declared.name].to(declared.dtype(manifest.torch_dtype)).contiguous() for declared in manifest.inputs}

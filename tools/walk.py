@@ -152,9 +152,9 @@ def denoise_of_artifact(artifact: Artifact, conditioning: Mapping[str, Tensor]) 
     return denoise
 
 
-def denoise_of_engine(path: Path, conditioning: Mapping[str, Tensor]) -> Denoise:
-    """An engine; a batch that its profile does not take is cut into ones that it does."""
-    denoiser = load_denoiser(path)
+def denoise_of_engine(path: Path, conditioning: Mapping[str, Tensor], *, device: str | None = None) -> Denoise:
+    """An engine on `device`, or where its backend runs; a batch that its profile does not take is cut into ones that it does."""
+    denoiser = load_denoiser(path, device=device)
     allowed = denoiser.manifest.profile.get("batch", Range(1, 1, 1 << 30))
 
     def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
@@ -181,8 +181,8 @@ def timed(denoise: Denoise, times: list[float]) -> Denoise:
 
 
 def _run(denoiser: EngineDenoiser, inputs: Mapping[str, Tensor]) -> Tensor:
-    prediction: Tensor = denoiser(**inputs).sample
-    return prediction.float()
+    prediction: Tensor = denoiser(**{name: value.to(denoiser.device) for name, value in inputs.items()}).sample
+    return prediction.float().cpu()
 
 
 def _rows(value: Tensor, start: int, size: int) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from edm_deploy.work import SiteWork
-from engines.gpus import Gpu, launch_seconds
+from engines.kernels.gpus import Gpu, launch_seconds
 from engines.kernels.layout import CHUNK
 from engines.kernels.tiles import STAGE_BYTES, choose
 

@@ -1,7 +1,7 @@
 import pytest
 
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.target import TARGETS, check_scheme, check_storage, plan, summary, target_named
+from edm_deploy.target import TARGETS, check_plugins, check_scheme, check_storage, plan, summary, target_named
 from tests.conftest import artifact_by_hand
 
 
@@ -35,15 +35,27 @@ def test_packed_weights_are_refused_where_they_cannot_be_read():
         check_storage(target_named("trt-rtx"), "int4")
 
 
+def test_plugin_nodes_are_for_tensorrt_alone():
+    check_plugins(target_named("trt"), 47)
+    check_plugins(target_named("ort"), 0)
+    check_plugins(None, 0)
+    with pytest.raises(
+        UnsupportedError, match=r"trt-rtx does not run INT4 plugin nodes, which only trt does.*Export again without --int4 plugin"
+    ):
+        check_plugins(target_named("trt-rtx"), 47)
+    with pytest.raises(UnsupportedError, match=r"--int4 plugin writes nodes that only trt runs\. Add --for trt"):
+        check_plugins(None, 1)
+
+
 def test_an_unknown_backend_gets_the_nearest():
     with pytest.raises(UnsupportedError, match="Did you mean 'trt-rtx'"):
         target_named("trtrtx")
 
 
 def test_the_plan_says_what_is_stored_and_what_is_executed():
-    sites = plan(artifact_by_hand().sites, target_named("ort"))
+    sites = plan(artifact_by_hand(), target_named("ort"))
     assert (sites["conv_in"].stored, sites["conv_in"].executed) == ("W8A8", "float")
     assert (sites["time_embedding.linear_1"].stored, sites["time_embedding.linear_1"].executed) == ("W8A8", "int8")
     assert "sites stored W4A4, executed as float" in summary(sites)
-    weight_only = plan(artifact_by_hand(act_bits=16).sites, target_named("openvino"))
+    weight_only = plan(artifact_by_hand(act_bits=16), target_named("openvino"))
     assert weight_only["mid_block.resnets.0.conv1"].executed == "weight-only"

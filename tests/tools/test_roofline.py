@@ -6,7 +6,7 @@ import pytest
 
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy_tools.roofline import app, draw, layers_of, site_rows, to_json, total_rows
-from engines.gpus import gpu_named
+from engines.kernels.gpus import gpu_named
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_a_wider_table_clips_less_and_uses_less(chain, reference):
 
 def test_an_engine_computes_the_reference_s_codes_at_every_site(chain, reference, tmp_path):
     artifact = Artifact.load(chain.artifact)
-    cut = cut_at_sites(artifact, reference, tmp_path / "cut", dtype="fp32")
+    cut = cut_at_sites(artifact, reference, tmp_path / "cut", dtype=torch.float32)
     sites = agreement(cut, Manifest.read(chain.engine, kind="engine"))
     assert {site.site for site in sites} == set(artifact.sites)
     assert sum(site.differ for site in sites) == 0

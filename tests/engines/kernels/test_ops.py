@@ -11,8 +11,9 @@ from edm_deploy.activations import ActivationTable
 from edm_deploy.artifact import Site
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.reference import ReferenceSite
+from edm_deploy.target import kind_of
 from engines.kernels import ops
-from engines.kernels.layout import bits_of, kind_of, pack_weight, unpack_codes, weight_sum, zero_codes
+from engines.kernels.layout import bits_of, pack_weight, unpack_codes, weight_sum, zero_codes
 
 OPS = torch.ops.edm_deploy
 RANGES = {"s4": ([-8, -3], [7, 4]), "u4": ([-3, -12], [12, 3]), "s8": ([-128, -100], [127, 127])}

@@ -5,7 +5,7 @@ import tomllib
 import pytest
 
 from edm_deploy.work import SiteWork
-from engines.gpus import TABLE, gpu_named, launch_seconds
+from engines.kernels.gpus import TABLE, gpu_named, launch_seconds
 from engines.kernels.roofline import Matmul, expected, faster_as_int8, others
 from engines.kernels.tiles import choose
 

@@ -13,7 +13,7 @@ from typing import Any
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.lookup import suggestion
 
-TABLE = Path(__file__).parent / "profiles" / "gpus.toml"
+TABLE = Path(__file__).parent.parent / "profiles" / "gpus.toml"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 import pytest
 
 from edm_deploy.errors import UnsupportedError
-from engines.gpus import capabilities, capability, gpu_named, gpu_names, launch_seconds
+from engines.kernels.gpus import capabilities, capability, gpu_named, gpu_names, launch_seconds
 
 
 @pytest.mark.parametrize("name", ["rtx3090", "RTX 3090", "NVIDIA GeForce RTX 3090", "rtx-3090", "sm_86", "sm86", "SM_86", "8.6"])

@@ -1,0 +1,249 @@
+"""Our own INT4 and INT8 kernels inside the torch model: built from the artifact, W4A4 on INT4 tensor cores, the rest in float16 or bfloat16."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from edm_deploy.activations import rows_of
+from edm_deploy.artifact import Artifact
+from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
+from edm_deploy.family import family_named, skeleton
+from edm_deploy.lookup import suggestion
+from edm_deploy.manifest import Manifest
+from edm_deploy.program import exported_program
+from edm_deploy.session import BuildOptions, Built, Cut, Session
+from edm_deploy.target import Kind, SitePlan, Target, obstacle, site_plan
+from engines._source import ArtifactBackend
+from engines.kernels.gpus import capabilities
+
+if TYPE_CHECKING:
+    from engines.kernels.graph import Draft
+
+log = logging.getLogger(__name__)
+
+ENGINE_NAME = "engine.safetensors"
+LAYOUT = 1  # of the packed weights; raised when an older file would be misread
+DEFAULT_GPU = "sm_86"  # where none is named and none is here
+DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+OLDEST = 80  # compute capability, times ten: the first whose tensor cores the kernels are written for
+WITHOUT_INT4 = 90  # from here on tensor cores multiply no 4-bit integers
+
+
+class CudaBackend(ArtifactBackend):
+    """The kernels of `engines/kernels/`, in the graph that torch.export draws of the float model when the engine is opened."""
+
+    name: ClassVar[str] = "cuda"
+    options: ClassVar[frozenset[str]] = frozenset({"gpu", "precision"})
+    device: ClassVar[str] = "cuda"
+
+    def build(self, content: Artifact, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
+        gpu, precision = _gpu(options.gpu), self._precision(options.precision)
+        plans, reasons = plan_of(content, self.target)
+        if reasons and not options.allow_float_sites:
+            site, reason = next(iter(reasons.items()))
+            raise UnsupportedError(
+                f"{len(reasons)} of {len(plans)} quantized sites have no integer kernel in cuda; first {site!r}: {reason}. "
+                "Accept exact codes with floating-point arithmetic there with --allow-float-sites, or build for openvino."
+            )
+        save_file(_stored(content, plans, DTYPES[precision]), out / ENGINE_NAME)
+        executed = {name: "int8" if plan.executed == "int4" and not has_int4(gpu) else plan.executed for name, plan in plans.items()}
+        return Built(
+            versions={},
+            options={"gpu": gpu, "precision": precision},
+            executed=executed,
+            codes={name: plan.codes for name, plan in plans.items() if plan.codes},
+            warnings=_warnings(plans, reasons, gpu),
+            details={"layout": LAYOUT},
+        )
+
+    def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
+        from engines.kernels.graphs import CudaSession  # defines operators: only where they are used
+
+        _refuse_foreign(manifest)
+        kinds = kinds_on(manifest, device)
+        module = _graph(manifest, load_file(directory / ENGINE_NAME, device=str(device)), kinds).module()
+        return CudaSession(module, [declared.name for declared in manifest.inputs], manifest.outputs, device)
+
+    def at_sites(self, cut: Cut, engine: Manifest, device: torch.device) -> dict[str, Tensor]:
+        """The unfused graph, every site in it alone."""
+        from engines.kernels import graph as rewriting
+        from engines.kernels.sites import integers
+
+        kinds = kinds_on(engine, device)
+        plans, _ = plan_of(cut.artifact, self.target)
+        tensors = _stored(cut.artifact, plans, self.site_dtype(engine))
+        draft = _graph(engine, {name: value.to(device) for name, value in tensors.items()}, kinds, fused=False)
+        dtype = self.site_dtype(engine)
+        given = {placeholder: cut.records[name].x.to(device, dtype) for name, placeholder in rewriting.cut(draft).items()}
+        codes, outputs = draft.module()(cut.timestep.to(device), *given.values())
+        rows = rows_of(cut.artifact.row_of_timestep, cut.timestep).to(device)
+        found = {f"{name}.y": value for name, value in outputs.items()}
+        for name, value in codes.items():
+            table = cut.artifact.sites[name].activation
+            assert table is not None  # a weight-only site has no codes
+            found[f"{name}.codes"] = integers(value, kinds[name], table.qmin.to(device)[rows], cut.records[name].x)
+        return found
+
+    def site_dtype(self, engine: Manifest) -> torch.dtype:
+        """What lies between the sites: the kernels read no float32."""
+        return DTYPES[engine.build["options"]["precision"]]
+
+    def _precision(self, asked: str | None) -> str:
+        known = self.target.rest
+        if asked is not None and asked not in known:
+            raise InputError(f"--precision {asked!r}: cuda has {' and '.join(known)}.{suggestion(asked, known)}")
+        return asked or known[0]
+
+
+BACKEND = CudaBackend()
+
+
+def plan_of(artifact: Artifact, target: Target) -> tuple[dict[str, SitePlan], dict[str, str]]:
+    """What each site becomes where there are INT4 tensor cores, and why those sites that no kernel computes are none."""
+    layers = artifact.family_object.sites(skeleton(artifact.family_object, artifact.config))
+    plans = {name: site_plan(site, layers[name], target) for name, site in artifact.sites.items()}
+    refused = {name for name, plan in plans.items() if plan.executed == "float" and artifact.sites[name].activation is not None}
+    return plans, {name: str(obstacle(layers[name], target.filters or ())) for name in plans if name in refused}
+
+
+def has_int4(gpu: str) -> bool:
+    """Whether the tensor cores of a capability, `sm_86`, multiply 4-bit integers."""
+    return OLDEST <= int(gpu.removeprefix("sm_")) < WITHOUT_INT4
+
+
+def kinds_on(manifest: Manifest, device: torch.device) -> dict[str, Kind | None]:
+    """The kernels that run each site on a device: those that the engine was packed for, or INT8 ones where there are no INT4 tensor cores.
+
+    Weights are widened when the engine is opened, and every code stays the same, so an engine opens on any GPU that the kernels run on.
+
+    Raises:
+        UnsupportedError: No such device, or a GPU that is too old.
+    """
+    planned = str(manifest.build["options"]["gpu"])
+    gpu = planned if device.type == "cpu" else _present(device)
+    if device.type == "cpu":
+        log.warning("A cuda engine on the CPU checks arithmetic, not speed: the kernels' sums in plain torch.")
+    elif has_int4(gpu) != has_int4(planned):
+        log.warning(
+            "This engine was planned for %s and runs on %s, which has %s INT4 tensor cores: sites of 4 bits run as %s.",
+            planned,
+            gpu,
+            "" if has_int4(gpu) else "no",
+            "INT4" if has_int4(gpu) else "INT8",
+        )
+    return {name: None if plan.codes is None else plan.codes if has_int4(gpu) else "s8" for name, plan in manifest.plan.items()}
+
+
+def _present(device: torch.device) -> str:
+    """Capability of the GPU that a device names."""
+    if device.type != "cuda":
+        raise UnsupportedError(f"cuda runs on NVIDIA GPUs, not on {device.type}. Open the engine with device='cuda'.")
+    if not torch.cuda.is_available():
+        lacking = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA driver or GPU"
+        raise UnsupportedError(
+            f"This engine needs an NVIDIA GPU, and {lacking} here. Run it on a machine that has one, or build for ort or openvino; "
+            "device 'cpu' (--device cpu) checks its arithmetic, slowly."
+        )
+    gpu = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    _refuse_old(gpu, torch.cuda.get_device_name(device))
+    return gpu
+
+
+def _refuse_old(gpu: str, name: str) -> None:
+    if int(gpu.removeprefix("sm_")) < OLDEST:
+        raise UnsupportedError(
+            f"{name} is {gpu}; the kernels need sm_{OLDEST} or later. Build with --backend ort, openvino or trt instead."
+        )
+
+
+def _gpu(asked: str | None) -> str:
+    if asked is None:
+        return _present(torch.device("cuda")) if torch.cuda.is_available() else DEFAULT_GPU
+    named = capabilities(asked)
+    if len(named) > 1:
+        raise InputError(f"--gpu {asked}: name one GPU. The plan is for one; the engine opens on any from sm_{OLDEST} on.")
+    _refuse_old(named[0], asked)
+    return named[0]
+
+
+def _warnings(plans: Mapping[str, SitePlan], reasons: Mapping[str, str], gpu: str) -> tuple[str, ...]:
+    warnings = [f"{site}: {reason}; exact codes, floating-point arithmetic." for site, reason in reasons.items()]
+    weight_only = sum(plan.executed == "float" for plan in plans.values()) - len(reasons)
+    if weight_only:
+        warnings.append(f"{weight_only} sites quantize their weights only: floating-point arithmetic on weights dequantized when opened.")
+    narrow = sum(plan.executed == "int4" for plan in plans.values())
+    if narrow and not has_int4(gpu):
+        warnings.append(f"{gpu} has no INT4 tensor cores: {narrow} sites whose codes fit 4 bits run as INT8.")
+    return tuple(warnings)
+
+
+def _stored(artifact: Artifact, plans: Mapping[str, SitePlan], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The engine's file: packed sites, and every other parameter; one-dimensional ones stay float32, as norms and epilogues take them."""
+    from engines.kernels.sites import stored
+
+    floats = {
+        name
+        for name, value in skeleton(artifact.family_object, artifact.config).state_dict().items()
+        if value.ndim > 1 and value.is_floating_point()
+    }
+    tensors = {f"params.{name}": value.to(dtype if name in floats else value.dtype) for name, value in artifact.params.items()}
+    for name, site in artifact.sites.items():
+        tensors |= {f"sites.{name}.{what}": value for what, value in stored(site, plans[name].codes).items()}
+    return {"row_of_timestep": artifact.row_of_timestep} | {name: value.contiguous() for name, value in tensors.items()}
+
+
+def _graph(manifest: Manifest, tensors: Mapping[str, Tensor], kinds: Mapping[str, Kind | None], *, fused: bool = True) -> Draft:
+    """The engine's graph with its tensors, on the device that these are on."""
+    from engines.kernels import fusions
+    from engines.kernels import graph as rewriting
+    from engines.kernels.sites import read
+
+    family, dtype = family_named(manifest.family), DTYPES[manifest.build["options"]["precision"]]
+    layers = family.sites(skeleton(family, manifest.config))
+    params = {name.removeprefix("params."): value for name, value in tensors.items() if name.startswith("params.")}
+    by_site: dict[str, dict[str, Tensor]] = {name: {} for name in manifest.sites}
+    for name, value in tensors.items():
+        if name.startswith("sites."):
+            site, _, what = name.removeprefix("sites.").rpartition(".")
+            by_site[site][what] = value
+    sites = {
+        name: read(
+            name,
+            by_site[name],
+            packed=manifest.plan[name].codes,
+            kind=kinds[name],
+            channels=layers[name].weight.shape[1],
+            bias=params.get(f"{name}.bias"),
+            dtype=dtype,
+        )
+        for name in manifest.sites
+    }
+    params |= {f"{name}.weight": site.weight for name, site in sites.items() if site.kind is None}
+    program = exported_program(family, manifest.config, dtype, input_dtype=manifest.torch_dtype)
+    draft = rewriting.draft(program, sites, params, tensors["row_of_timestep"], dtype)
+    if fused:
+        fusions.fuse(draft)
+    return draft
+
+
+def _refuse_foreign(manifest: Manifest) -> None:
+    if manifest.backend != CudaBackend.name:
+        raise UnsupportedError(
+            f"This engine was built by {manifest.backend}, and cuda was asked to open it. Open it with {manifest.backend}."
+        )
+    if manifest.build.get("layout") != LAYOUT:
+        raise UnsupportedError(
+            f"This engine's weights are packed in layout {manifest.build.get('layout')}; this edm-deploy reads {LAYOUT}. "
+            "Build it again with edm-deploy build-engine --backend cuda."
+        )
+    if unknown := [name for name, plan in manifest.plan.items() if plan.codes not in (None, "s4", "u4", "s8")]:
+        raise ArtifactError(
+            f"Site {unknown[0]!r} has codes {manifest.plan[unknown[0]].codes!r}, which no kernel reads. Build the engine again."
+        )

@@ -1,0 +1,50 @@
+"""What torch's tracer leaves in a graph: fake values to ask for types and shapes, and nodes that compute nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten: Any = torch.ops.aten
+
+
+def clean(graph: fx.Graph, device: torch.device) -> None:
+    """Take out what the tracer leaves behind and computes nothing; name the device that the graph will run on."""
+    nodes: list[Any] = list(graph.nodes)
+    for node in nodes:
+        if node.op == "call_module" or node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)  # the tracer's own checks
+        elif _does_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default  # the trace saw channels first; ours are channels last, of which not every view exists
+    for node in graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": device}
+
+
+def _does_nothing(node: Any) -> bool:
+    if node.op != "call_function":
+        return False
+    if node.target is aten.dropout.default:
+        return not node.args[2]
+    if node.target is aten.to.dtype:
+        return len(node.args) == 2 and value_of(node.args[0]).dtype == node.args[1]
+    if node.target in (aten.div.Tensor, aten.mul.Tensor):  # diffusers divides by output_scale_factor, which is 1 but for few models
+        return node.args[1] == 1 and value_of(node.args[0]).is_floating_point()
+    return False
+
+
+def value_of(node: Any) -> Tensor:
+    """The fake tensor that the tracer saw at a node: its dtype, rank and symbolic shape."""
+    value: Tensor = node.meta["val"]
+    return value
+
+
+def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes hold tensors of one shape, whatever the batch and size."""
+    shapes = value_of(a).shape, value_of(b).shape
+    return len(shapes[0]) == len(shapes[1]) and all(str(x) == str(y) for x, y in zip(*shapes, strict=True))

@@ -1,0 +1,95 @@
+"""A rewritten denoiser as a session: eager on the CPU, on a GPU one CUDA graph for each set of shapes.
+
+What needs a GPU here (capture and replay) has not been executed where this was written; `pytest -m gpu` holds its tests.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+CAPTURED_SHAPES = 4  # graphs kept; all draw their memory from one pool
+WARM_UP = 3  # eager runs before a capture: kernels are built and loaded, cuBLAS and cuDNN take their workspaces
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A CUDA graph with the memory that it reads and writes.
+
+    Attributes:
+        graph: Replays every kernel of one run.
+        inputs: By name; a run copies its inputs into them.
+        outputs: By name; the next replay overwrites them.
+    """
+
+    graph: Any  # torch.cuda.CUDAGraph, which a torch without CUDA has not
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+
+
+class CudaSession:
+    """A graph of torch operators and our kernels on one device.
+
+    Table rows are computed in the graph from `timestep`, so a captured graph serves every timestep, and a batch may mix them.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str], device: torch.device, *, capture: bool = True
+    ) -> None:
+        self.device = device
+        self._module = module
+        self._inputs, self._outputs = tuple(inputs), tuple(outputs)
+        self._capture = capture and device.type == "cuda"
+        self._captured: OrderedDict[tuple[tuple[int, ...], ...], Captured] = OrderedDict()
+        self._pool: Any = None
+
+    @torch.no_grad()
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name for inputs by name; on a GPU asynchronous, on torch's current stream."""
+        if not self._capture:
+            return self._eager(inputs)
+        with torch.cuda.device(self.device):
+            captured = self._for_shapes(inputs)
+            for name, value in captured.inputs.items():
+                value.copy_(inputs[name], non_blocking=True)
+            captured.graph.replay()
+            return {name: value.clone() for name, value in captured.outputs.items()}
+
+    def _eager(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = (_channels_last(inputs[name]) for name in self._inputs)
+        return dict(zip(self._outputs, self._module(*given), strict=True))
+
+    def _for_shapes(self, inputs: Mapping[str, Tensor]) -> Captured:
+        """The graph for these shapes, captured when they are met first; the one unused for longest makes room."""
+        key = tuple(tuple(inputs[name].shape) for name in self._inputs)
+        if key not in self._captured:
+            self._captured[key] = self._record(inputs)
+            if len(self._captured) > CAPTURED_SHAPES:
+                self._captured.popitem(last=False)
+        self._captured.move_to_end(key)
+        return self._captured[key]
+
+    def _record(self, inputs: Mapping[str, Tensor]) -> Captured:
+        static = {name: inputs[name].clone() for name in self._inputs}
+        # Source: PyTorch's notes on CUDA graphs, "warm up on a side stream before capture".
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self._eager(static)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            outputs = self._eager(static)
+        return Captured(graph, static, outputs)
+
+
+def _channels_last(value: Tensor) -> Tensor:
+    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
