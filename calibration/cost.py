@@ -18,8 +18,9 @@ from calibration.distill import Training
 from calibration.memory import peak_memory
 from calibration.recipe import Run, RunOptions
 from calibration.recipes.efficientdm import EfficientDM
+from calibration.schedules import calibrated_timesteps
 from calibration.student import DTYPES, Student, Teacher
-from calibration.trajectories import Trajectories, calibrated_timesteps
+from calibration.trajectories import Trajectories
 from edm_deploy.errors import EdmDeployError
 from edm_deploy.pipelines import Source, load_source
 

@@ -2,101 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from calibration.schedules import schedule_of
 from edm_deploy.conditioning import Conditioner, Conditioning
-from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.pipelines import Source
-from edm_deploy.quant import per_channel
-
-
-def calibrated_timesteps(scheduler: Any, rows: int) -> Tensor:  # Any: diffusers' schedulers share no useful base class
-    """The timesteps of a `rows`-step sampling on the model's own scheduler, rounded to integers: int32 [R], ascending.
-
-    Raises:
-        InputError: More rows than the schedule has timesteps.
-    """
-    length = int(scheduler.config.num_train_timesteps)
-    if rows > length:
-        raise InputError(f"rows is {rows}, but the model's schedule has {length} timesteps. Set rows to {length} or fewer.")
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(rows)
-    stops = torch.as_tensor(scheduler.timesteps).double().round().clamp(0, length - 1)
-    return torch.tensor(sorted({int(stop) for stop in stops}), dtype=torch.int32)
-
-
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """The scheduler's arithmetic for samples that stand at different timesteps.
-
-    Attributes:
-        timesteps: int64 [R], descending.
-        alphas: float64 [R + 1], the cumulated alpha at each timestep; the last is that of the finished sample.
-        prediction: What the model predicts: `epsilon`, `v_prediction` or `sample`.
-        clip: Bound of the predicted clean sample, or None.
-    """
-
-    timesteps: Tensor
-    alphas: Tensor
-    prediction: str
-    clip: float | None
-
-    def previous(self, sample: Tensor, prediction: Tensor, positions: Tensor, noise: Tensor, eta: float) -> Tensor:
-        """One DDIM step, each sample at its own position.
-
-        Args:
-            sample: float32 [B, C, H, W].
-            prediction: float32, the same shape.
-            positions: int64 [B], indices into `timesteps`.
-            noise: float32, the same shape, standard normal.
-            eta: 0 takes no noise, 1 as much as DDPM.
-
-        Returns:
-            float32, the same shape: the samples one position further.
-
-        Source: DDIM, arXiv 2010.02502, equations 12 and 16.
-        """
-        now, then = self.alphas[positions.cpu()], self.alphas[positions.cpu() + 1]
-        sigma = eta * ((1 - then) / (1 - now) * (1 - now / then)).clamp(min=0).sqrt()
-        a, b, a_then, direction, sigma = (
-            per_channel(value.float(), sample).to(sample.device)
-            for value in (now.sqrt(), (1 - now).sqrt(), then.sqrt(), (1 - then - sigma**2).clamp(min=0).sqrt(), sigma)
-        )
-        match self.prediction:
-            case "epsilon":
-                clean, epsilon = (sample - b * prediction) / a, prediction
-            case "v_prediction":
-                clean, epsilon = a * sample - b * prediction, a * prediction + b * sample
-            case _:
-                clean, epsilon = prediction, (sample - a * prediction) / b
-        if self.clip is not None:
-            clean = clean.clamp(-self.clip, self.clip)
-        return a_then * clean + direction * epsilon + sigma * noise
-
-
-def noise_schedule(scheduler: Any, timesteps: Tensor) -> NoiseSchedule:  # Any: as above
-    """The noise schedule of a diffusers scheduler at `timesteps`, int [R] ascending.
-
-    Raises:
-        UnsupportedError: The scheduler has no cumulated alphas (flow matching), or its prediction type is unknown.
-    """
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    prediction = scheduler.config.get("prediction_type", "epsilon")
-    if alphas is None or prediction not in ("epsilon", "v_prediction", "sample"):
-        raise UnsupportedError(
-            f"{type(scheduler).__name__} with prediction type {prediction!r} has no trajectory here; "
-            "expected a diffusion schedule that predicts epsilon, v_prediction or sample."
-        )
-    descending = timesteps.long().flip(0)
-    final = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0)).double().reshape(1)
-    clip = float(scheduler.config.get("clip_sample_range", 1.0)) if scheduler.config.get("clip_sample", False) else None
-    return NoiseSchedule(descending, torch.cat([alphas.double().cpu()[descending], final]), prediction, clip)
 
 
 @dataclass(frozen=True)
@@ -147,7 +61,7 @@ class Trajectories:
         device: torch.device,
         conditioner: Conditioner | None = None,
     ) -> None:
-        self.schedule = noise_schedule(source.scheduler, timesteps)
+        self.schedule = schedule_of(source.scheduler, timesteps)
         self.shape = source.family_object.walked_shape(source.config)
         self.conditioner = conditioner or Conditioner(source.family_object, source.config)
         self.size, self.eta, self.device = size, eta, device

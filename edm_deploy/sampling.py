@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Denoise = Callable[[Tensor, Tensor], Tensor]  # (sample [B, C, H, W], timestep float32 [B]) -> prediction [B, C, H, W]
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (sample [B, ...], timestep float32 [B]) -> prediction [B, ...]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Step:
     Attributes:
         index: Position in the schedule, 0 is the noisiest.
         timestep: In the units of the training schedule; fractional for some schedulers.
-        sample: What went into the denoiser, [B, C, H, W], already scaled for it.
+        sample: What went into the denoiser, [B, ...], already scaled for it.
         prediction: What came out.
         next_sample: What the scheduler made of it.
     """
@@ -48,7 +48,7 @@ def trajectory(
     Args:
         denoise: The denoiser; conditioning is already bound in it.
         scheduler: Any diffusers scheduler; its timesteps are set here.
-        noise: float [B, C, H, W], standard normal; scaled by the scheduler's `init_noise_sigma` here.
+        noise: float [B, ...], standard normal; scaled by the scheduler's `init_noise_sigma` here.
         steps: Number of inference steps.
         generator: Where a stochastic scheduler draws its noise.
         options: Further arguments of `scheduler.step`, such as `eta`; the ones that it does not take are left out.
@@ -56,17 +56,33 @@ def trajectory(
     Yields:
         One `Step` for each timestep.
     """
-    scheduler.set_timesteps(steps)
-    sample = noise * float(scheduler.init_noise_sigma)
+    set_steps(scheduler, steps)
+    sample = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))  # flow matching starts from the noise itself, and scales no input
     accepted = inspect.signature(scheduler.step).parameters
     extra: dict[str, Any] = {key: value for key, value in (options or {}).items() if key in accepted}
     if "generator" in accepted:
         extra["generator"] = generator
     for index, timestep in enumerate(scheduler.timesteps):
-        scaled = scheduler.scale_model_input(sample, timestep)
+        scaled = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
         prediction = denoise(scaled, timestep.to(noise.device, torch.float32).expand(len(noise)))
         sample = scheduler.step(prediction, timestep, sample, return_dict=False, **extra)[0]
         yield Step(index, float(timestep), scaled, prediction, sample)
+
+
+def is_flow(scheduler: Any) -> bool:  # Any: as above
+    """Whether a diffusers scheduler walks a flow (sigmas from 1 to 0, a velocity predicted) rather than a diffusion."""
+    return type(scheduler).__name__.startswith("FlowMatch")
+
+
+def set_steps(scheduler: Any, steps: int) -> None:  # Any: as above
+    """Set the scheduler's timesteps; where it shifts them by the size of the image, as for an image of the largest size that it knows.
+
+    Source: Esser et al., arXiv 2403.03206, section 5.3.2 (the shift, whose logarithm diffusers calls mu).
+    """
+    if "mu" in inspect.signature(scheduler.set_timesteps).parameters and scheduler.config.get("use_dynamic_shifting", False):
+        scheduler.set_timesteps(steps, mu=float(scheduler.config.max_shift))
+    else:
+        scheduler.set_timesteps(steps)
 
 
 def last_sample(steps: Iterator[Step]) -> Tensor:

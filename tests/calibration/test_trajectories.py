@@ -1,51 +1,14 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from calibration.trajectories import Trajectories, calibrated_timesteps, noise_schedule
-from edm_deploy.errors import InputError, UnsupportedError
+from calibration.schedules import calibrated_timesteps
+from calibration.trajectories import Trajectories
 from tests.calibration.tiny import tiny_source
 
 
 def pool(size=10, rows=5, eta=0.0, kind="unet2d"):
     source = tiny_source(kind)
     return Trajectories(source, calibrated_timesteps(source.scheduler, rows), size=size, eta=eta, seed=0, device=torch.device("cpu"))
-
-
-def test_rows_are_the_timesteps_of_that_many_steps_ascending():
-    assert calibrated_timesteps(DDIMScheduler(num_train_timesteps=1000), 4).tolist() == [0, 250, 500, 750]
-
-
-def test_fractional_timesteps_are_rounded():
-    timesteps = calibrated_timesteps(EulerDiscreteScheduler(num_train_timesteps=1000), 4)
-    assert timesteps.dtype == torch.int32
-    assert timesteps.tolist() == [0, 333, 666, 999]
-
-
-def test_more_rows_than_timesteps_are_refused():
-    with pytest.raises(InputError, match="rows is 200, but the model's schedule has 100 timesteps"):
-        calibrated_timesteps(DDIMScheduler(num_train_timesteps=100), 200)
-
-
-def test_flow_matching_is_refused_by_name():
-    with pytest.raises(UnsupportedError, match="FlowMatchEulerDiscreteScheduler"):
-        noise_schedule(FlowMatchEulerDiscreteScheduler(), torch.tensor([0, 500]))
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("clip_sample", [True, False])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_step_is_that_of_the_vendors_ddim(prediction_type, clip_sample, eta):
-    scheduler = DDIMScheduler(num_train_timesteps=1000, prediction_type=prediction_type, clip_sample=clip_sample, set_alpha_to_one=True)
-    scheduler.set_timesteps(5)
-    schedule = noise_schedule(scheduler, calibrated_timesteps(scheduler, 5))
-    generator = torch.Generator().manual_seed(0)
-    sample, prediction, noise = (torch.randn(5, 3, 4, 4, generator=generator) for _ in range(3))
-    ours = schedule.previous(sample, prediction, torch.arange(5), noise, eta)  # each sample at another timestep
-    for position, timestep in enumerate(scheduler.timesteps):
-        one = slice(position, position + 1)
-        theirs = scheduler.step(prediction[one], timestep, sample[one], eta=eta, variance_noise=noise[one] if eta else None).prev_sample
-        torch.testing.assert_close(ours[one], theirs, rtol=2e-4, atol=2e-4)  # theirs takes roots in float32
 
 
 def test_finished_samples_start_anew_from_noise():

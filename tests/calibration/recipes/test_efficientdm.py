@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from calibration.recipes.efficientdm import RECIPE
+from calibration.schedules import calibrated_timesteps
 from calibration.student import Student
-from calibration.trajectories import calibrated_timesteps
 from edm_deploy.errors import InputError
 from tests.calibration.tiny import tiny_source
 
