@@ -122,8 +122,9 @@ __device__ __forceinline__ void multiply_stage(int (&sums)[TILE::FRAGMENTS_M][TI
   }
 }
 
-// Where column `column` of row `row` of a warp's 16 x 32 slice of int32 lies. A row is one line of banks. Eight lanes write 8 rows' worth of pairs at a time, four
-// rows each half-warp, and read two rows of four octets, half an octet at a time: the first XOR spreads the four rows, the second the two.
+// Where column `column` of row `row` of a warp's 16 x 32 slice of int32 lies. A row is one line of the 32 banks. Writing, 16 lanes at a time put 8 neighbouring
+// columns of 4 rows: the first XOR moves each of the 4 rows to other banks. Reading, 8 lanes at a time take half of every octet of 2 rows: the second XOR has
+// the odd row take the other halves' banks. No access waits for another.
 __device__ __forceinline__ int slice_place(int row, int column) { return row * WARP_N + (column ^ (row % 4 * 8) ^ (row % 2 * 4)); }
 
 // Results leave through shared memory: a lane holds two neighbouring channels of eight pixels (8-byte pieces), but can store 16 bytes at once when it has eight

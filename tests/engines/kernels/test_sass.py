@@ -1,0 +1,83 @@
+"""The compiled kernels, read: integer tensor cores are used, nothing spills, and as many blocks share a multiprocessor as the tiles were made for."""
+
+import pathlib
+import sys
+
+import pytest
+
+from engines.kernels.build import nvrtc_compiler
+from engines.kernels.launch import entry_points
+from engines.kernels.tiles import TILES
+from tests.engines.kernels.sass import MULTIPROCESSORS, kernels, table
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the wheels of NVRTC, nvdisasm and cuobjdump are for Linux")
+INT4 = ("sm_80", "sm_86", "sm_89")  # GPUs whose tensor cores multiply 4 bits
+# Each takes about ten seconds to compile, once; then it lies in the cache.
+ARCHS = [arch if arch == "sm_86" else pytest.param(arch, marks=pytest.mark.slow) for arch in MULTIPROCESSORS]
+DOCS = pathlib.Path(__file__).parents[3] / "docs" / "kernels.md"
+MULTIPLY = {"s4": "IMMA.16864.S4.S4", "u4": "IMMA.16864.U4.S4", "s8": "IMMA.16832.S8.S8"}
+
+
+def convolutions(arch: str) -> dict:
+    """The convolutions that run on `arch`: a GPU without 4 bits runs the s8 ones only."""
+    kinds = ("s4", "u4", "s8") if arch in INT4 else ("s8",)
+    return {name: kernel for name, kernel in kernels(arch).items() if name.startswith(tuple(f"conv_{kind}_" for kind in kinds))}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_entry_point_is_compiled(arch):
+    assert set(kernels(arch)) == set(entry_points())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_convolutions_run_on_integer_tensor_cores(arch):
+    """A stage is two steps of warp_m / 16 x 32 / 8 multiplications, unrolled, and nothing but these multiplies."""
+    for name, kernel in convolutions(arch).items():
+        expected = 2 * kernel.tile.warp_m // 16 * 4
+        assert kernel.count(MULTIPLY[name.split("_")[1]]) == expected == kernel.count("IMMA"), name
+        assert kernel.count("LDSM.16.M88.4") == 2 * (kernel.tile.warp_m // 16 + 2), name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_copies_go_past_the_registers_16_bytes_at_a_time(arch):
+    for name, kernel in convolutions(arch).items():
+        loads = (kernel.tile.BM + kernel.tile.BN) * 4 // kernel.threads
+        # The stages before the loop and the one in it; a copy may be unrolled into two branches, but never be absent or narrower.
+        assert kernel.count("LDGSTS.E.BYPASS.128") >= loads * kernel.tile.stages, name
+        assert kernel.count("LDGSTS.E.BYPASS.128") == kernel.count("LDGSTS"), name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_results_leave_16_bytes_at_a_time(arch):
+    for name, kernel in convolutions(arch).items():
+        assert kernel.count("STG.E.128") >= kernel.tile.warp_m // 8, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nothing_spills(arch):
+    runs = kernels(arch) if arch in INT4 else {n: k for n, k in kernels(arch).items() if not n.startswith(("conv_s4_", "conv_u4_"))}
+    assert {name: (kernel.stack, kernel.spills) for name, kernel in runs.items() if kernel.stack or kernel.spills} == {}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_as_many_blocks_fit_as_the_tiles_were_made_for(arch):
+    for name, kernel in convolutions(arch).items():
+        assert kernel.blocks(MULTIPROCESSORS[arch]) >= kernel.tile.blocks, name
+    assert all(kernel.registers <= 128 for kernel in convolutions(arch).values())
+    assert {kernel.tile for kernel in convolutions(arch).values()} == set(TILES)
+
+
+@pytest.mark.slow
+def test_without_4_bit_tensor_cores_4_bit_kernels_are_emulated():
+    """Why sm_90 runs 4-bit sites as 8 bits: the compiler replaces m16n8k64 by a function of 8-bit multiplications."""
+    kernel = kernels("sm_90")["conv_s4_64x64_f16"]
+    assert kernel.count("IMMA.16864") == 0
+    assert kernel.count("CALL") > 0
+
+
+def test_the_page_has_the_compilers_own_table():
+    page = DOCS.read_text()
+    compiler = f"NVRTC {'.'.join(map(str, nvrtc_compiler().version))}"
+    if compiler not in page:
+        pytest.skip(f"the table in docs/kernels.md was made by another compiler than {compiler}")
+    assert table("sm_86") in page, "run `python -m tests.engines.kernels.sass` and put its table into docs/kernels.md"
