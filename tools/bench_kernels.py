@@ -1,0 +1,258 @@
+"""The kernels on this machine's GPU: first whether their bits are right, then how long they take beside torch's float16 and its INT8 matmul.
+
+    python -m edm_deploy_tools.bench_kernels --model sd15 --batch 2,8,16
+
+Each time is the median over replays of a CUDA graph that calls one operator again and again, divided by the calls, so no host time is in it. With `--l2 cold` the
+calls go round copies of their operands that together exceed L2 three times, as in a network whose other layers ran in between; with `--l2 warm` they share
+one. float16 is torch's own, channels last, cuDNN choosing by measurement.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy_tools import console, entry
+from edm_deploy_tools.kernel_problems import (
+    BOUNDS,
+    CALLS,
+    Call,
+    Problem,
+    copy_bandwidth,
+    fits_int_mm,
+    float_call,
+    graph_seconds,
+    int_mm_call,
+)
+from edm_deploy_tools.layer_shapes import BATCHES, LAYERS, Layer
+from edm_deploy_tools.machine import machine, versions
+from engines.kernels import build, driver
+
+COPIES = 64  # of an operator's operands, at most
+LEAST_REPLAYS = 30
+NO_INT4 = (9, 0)  # from this compute capability on, 4-bit products are emulated: their time says nothing
+
+
+class L2(StrEnum):
+    """Whether operands may stand in L2 when an operator starts."""
+
+    COLD = "cold"
+    WARM = "warm"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer at one batch, its bits found right; times in microseconds, None where there is nothing to measure.
+
+    Attributes:
+        model, batch, layer, uses: What was run, and how often a step of the model runs it.
+        float16: torch's convolution or matmul.
+        int_mm: `torch._int_mm` alone: no scale, no bias, an int32 result.
+        int8, int4: Ours, from codes to float16; int4 only where tensor cores multiply 4 bits.
+        quantize8, quantize4: From float16 to codes.
+        quantize_share: Of the bandwidth that a plain copy reaches, by the 8-bit quantization.
+    """
+
+    model: str
+    batch: int
+    layer: str
+    uses: int
+    float16: float
+    int_mm: float | None
+    int8: float
+    int4: float | None
+    quantize8: float
+    quantize4: float
+    quantize_share: float
+
+    @property
+    def speedup(self) -> float:
+        """float16's time over int8's, quantization left out: other layers may share it."""
+        return self.float16 / self.int8
+
+    @property
+    def speedup_with_quantize(self) -> float:
+        """float16's time over int8's with a quantization of its own."""
+        return self.float16 / (self.int8 + self.quantize8)
+
+
+def bench(layers: Sequence[tuple[str, int, Layer]], *, l2: L2, replays: int) -> tuple[float, list[Row]]:
+    """Bytes a second that a copy reaches, and a row for each (model, batch, layer).
+
+    Raises:
+        UnsupportedError: The kernels cannot run here, or give other bits than the CPU.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    driver.prepare(device)
+    torch.backends.cudnn.benchmark = True
+    bandwidth = copy_bandwidth(device, replays)
+    return bandwidth, [bench_layer(*each, device, bandwidth, l2, replays) for each in layers]
+
+
+@torch.no_grad()
+def bench_layer(model: str, batch: int, layer: Layer, device: torch.device, bandwidth: float, l2: L2, replays: int) -> Row:
+    """One row; see `bench`."""
+    for kind in BOUNDS:
+        Problem(layer, batch, kind, device).check(f"{model}, batch {batch}, {layer}, {kind}")
+    first = {kind: Problem(layer, batch, kind, device) for kind in ("s8", "s4")}
+    half_bytes = 2 * (batch * layer.C * layer.H * layer.W + layer.C * layer.K * layer.R**2)
+    capacity = 3 * torch.cuda.get_device_properties(device).L2_cache_size if l2 == L2.COLD else 0
+
+    def timed(make: Callable[[], Call], size: int) -> float:
+        copies = min(COPIES, max(1, math.ceil(capacity / size)))
+        return graph_seconds([make() for _ in range(copies)], replays) * 1e6
+
+    int8, int4 = (timed(lambda kind=kind: Problem(layer, batch, kind, device).sum, first[kind].sum_bytes) for kind in first)  # type: ignore[misc]
+    quantize8, quantize4 = (
+        timed(lambda kind=kind: Problem(layer, batch, kind, device).quantize, first[kind].quantize_bytes)  # type: ignore[misc]
+        for kind in first
+    )
+    return Row(
+        model=model,
+        batch=batch,
+        layer=str(layer),
+        uses=layer.uses,
+        float16=timed(lambda: float_call(layer, batch, device), half_bytes),
+        int_mm=timed(lambda: int_mm_call(layer, batch, device), half_bytes // 2) if fits_int_mm(layer, batch) else None,
+        int8=int8,
+        int4=int4 if torch.cuda.get_device_capability(device) < NO_INT4 else None,
+        quantize8=quantize8,
+        quantize4=quantize4,
+        quantize_share=first["s8"].quantize_bytes / (quantize8 * 1e-6) / bandwidth,
+    )
+
+
+def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """For each model and batch: how many layers, median speedups of INT8, the slowest layer, and the median share of the copy bandwidth."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.model, row.batch), []).append(row)
+    found = []
+    for (model, batch), group in groups.items():
+        slowest = min(group, key=lambda row: row.speedup)
+        step16, step8 = (
+            sum(row.uses * time(row) for row in group) for time in (lambda row: row.float16, lambda row: row.int8 + row.quantize8)
+        )
+        found.append(
+            {
+                "model": model,
+                "batch": batch,
+                "layers": len(group),
+                "median speedup": statistics.median(row.speedup for row in group),
+                "with quantize": statistics.median(row.speedup_with_quantize for row in group),
+                "all uses, with quantize": step16 / step8,
+                "slowest": f"{slowest.speedup:.2f} {slowest.layer}",
+                "quantize, of copy": statistics.median(row.quantize_share for row in group),
+            }
+        )
+    return found
+
+
+def conditions(l2: L2, replays: int) -> dict[str, Any]:
+    """What stands beside every figure."""
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "l2": l2.value,
+        "replays": replays,
+        "calls": f"{CALLS} or more a replay",
+        **gpu_state(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "compiler": str(build.cubin(driver.arch_of(torch.cuda.get_device_capability())).compiler),
+        **machine(),
+        **versions(),
+    }
+
+
+def gpu_state() -> dict[str, str]:
+    """Driver, clocks and power limit as nvidia-smi tells them; empty where there is none."""
+    query = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    return dict(zip(query, ran.stdout.strip().split(", "), strict=False)) if ran.returncode == 0 else {}
+
+
+def chosen(models: Sequence[str], batches: Sequence[int]) -> list[tuple[str, int, Layer]]:
+    """(model, batch, layer) of each layer to measure; no batches: the table's own.
+
+    Raises:
+        InputError: A model that is in no table, or a batch below 1.
+    """
+    for model in models:
+        if model not in LAYERS:
+            raise InputError(f"No layers of {model!r} are listed. Known: {', '.join(LAYERS)}.")
+    if any(batch < 1 for batch in batches):
+        raise InputError(f"--batch {','.join(map(str, batches))}: expected 1 or more.")
+    return [(model, batch, layer) for model in models for batch in batches or BATCHES[model] for layer in LAYERS[model]]
+
+
+def batches_of(text: str) -> list[int]:
+    """`2,8` as numbers.
+
+    Raises:
+        InputError: Something in it is no whole number.
+    """
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as err:
+        raise InputError(f"--batch {text}: expected whole numbers with commas, such as 2,8,16.") from err
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def command(
+    model: Annotated[list[str] | None, typer.Option(help=f"{', '.join(LAYERS)}; all of them unless named.")] = None,
+    batch: Annotated[str, typer.Option(help="Batches, with commas; each model's own unless given.")] = "",
+    l2: Annotated[L2, typer.Option(help="Whether operands may stand in L2 when an operator starts.")] = L2.COLD,
+    replays: Annotated[int, typer.Option(min=LEAST_REPLAYS, help="Replays that the median is taken over.")] = LEAST_REPLAYS,
+    json: Annotated[bool, typer.Option("--json", help="Print json, and nothing else.")] = False,
+) -> None:
+    """Check the kernels' bits on this machine's GPU, then time them layer by layer."""
+    layers = chosen(model or list(LAYERS), batches_of(batch))
+    if reason := driver.available():
+        raise UnsupportedError(f"These kernels run on an NVIDIA GPU, and none can be used here. {reason}")
+    facts = conditions(l2, replays)
+    bandwidth, rows = bench(layers, l2=l2, replays=replays)
+    show(facts | {"copy": f"{bandwidth / 1e9:.0f} GB/s"}, rows, as_json=json)
+
+
+def show(facts: Mapping[str, Any], rows: Sequence[Row], *, as_json: bool) -> None:
+    """Print conditions, summary and every row."""
+    if as_json:
+        console.print_json({"conditions": dict(facts), "summary": summary(rows), "rows": [asdict(row) for row in rows]})
+        return
+    console.print_facts(facts)
+    console.print_table("INT8 against float16, by layer", summary(rows))
+    console.print_table("Microseconds a call; every row was first found right, bit for bit", [words(row) for row in rows])
+    if rows[0].int4 is None:
+        console.say("This GPU emulates 4-bit products: their bits were checked, their time says nothing.")
+
+
+def words(row: Row) -> dict[str, Any]:
+    """A row of the printed table."""
+    return asdict(row) | {"quantize_share": f"{row.quantize_share:.0%}", "speedup": row.speedup, "with quantize": row.speedup_with_quantize}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, 0 or 2."""
+    return entry.run(app, "python -m edm_deploy_tools.bench_kernels", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
