@@ -13,7 +13,7 @@ from edm_deploy.artifact import Artifact, Op
 from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.family import ModelInput
 from edm_deploy.files import read_json, sha256_of, write_json
-from edm_deploy.target import WEIGHT_ONLY_BITS, SitePlan
+from edm_deploy.target import WEIGHT_ONLY_BITS, Kind, SitePlan
 
 SCHEMA = 1
 NAME = "manifest.json"
@@ -45,11 +45,13 @@ class GraphSite:
         node: Name of its Conv or MatMul node, by which layer tables and profiles speak of it.
         op: What it was in the model.
         scheme: Its bits, `W4A4`.
+        plugin: How plugin nodes pack its codes, where they compute it; None where it is Q/DQ, which any backend reads.
     """
 
     node: str
     op: Op
     scheme: str
+    plugin: Kind | None = None
 
     @property
     def quantized_input(self) -> bool:
@@ -105,9 +107,21 @@ class Manifest:
         """Names of the dynamic dimensions, in order of appearance."""
         return tuple(dict.fromkeys(dim for declared in self.inputs for dim in declared.dims if isinstance(dim, str)))
 
+    @property
+    def plugin_sites(self) -> dict[str, Kind]:
+        """The sites that plugin nodes compute, and how they pack codes. A graph that has any is for TensorRT alone."""
+        return {name: site.plugin for name, site in self.sites.items() if site.plugin is not None}
+
     @classmethod
     def of(
-        cls, artifact: Artifact, nodes: Mapping[str, str], *, kind: Literal["onnx", "engine"], dtype: Dtype, weight_storage: str
+        cls,
+        artifact: Artifact,
+        nodes: Mapping[str, str],
+        *,
+        kind: Literal["onnx", "engine"],
+        dtype: Dtype,
+        weight_storage: str,
+        plugins: Mapping[str, Kind] | None = None,
     ) -> Manifest:
         """What is written beside what is made of `artifact`; its files are hashed when it is written.
 
@@ -117,7 +131,9 @@ class Manifest:
             kind: What is made.
             dtype: Floating-point type of the sample that goes in.
             weight_storage: `int8` or `int4`.
+            plugins: Sites that plugin nodes compute, and how they pack codes.
         """
+        plugins = plugins or {}
         return cls(
             kind=kind,
             artifact=artifact.digest,
@@ -129,7 +145,7 @@ class Manifest:
             weight_storage=weight_storage,
             inputs=artifact.family_object.inputs(artifact.config),
             outputs=(OUTPUT,),
-            sites={name: GraphSite(nodes[name], site.op, site.scheme) for name, site in artifact.sites.items()},
+            sites={name: GraphSite(nodes[name], site.op, site.scheme, plugins.get(name)) for name, site in artifact.sites.items()},
         )
 
     def write(self, directory: Path, files: list[str]) -> Manifest:

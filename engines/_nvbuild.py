@@ -9,7 +9,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Request:
         shapes: Smallest, usual and largest shape, by input.
         gpus: Compute capabilities, `sm_86`; empty means this machine's own GPU.
         optimization_level, timing_cache, workspace_mib: As in BuildOptions.
+        plugins: Whether the graph holds nodes of our plugins.
     """
 
     graph: str
@@ -41,6 +42,7 @@ class Request:
     optimization_level: int | None = None
     timing_cache: str | None = None
     workspace_mib: int | None = None
+    plugins: bool = False
 
 
 def run_in_child(module: str, request: Request, scratch: Path) -> dict[str, Any]:
@@ -63,11 +65,21 @@ def run_in_child(module: str, request: Request, scratch: Path) -> dict[str, Any]
     return read_json(Path(request.reply), what="build reply")
 
 
-def main(package: str, install: str) -> None:
-    """Body of the child process: build what the request in argv[1] says; a refusal is one line on stderr and exit status 2."""
+def main(package: str, install: str, register_plugins: Callable[[], None] | None = None) -> None:
+    """Body of the child process: build what the request in argv[1] says; a refusal is one line on stderr and exit status 2.
+
+    Args:
+        package: The vendor's module.
+        install: What to do where it is missing.
+        register_plugins: Called before a graph that needs them is parsed.
+    """
     request = Request(**json.loads(Path(sys.argv[1]).read_text()))
     try:
-        write_json(Path(request.reply), build_here(vendor(package, mend=install), request))
+        module = vendor(package, mend=install)
+        if request.plugins:
+            assert register_plugins is not None, "target.py lets plugin nodes through to backends that register them"
+            register_plugins()
+        write_json(Path(request.reply), build_here(module, request))
     except (EdmDeployError, OSError) as err:
         print(str(err).replace("\n", " "), file=sys.stderr)
         sys.exit(2)

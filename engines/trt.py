@@ -1,4 +1,7 @@
-"""TensorRT 10.9 and later, 11 included, strongly typed: engines for the GPU of the machine that builds them. Not executed where this was written."""
+"""TensorRT 10.9 and later, 11 included, strongly typed: engines for the GPU of the machine that builds them. Not executed where this was written.
+
+A graph with INT4 plugin nodes has its plugins registered before it is parsed. The engine carries their code, and opens without them.
+"""
 
 from __future__ import annotations
 
@@ -26,4 +29,6 @@ class TrtBackend(Nvinfer):
 BACKEND = TrtBackend()
 
 if __name__ == "__main__":
-    main(BACKEND.package, BACKEND.install)
+    from engines.kernels.plugin import register
+
+    main(BACKEND.package, BACKEND.install, register)

@@ -107,15 +107,24 @@ def export(
     weight_storage: Annotated[
         opt.Storage, typer.Option(help="int4 packs codes two to a byte, where the backend reads that.")
     ] = opt.Storage.INT8,
+    backend: opt.For = None,
+    int4: Annotated[opt.Int4, typer.Option(help="plugin: 4-bit sites as nodes of our TensorRT plugins, for --for trt.")] = opt.Int4.QDQ,
 ) -> None:
     """Write ARTIFACT as a standard ONNX graph (opset 21) with its tables inside."""
     from edm_deploy.artifact import Artifact
     from edm_deploy.export.onnx import onnx_from_artifact
+    from edm_deploy.target import check_plugins, check_storage, target_named
 
-    manifest = onnx_from_artifact(Artifact.load(artifact), out, dtype=dtype.value, weight_storage=weight_storage.value)
+    target = target_named(backend) if backend else None
+    check_plugins(target, int4 is opt.Int4.PLUGIN)
+    if target is not None:
+        check_storage(target, weight_storage.value)
+    manifest = onnx_from_artifact(Artifact.load(artifact), out, dtype=dtype.value, weight_storage=weight_storage.value, int4=int4.value)
     console.wrote(
         out, f"ONNX directory, {manifest.scheme}, {manifest.dtype}, weights {manifest.weight_storage}, {len(manifest.sites)} sites"
     )
+    if plugins := len(manifest.plugin_sites):
+        console.say(f"{plugins} sites are INT4 plugin nodes, the others Q/DQ: this graph is for build-engine --backend trt alone.")
 
 
 @app.command(
@@ -137,6 +146,7 @@ def build_engine(
     optimization_level: Annotated[int | None, typer.Option(help="Builder's effort, 0 to 5.")] = None,
     timing_cache: Annotated[Path | None, typer.Option(metavar="FILE", help="Timing cache to read and extend.")] = None,
     workspace_mib: Annotated[int | None, typer.Option(metavar="MIB", help="Most scratch memory.")] = None,
+    int4_where: opt.Int4Where = None,
     allow_float_sites: Annotated[
         bool, typer.Option("--allow-float-sites", help="Accept quantized sites that no integer layer computes.")
     ] = False,
@@ -148,6 +158,7 @@ def build_engine(
     sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens}
     asked = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": optimization_level}
     asked |= {"timing_cache": timing_cache, "workspace_mib": workspace_mib, "allow_float_sites": allow_float_sites}
+    asked["int4_where"] = _value(int4_where)
     manifest = build(onnx_dir, out, backend=backend, options=build_options(sizes, asked))
     for warning in manifest.build.get("warnings", []):
         console.say(f"Note: {warning}")

@@ -37,10 +37,24 @@ class Storage(StrEnum):
     INT4 = "int4"
 
 
+class Int4(StrEnum):
+    """How sites whose codes fit 4 bits stand in a graph."""
+
+    QDQ = "qdq"
+    PLUGIN = "plugin"
+
+
 class Format(StrEnum):
     """What an artifact is exported to."""
 
     ONNX = "onnx"
+
+
+class Int4Sites(StrEnum):
+    """Which sites of 4 bits run in INT4."""
+
+    FITS = "fits"
+    FASTER = "faster"
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local diffusers directory, or a hub id such as google/ddpm-cifar10-32.")]
@@ -57,6 +71,9 @@ For = Annotated[str | None, typer.Option("--for", metavar="BACKEND", help="Refus
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to calibrate or train.")]
 Teacher = Annotated[TeacherType | None, typer.Option("--teacher-dtype", help="The teacher's floating-point type.")]
 Profile = typer.Option(metavar="MIN:OPT:MAX", help="Sizes that the engine takes; one number stands for all three.")
+Int4Where = Annotated[
+    Int4Sites | None, typer.Option("--int4-where", help="faster: INT8 where 4 bits are expected to gain nothing on --gpu; for cuda.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print json and nothing else on stdout.")]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import onnx
 import onnx_ir as ir
@@ -12,16 +14,21 @@ from onnxscript import optimizer
 
 from edm_deploy.artifact import Artifact
 from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.export.plugin import insert_plugins, plugin_kinds
 from edm_deploy.export.qdq import WeightStorage, insert_qdq, remove_float_weights
 from edm_deploy.export.trace import find_sites, trace
 from edm_deploy.files import copy_pipeline_files, new_directory
 from edm_deploy.manifest import GRAPH_NAME, NAME, TORCH_DTYPES, Dtype, Manifest
+from edm_deploy.target import Kind
 
 DATA_NAME = "model.onnx.data"
+Int4 = Literal["qdq", "plugin"]
 EXTERNAL_DATA_BYTES = 1 << 30  # one protobuf file ends at 2 GiB; well below it, one file is handier than two
 
 
-def onnx_from_artifact(artifact: Artifact, out: Path | str, *, dtype: Dtype = "fp32", weight_storage: WeightStorage = "int8") -> Manifest:
+def onnx_from_artifact(
+    artifact: Artifact, out: Path | str, *, dtype: Dtype = "fp32", weight_storage: WeightStorage = "int8", int4: Int4 = "qdq"
+) -> Manifest:
     """Export an artifact to directory `out`, whole or not at all.
 
     Args:
@@ -29,31 +36,40 @@ def onnx_from_artifact(artifact: Artifact, out: Path | str, *, dtype: Dtype = "f
         out: Directory to write: model.onnx, manifest.json and the pipeline's files.
         dtype: Floating-point type of the graph outside the quantized islands, which are float32 always.
         weight_storage: `int4` packs weight codes that fit in [-8, 7] two to a byte.
+        int4: `plugin` writes sites whose codes fit 4 bits as nodes of our TensorRT plugins, which multiply 4-bit integers; such a graph is for
+            backend `trt` alone. `qdq` is standard ONNX for any backend, where 4-bit codes are computed as INT8.
 
     Returns:
         The manifest that was written.
 
     Raises:
         InputError: dtype or weight_storage is none of the above.
-        UnsupportedError: torch cannot trace the model.
+        UnsupportedError: torch cannot trace the model, or no site is one for a plugin.
         ArtifactError: `out` holds something else or cannot be written.
     """
     if dtype not in TORCH_DTYPES or weight_storage not in ("int8", "int4"):
         raise InputError(f"dtype {dtype!r}, weight storage {weight_storage!r}: expected fp32 or fp16, int8 or int4.")
-    model, site_nodes = graph_from_artifact(artifact, TORCH_DTYPES[dtype], weight_storage)
-    manifest = Manifest.of(artifact, site_nodes, kind="onnx", dtype=dtype, weight_storage=weight_storage)
+    if int4 == "plugin" and dtype != "fp16":
+        raise InputError(f"--int4 plugin: the plugins compute in float16, and the graph is {dtype}. Add --dtype fp16.")
+    if int4 == "plugin" and weight_storage != "int8":
+        raise InputError("--weight-storage int4 beside --int4 plugin: plugin nodes hold packed weights anyway. Leave --weight-storage out.")
+    plugins = plugin_kinds(artifact) if int4 == "plugin" else None
+    model, site_nodes = graph_from_artifact(artifact, TORCH_DTYPES[dtype], weight_storage, plugins)
+    manifest = Manifest.of(artifact, site_nodes, kind="onnx", dtype=dtype, weight_storage=weight_storage, plugins=plugins)
     with new_directory(Path(out), marker=NAME) as directory:
         files = save_graph(model, directory)
         copy_pipeline_files(artifact.pipeline, directory)
         return manifest.write(directory, [*files, *artifact.pipeline])
 
 
-def graph_from_artifact(artifact: Artifact, dtype: torch.dtype, storage: WeightStorage) -> tuple[ir.Model, dict[str, str]]:
-    """The Q/DQ graph of an artifact, optimised, and the node name of each site."""
+def graph_from_artifact(
+    artifact: Artifact, dtype: torch.dtype, storage: WeightStorage, plugins: Mapping[str, Kind] | None = None
+) -> tuple[ir.Model, dict[str, str]]:
+    """The Q/DQ graph of an artifact, optimised, and the node name of each site; those in `plugins` as plugin nodes."""
     model = trace(artifact.family_object, artifact.config, dtype)
     # Before any optimisation: fused or renamed nodes no longer tell which parameter they came from.
     sites = find_sites(model.graph, list(artifact.sites))
-    site_nodes = insert_qdq(model, artifact, sites, storage)
+    site_nodes = insert_qdq(model, artifact, sites, storage) if plugins is None else insert_plugins(model, artifact, sites, plugins)
     remove_float_weights(model.graph, artifact.sites)
     _fill_parameters(model.graph, artifact, dtype)
     passes.TopologicalSortPass()(model)  # a shared input was written before its first user, not before all of them

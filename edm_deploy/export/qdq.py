@@ -38,18 +38,18 @@ def insert_qdq(model: ir.Model, artifact: Artifact, sites: Mapping[str, SiteNode
     Returns:
         For each site the name of its Conv or MatMul node, by which layer tables and profiles speak of it.
     """
-    writer = _Writer(model.graph, artifact)
+    writer = GraphWriter(model.graph, artifact)
     writer.write_row_lookup()
     return {name: writer.rewrite(name, artifact.sites[name], nodes, storage) for name, nodes in sites.items()}
 
 
-class _Writer:
+class GraphWriter:
     """Writes nodes into one graph. Holds what sites share: the row of each sample, and inputs that are quantized alike."""
 
     def __init__(self, graph: ir.Graph, artifact: Artifact) -> None:
         self.graph = graph
         self.artifact = artifact
-        self.row: ir.Value | None = None
+        self.row: ir.Value | None = None  # set by write_row_lookup
         self.first_node = graph[0]
         self.float_dtype = graph.inputs[0].dtype or ir.DataType.FLOAT
         self.quantized: dict[ir.Value, list[tuple[ActivationTable, ir.Value]]] = {}
@@ -60,16 +60,23 @@ class _Writer:
         """An initialiser; the same name twice is the same value."""
         if name in self.graph.initializers:
             return self.graph.initializers[name]
-        return self._initializer(ir.tensor(np.asarray(array), name=name))
+        return self.initializer(ir.tensor(np.asarray(array), name=name))
 
-    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+    def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """A tensor as an initialiser of its own name."""
         shape = ir.Shape(tensor.shape)  # type: ignore[arg-type]  # an initialiser's shape is all numbers
         value = ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.initializers.add(value)
         return value
 
     def node(
-        self, before: ir.Node, op: str, inputs: Sequence[ir.Value], output: str, like: ir.Value | None = None, **attributes: int | float
+        self,
+        before: ir.Node,
+        op: str,
+        inputs: Sequence[ir.Value],
+        output: str,
+        like: ir.Value | None = None,
+        **attributes: int | float | Sequence[int],
     ) -> ir.Value:
         """One node before another; its output, whose shape is that of `like`."""
         node = ir.node(op, inputs, attributes=attributes, name=output)
@@ -101,7 +108,7 @@ class _Writer:
         at = nodes.dead[-1]
         x = nodes.x if site.activation is None else self._quantized_input(name, site.activation, nodes.x, at)
         if site.activation is None:
-            x = self._cast(at, x, ir.DataType.FLOAT, f"{name}/x_f32")
+            x = self.cast(at, x, ir.DataType.FLOAT, f"{name}/x_f32")
         weight = self._weight(at, name, site, storage, transpose=nodes.node.op_type != "Conv")
         op = "Conv" if nodes.node.op_type == "Conv" else "MatMul"
         value = self.node(at, op, [x, weight], f"{name}/sum", like=nodes.y)
@@ -118,11 +125,12 @@ class _Writer:
             value = self.node(
                 at, "Add", [value, self.constant(f"{name}.bias_f32", bias.numpy().reshape(shape))], f"{name}/biased", like=nodes.y
             )
-        value = self._cast(at, value, self.float_dtype, f"{name}/y")
-        self._replace(nodes, value)
+        value = self.cast(at, value, self.float_dtype, f"{name}/y")
+        self.replace(nodes, value)
         return f"{name}/sum"
 
-    def _replace(self, nodes: SiteNodes, value: ir.Value) -> None:
+    def replace(self, nodes: SiteNodes, value: ir.Value) -> None:
+        """Put `value` in the place of a site's output and drop its float nodes."""
         old = nodes.y
         if old.is_graph_output():
             # The graph's output keeps its name; the value behind it is now ours.
@@ -138,7 +146,7 @@ class _Writer:
             if known.equals(table):
                 return value
         rank = _rank(x)
-        value = self._cast(at, x, ir.DataType.FLOAT, f"{name}/x_f32")
+        value = self.cast(at, x, ir.DataType.FLOAT, f"{name}/x_f32")
         value = self.node(at, "Mul", [value, self._lookup(at, name, "inv_scale", table.inv_scale, rank)], f"{name}/scaled", like=x)
         value = self._clipped(at, name, table, value, rank)
         value = self.node(at, "QuantizeLinear", [value, self.one, self.zero], f"{name}/codes", like=x)
@@ -177,11 +185,11 @@ class _Writer:
         else:
             tensor = ir.tensor(codes.numpy(), name=label)
         scale = self.constant(f"{name}.weight_scale", site.weight_scale.numpy())
-        value = self.node(at, "DequantizeLinear", [self._initializer(tensor), scale], f"{name}/weight", axis=1 if transpose else 0)
+        value = self.node(at, "DequantizeLinear", [self.initializer(tensor), scale], f"{name}/weight", axis=1 if transpose else 0)
         value.shape = ir.Shape(codes.shape)
         return value
 
-    def _cast(self, at: ir.Node, value: ir.Value, dtype: ir.DataType, output: str) -> ir.Value:
+    def cast(self, at: ir.Node, value: ir.Value, dtype: ir.DataType, output: str) -> ir.Value:
         """`value` as `dtype`; the tracer leaves the type of its own helper nodes open, which is then the graph's."""
         if (value.dtype or self.float_dtype) == dtype:
             return value

@@ -129,7 +129,7 @@ def nvcc_compiler(nvcc: str) -> Compiler:
 
 
 def compiled(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) -> bytes:
-    """The cubin of `files[main]` for `arch`.
+    """The cubin of `files[main]` for `arch`; its PTX where `arch` is a virtual one, `compute_80`.
 
     Raises:
         UnsupportedError: The compiler does not know `arch`, or refuses the source; the message has its first error.
@@ -204,7 +204,7 @@ _kept: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process e
 def _by_nvrtc(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) -> bytes:
     nvrtc = _nvrtc()
     known = [f"sm_{number}" for number in nvrtc.nvrtcGetSupportedArchs()[1]]
-    if arch not in known:
+    if arch.replace("compute_", "sm_") not in known:
         raise UnsupportedError(f"{compiler} cannot compile for {arch}; it can for {', '.join(known)}.")
     headers = {name: content for name, content in files.items() if name != main}
     program = _nvrtc_ok(
@@ -218,8 +218,9 @@ def _by_nvrtc(files: dict[str, bytes], main: str, arch: str, compiler: Compiler)
             said = b" " * _nvrtc_ok(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))
             nvrtc.nvrtcGetProgramLog(program, said)
             raise _refused(compiler, arch, said.decode(errors="replace"))
-        code: bytes = b" " * _nvrtc_ok(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
-        _nvrtc_ok(nvrtc, nvrtc.nvrtcGetCUBIN(program, code))
+        size, read = (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX) if _virtual(arch) else (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+        code: bytes = b" " * _nvrtc_ok(nvrtc, size(program))
+        _nvrtc_ok(nvrtc, read(program, code))
         return code
     finally:
         nvrtc.nvrtcDestroyProgram(program)
@@ -229,11 +230,16 @@ def _by_nvcc(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) 
     with tempfile.TemporaryDirectory() as scratch:
         for name, content in files.items():
             (Path(scratch) / name).write_bytes(content)
-        command = [compiler.name, *FLAGS, "-cubin", f"-arch={arch}", "-o", "out.cubin", main]
+        command = [compiler.name, *FLAGS, "-ptx" if _virtual(arch) else "-cubin", f"-arch={arch}", "-o", "out", main]
         ran = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
         if ran.returncode:
             raise _refused(compiler, arch, ran.stderr + ran.stdout)
-        return (Path(scratch) / "out.cubin").read_bytes()
+        return (Path(scratch) / "out").read_bytes()
+
+
+def _virtual(arch: str) -> bool:
+    """Whether `arch` is one that no GPU is of, and code for it PTX."""
+    return arch.startswith("compute_")
 
 
 def _refused(compiler: Compiler, arch: str, said: str) -> UnsupportedError:

@@ -29,6 +29,13 @@ REFUSED = {
     "resume of nothing": ("finetune {model} --out {out} --resume", "no checkpoint to resume"),
     "export of a model": ("export {model} --out {out}", "no artifact directory"),
     "export to an unknown type": ("export {artifact} --out {out} --dtype fp8", "fp8"),
+    "plugin nodes for no backend": ("export {artifact} --out {out} --dtype fp16 --int4 plugin", "Add --for trt"),
+    "plugin nodes for another backend": (
+        "export {artifact} --out {out} --dtype fp16 --int4 plugin --for ort",
+        "does not run INT4 plugin nodes",
+    ),
+    "plugin nodes in float32": ("export {artifact} --out {out} --for trt --int4 plugin", "Add --dtype fp16"),
+    "storage that the target does not read": ("export {artifact} --out {out} --weight-storage int4 --for trt", "--weight-storage int8"),
     "build of an artifact": ("build-engine {artifact} --out {out} --backend ort", "no onnx directory"),
     "build of an engine": ("build-engine {engine} --out {out} --backend ort", "expected an onnx directory"),
     "unknown backend": ("build-engine {onnx} --out {out} --backend openvin", "Did you mean 'openvino'"),
