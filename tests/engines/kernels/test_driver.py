@@ -1,10 +1,12 @@
-"""The driver's calls, at the seam: a stand-in for `cuda.bindings.driver` that records, and can fail. No GPU is behind it.
+"""The driver's calls, at two seams: a stand-in for `cuda.bindings.driver` that records, and can fail; and the real binding on a stand-in for libcuda.
 
 What only a GPU can show is in test_dispatch.py, marked `gpu`.
 """
 
 import ctypes
 import enum
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -205,22 +207,37 @@ def test_this_machine_says_why_it_cannot():
         driver.prepare(torch.device("cuda", 0))
 
 
-def test_the_real_binding_takes_these_arguments():
-    """Without a driver the binding still converts its arguments first: TypeError would be ours, a missing library is not."""
-    api = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
-    if torch.cuda.is_available():
-        pytest.skip("it would launch for real: the gpu tests do")
-    one = a_launch()
-    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(one.params))
-    launch = (api.CUfunction(0), *one.grid, one.threads, 1, 1, 0, STREAM, ctypes.addressof(arguments), 0)
-    for name, values in {
-        "cuLaunchKernel": launch,
-        "cuModuleLoadData": (b"code",),
-        "cuModuleGetFunction": (api.CUmodule(0), b"entry"),
-        "cuFuncSetAttribute": (api.CUfunction(0), api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 65536),
-        "cuDevicePrimaryCtxRetain": (api.CUdevice(0),),
-        "cuCtxSetCurrent": (api.CUcontext(0),),
-        "cuDriverGetVersion": (),
-    }.items():
-        with pytest.raises(RuntimeError, match="NVIDIA driver library"):
-            getattr(api, name)(*values)
+THROUGH_THE_BINDING = """
+import torch
+from pathlib import Path
+from edm_deploy.errors import UnsupportedError
+from engines.kernels import build, driver
+from engines.kernels.launch import Launch, StatsParams
+
+torch.cuda.get_device_capability = lambda index: (8, 6)
+elf = b"\\x7fELF" + bytes(60)
+build.cubin = lambda arch: build.Cubin(Path("kernels.cubin"), elf, arch, build.Compiler("nvrtc", (13, 5)))
+for entry, width, shared_bytes in (("group_stats_f16", 4, 65536), ("group_stats_f16", 7, 0), ("missing", 4, 0)):
+    params = StatsParams(N=3, groups=5, eps=0.5)
+    try:
+        driver._driver().launch([Launch(entry, (width, 2, 1), 256, shared_bytes, params)], 1, 4096)
+    except UnsupportedError as err:
+        print(err, flush=True)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the stand-in for libcuda is built for Linux")
+def test_the_real_binding_carries_names_grids_and_structs(tmp_path):
+    """cuda.bindings in a process of its own, with libcuda_double.cpp where the driver's library is looked for."""
+    pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    source = Path(__file__).parent / "libcuda_double.cpp"
+    subprocess.run(["g++", "-shared", "-fPIC", f"-I{build.SOURCE}", "-o", tmp_path / "libcuda.so.1", source, "-ldl"], check=True)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", THROUGH_THE_BINDING], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == [
+        "group_stats_f16 attribute 8 = 65536",
+        "group_stats_f16 grid 4 2 1 block 256 1 1 shared 65536 stream 0x1000 extra (nil): N 3 groups 5 eps 0.5",
+        "group_stats_f16 grid 7 2 1 block 256 1 1 shared 0 stream 0x1000 extra (nil): N 3 groups 5 eps 0.5",
+        "Kernel group_stats_f16 with grid [7, 2, 1] cannot be started (CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: as CUDA explains it).",
+        "The kernels have no missing (CUDA_ERROR_NOT_FOUND: as CUDA explains it).",
+    ]
