@@ -66,7 +66,7 @@ TARGETS: Mapping[str, Target] = {
             executes={"conv2d": "int8", "linear": "int8"},
             weight_only="float",
             int4=True,
-            filters=((1, 1), (3, 3)),
+            filters=((1, 1), (2, 2), (3, 3)),  # 2x2: a transformer's patches
             rest=("fp16", "bf16"),
         ),
     )

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.target import TARGETS
 from engines.kernels.layout import CHUNK, bits_of, check_unsigned, code_bytes
 
 FLOATS = (torch.float16, torch.bfloat16)
-KERNELS = ((1, 1), (3, 3))
+FILTERS = TARGETS["cuda"].filters or ()
 STRIDES = (1, 2)
 INT32 = 2**31  # kernels count elements, and sum products, in int32
 LARGEST_CODE = {"s4": 8, "u4": 15, "s8": 128}  # magnitude of an activation as it is stored
@@ -130,9 +131,10 @@ class Operands:
             UnsupportedError: A filter or a stride that no kernel is compiled for, or a sum that could pass int32.
         """
         R, S = kernel
-        if (R, S) not in KERNELS or stride not in STRIDES:
+        if (R, S) not in FILTERS or stride not in STRIDES:
+            known = ", ".join(f"{height}x{width}" for height, width in FILTERS)
             raise UnsupportedError(
-                f"{op}: a {R}x{S} filter with stride {stride}; the kernels have 1x1 and 3x3 with stride 1 or 2. Keep this layer in floating point."
+                f"{op}: a {R}x{S} filter with stride {stride}; the kernels have {known} with stride 1 or 2. Keep this layer in floating point."
             )
         codes, weight = self.codes, self.weight
         if codes.ndim != 4 or codes.numel() == 0 or codes.shape[-1] % CHUNK:

@@ -114,7 +114,7 @@ def a_sum(seed: int, largest: int) -> Sum:
     batch, channels, outputs = dice.number(1, 4), dice.number(1, 10 * largest), dice.number(1, 10 * largest)
     if dice.number(0, 1):
         outputs = -(-outputs // 8) * 8
-    kernel, stride, padding = (1, 1, 0) if linear else (dice.one_of((1, 3)), dice.number(1, 2), dice.number(0, 1))
+    kernel, stride, padding = (1, 1, 0) if linear else (dice.one_of((1, 2, 3, 3)), dice.number(1, 2), dice.number(0, 1))
     height, width = dice.number(kernel, largest + kernel), 1 if linear else dice.number(kernel, largest + kernel)
     P, Q = ((size + 2 * padding - kernel) // stride + 1 for size in (height, width))
     qmin = dice.codes(-15, 0, ROWS) if kind == "u4" else torch.full((ROWS,), -limit, dtype=torch.int32)

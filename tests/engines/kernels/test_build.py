@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,14 @@ def test_the_kernels_find_all_their_headers():
     files = build.source_files()
     named = {line.split('"')[1] for content in files.values() for line in content.decode().splitlines() if line.startswith("#include")}
     assert named - {"emulator.h"} <= set(files)  # the emulator's stands beside its tests
+
+
+def test_the_source_travels_in_the_wheel():
+    root = build.SOURCE.parents[2]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["engines"]
+    shipped = {path.name for pattern in patterns for path in (root / "engines").glob(pattern)}
+    assert set(build.source_files()) <= shipped
+    assert sum(map(len, build.source_files().values())) < 1_000_000  # bytes: built ahead, they would be a megabyte for each GPU
 
 
 # ---- no compiler
