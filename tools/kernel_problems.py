@@ -83,8 +83,8 @@ class Problem:
     def _sum(self, codes: Tensor, operands: Sequence[Any]) -> Tensor:
         layer = self.layer
         if layer.op == "linear":
-            return OPS.linear(codes, *operands, [codes.shape[0], layer.H], torch.float16)  # type: ignore[no-any-return]
-        return OPS.conv2d(codes, *operands, [layer.R, layer.R], layer.stride, layer.R // 2, torch.float16)  # type: ignore[no-any-return]
+            return OPS.linear(codes, *operands, [codes.shape[0], layer.H], torch.float16)
+        return OPS.conv2d(codes, *operands, [layer.R, layer.R], layer.stride, layer.R // 2, torch.float16)
 
 
 def _last(value: Any, per_sample: bool) -> Any:

@@ -1,6 +1,7 @@
 """What is measured, what is printed, and what is refused. Times are made up here; only a GPU has real ones."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from edm_deploy.errors import InputError
 from edm_deploy_tools import bench_kernels
 from edm_deploy_tools.bench_kernels import L2, LEAST_REPLAYS, Row, batches_of, chosen, main, show, summary, words
-from edm_deploy_tools.layer_shapes import BATCHES, LAYERS
+from edm_deploy_tools.layer_shapes import BATCHES, LAYERS, Layer
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
@@ -34,6 +35,8 @@ def test_a_summary_has_medians_and_the_slowest_layer():
     assert first["with quantize"] == 1.6  # of 30/15, 20/25 and 40/25
     assert first["all uses, with quantize"] == (30 + 3 * 20 + 40) / (15 + 3 * 25 + 25)
     assert first["slowest"] == "1.00 b"
+    assert first["INT4"] is None
+    assert summary([row("a", 30, 10, int4=6), row("b", 30, 10, int4=5)])[0]["INT4"] == 5.5
     assert (second["batch"], second["median speedup"]) == (8, 3.0)
 
 
@@ -42,11 +45,39 @@ def test_a_row_is_printed_with_its_speedups():
     assert (printed["speedup"], printed["with quantize"], printed["quantize_share"]) == (3.0, 2.0, "75%")
 
 
+@pytest.mark.parametrize(("capability", "has_int4"), [((8, 6), True), ((9, 0), False)])
+def test_a_layer_is_checked_then_timed_on_copies_beyond_l2(capability, has_int4, monkeypatch):
+    """On the CPU, with a clock that counts: as many seconds as there are copies. L2 of 1000 bytes, so copies of 3000 in all."""
+    properties = SimpleNamespace(L2_cache_size=1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    shapes = []
+
+    def graph_seconds(calls, replays):
+        shapes.append(tuple(calls[0]().shape))
+        return float(len(calls))
+
+    monkeypatch.setattr(bench_kernels, "graph_seconds", graph_seconds)
+    layer = Layer("linear", 32, 16, 10, 1, 1, 1, 7)
+    timed = bench_kernels.bench_layer("sd15", 2, layer, torch.device("cpu"), 1e9, L2.COLD, LEAST_REPLAYS)
+    assert (timed.model, timed.batch, timed.layer, timed.uses) == ("sd15", 2, "linear 32->16, 10 tokens", 7)
+    # Bytes: codes 2 * 10 * 32 and weight 16 * 32 of 8 bits; half of that of 4; x 2 * 10 * 32 * 2 and the codes; float16 twice the codes and weight.
+    assert timed.int8 == 3e6  # ceil(3000 / 1152)
+    assert timed.int4 == (6e6 if has_int4 else None)
+    assert timed.quantize8 == 2e6  # ceil(3000 / 1920)
+    assert timed.float16 == 2e6
+    assert timed.int_mm == 3e6
+    assert timed.quantize_share == pytest.approx(1920 / 2.0 / 1e9)
+    assert set(shapes) == {(2, 10, 1, 32), (2, 10, 1, 16), (2, 10, 16), (20, 16)}
+    warm = bench_kernels.bench_layer("sd15", 2, layer, torch.device("cpu"), 1e9, L2.WARM, LEAST_REPLAYS)
+    assert warm.int8 == warm.float16 == 1e6
+
+
 def test_where_int4_is_emulated_its_time_is_left_out(capsys):
     show({"gpu": "H200"}, ROWS, as_json=False)
     said = capsys.readouterr().out
     assert "This GPU emulates 4-bit products: their bits were checked, their time says nothing." in said
-    assert "INT8 against float16" in said
+    assert "Speedup over float16" in said
     show({"gpu": "RTX 3090"}, [row("a", 30, 10, int4=6)], as_json=False)
     assert "emulates" not in capsys.readouterr().out
 
