@@ -21,6 +21,7 @@ from edm_deploy.program import exported_program
 from edm_deploy.session import BuildOptions, Built, Cut, Session
 from edm_deploy.target import Kind, SitePlan, Target, obstacle, site_plan
 from engines._source import ArtifactBackend
+from engines.kernels.choice import choose
 from engines.kernels.gpus import capabilities
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class CudaBackend(ArtifactBackend):
     """The kernels of `engines/kernels/`, in the graph that torch.export draws of the float model when the engine is opened."""
 
     name: ClassVar[str] = "cuda"
-    options: ClassVar[frozenset[str]] = frozenset({"gpu", "precision"})
+    options: ClassVar[frozenset[str]] = frozenset({"gpu", "precision", "int4_where"})
     device: ClassVar[str] = "cuda"
 
     def build(self, content: Artifact, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
@@ -52,6 +53,8 @@ class CudaBackend(ArtifactBackend):
                 f"{len(reasons)} of {len(plans)} quantized sites have no integer kernel in cuda; first {site!r}: {reason}. "
                 "Accept exact codes with floating-point arithmetic there with --allow-float-sites, or build for openvino."
             )
+        choice = choose(plans, content, options)
+        plans = dict(choice.plans)
         save_file(_stored(content, plans, DTYPES[precision]), out / ENGINE_NAME)
         executed = {name: "int8" if plan.executed == "int4" and not has_int4(gpu) else plan.executed for name, plan in plans.items()}
         return Built(
@@ -59,8 +62,8 @@ class CudaBackend(ArtifactBackend):
             options={"gpu": gpu, "precision": precision},
             executed=executed,
             codes={name: plan.codes for name, plan in plans.items() if plan.codes},
-            warnings=_warnings(plans, reasons, gpu),
-            details={"layout": LAYOUT},
+            warnings=(*_warnings(plans, reasons, gpu), *choice.reasons),
+            details={"layout": LAYOUT, "int4_run_as_int8": sorted(choice.as_int8)},
         )
 
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
@@ -77,8 +80,7 @@ class CudaBackend(ArtifactBackend):
         from engines.kernels.sites import integers
 
         kinds = kinds_on(engine, device)
-        plans, _ = plan_of(cut.artifact, self.target)
-        tensors = _stored(cut.artifact, plans, self.site_dtype(engine))
+        tensors = _stored(cut.artifact, engine.plan, self.site_dtype(engine))
         draft = _graph(engine, {name: value.to(device) for name, value in tensors.items()}, kinds, fused=False)
         dtype = self.site_dtype(engine)
         given = {placeholder: cut.records[name].x.to(device, dtype) for name, placeholder in rewriting.cut(draft).items()}
