@@ -67,10 +67,13 @@ class CudaBackend(ArtifactBackend):
         )
 
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
+        from engines.kernels import driver
         from engines.kernels.graphs import CudaSession  # defines operators: only where they are used
 
         _refuse_foreign(manifest)
         kinds = kinds_on(manifest, device)
+        if device.type == "cuda":
+            driver.prepare(device)  # a missing compiler or an old driver is told before any weight is read
         module = _graph(manifest, load_file(directory / ENGINE_NAME, device=str(device)), kinds).module()
         return CudaSession(module, [declared.name for declared in manifest.inputs], manifest.outputs, device)
 
