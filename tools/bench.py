@@ -22,8 +22,10 @@ from edm_deploy.manifest import Manifest
 from edm_deploy_tools.console import Row
 from edm_deploy_tools.floats import float_engine
 from edm_deploy_tools.machine import machine, versions
+from engines import backend_named
 
-BASELINES = ("torch", "torch-bf16", "openvino-fp32", "openvino-bf16", "ort-fp32")
+BASELINES = ("torch", "torch-bf16", "torch-fp16", "openvino-fp32", "openvino-bf16", "ort-fp32")
+HALVES: Mapping[str, torch.dtype] = {"torch-bf16": torch.bfloat16, "torch-fp16": torch.float16}
 WARM_UP = 3  # calls before the first one that counts: compilation, caches, memory pools
 Call = Callable[[], object]
 
@@ -85,7 +87,13 @@ class Bench:
 
 
 def bench_engines(
-    engines: Sequence[Path], *, against: Sequence[str] = ("torch",), batch: int = 16, rounds: int = 20, threads: int | None = None
+    engines: Sequence[Path],
+    *,
+    against: Sequence[str] = ("torch",),
+    batch: int = 16,
+    rounds: int = 20,
+    threads: int | None = None,
+    device: str | None = None,
 ) -> Bench:
     """Time one forward pass of a batch: baselines first, then the engines.
 
@@ -95,6 +103,7 @@ def bench_engines(
         batch: Samples a call, each at its own timestep.
         rounds: Measurements of each contestant, in turns.
         threads: CPU threads of torch and of the float baselines; None leaves their own defaults. An engine keeps the threads it was built with.
+        device: Where engines and torch's baselines run; None is where the first engine's backend does.
 
     Raises:
         InputError: No engines, a number below 1, engines of different architectures, or a batch over an engine's profile.
@@ -105,14 +114,15 @@ def bench_engines(
     if threads:
         torch.set_num_threads(threads)
     family, config = family_named(manifests[0].family), manifests[0].config
-    inputs = inputs_of(family, config, manifests[0].num_train_timesteps, batch)
+    device = device or backend_named(str(manifests[0].backend)).device
+    inputs = {name: value.to(device) for name, value in inputs_of(family, config, manifests[0].num_train_timesteps, batch).items()}
     with ExitStack() as scratch:
-        model = random_model(family, config)
+        model = random_model(family, config).to(device)
         calls: dict[str, Call] = {}
         for name in against:
             calls[name] = baseline(name, manifests[0], model, inputs, threads, scratch)
         for path in engines:
-            calls[unused(path.resolve().name, calls)] = engine_call(path, inputs)
+            calls[unused(path.resolve().name, calls)] = engine_call(path, inputs, device)
         timings = in_turns(calls, rounds)
     return Bench(conditions=conditions(batch, rounds, threads), timings=timings, batch=batch)
 
@@ -169,19 +179,20 @@ def baseline(
         path = scratch.enter_context(
             float_engine(manifest, model, backend=backend, precision=precision, threads=threads, batch=len(inputs[SAMPLE]))
         )
-        return engine_call(path, inputs)
-    if name == "torch-bf16":
-        model = random_model(family, manifest.config).to(torch.bfloat16)
+        return engine_call(path, inputs, None)
+    if name in HALVES:
+        model = random_model(family, manifest.config).to(inputs[SAMPLE].device, HALVES[name])
         inputs = {
-            key: value.to(torch.bfloat16) if value.is_floating_point() and key != "timestep" else value for key, value in inputs.items()
+            key: value.to(HALVES[name]) if value.is_floating_point() and key != "timestep" else value for key, value in inputs.items()
         }
     return torch.no_grad()(lambda: family.forward(model, inputs))
 
 
-def engine_call(path: Path, inputs: Mapping[str, Tensor]) -> Call:
+def engine_call(path: Path, inputs: Mapping[str, Tensor], device: str | None) -> Call:
     """One call of an engine through the drop-in, checks included: what a pipeline pays."""
-    denoiser = load_denoiser(path)
-    return lambda: denoiser(**inputs)
+    denoiser = load_denoiser(path, device=device)
+    given = {name: value.to(denoiser.device) for name, value in inputs.items()}
+    return lambda: denoiser(**given)
 
 
 def in_turns(calls: Mapping[str, Call], rounds: int) -> tuple[Timing, ...]:
@@ -194,6 +205,8 @@ def in_turns(calls: Mapping[str, Call], rounds: int) -> tuple[Timing, ...]:
         for name, call in calls.items():
             start = time.perf_counter()
             call()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # a call returns before its kernels have run
             seconds[name].append(time.perf_counter() - start)
     return tuple(Timing(name=name, seconds=tuple(found)) for name, found in seconds.items())
 

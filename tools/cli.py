@@ -49,10 +49,12 @@ def calibrate(
     backend: opt.For = None,
     device: opt.DeviceOption = opt.Device.CPU,
     teacher_dtype: opt.Teacher = None,
+    fold_time: opt.FoldTime = None,
 ) -> None:
     """Quantize MODEL without training: observe its layers along its own trajectories. W8A8 unless told otherwise."""
     flags = {"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed}
-    _quantize(model, out, recipe, flags, config, preset, settings, backend, device=device.value, teacher_dtype=_value(teacher_dtype))
+    run = {"device": device.value, "teacher_dtype": _value(teacher_dtype), "fold_time": fold_time}
+    _quantize(model, out, recipe, flags, config, preset, settings, backend, **run)
 
 
 @app.command(epilog=opt.example("finetune google/ddpm-cifar10-32 --out ddpm-w4a4 --set steps=2000 --for openvino"))
@@ -70,12 +72,19 @@ def finetune(
     backend: opt.For = None,
     device: opt.DeviceOption = opt.Device.CPU,
     teacher_dtype: opt.Teacher = None,
+    fold_time: opt.FoldTime = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
 ) -> None:
     """Quantize MODEL and fine-tune it without data against itself. W4A4 unless told otherwise. Ctrl-C leaves a checkpoint for --resume."""
     flags = {"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed}
     checkpoint = out.with_name(out.name + ".checkpoint")
-    run = {"device": device.value, "teacher_dtype": _value(teacher_dtype), "checkpoint": checkpoint, "resume": resume}
+    run = {
+        "device": device.value,
+        "teacher_dtype": _value(teacher_dtype),
+        "fold_time": fold_time,
+        "checkpoint": checkpoint,
+        "resume": resume,
+    }
     _quantize(model, out, recipe, flags, config, preset, settings, backend, **run)
 
 
@@ -96,6 +105,8 @@ def _quantize(
     chosen = recipe_with(recipe, preset=preset, config=config, flags=flags, overrides=settings or ())
     artifact = quantize(model, out, chosen, run_options(**run), backend=backend)
     console.wrote(out, f"artifact, {artifact.scheme}, {len(artifact.sites)} sites, {len(artifact.timesteps)} rows")
+    if artifact.folded:
+        console.say(f"{len(artifact.folded)} layers see the timestep alone: they stay in floating point, and export makes a table of them.")
 
 
 @app.command(epilog=opt.example("export ddpm-w4a4 --out ddpm-w4a4-onnx --weight-storage int4"))
@@ -123,6 +134,11 @@ def export(
     console.wrote(
         out, f"ONNX directory, {manifest.scheme}, {manifest.dtype}, weights {manifest.weight_storage}, {len(manifest.sites)} sites"
     )
+    if manifest.folded:
+        became = (
+            f"became a table, {manifest.folded['table']}" if "table" in manifest.folded else f"stay computed: {manifest.folded['computed']}"
+        )
+        console.say(f"{len(manifest.folded['layers'])} layers that see the timestep alone {became}.")
     if plugins := len(manifest.plugin_sites):
         console.say(f"{plugins} sites are INT4 plugin nodes, the others Q/DQ: this graph is for build-engine --backend trt alone.")
 
@@ -131,9 +147,9 @@ def export(
     name="build-engine", epilog=opt.example("build-engine ddpm-w4a4-onnx --out engine --backend trt-rtx --gpu rtx3090 --batch 1:16:32")
 )
 def build_engine(
-    onnx_dir: Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="What export wrote.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="What export wrote; for cuda the artifact itself.")],
     out: opt.Out,
-    backend: Annotated[str, typer.Option(help="ort, openvino, trt-rtx or trt.")],
+    backend: Annotated[str, typer.Option(help="ort, openvino, trt-rtx or trt, from ONNX; cuda, from the artifact.")],
     gpu: Annotated[str | None, typer.Option(help="rtx3090, rtx4090, sm_86, ...; several with commas.")] = None,
     batch: Annotated[str | None, opt.Profile] = None,
     height: Annotated[str | None, opt.Profile] = None,
@@ -151,7 +167,7 @@ def build_engine(
         bool, typer.Option("--allow-float-sites", help="Accept quantized sites that no integer layer computes.")
     ] = False,
 ) -> None:
-    """Build an engine for one backend from an ONNX directory. trt-rtx builds for a named GPU on a machine without one."""
+    """Build an engine for one backend. trt-rtx and cuda build for a named GPU on a machine without one."""
     from edm_deploy.target import summary
     from edm_deploy_tools.profiles import build, build_options
 
@@ -159,7 +175,7 @@ def build_engine(
     asked = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": optimization_level}
     asked |= {"timing_cache": timing_cache, "workspace_mib": workspace_mib, "allow_float_sites": allow_float_sites}
     asked["int4_where"] = _value(int4_where)
-    manifest = build(onnx_dir, out, backend=backend, options=build_options(sizes, asked))
+    manifest = build(source, out, backend=backend, options=build_options(sizes, asked))
     for warning in manifest.build.get("warnings", []):
         console.say(f"Note: {warning}")
     console.say(f"Plan: {summary(manifest.plan)}")
@@ -174,12 +190,13 @@ def sample(
     steps: Annotated[int, typer.Option(help="Inference steps.")] = 20,
     scheduler: Annotated[str, typer.Option(help="ddim, ddpm, dpm-solver++, euler or unipc.")] = "ddim",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    device: opt.EngineDevice = None,
     as_json: opt.Json = False,
 ) -> None:
     """Draw images from an engine: single PNGs and grid.png."""
     from edm_deploy_tools.sample import sample as draw
 
-    result = draw(engine, out, num_images=num_images, steps=steps, scheduler=scheduler, seed=seed)
+    result = draw(engine, out, num_images=num_images, steps=steps, scheduler=scheduler, seed=seed, device=_value(device))
     if as_json:
         console.print_json(
             {"out": str(out), "images": result.count, "seconds": result.seconds, "seconds_per_image": result.seconds_per_image}
@@ -203,6 +220,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(help="Trajectories.")] = 16,
     steps: Annotated[int, typer.Option(help="Steps of DDIM.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 123,
+    device: opt.EngineDevice = None,
     as_json: opt.Json = False,
 ) -> None:
     """Measure how far artifacts or engines are from the float model; writes report.json and report.html."""
@@ -210,7 +228,7 @@ def evaluate(
     from edm_deploy_tools.results import headline
     from edm_deploy_tools.walk import Setup
 
-    report = evaluate_paths(paths, out, reference=reference, setup=Setup(samples=samples, steps=steps, seed=seed))
+    report = evaluate_paths(paths, out, reference=reference, setup=Setup(samples=samples, steps=steps, seed=seed), device=_value(device))
     if as_json:
         console.print_json(report.to_json())
         return
@@ -222,11 +240,14 @@ def evaluate(
 @app.command(epilog=opt.example("bench engine-ort engine-openvino --against torch,torch-bf16 --batch 16"))
 def bench(
     engines: Annotated[list[Path] | None, typer.Argument(metavar="ENGINE_DIR...", help="What build-engine wrote; one or more.")] = None,
-    against: Annotated[str, typer.Option(help="Baselines with commas: torch, torch-bf16, openvino-fp32, openvino-bf16.")] = "torch",
+    against: Annotated[
+        str, typer.Option(help="Baselines with commas: torch, torch-bf16, torch-fp16, openvino-fp32, openvino-bf16.")
+    ] = "torch",
     batch: Annotated[int, typer.Option(help="Samples a call.")] = 16,
     rounds: Annotated[int, typer.Option(help="Measurements of each, taken in turns.")] = 20,
     threads: Annotated[int | None, typer.Option(help="CPU threads of torch; default: all cores.")] = None,
     finetune_step: Annotated[str | None, typer.Option(metavar="MODEL", help="Measure one fine-tuning step of this model instead.")] = None,
+    device: opt.EngineDevice = None,
     as_json: opt.Json = False,
 ) -> None:
     """Time engines against float baselines, in turns in one process; medians and ratios."""
@@ -238,7 +259,12 @@ def bench(
         result = bench_finetune_step(finetune_step, batch=batch, rounds=rounds, threads=threads)
     else:
         result = bench_engines(
-            engines or [], against=[name for name in against.split(",") if name], batch=batch, rounds=rounds, threads=threads
+            engines or [],
+            against=[name for name in against.split(",") if name],
+            batch=batch,
+            rounds=rounds,
+            threads=threads,
+            device=_value(device),
         )
     if as_json:
         console.print_json(result.to_json())

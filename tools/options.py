@@ -68,8 +68,18 @@ Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="T
 Preset = Annotated[str | None, typer.Option("--preset", help="Settings shipped in calibration/presets.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="One setting of the recipe; may be given again.")]
 For = Annotated[str | None, typer.Option("--for", metavar="BACKEND", help="Refuse at once what this backend cannot carry.")]
+EngineDevice = Annotated[
+    Device | None,
+    typer.Option("--device", help="Where engines run; default: where their backend does. cuda engines check arithmetic on cpu."),
+]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to calibrate or train.")]
 Teacher = Annotated[TeacherType | None, typer.Option("--teacher-dtype", help="The teacher's floating-point type.")]
+FoldTime = Annotated[
+    bool | None,
+    typer.Option(
+        "--fold-time/--no-fold-time", help="Leave layers that see the timestep alone in floating point: exports make a table of them."
+    ),
+]
 Profile = typer.Option(metavar="MIN:OPT:MAX", help="Sizes that the engine takes; one number stands for all three.")
 Int4Where = Annotated[
     Int4Sites | None, typer.Option("--int4-where", help="faster: INT8 where 4 bits are expected to gain nothing on --gpu; for cuda.")

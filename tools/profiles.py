@@ -41,6 +41,6 @@ def range_of(dim: str, text: str) -> Range:
     return Range(*numbers) if len(numbers) == 3 else Range(numbers[0], numbers[0], numbers[0])
 
 
-def build(onnx_dir: Path, out: Path, *, backend: str, options: BuildOptions) -> Manifest:
+def build(source: Path, out: Path, *, backend: str, options: BuildOptions) -> Manifest:
     """`engines.build_engine`."""
-    return engines.build_engine(onnx_dir, out, backend=backend, options=options)
+    return engines.build_engine(source, out, backend=backend, options=options)

@@ -12,7 +12,7 @@ from edm_deploy.reference import Reference
 from tests.conftest import tiny_inputs, tiny_model
 
 
-def check_against_reference(engine: Path, artifact: Artifact, *, slack: float = 1.0) -> None:
+def check_against_reference(engine: Path, artifact: Artifact, *, slack: float = 1.0, device: str | None = None) -> None:
     """Each sample, at its own timestep, is no further from the reference than the reference is from the float model.
 
     Codes that differ at rounding ties cascade through the network, so end to end nothing tighter holds; sites are compared one by one elsewhere.
@@ -21,7 +21,7 @@ def check_against_reference(engine: Path, artifact: Artifact, *, slack: float = 
     family, _, model = tiny_model("unet2d")
     inputs = tiny_inputs("unet2d", batch=4)
     expected = Reference(artifact)(inputs)
-    found = load_denoiser(engine)(**inputs).sample.float()
+    found = load_denoiser(engine, device=device)(**inputs).sample.float()
     floats = family.forward(model, inputs)
     for sample in range(4):
         distance = torch.linalg.vector_norm(found[sample] - expected[sample])

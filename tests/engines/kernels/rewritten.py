@@ -1,0 +1,83 @@
+"""Small layers by hand and whole tiny models, rewritten for the kernels."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from edm_deploy.activations import ActivationTable
+from edm_deploy.artifact import Artifact, Site
+from edm_deploy.program import exported_program
+from edm_deploy.quant import quantize_weight, weight_bounds
+from edm_deploy.target import Kind, kind_of
+from engines.kernels.graph import Draft, draft
+from engines.kernels.sites import PackedSite, read, stored
+from tests.conftest import tiny_model
+
+ROW_OF_TIMESTEP = torch.arange(1000, dtype=torch.int32) // 500  # two rows
+
+
+def packed_site(site: Site, bias: Tensor | None = None, dtype: torch.dtype = torch.float16, kind: Kind | str | None = "own") -> PackedSite:
+    """A site as an engine would open it; `kind` s8 widens, None leaves it to floating point."""
+    own = kind_of(site)
+    run: Kind | None = own if kind == "own" else kind  # type: ignore[assignment]
+    packed = None if run is None else own
+    return read("site", stored(site, packed), packed=packed, kind=run, channels=site.codes.shape[1], bias=bias, dtype=dtype)
+
+
+def site_of(layer: nn.Conv2d | nn.Linear, bits: int = 4, low: int = -4, scale: float = 0.2) -> Site:
+    """A layer quantized to `bits`, its input to [low, low + 2^bits - 1], the second row's scale twice the first's."""
+    weight = layer.weight.detach()
+    weight_scale = weight.flatten(1).abs().amax(1) / weight_bounds(bits)[1]
+    qmin = torch.full((2,), low, dtype=torch.int8)
+    table = ActivationTable(bits=bits, scale=torch.tensor([scale, 2 * scale]), qmin=qmin, qmax=qmin + (2**bits - 1))
+    return Site(
+        op="conv2d" if weight.ndim == 4 else "linear",
+        codes=quantize_weight(weight, weight_scale, bits),
+        weight_scale=weight_scale,
+        weight_bits=bits,
+        activation=table,
+    )
+
+
+def drafted(model: nn.Module, sites: dict[str, Site], x: Tensor, *, kinds: dict[str, Kind | None] | None = None) -> Draft:
+    """A model `f(x)` in float16 with its sites rewritten; graph inputs are x, of any batch, and the timestep."""
+    wrapped = _Timed(model.half())
+    arguments = (x, torch.zeros(len(x)))
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(wrapped.eval(), arguments, dynamic_shapes=({0: batch}, {0: batch}), strict=False)
+    state = {name: value.float() for name, value in model.state_dict().items()}
+    packed = {name: packed_site(site, state.get(f"{name}.bias"), kind=(kinds or {}).get(name, "own")) for name, site in sites.items()}
+    params = {name: value for name, value in state.items() if name.removesuffix(".weight") not in sites}
+    params |= {f"{name}.weight": site.weight for name, site in packed.items() if site.kind is None}
+    return draft(program, packed, params, ROW_OF_TIMESTEP, torch.float16)
+
+
+@functools.cache
+def program_of(kind: str, dtype: torch.dtype = torch.float16) -> ExportedProgram:
+    """The float program of a tiny model, traced once for all tests."""
+    family, config, _ = tiny_model(kind)
+    return exported_program(family, config, dtype, input_dtype=torch.float32)
+
+
+def drafted_artifact(artifact: Artifact, program: ExportedProgram, dtype: torch.dtype = torch.float16) -> Draft:
+    """A whole denoiser, rewritten and not fused."""
+    packed = {name: packed_site(site, artifact.params.get(f"{name}.bias"), dtype) for name, site in artifact.sites.items()}
+    return draft(program, packed, artifact.params, artifact.row_of_timestep, dtype)
+
+
+def calls(graph: torch.fx.Graph, name: str) -> int:
+    """How many nodes call the operator of this name."""
+    return sum(node.op == "call_function" and getattr(node.target, "__name__", "").split(".")[0] == name for node in graph.nodes)
+
+
+class _Timed(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.model(x)
