@@ -81,9 +81,17 @@ class EngineDenoiser(nn.Module):
         if not isinstance(sample, Tensor) or not sample.is_floating_point():
             found = sample.dtype if isinstance(sample, Tensor) else type(sample).__name__
             raise InputError(f"sample is {found}, expected a floating-point tensor. Convert it with .to(torch.float32).")
-        inputs = self._inputs(given, sample)
-        prediction = self.session.run(inputs)[self.manifest.outputs[0]].to(sample.dtype)
+        prediction = self.run(given).to(sample.dtype)
         return self.family.output(prediction) if kwargs.get("return_dict", True) else (prediction,)
+
+    @torch.no_grad()
+    def run(self, given: Mapping[str, Any]) -> Tensor:
+        """The graph's output for graph inputs by name; the timestep may be one for all samples.
+
+        Raises:
+            InputError: As `forward`.
+        """
+        return self.session.run(self._inputs(given, given[SAMPLE]))[self.manifest.outputs[0]]
 
     def to(self, *args: Any, **kwargs: Any) -> EngineDenoiser:
         """Stays where it is: an engine is bound to its device when it is opened. Another device raises InputError."""
@@ -113,7 +121,7 @@ class EngineDenoiser(nn.Module):
 
     def _timesteps(self, value: Any, batch: int) -> Tensor:
         timesteps = torch.as_tensor(value, dtype=torch.float32).to(self.device).reshape(-1)
-        last = self.manifest.num_train_timesteps - 1
+        last = self.manifest.num_train_timesteps - (0 if self.family.flow else 1)
         outside = (timesteps.round() < 0) | (timesteps.round() > last) | ~timesteps.isfinite()
         if bool(outside.any()):
             raise InputError(f"timestep {float(timesteps[outside][0]):g} lies outside the schedule; expected 0 to {last}.")

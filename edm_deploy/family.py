@@ -90,12 +90,14 @@ class Family(ABC):
         component: The denoiser's name in a pipeline, `unet` or `transformer`.
         rules: Which sites are not simply quantized, and why; the first that matches decides.
         text_inputs: Inputs that come from a prompt.
+        flow: Whether it was trained by flow matching: its timesteps reach the schedule's length itself, sigma 1.
     """
 
     class_name: ClassVar[str]
     component: ClassVar[str] = "unet"
     rules: ClassVar[tuple[Rule, ...]] = ()
     text_inputs: ClassVar[tuple[str, ...]] = ()
+    flow: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, config: Config) -> nn.Module:
@@ -144,6 +146,10 @@ class Family(ABC):
         dims = self.inputs(config)[0].dims[1:]
         return {dim: size for dim, size in zip(dims, self.sample_shape(config), strict=True) if isinstance(dim, str)}
 
+    def limits(self, config: Config) -> dict[str, int]:
+        """The largest size of each dynamic dimension that the model itself bounds."""
+        return {}
+
     def prediction(self, config: Config, output: Tensor) -> Tensor:
         """What a scheduler consumes of an output: all of it, unless the model has learned a variance beside."""
         return output
@@ -159,6 +165,19 @@ class Family(ABC):
     def group(self, site: str) -> Group:
         """Which part of the model a site belongs to, for recipes that treat parts differently."""
         return next((group for group, pattern in GROUP_PATTERNS if re.search(pattern, site)), "other")
+
+    def time_only(self, config: Config) -> str | None:
+        """Regular expression of the layers that see nothing but the timestep, so that what they compute can be a table; None where there are none."""
+        return None
+
+    def folds_time(self, config: Config) -> bool:
+        """Whether those layers become a table unless a user says otherwise: where they are all that the timestep goes through, before anything mixes in."""
+        return False
+
+    def time_layers(self, model: nn.Module, config: Config) -> tuple[str, ...]:
+        """Names of the sites that `time_only` matches, in the model's order."""
+        pattern = self.time_only(config)
+        return tuple(name for name in self.sites(model) if pattern and re.search(pattern, name))
 
     def guidance(self, config: Config) -> Guidance:
         """How its samples are usually drawn."""

@@ -33,7 +33,10 @@ SCHEDULERS: Mapping[str, str] = {
     "dpm-solver++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
     "unipc": "UniPCMultistepScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+    "flow-heun": "FlowMatchHeunDiscreteScheduler",
 }
+FLOW = "flow-"  # how the names of flow matching's schedulers begin
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_config.json", "adapter_model.safetensors")
 LORA_PARTS = (".lora_", "lora_A.", "lora_B.", ".base_layer.", "_lora.")  # peft's names, and diffusers' old ones
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
@@ -153,11 +156,21 @@ def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:
     """A scheduler by the name that users type (`ddim`, `euler`, ...), on the noise schedule of `config`.
 
     Raises:
-        UnsupportedError: No such name.
+        UnsupportedError: No such name, or it walks a flow where the model was trained for a diffusion, or the other way round.
     """
     if name not in SCHEDULERS:
         raise UnsupportedError(f"No scheduler {name!r}.{suggestion(name, SCHEDULERS)} Known: {', '.join(SCHEDULERS)}.")
+    fitting = schedulers_for(config)
+    if name not in fitting:
+        process = "by flow matching" if fitting[0].startswith(FLOW) else "as a diffusion"
+        raise UnsupportedError(f"Scheduler {name!r} cannot sample this model, which was trained {process}. Choose {', '.join(fitting)}.")
     return scheduler_from_config(SCHEDULERS[name], config)
+
+
+def schedulers_for(config: Mapping[str, Any]) -> list[str]:
+    """Names of the schedulers that can sample what a scheduler of this config samples: a flow, or a diffusion."""
+    flow = str(config.get("_class_name", "")).startswith("FlowMatch") or ("shift" in config and "beta_schedule" not in config)
+    return [name for name in SCHEDULERS if name.startswith(FLOW) == flow]
 
 
 def scheduler_from_config(class_name: str, config: Mapping[str, Any]) -> Any:

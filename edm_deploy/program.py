@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from torch.export import ExportedProgram
 from edm_deploy.errors import UnsupportedError, first_line
 from edm_deploy.family import Config, Family, ModelInput, skeleton
 
-_TRACE_SIZES = {"batch": 2, "height": 4, "width": 6, "tokens": 7}  # in multiples; distinct, so that no two dimensions are taken for one
+# In multiples; distinct, so that no two dimensions are taken for one.
+_TRACE_SIZES = {"batch": 2, "height": 4, "width": 6, "tokens": 7, "image_tokens": 9}
 MODEL = "model."  # stands before each parameter's name in the program
 
 
@@ -58,7 +59,7 @@ def exported_program(family: Family, config: Config, dtype: torch.dtype, *, inpu
         model = skeleton(family, config).to(dtype).to_empty(device="cpu")
         wrapped = _Denoiser(family, model, inputs, dtype, input_dtype).eval()
         arguments = tuple(_example(declared, multiple, input_dtype) for declared in inputs)
-        dynamic = (tuple(_dynamic_dims(declared, multiple) for declared in inputs),)
+        dynamic = (tuple(_dynamic_dims(declared, multiple, family.limits(config)) for declared in inputs),)
         try:
             return torch.export.export(wrapped, arguments, dynamic_shapes=dynamic, strict=False)
         except Exception as err:  # torch wraps every failure of its tracer in classes that share no base
@@ -74,13 +75,15 @@ def _factor(dim: str, multiple: int) -> int:
     return multiple if dim in ("height", "width") else 1
 
 
-def _dynamic_dims(declared: ModelInput, multiple: int) -> dict[int, object]:
+def _dynamic_dims(declared: ModelInput, multiple: int, limits: Mapping[str, int]) -> dict[int, object]:
     dims: dict[int, object] = {}
     for axis, dim in enumerate(declared.dims):
         if isinstance(dim, str):
             # diffusers' upsampling makes its input contiguous from 64 samples on, which changes no value: below it, one trace serves all.
-            base = torch.export.Dim(dim, max=63) if dim == "batch" else torch.export.Dim(dim)
-            dims[axis] = multiple * base if _factor(dim, multiple) > 1 else base
+            factor = _factor(dim, multiple)
+            largest = 63 if dim == "batch" else limits[dim] // factor if dim in limits else None
+            base = torch.export.Dim(dim, max=largest)
+            dims[axis] = factor * base if factor > 1 else base
     return dims
 
 

@@ -18,7 +18,7 @@ from edm_deploy.manifest import NAME, Manifest, Range
 from edm_deploy.session import Backend, BuildOptions, Built
 from edm_deploy.target import SitePlan, execution
 
-DEFAULT_RANGES: Mapping[str, Range] = {"batch": Range(1, 16, 64), "tokens": Range(77, 77, 77)}  # 77: CLIP's prompts
+DEFAULT_BATCH = Range(1, 16, 64)
 
 
 def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions | None = None) -> Manifest:
@@ -66,23 +66,25 @@ def backend_named(name: str) -> Backend[Any]:
 
 
 def complete_profile(manifest: Manifest, asked: Mapping[str, Range]) -> dict[str, Range]:
-    """A Range for every dynamic dimension: the one asked for, or batch 1:16:64, the model's own size, 77 tokens.
+    """A Range for every dynamic dimension: the one asked for, or batch 1:16:64, the model's own size.
 
     Raises:
-        InputError: A name that is no dynamic dimension of the graph, or a size that the model's levels cannot halve.
+        InputError: A name that is no dynamic dimension of the graph, a size that the model's levels cannot halve, or one beyond what it takes.
     """
     dims = manifest.dynamic_dims
     if unknown := sorted(set(asked) - set(dims)):
         raise InputError(f"--{unknown[0]}: the graph has no dynamic dimension of this name. It has {', '.join(dims)}.")
     family = family_named(manifest.family)
-    _, height, width = family.sample_shape(manifest.config)
-    defaults = {**DEFAULT_RANGES, "height": Range(height, height, height), "width": Range(width, width, width)}
-    profile = {dim: asked.get(dim) or defaults.get(dim, Range(1, 1, 64)) for dim in dims}
+    own = {dim: Range(size, size, size) for dim, size in family.sizes(manifest.config).items()} | {"batch": DEFAULT_BATCH}
+    profile = {dim: asked.get(dim) or own[dim] for dim in dims}
     multiple = family.size_multiple(manifest.config)
     for dim in {"height", "width"} & set(profile):
         sizes = profile[dim]
         if any(size % multiple for size in (sizes.min, sizes.opt, sizes.max)):
             raise InputError(f"--{dim} {sizes.min}:{sizes.opt}:{sizes.max}: this model's levels need multiples of {multiple}.")
+    for dim, largest in family.limits(manifest.config).items():
+        if profile[dim].max > largest:
+            raise InputError(f"--{dim} {profile[dim].min}:{profile[dim].opt}:{profile[dim].max}: this model has positions up to {largest}.")
     return profile
 
 

@@ -119,8 +119,7 @@ def _executed(ort: Any, graph: Path, manifest: Manifest) -> dict[str, Execution]
 
 def _smallest(dims: tuple[str | int, ...], dtype: torch.dtype, manifest: Manifest) -> Any:
     """Zeros of the smallest shape that runs: dynamic dimensions at the model's own size, a batch of one."""
-    _, height, width = family_named(manifest.family).sample_shape(manifest.config)
-    sizes = {"height": height, "width": width}
+    sizes = family_named(manifest.family).sizes(manifest.config)
     return torch.zeros([sizes.get(dim, 1) if isinstance(dim, str) else dim for dim in dims], dtype=dtype).numpy()
 
 

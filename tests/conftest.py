@@ -40,12 +40,60 @@ TINY_CONDITION_UNET = {
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
 }
+TINY_DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+TINY_PIXART = TINY_DIT | {"cross_attention_dim": 16, "caption_channels": 12}
+TINY_SD3 = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 16,
+    "pos_embed_max_size": 12,
+    "dual_attention_layers": [0],
+    "qk_norm": "rms_norm",
+}
+TINY_FLUX = {
+    "sample_size": 8,
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "pooled_projection_dim": 16,
+    "guidance_embeds": True,
+    "axes_dims_rope": [4, 6, 6],
+}
 TINY = {
     "unet2d": ("unet2d", TINY_UNET),
     "unet2d-classes": ("unet2d", TINY_CLASS_UNET),
     "unet2d-condition": ("unet2d-condition", TINY_CONDITION_UNET),
+    "dit": ("dit-transformer-2d", TINY_DIT),
+    "pixart": ("pixart-transformer-2d", TINY_PIXART),
+    "pixart-1024": (
+        "pixart-transformer-2d",
+        TINY_PIXART | {"num_layers": 1, "num_attention_heads": 3, "cross_attention_dim": 24, "use_additional_conditions": True},
+    ),
+    "sd3": ("sd3-transformer-2d", TINY_SD3),
+    "flux": ("flux-transformer-2d", TINY_FLUX),
+    "flux-schnell": ("flux-transformer-2d", TINY_FLUX | {"num_layers": 1, "num_single_layers": 0, "guidance_embeds": False}),
 }
 SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+FLOW_SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 PIPELINE = {
     "model_index.json": {"_class_name": "DDIMPipeline", "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]},
     "scheduler/scheduler_config.json": SCHEDULER,
@@ -65,8 +113,9 @@ def tiny_model(kind: str) -> tuple[Family, dict, torch.nn.Module]:
 def tiny_inputs(kind: str, batch: int = 3, size: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
     """Graph inputs for a tiny model, each sample at another timestep."""
     family, config, _ = tiny_model(kind)
+    config = config | {"sample_size": size}
     generator = torch.Generator().manual_seed(seed)
-    sample = torch.randn(batch, config["in_channels"], size, size, generator=generator)
+    sample = torch.randn(batch, *family.sample_shape(config), generator=generator)
     timestep = torch.linspace(0, 999, batch).round()
     return {"sample": sample, "timestep": timestep} | family.random_conditioning(config, batch, generator)
 

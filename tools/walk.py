@@ -8,21 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from edm_deploy.artifact import Artifact
+from edm_deploy.conditioning import Conditioner, Conditioning
 from edm_deploy.denoiser import EngineDenoiser, load_denoiser
 from edm_deploy.errors import InputError
-from edm_deploy.family import SAMPLE
 from edm_deploy.manifest import Range
-from edm_deploy.pipelines import Source, scheduler_named
+from edm_deploy.pipelines import Source, scheduler_named, schedulers_for
 from edm_deploy.reference import Reference
 from edm_deploy.sampling import Denoise, Step, last_sample, trajectory
 from edm_deploy_tools.sample import batch_sizes
 
-SCHEDULER = "ddim"  # eta 0: the same noise always ends in the same image
+DETERMINISTIC = ("ddim", "flow-euler")  # the same noise always ends in the same image
 SMALLEST_MSE = 1e-12  # keeps the PSNR of identical images finite: 126 dB
 
 
@@ -32,7 +33,7 @@ class Setup:
 
     Attributes:
         samples: Trajectories, all in one batch.
-        steps: Inference steps of DDIM without fresh noise.
+        steps: Inference steps of DDIM without fresh noise; of Euler where the model was trained by flow matching.
         seed: Of the first noise and of the conditioning.
     """
 
@@ -99,11 +100,11 @@ class Distance:
 def walk(source: Source, setup: Setup) -> FloatWalk:
     """Walk the float model."""
     generator = torch.Generator().manual_seed(setup.seed)
-    noise = torch.randn(setup.samples, *source.family_object.sample_shape(source.config), generator=generator)
-    conditioning = source.family_object.random_conditioning(source.config, setup.samples, generator)
+    noise = torch.randn(setup.samples, *source.family_object.walked_shape(source.config), generator=generator)
+    conditioning = Conditioner(source.family_object, source.config).draw(setup.samples, generator)
     times: list[float] = []
     denoise = timed(denoise_of_source(source, conditioning), times)
-    steps = tuple(trajectory(denoise, scheduler_named(SCHEDULER, source.scheduler.config), noise, steps=setup.steps))
+    steps = tuple(trajectory(denoise, _scheduler(source), noise, steps=setup.steps))
     return FloatWalk(
         source=source, setup=setup, noise=noise, conditioning=conditioning, steps=steps, final=steps[-1].next_sample, seconds=median(times)
     )
@@ -116,8 +117,7 @@ def distance(denoise: Denoise, reference: FloatWalk) -> Distance:
     errors = [
         relative_error(denoise(step.sample, torch.full((len(step.sample),), step.timestep)), step.prediction) for step in reference.steps
     ]
-    scheduler = scheduler_named(SCHEDULER, reference.source.scheduler.config)
-    final = last_sample(trajectory(denoise, scheduler, reference.noise, steps=reference.setup.steps))
+    final = last_sample(trajectory(denoise, _scheduler(reference.source), reference.noise, steps=reference.setup.steps))
     return Distance(noise_errors=tuple(errors), psnr=psnr(final, reference.final), final=final, seconds=median(times))
 
 
@@ -136,7 +136,8 @@ def denoise_of_source(source: Source, conditioning: Mapping[str, Tensor]) -> Den
     """The float model."""
 
     def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
-        return source.family_object.forward(source.model, {SAMPLE: sample, "timestep": timestep} | dict(conditioning))
+        inputs = Conditioning(conditioning).inputs(sample, timestep)
+        return source.family_object.prediction(source.config, source.family_object.forward(source.model, inputs))
 
     return denoise
 
@@ -146,8 +147,7 @@ def denoise_of_artifact(artifact: Artifact, conditioning: Mapping[str, Tensor]) 
     reference = Reference(artifact)
 
     def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
-        prediction: Tensor = reference({SAMPLE: sample, "timestep": timestep} | dict(conditioning))
-        return prediction
+        return artifact.family_object.prediction(artifact.config, reference(Conditioning(conditioning).inputs(sample, timestep)))
 
     return denoise
 
@@ -158,14 +158,20 @@ def denoise_of_engine(path: Path, conditioning: Mapping[str, Tensor], *, device:
     allowed = denoiser.manifest.profile.get("batch", Range(1, 1, 1 << 30))
 
     def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
-        inputs = {SAMPLE: sample, "timestep": timestep} | dict(conditioning)
+        inputs = Conditioning(conditioning).inputs(sample, timestep)
         pieces, start = [], 0
         for size in batch_sizes(len(sample), allowed):
             pieces.append(_run(denoiser, {name: _rows(value, start, size) for name, value in inputs.items()}))
             start += size
-        return torch.cat(pieces)[: len(sample)]
+        return denoiser.family.prediction(denoiser.manifest.config, torch.cat(pieces)[: len(sample)])
 
     return denoise
+
+
+def _scheduler(source: Source) -> Any:  # diffusers' schedulers share no useful base class
+    """DDIM without fresh noise for a diffusion, Euler for a flow."""
+    (name,) = set(DETERMINISTIC) & set(schedulers_for(source.scheduler.config))
+    return scheduler_named(name, source.scheduler.config)
 
 
 def timed(denoise: Denoise, times: list[float]) -> Denoise:
@@ -181,8 +187,7 @@ def timed(denoise: Denoise, times: list[float]) -> Denoise:
 
 
 def _run(denoiser: EngineDenoiser, inputs: Mapping[str, Tensor]) -> Tensor:
-    prediction: Tensor = denoiser(**{name: value.to(denoiser.device) for name, value in inputs.items()}).sample
-    return prediction.float().cpu()
+    return denoiser.run({name: value.to(denoiser.device) for name, value in inputs.items()}).float().cpu()
 
 
 def _rows(value: Tensor, start: int, size: int) -> Tensor:

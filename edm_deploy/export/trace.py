@@ -116,4 +116,5 @@ def _name_dimensions(model: ir.Model, inputs: tuple[ModelInput, ...]) -> None:
         value.shape = ir.Shape(declared.dims)
     (output,) = model.graph.outputs
     assert output.shape is not None
-    output.shape = ir.Shape([inputs[0].dims[0], output.shape[1], *inputs[0].dims[2:]])
+    # The output has the sample's axes; only its channels may be others in number.
+    output.shape = ir.Shape([dim if isinstance(dim, str) else size for dim, size in zip(inputs[0].dims, output.shape, strict=True)])

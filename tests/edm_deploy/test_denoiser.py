@@ -4,11 +4,11 @@ import torch
 from edm_deploy import load_denoiser, load_pipeline
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.manifest import Range
-from edm_deploy.pipelines import SCHEDULERS
+from edm_deploy.pipelines import schedulers_for
 from edm_deploy.reference import Reference
 from edm_deploy.session import BuildOptions
 from engines import build_engine
-from tests.conftest import tiny_inputs
+from tests.conftest import SCHEDULER, tiny_inputs
 
 pytest.importorskip("onnxruntime")
 
@@ -40,7 +40,7 @@ def test_it_looks_like_the_model_that_it_replaces(denoiser):
     assert torch.equal(denoiser(sample, 5, return_dict=False)[0], denoiser(sample, torch.tensor(5), class_labels=None).sample)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", schedulers_for(SCHEDULER))
 @pytest.mark.parametrize("steps", [2, 7])
 def test_any_scheduler_and_any_number_of_steps_samples(engine, scheduler, steps):
     pipeline = load_pipeline(engine, scheduler=scheduler)

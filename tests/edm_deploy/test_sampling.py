@@ -1,15 +1,16 @@
 import pytest
 import torch
 
-from edm_deploy.pipelines import SCHEDULERS, scheduler_named
-from edm_deploy.sampling import last_sample, trajectory
-from tests.conftest import SCHEDULER
+from edm_deploy.pipelines import SCHEDULERS, scheduler_named, schedulers_for
+from edm_deploy.sampling import is_flow, last_sample, set_steps, trajectory
+from tests.conftest import FLOW_SCHEDULER, SCHEDULER
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 7])
 def test_every_scheduler_walks_any_number_of_steps(name, steps):
-    scheduler = scheduler_named(name, SCHEDULER)
+    config = SCHEDULER if name in schedulers_for(SCHEDULER) else FLOW_SCHEDULER
+    scheduler = scheduler_named(name, config)
     noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     seen = []
 
@@ -19,7 +20,7 @@ def test_every_scheduler_walks_any_number_of_steps(name, steps):
 
     walked = list(trajectory(denoise, scheduler, noise, steps=steps, generator=torch.Generator().manual_seed(1)))
     assert len(walked) == len(seen) >= steps
-    assert all(len(set(timesteps)) == 1 and 0 <= timesteps[0] <= 999 for timesteps in seen)
+    assert all(len(set(timesteps)) == 1 and 0 <= timesteps[0] <= (999 if config is SCHEDULER else 1000) for timesteps in seen)
     assert walked[-1].next_sample.isfinite().all()
 
 
@@ -39,3 +40,27 @@ def test_a_trajectory_of_ddim_is_that_of_diffusers_own_loop():
 def test_options_that_a_scheduler_does_not_take_are_left_out():
     noise = torch.zeros(1, 3, 4, 4)
     last_sample(trajectory(lambda x, t: x, scheduler_named("euler", SCHEDULER), noise, steps=2, options={"eta": 1.0}))
+
+
+def test_a_trajectory_of_a_flow_is_that_of_diffusers_own_loop():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    noise = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))  # packed latents
+    ours = last_sample(trajectory(lambda x, t: x.tanh(), scheduler_named("flow-euler", FLOW_SCHEDULER), noise, steps=5))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(5)
+    theirs = noise
+    for timestep in scheduler.timesteps:
+        theirs = scheduler.step(theirs.tanh(), timestep, theirs).prev_sample
+    assert torch.equal(ours, theirs)
+
+
+def test_a_shift_by_the_size_of_the_image_is_that_of_the_largest():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.15)
+    set_steps(scheduler, 3)
+    expected = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    expected.set_timesteps(3, mu=1.15)
+    assert torch.equal(scheduler.timesteps, expected.timesteps)
+    assert is_flow(scheduler) and not is_flow(scheduler_named("ddim", SCHEDULER))

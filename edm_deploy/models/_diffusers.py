@@ -1,0 +1,61 @@
+"""What every family of diffusers models shares: building from a config, the forward signature, the output class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from diffusers.configuration_utils import FrozenDict
+from torch import Tensor, nn
+
+from edm_deploy.errors import UnsupportedError
+from edm_deploy.family import Config, Family
+
+
+class DiffusersFamily(Family):
+    """A diffusers model.
+
+    Attributes:
+        model_class, output_class: Of diffusers, which ships no types.
+        signature: The parameters of its `forward`, in order.
+        renamed: Graph inputs by the parameter that they come from, where the names differ.
+        refused: Parameters that the graph does not carry, and why.
+    """
+
+    model_class: ClassVar[Any]
+    output_class: ClassVar[Any]
+    signature: ClassVar[tuple[str, ...]]
+    renamed: ClassVar[Mapping[str, str]] = {}
+    refused: ClassVar[Mapping[str, str]] = {}
+
+    def build(self, config: Config) -> nn.Module:
+        arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+        try:
+            model: nn.Module = self.model_class.from_config(arguments)
+        except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError, AttributeError, NotImplementedError) as err:
+            raise UnsupportedError(f"diffusers cannot build {self.class_name} from this config: {err}. Check config.json.") from err
+        return model
+
+    def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        carried = [declared.name for declared in self.inputs(config)]
+        given = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
+        for name, reason in self.refused.items():
+            if _is_given(given.pop(name, None)):
+                raise UnsupportedError(f"The engine has no input {name!r}: {reason}.")
+        given = {self.renamed.get(name, name): value for name, value in given.items() if value is not None and name != "return_dict"}
+        if unknown := sorted(set(given) - set(carried)):
+            raise UnsupportedError(f"The engine has no input {unknown[0]!r}; it takes {', '.join(carried)}. Leave it out.")
+        if missing := [name for name in carried if name not in given]:
+            raise UnsupportedError(f"The engine needs {missing[0]!r}; pass it as the diffusers model would take it.")
+        return given
+
+    def output(self, sample: Tensor) -> Any:
+        return self.output_class(sample=sample)
+
+    def freeze_config(self, config: Config) -> Any:
+        return FrozenDict(config)
+
+
+def _is_given(value: Any) -> bool:
+    """Pipelines pass None, False or an empty dict for what is not asked for."""
+    return isinstance(value, Tensor) or bool(value)

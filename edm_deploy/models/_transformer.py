@@ -1,0 +1,110 @@
+"""What the transformer families share: their 8-bit layers, and position embeddings that any size is traced with, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from edm_deploy.family import Config, Rule
+from edm_deploy.models._diffusers import DiffusersFamily
+
+TOKENS = "encoder_hidden_states"
+POOLED = "pooled_projections"
+SINCOS_BASE = 10000.0
+
+EMBEDDER = Rule(
+    r"(time_text_embed|timestep_embedder)\b", "keep8", "one row a sample, few weights, and every block depends on the embedded timestep"
+)
+MODULATION = Rule(
+    r"(adaln_single|norm\w*)\.linear$|^proj_out_1$",
+    "keep8",
+    "one row a sample: it costs no time, and its output scales and shifts every token of its block",
+)
+ADAPTER = "the weights are fixed; fuse a LoRA with its scale before quantizing, and unload IP-Adapters"
+CONTROLNET = "ControlNet's residuals enter between the blocks of a float model"
+
+
+class TransformerFamily(DiffusersFamily):
+    """A diffusers transformer. Sites: every Linear and the patches' convolution; what the timestep alone decides, and both ends, stay at W8A8."""
+
+    component = "transformer"
+    output_class = Transformer2DModelOutput
+    renamed: ClassVar[Mapping[str, str]] = {"hidden_states": "sample"}
+
+    def size_multiple(self, config: Config) -> int:
+        return int(config["patch_size"])
+
+
+def ends(first: str, last: str) -> Rule:
+    """The rule of the layers that see the sample itself or write the prediction, and of what embeds the text."""
+    return Rule(rf"^({first}|{last})$", "keep8", "the first and last layer see the sample itself: their rounding is seen in it")
+
+
+class Patches(nn.Module):
+    """A PatchEmbed of diffusers for any height and width in one trace, its positions computed in float32.
+
+    diffusers takes another path where the size is the model's own, computes in float64 (which several engines do not), and keeps the positions
+    in a buffer that no checkpoint holds.
+
+    Source: Vaswani et al., arXiv 1706.03762, section 3.5; Peebles and Xie, arXiv 2212.09748, section 3.2 (positions scaled to the trained grid).
+    """
+
+    def __init__(self, embed: Any) -> None:  # a diffusers PatchEmbed
+        super().__init__()
+        self.proj = embed.proj
+        self.base = float(embed.base_size) / float(embed.interpolation_scale)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Tokens [B, H/p * W/p, D] of latents [B, C, H, W]."""
+        tokens: Tensor = self.proj(latent)
+        dim, height, width = tokens.shape[1:]
+        rows, columns = self._sincos(height, dim, latent.device), self._sincos(width, dim, latent.device)
+        across, down = columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)
+        positions = torch.cat([across, down], dim=-1).reshape(1, height * width, dim)
+        return (tokens.flatten(2).transpose(1, 2) + positions).to(latent.dtype)
+
+    def _sincos(self, size: int, dim: int, device: torch.device) -> Tensor:
+        """float32 [size, dim / 2]."""
+        # Numbers of the interpreter: a buffer would be empty in the outline that is traced, and float64 operators would stay in the graph.
+        frequencies = torch.tensor([SINCOS_BASE ** (-k / (dim // 4)) for k in range(dim // 4)], dtype=torch.float32, device=device)
+        steps = torch.arange(size, dtype=torch.float32, device=device)
+        angles = (steps / (steps[-1:] + 1) * self.base)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class CroppedPatches(nn.Module):
+    """A PatchEmbed with stored positions, of which the middle is taken, for any height and width up to theirs in one trace.
+
+    Source: Esser et al., arXiv 2403.03206, section 5.3.2 (positional encodings, cropped from the largest grid).
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, embed: Any) -> None:  # a diffusers PatchEmbed
+        super().__init__()
+        self.proj = embed.proj
+        self.largest = int(embed.pos_embed_max_size)
+        self.register_buffer("pos_embed", embed.pos_embed)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Tokens [B, H/p * W/p, D] of latents [B, C, H, W]."""
+        tokens: Tensor = self.proj(latent)
+        height, width = tokens.shape[2:]
+        rows, columns = self._middle(height, latent.device), self._middle(width, latent.device)
+        # One gather on a flat table: a slice whose start depends on the size would tie the trace to one parity of it.
+        index = (rows[:, None] * self.largest + columns[None]).reshape(-1)
+        return (tokens.flatten(2).transpose(1, 2) + self.pos_embed[:, index]).to(latent.dtype)
+
+    def _middle(self, size: int, device: torch.device) -> Tensor:
+        return (self.largest - size) // 2 + torch.arange(size, device=device)
+
+
+def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """The image of its patches: [B, C, height * patch, width * patch] of [B, height * width, patch * patch * C]."""
+    channels = tokens.shape[-1] // patch**2
+    grid = tokens.reshape(-1, height, width, patch, patch, channels)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height * patch, width * patch)

@@ -1,0 +1,174 @@
+"""FluxTransformer2DModel: packed latents and text tokens with rotary positions, trained by flow matching (FLUX.1 dev and schnell)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from edm_deploy.conditioning import SCALE_INPUT
+from edm_deploy.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, Rule
+from edm_deploy.models._transformer import ADAPTER, CONTROLNET, EMBEDDER, MODULATION, POOLED, TOKENS, TransformerFamily, ends
+
+IMAGE_IDS, TEXT_IDS = "img_ids", "txt_ids"
+IMAGE_TOKENS = "image_tokens"
+TEXT_TOKENS = 512  # Source: the default max_sequence_length of diffusers' FluxPipeline.
+LATENT_SIZE = 128  # 1024 pixels; FLUX's own config has no sample_size
+PACKED = 2  # latents in a token, each way
+SCALE = 3.5  # Source: the default of diffusers' FluxPipeline.
+TIMESTEPS = 1000  # FLUX takes timesteps as sigmas in [0, 1] and multiplies them by this; so the graph's timesteps are those of the schedule
+
+
+class FluxTransformer2D(TransformerFamily):
+    """Conditioning: text tokens, pooled prompt, positions of both kinds of token, and for dev the guidance scale as an embedded input.
+
+    Positions enter once a sample, as all inputs do; the first sample's are those of the batch, which lies on one grid.
+
+    Source: Black Forest Labs' FLUX.1; Su et al., RoFormer, arXiv 2104.09864 (rotary positions).
+    """
+
+    class_name = "FluxTransformer2DModel"
+    model_class = FluxTransformer2DModel
+    flow = True
+    signature = (
+        "hidden_states",
+        TOKENS,
+        POOLED,
+        "timestep",
+        IMAGE_IDS,
+        TEXT_IDS,
+        SCALE_INPUT,
+        "joint_attention_kwargs",
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+        "return_dict",
+        "controlnet_blocks_repeat",
+    )
+    refused: ClassVar[Mapping[str, str]] = {
+        "joint_attention_kwargs": ADAPTER,
+        "controlnet_block_samples": CONTROLNET,
+        "controlnet_single_block_samples": CONTROLNET,
+        "controlnet_blocks_repeat": CONTROLNET,
+    }
+    rules = (
+        ends("x_embedder", "proj_out"),
+        Rule("^context_embedder$", "keep8", "every block attends to its output"),
+        EMBEDDER,
+        MODULATION,
+    )
+    text_inputs = (TOKENS, POOLED)
+
+    def build(self, config: Config) -> nn.Module:
+        model = super().build(config)
+        model.pos_embed = Rotary(model.pos_embed)
+        return model
+
+    def inputs(self, config: Config) -> tuple[ModelInput, ...]:
+        axes = len(config["axes_dims_rope"])
+        inputs = (
+            ModelInput(SAMPLE, "float", ("batch", IMAGE_TOKENS, int(config["in_channels"]))),
+            TIMESTEP,
+            ModelInput(TOKENS, "float", ("batch", "tokens", int(config["joint_attention_dim"]))),
+            ModelInput(POOLED, "float", ("batch", int(config["pooled_projection_dim"]))),
+            ModelInput(IMAGE_IDS, "float32", ("batch", IMAGE_TOKENS, axes)),
+            ModelInput(TEXT_IDS, "float32", ("batch", "tokens", axes)),
+        )
+        return (*inputs, ModelInput(SCALE_INPUT, "float32", ("batch",))) if config["guidance_embeds"] else inputs
+
+    def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        output: Tensor = model(
+            inputs[SAMPLE],
+            encoder_hidden_states=inputs[TOKENS],
+            pooled_projections=inputs[POOLED],
+            timestep=inputs["timestep"] / TIMESTEPS,
+            img_ids=inputs[IMAGE_IDS][0],
+            txt_ids=inputs[TEXT_IDS][0],
+            guidance=inputs.get(SCALE_INPUT),
+            return_dict=False,
+        )[0]
+        return output
+
+    def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        given = super().bind(config, args, kwargs)
+        given["timestep"] = torch.as_tensor(given["timestep"], dtype=torch.float32) * TIMESTEPS
+        batch = len(given[SAMPLE])
+        for name in (IMAGE_IDS, TEXT_IDS):
+            if given[name].ndim == 2:
+                given[name] = given[name].expand(batch, -1, -1)
+        return given
+
+    def sample_shape(self, config: Config) -> tuple[int, ...]:
+        height, width = _grid(config)
+        return height * width, int(config["in_channels"])
+
+    def size_multiple(self, config: Config) -> int:
+        return PACKED
+
+    def sizes(self, config: Config) -> dict[str, int]:
+        return super().sizes(config) | {"tokens": TEXT_TOKENS}
+
+    def attributes(self, config: Config) -> dict[str, Any]:
+        return {"cache_context": _cache_context}
+
+    def guidance(self, config: Config) -> Guidance:
+        return Guidance("embedded", SCALE) if config["guidance_embeds"] else Guidance("none")
+
+    def random_conditioning(self, config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Tokens and pooled prompt of unit variance; positions of the model's own grid."""
+        height, width = _grid(config)
+        positions = torch.zeros(height, width, len(config["axes_dims_rope"]))
+        positions[..., 1] = torch.arange(height)[:, None]
+        positions[..., 2] = torch.arange(width)[None]
+        drawn = {
+            TOKENS: torch.randn(batch, TEXT_TOKENS, int(config["joint_attention_dim"]), generator=generator),
+            POOLED: torch.randn(batch, int(config["pooled_projection_dim"]), generator=generator),
+            IMAGE_IDS: positions.reshape(1, height * width, -1).repeat(batch, 1, 1),
+            TEXT_IDS: torch.zeros(batch, TEXT_TOKENS, positions.shape[-1]),
+        }
+        return drawn | ({SCALE_INPUT: torch.full((batch,), SCALE)} if config["guidance_embeds"] else {})
+
+    def encode_prompts(self, config: Config, pipeline: Any, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        given, pooled, _ = pipeline.encode_prompt(
+            list(prompts), None, device=torch.device("cpu"), num_images_per_prompt=1, max_sequence_length=TEXT_TOKENS
+        )
+        return {TOKENS: given, POOLED: pooled}, {}
+
+
+class Rotary(nn.Module):
+    """FLUX's rotary positions in float32: diffusers computes them in float64, which several engines do not.
+
+    The largest angle is a position below 1000, so that float32 errs by less than 1e-4 of a radian.
+    """
+
+    def __init__(self, embed: Any) -> None:  # diffusers' FluxPosEmbed
+        super().__init__()
+        self.theta = float(embed.theta)
+        self.dims = tuple(int(dim) for dim in embed.axes_dim)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 [L, sum of dims], each twice in a row, of positions [L, axes]."""
+        angles = [ids[:, axis : axis + 1].float() * self._frequencies(dim, ids.device) for axis, dim in enumerate(self.dims)]
+        joined = torch.cat(angles, dim=-1)
+        return joined.cos(), joined.sin()
+
+    def _frequencies(self, dim: int, device: torch.device) -> Tensor:
+        return torch.tensor([self.theta ** (-2 * (k // 2) / dim) for k in range(dim)], dtype=torch.float32, device=device)
+
+
+def _grid(config: Config) -> tuple[int, int]:
+    """Height and width in tokens. `sample_size` counts latents, as in other models' configs; FLUX's own has none."""
+    size = config.get("sample_size") or LATENT_SIZE
+    height, width = (size, size) if isinstance(size, int) else size
+    return height // PACKED, width // PACKED
+
+
+def _cache_context(name: str) -> contextlib.AbstractContextManager[None]:
+    """Diffusers marks the conditional and the unconditional pass for caches between blocks, which an engine has none of."""
+    return contextlib.nullcontext()
+
+
+FAMILY = FluxTransformer2D()

@@ -1,0 +1,137 @@
+"""PixArtTransformer2DModel: text-to-image latent transformers with cross-attention (PixArt-alpha and -Sigma), with a learned variance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor, nn
+
+from edm_deploy.errors import UnsupportedError
+from edm_deploy.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, Rule
+from edm_deploy.models._transformer import EMBEDDER, MODULATION, TOKENS, Patches, TransformerFamily, ends
+
+MASK, RESOLUTION, ASPECT = "encoder_attention_mask", "resolution", "aspect_ratio"
+T5_TOKENS = 120  # Source: the default max_sequence_length of diffusers' PixArtAlphaPipeline.
+PIXELS_PER_LATENT = 8
+SCALE = 4.5  # Source: the default of diffusers' PixArtAlphaPipeline.
+
+
+class PixArtTransformer2D(TransformerFamily):
+    """Conditioning: text tokens with their mask, and for the models of 1024 pixels the size and aspect ratio of the image.
+
+    Source: Chen et al., PixArt-alpha, arXiv 2310.00426.
+    """
+
+    class_name = "PixArtTransformer2DModel"
+    model_class = PixArtTransformer2DModel
+    signature = (
+        "hidden_states",
+        TOKENS,
+        "timestep",
+        "added_cond_kwargs",
+        "cross_attention_kwargs",
+        "attention_mask",
+        MASK,
+        "return_dict",
+    )
+    refused: ClassVar[Mapping[str, str]] = {
+        "cross_attention_kwargs": "the weights are fixed; fuse a LoRA with its scale before quantizing",
+        "attention_mask": "every image token is attended to",
+    }
+    rules = (
+        Rule(
+            r"(resolution|aspect_ratio)_embedder",
+            "float",
+            "two sizes a sample go through it in one batch, so its rows are not the samples'; they are few",
+        ),
+        ends(r"pos_embed\.proj", "proj_out"),
+        Rule(r"^caption_projection\.", "keep8", "every block attends to its output"),
+        EMBEDDER,
+        MODULATION,
+    )
+    text_inputs = (TOKENS, MASK)
+
+    def build(self, config: Config) -> nn.Module:
+        if config.get("attention_type", "default") != "default":
+            raise UnsupportedError(
+                f"{self.class_name} with attention_type={config['attention_type']!r}: GLIGEN's boxes are not carried; expected 'default'."
+            )
+        model = super().build(config)
+        model.pos_embed = Patches(model.pos_embed)
+        return model
+
+    def inputs(self, config: Config) -> tuple[ModelInput, ...]:
+        sample = ModelInput(SAMPLE, "float", ("batch", int(config["in_channels"]), "height", "width"))
+        text = ModelInput(TOKENS, "float", ("batch", "tokens", _token_width(config))), ModelInput(MASK, "float", ("batch", "tokens"))
+        if not _takes_size(config):
+            return sample, TIMESTEP, *text
+        # float32: a size of 2049 is no float16.
+        return sample, TIMESTEP, *text, ModelInput(RESOLUTION, "float32", ("batch", 2)), ModelInput(ASPECT, "float32", ("batch", 1))
+
+    def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        output: Tensor = model(
+            inputs[SAMPLE],
+            encoder_hidden_states=inputs[TOKENS],
+            timestep=inputs["timestep"],
+            encoder_attention_mask=inputs[MASK],
+            added_cond_kwargs={name: inputs.get(name) for name in (RESOLUTION, ASPECT)},
+            return_dict=False,
+        )[0]
+        return output
+
+    def prediction(self, config: Config, output: Tensor) -> Tensor:
+        return output[:, : int(config["in_channels"])]
+
+    def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        given = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
+        given |= given.pop("added_cond_kwargs", None) or {}
+        return super().bind(config, (), given)
+
+    def sizes(self, config: Config) -> dict[str, int]:
+        return super().sizes(config) | {"tokens": T5_TOKENS}
+
+    def guidance(self, config: Config) -> Guidance:
+        return Guidance("classifier-free", SCALE)
+
+    def random_conditioning(self, config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Tokens of unit variance, of which a random number from one on is attended to."""
+        lengths = torch.randint(1, T5_TOKENS + 1, (batch, 1), generator=generator)
+        drawn = {
+            TOKENS: torch.randn(batch, T5_TOKENS, _token_width(config), generator=generator),
+            MASK: (torch.arange(T5_TOKENS) < lengths).float(),
+        }
+        if _takes_size(config):
+            _, height, width = (PIXELS_PER_LATENT * size for size in self.sample_shape(config))
+            drawn |= {RESOLUTION: torch.tensor([[height, width]]).float().repeat(batch, 1), ASPECT: torch.full((batch, 1), height / width)}
+        return drawn
+
+    def unconditional(self, config: Config, generator: torch.Generator) -> dict[str, Tensor]:
+        """One fixed draw; of an empty prompt one token is attended to, the end of the text."""
+        mask = (torch.arange(T5_TOKENS) < 1).float()[None]
+        return {TOKENS: torch.randn(1, T5_TOKENS, _token_width(config), generator=generator), MASK: mask}
+
+    def encode_prompts(self, config: Config, pipeline: Any, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        given, mask, without, without_mask = pipeline.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=True,
+            num_images_per_prompt=1,
+            device=torch.device("cpu"),
+            max_sequence_length=T5_TOKENS,
+        )
+        return {TOKENS: given, MASK: mask.float()}, {TOKENS: without[:1], MASK: without_mask[:1].float()}
+
+
+def _takes_size(config: Config) -> bool:
+    """Source: diffusers' PixArtTransformer2DModel, whose default depends on the size."""
+    asked = config.get("use_additional_conditions")
+    return config["sample_size"] == 128 if asked is None else bool(asked)
+
+
+def _token_width(config: Config) -> int:
+    return int(config.get("caption_channels") or config["cross_attention_dim"])
+
+
+FAMILY = PixArtTransformer2D()

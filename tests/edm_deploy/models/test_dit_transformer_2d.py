@@ -1,0 +1,46 @@
+import pytest
+import torch
+from diffusers import DiTPipeline
+
+from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.pipelines import scheduler_named, schedulers_for
+from tests.conftest import SCHEDULER, tiny_model
+from tests.edm_deploy.models.chain import chain, check_float_engine, check_pipeline, check_quantized_engine, tiny_vae
+
+pytest.importorskip("onnxruntime")
+
+
+def test_the_float_engine_is_the_model_at_two_resolutions_and_mixed_timesteps():
+    check_float_engine("dit")
+
+
+def test_the_quantized_engine_is_the_reference():
+    check_quantized_engine("dit")
+
+
+@pytest.mark.parametrize("scheduler", schedulers_for(SCHEDULER))
+def test_it_drops_into_its_pipeline_with_every_scheduler(scheduler):
+    pipeline = DiTPipeline(chain("dit").model, tiny_vae(), scheduler_named(scheduler, SCHEDULER))
+    check_pipeline(pipeline, "dit", class_labels=[3, 999], output_type="np")
+
+
+def test_what_shapes_every_token_stays_at_8_bit_and_the_variance_is_not_walked():
+    family, config, model = tiny_model("dit")
+    placed = {name: family.placement(name) for name in family.sites(model)}
+    quantized = {name.split(".", 2)[2] for name, placement in placed.items() if placement == "quantize"}
+    assert quantized == {"attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"}
+    assert family.group("transformer_blocks.0.norm1.linear") == "time_embedding"
+    output = torch.arange(8.0).reshape(1, 8, 1, 1)
+    assert family.prediction(config, output).flatten().tolist() == [0, 1, 2, 3]
+    assert family.unconditional(config, torch.Generator())["class_labels"].tolist() == [1000]
+
+
+def test_misuse_is_one_clear_error():
+    denoiser = chain("dit").exact
+    sample, labels = torch.zeros(1, 4, 8, 8), torch.tensor([1])
+    with pytest.raises(InputError, match="timestep 1000 lies outside the schedule"):
+        denoiser(sample, 1000, labels)
+    with pytest.raises(InputError, match="height 9 is not a multiple of 2"):
+        denoiser(torch.zeros(1, 4, 9, 8), 1, labels)
+    with pytest.raises(UnsupportedError, match=r"cross_attention_kwargs.*no cross-attention"):
+        denoiser(sample, 1, labels, {"scale": 0.5})
