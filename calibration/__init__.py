@@ -13,6 +13,7 @@ from calibration.recipe import Interrupted, Progress, Recipe, Run, RunOptions
 from calibration.student import Student, Teacher, artifact_from_student
 from calibration.trajectories import Trajectories, calibrated_timesteps
 from edm_deploy import Artifact
+from edm_deploy.errors import InputError
 from edm_deploy.pipelines import Source
 
 __all__ = ["Interrupted", "Progress", "Recipe", "RunOptions", "fit"]
@@ -40,11 +41,13 @@ def fit(source: Source, recipe: Recipe, options: RunOptions, *, on_progress: Cal
     device = torch.device(options.device)
     timesteps = calibrated_timesteps(source.scheduler, recipe.rows)
     teacher_hash = source.digest()
+    folded = folded_layers(source, options.fold_time)
     identity = {"recipe": recipe.name, "settings": recipe.settings(), "teacher": teacher_hash, "teacher_dtype": options.teacher_dtype}
+    identity |= {"folded": list(folded)} if folded else {}
     size = recipe.pool_size()
     trajectories = Trajectories(source, timesteps, size=size, eta=recipe.eta, seed=recipe.seed, device=device)
     teacher = Teacher(source, device)
-    student = Student(source, recipe, timesteps, device, teacher=teacher)
+    student = Student(source, recipe, timesteps, device, teacher=teacher, folded=folded)
     recipe.fit(student, teacher, trajectories, Run(options=options, identity=identity, on_progress=on_progress or (lambda _: None)))
     provenance = {
         "recipe": recipe.name,
@@ -59,3 +62,18 @@ def fit(source: Source, recipe: Recipe, options: RunOptions, *, on_progress: Cal
         "peak_memory_bytes": peak_memory(device),
     }
     return artifact_from_student(student, source, provenance)
+
+
+def folded_layers(source: Source, asked: bool | None) -> tuple[str, ...]:
+    """The sites that stay in floating point because they see the timestep alone.
+
+    Raises:
+        InputError: It is asked for, and the family has none.
+    """
+    family = source.family_object
+    if not (family.folds_time(source.config) if asked is None else asked):
+        return ()
+    layers = family.time_layers(source.model, source.config)
+    if asked and not layers:
+        raise InputError(f"--fold-time: no layer of this {family.class_name} sees the timestep alone. Leave it out.")
+    return layers

@@ -97,7 +97,7 @@ def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, re
     Raises:
         Interrupted: Ctrl-C; nothing is worth saving yet.
     """
-    layers: Mapping[str, nn.Module] = teacher.family.sites(teacher.model)
+    layers: Mapping[str, nn.Module] = {name: layer for name, layer in teacher.family.sites(teacher.model).items() if name in student.layers}
     generator = torch.Generator().manual_seed(recipe.seed)
     observers = {name: Observer(generator) for name in student.quantizers}
     handles: list[Any] = [layers[name].register_forward_pre_hook(observer) for name, observer in observers.items()]

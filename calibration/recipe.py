@@ -57,6 +57,7 @@ class RunOptions:
         checkpoint: Directory for checkpoints; None writes none.
         resume: Whether to go on from `checkpoint`.
         checkpoint_every: Training steps between checkpoints.
+        fold_time: Whether layers that see the timestep alone stay in floating point, for exporters to make a table of; None asks the family.
     """
 
     device: str = "cpu"
@@ -64,6 +65,7 @@ class RunOptions:
     checkpoint: Path | None = None
     resume: bool = False
     checkpoint_every: int = 100
+    fold_time: bool | None = None
 
     def __post_init__(self) -> None:
         at_least("checkpoint_every", self.checkpoint_every, 1)

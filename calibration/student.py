@@ -53,6 +53,7 @@ class Student(nn.Module):
         recipe: Says what becomes of each site.
         timesteps: int32 [R] ascending, one a table row.
         device: Where the student lives.
+        folded: Sites that stay in floating point, because exporters make a table of what they compute.
         teacher: Its float weights on `device` are the student's too; None shares those of the source.
 
     Attributes:
@@ -60,14 +61,15 @@ class Student(nn.Module):
         quantizers: Every activation quantizer by the name of the first site that it serves.
     """
 
-    def __init__(self, source: Source, recipe: Recipe, timesteps: Tensor, device: torch.device, *, teacher: Teacher | None = None) -> None:
+    def __init__(self, source: Source, recipe: Recipe, timesteps: Tensor, device: torch.device, *, teacher: Teacher | None = None, folded: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.family, self.config = source.family_object, source.config
         self.model = _sharing(teacher.model if teacher else source.model, device)
         self.timesteps = timesteps
         self.row_of_timestep = nearest_rows(timesteps, source.num_train_timesteps)
         self.compute_dtype = torch.float32
-        sites = self.family.sites(self.model)
+        self.folded = folded
+        sites = {name: layer for name, layer in self.family.sites(self.model).items() if name not in folded}
         # On the meta device: who is fed what follows from the graph, and nothing is computed.
         outline = skeleton(self.family, source.config)
         inputs = example_inputs(source, torch.device("meta"))
@@ -179,6 +181,7 @@ def artifact_from_student(student: Student, source: Source, provenance: Mapping[
         params=params,
         provenance=dict(provenance),
         pipeline=source.pipeline,
+        folded=student.folded,
     )
     artifact.validate()
     return artifact

@@ -21,7 +21,7 @@ from edm_deploy.files import PIPELINE_FILES, copy_pipeline_files, new_directory,
 from edm_deploy.quant import fits_int4, pack_int4, unpack_int4, weight_bounds
 from edm_deploy.tensors import Stored, digest_of, write_tensors
 
-SCHEMA = 1
+SCHEMA = 2  # 2 brought `folded`
 JSON_NAME = "artifact.json"
 TENSORS_NAME = "artifact.safetensors"
 Op = Literal["conv2d", "linear"]
@@ -77,6 +77,7 @@ class Artifact:
         timesteps: int32 [R], ascending: the calibrated timesteps, one a table row.
         row_of_timestep: int32 [num_train_timesteps].
         sites: By layer name.
+        folded: Layers that are no sites because they see the timestep alone: exporters make a table of what they compute.
         params: float32, every parameter and buffer that is not a quantized weight, by its name in the model.
         provenance: Recipe, settings, seed, versions, teacher hash, wall time, peak memory. Not part of the hash.
         pipeline: The source pipeline's json files by relative path, so that one can be rebuilt.
@@ -90,6 +91,7 @@ class Artifact:
     params: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     pipeline: Mapping[str, Any] = field(default_factory=dict)
+    folded: tuple[str, ...] = ()
 
     @property
     def family_object(self) -> Family:
@@ -127,6 +129,9 @@ class Artifact:
         layers = self.family_object.sites(model)
         if unknown := sorted(set(self.sites) - set(layers)):
             raise ArtifactError(f"Artifact has site {unknown[0]!r}, which the {self.family} model of its config has not.")
+        for name in self.folded:
+            if name not in layers or name in self.sites:
+                raise ArtifactError(f"Artifact folds {name!r}, which is {'a quantized site' if name in layers else 'no layer'}. Make it again.")
         for name, site in self.sites.items():
             expected_op = "conv2d" if isinstance(layers[name], torch.nn.Conv2d) else "linear"
             problem = f"op is {site.op}, the layer is {expected_op}" if site.op != expected_op else None
@@ -185,7 +190,9 @@ class Artifact:
             }
             for name, site in self.sites.items()
         }
-        return {"family": self.family, "config": dict(self.config), "sites": sites}
+        # Only where there is any: the digest of an artifact without is what it was before the field came.
+        folded = {"folded": list(self.folded)} if self.folded else {}
+        return {"family": self.family, "config": dict(self.config), "sites": sites} | folded
 
     def _tensors(self) -> dict[str, Stored]:
         """What the file holds; codes are packed and parameters narrowed one at a time, when their turn comes."""
@@ -268,6 +275,7 @@ def _artifact_from_parts(description: Mapping[str, Any], tensors: Mapping[str, T
         params={
             name.removeprefix("params."): take(name, torch.float32, torch.float16).float() for name in tensors if name.startswith("params.")
         },
+        folded=tuple(str(name) for name in description.get("folded", ())),
         provenance=description.get("provenance", {}),
         pipeline={name: read_json(directory / name, what="pipeline") for name in PIPELINE_FILES if (directory / name).is_file()},
     )

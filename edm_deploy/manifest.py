@@ -73,6 +73,7 @@ class Manifest:
         weight_storage: `int8` or `int4`.
         inputs, outputs: Of the graph, in order.
         sites: Each quantized layer, by its name in the model.
+        folded: `layers` that see the timestep alone, and either the `table` that they became or why they are `computed`; empty where none are.
         files: sha256 by relative path.
         plan: What each site becomes; empty for a graph, which is for any backend.
         backend: Name, for an engine.
@@ -91,6 +92,7 @@ class Manifest:
     inputs: tuple[ModelInput, ...]
     outputs: tuple[str, ...]
     sites: Mapping[str, GraphSite]
+    folded: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     plan: Mapping[str, SitePlan] = field(default_factory=dict)
     backend: str | None = None

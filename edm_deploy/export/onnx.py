@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,7 @@ from onnxscript import optimizer
 
 from edm_deploy.artifact import Artifact
 from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.export.fold import fold_time
 from edm_deploy.export.plugin import insert_plugins, plugin_kinds
 from edm_deploy.export.qdq import WeightStorage, insert_qdq, remove_float_weights
 from edm_deploy.export.trace import find_sites, trace
@@ -23,6 +26,7 @@ from edm_deploy.target import Kind
 
 DATA_NAME = "model.onnx.data"
 Int4 = Literal["qdq", "plugin"]
+FOLDED = "edm_deploy.folded"  # among the graph's metadata
 EXTERNAL_DATA_BYTES = 1 << 30  # one protobuf file ends at 2 GiB; well below it, one file is handier than two
 
 
@@ -56,6 +60,7 @@ def onnx_from_artifact(
     plugins = plugin_kinds(artifact) if int4 == "plugin" else None
     model, site_nodes = graph_from_artifact(artifact, TORCH_DTYPES[dtype], weight_storage, plugins)
     manifest = Manifest.of(artifact, site_nodes, kind="onnx", dtype=dtype, weight_storage=weight_storage, plugins=plugins)
+    manifest = replace(manifest, folded=json.loads(model.metadata_props[FOLDED]))
     with new_directory(Path(out), marker=NAME) as directory:
         files = save_graph(model, directory)
         copy_pipeline_files(artifact.pipeline, directory)
@@ -69,6 +74,7 @@ def graph_from_artifact(
     model = trace(artifact.family_object, artifact.config, dtype)
     # Before any optimisation: fused or renamed nodes no longer tell which parameter they came from.
     sites = find_sites(model.graph, list(artifact.sites))
+    folded = fold_time(model, artifact, [node for site in sites.values() for node in site.dead])
     site_nodes = insert_qdq(model, artifact, sites, storage) if plugins is None else insert_plugins(model, artifact, sites, plugins)
     remove_float_weights(model.graph, artifact.sites)
     _fill_parameters(model.graph, artifact, dtype)
@@ -78,6 +84,7 @@ def graph_from_artifact(
     passes.TopologicalSortPass()(model)
     model.producer_name = "edm-deploy"
     model.metadata_props["edm_deploy.artifact"] = artifact.digest
+    model.metadata_props[FOLDED] = json.dumps(folded)
     kept = {node.name for node in model.graph}
     if lost := sorted(set(site_nodes.values()) - kept):
         raise UnsupportedError(f"Graph optimisation removed {lost[0]!r}, a quantized layer. Please report this with the model's config.")

@@ -23,10 +23,10 @@ from edm_deploy.export.trace import SiteNodes
 from edm_deploy.family import skeleton
 from edm_deploy.packing import code_bytes, pack_weight, weight_sum, zero_codes
 from edm_deploy.plugins import CONV, NAMESPACE, QUANTIZE, VERSION, Plugin
-from edm_deploy.target import Kind, kind_of, obstacle
+from edm_deploy.target import TARGETS, Kind, kind_of, obstacle
 
 BITS = 4
-FILTERS = ((1, 1), (3, 3))  # that there are kernels for
+FILTERS = TARGETS["cuda"].filters or ()  # that there are kernels for
 UNSQUEEZED: Mapping[int, list[int]] = {2: [1, 2], 3: [2], 4: []}  # axes that make a linear's input, by its rank, [B, H, W, C]
 
 
@@ -38,7 +38,7 @@ def plugin_kinds(artifact: Artifact) -> dict[str, Kind]:
     """
     layers = artifact.family_object.sites(skeleton(artifact.family_object, artifact.config))
     kinds = {name: kind_of(site) for name, site in artifact.sites.items() if site.activation is not None}
-    able = {name: kind for name, kind in kinds.items() if kind != "s8" and obstacle(layers[name], FILTERS) is None}
+    able: dict[str, Kind] = {name: kind for name, kind in kinds.items() if kind != "s8" and obstacle(layers[name], FILTERS) is None}
     if not able:
         raise UnsupportedError(
             f"None of the {len(artifact.sites)} sites of this {artifact.scheme} artifact has codes that fit 4 bits, so there is nothing "
@@ -155,9 +155,9 @@ class _PluginWriter(GraphWriter):
     ) -> ir.Value:
         """One plugin node; its output. TensorRT's parser finds the plugin by the three attributes at the end."""
         assert tuple(inputs) == plugin.inputs
-        parser = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": 1}
+        parser: dict[str, str | int] = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": 1}
         own = dict(zip(plugin.attributes, attributes, strict=True))
-        node = ir.node(plugin.name, list(inputs.values()), attributes=own | parser, domain=NAMESPACE, name=output)
+        node = ir.node(plugin.name, list(inputs.values()), attributes={**own, **parser}, domain=NAMESPACE, name=output)
         (value,) = node.outputs
         value.name, value.type = output, ir.TensorType(dtype)
         self.graph.insert_before(at, node)
