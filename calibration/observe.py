@@ -14,6 +14,7 @@ from calibration.interrupt import CtrlC
 from calibration.memory import peak_memory
 from calibration.recipe import Interrupted, Progress, Recipe, Run
 from calibration.student import Student, Teacher
+from calibration.threads import each_in_a_thread
 from calibration.trajectories import Trajectories
 
 SAMPLES_PER_BATCH = 1 << 14  # values kept of each site's input in one batch: enough for percentiles, and sorted in a millisecond
@@ -110,8 +111,10 @@ def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, re
             for done, (row, batches) in enumerate(trajectories.sweep(BATCH), start=1):
                 for batch in batches:
                     trajectories.advance(batch, batch.conditioning.combine(teacher(batch.inputs)))
-                for name, observer in observers.items():
-                    student.quantizers[name].set_row(row, recipe.activation_range(observer.take(), specs[name]))
+                seen = {name: observer.take() for name, observer in observers.items()}
+                ranges = each_in_a_thread(lambda name: recipe.activation_range(seen[name], specs[name]), seen)  # noqa: B023  # run at once
+                for quantizer, range_ in zip(student.quantizers.values(), ranges, strict=True):
+                    quantizer.set_row(row, range_)
                 rate = done / (time.perf_counter() - start)
                 left = (trajectories.rows - done) / rate
                 device = trajectories.device

@@ -45,10 +45,11 @@ def least_squares_range(values: Tensor, low: float, high: float, spec: SiteSpec,
     # Thresholds between neighbouring codes; prefix sums at them give each code's count and sum.
     codes = qmin[:, None] + torch.arange(spec.levels + 1)
     at = torch.searchsorted(ordered, ((codes[:, :-1] + 0.5) * scale[:, None]).contiguous())
-    ends = torch.cat([at, torch.full_like(at[:, :1], len(ordered))], dim=1)
-    starts = torch.cat([torch.zeros_like(at[:, :1]), at], dim=1)
-    products = (codes * (sums[ends] - sums[starts])).sum(1)
-    squares = (codes.double().square() * (ends - starts)).sum(1)
+    first, last = torch.zeros_like(at[:, :1]), torch.full_like(at[:, :1], len(ordered))
+    counts = torch.cat([first, at, last], dim=1).diff()
+    totals = torch.cat([first, sums[at], sums[-1].expand(len(at), 1)], dim=1).diff()
+    products = (codes * totals).sum(1)
+    squares = (codes.double().square() * counts).sum(1)
     best = int((scale.square() * squares - 2 * scale * products).argmin())
     return Range(float(scale[best]), int(qmin[best]))
 

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+from edm_deploy.errors import EdmDeployError, InputError
+from edm_deploy_tools import measured
+from edm_deploy_tools.bench_scale import RESULTS, run_steps, steps_of, verdicts
+from edm_deploy_tools.measured import Measured
+
+
+def steps(backends=("trt-rtx",)):
+    return steps_of("sd15", "W4A8", 20, 2, backends, "sm_86", low_memory=False)
+
+
+def test_one_graph_serves_the_backends_of_one_float_type():
+    assert [step.name for step in steps(["trt-rtx", "ort", "openvino"])] == [
+        "calibrate",
+        "export fp16",
+        "build trt-rtx",
+        "export fp32",
+        "build ort",
+        "build openvino",
+    ]
+
+
+def test_bits_that_are_no_scheme_are_said():
+    with pytest.raises(InputError, match=r"--bits '4': expected a scheme such as W4A8"):
+        steps_of("sd15", "4", 20, 2, [], "sm_86", low_memory=False)
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """What was run; each command makes its directory and takes a second and a gigabyte."""
+    run = []
+
+    def pretend(command, *, cwd):
+        run.append(command[3])
+        (cwd / command[command.index("--out") + 1]).mkdir(exist_ok=True)
+        return Measured(returncode=0, seconds=1.0, peak_bytes=10**9, last_line="")
+
+    monkeypatch.setattr(measured, "run_measured", pretend)
+    return run
+
+
+def test_what_was_done_by_the_same_command_is_not_done_again(commands, tmp_path):
+    first = run_steps(steps(), tmp_path)
+    assert run_steps(steps(), tmp_path) == first
+    assert commands == ["calibrate", "export", "build-engine"]
+
+
+def test_another_command_runs_again_with_all_that_follows(commands, tmp_path):
+    run_steps(steps(), tmp_path)
+    known = json.loads((tmp_path / RESULTS).read_text())
+    known["export fp16"]["arguments"] = []
+    (tmp_path / RESULTS).write_text(json.dumps(known))
+    run_steps(steps(), tmp_path)
+    assert commands == ["calibrate", "export", "build-engine", "export", "build-engine"]
+
+
+def test_a_failed_step_ends_the_run_with_its_last_line(monkeypatch, tmp_path):
+    failed = Measured(returncode=2, seconds=3.0, peak_bytes=1, last_line="Error: no")
+    monkeypatch.setattr(measured, "run_measured", lambda command, *, cwd: failed)
+    with pytest.raises(EdmDeployError, match="calibrate failed after 3 s: Error: no"):
+        run_steps(steps(), tmp_path)
+
+
+def test_each_limit_is_compared_with_what_was_found():
+    record = {"seconds": 90.0, "peak_bytes": 3e9, "out_bytes": 5e8}
+    records = {"calibrate": record | {"peak_bytes": 9e9}, "export fp16": record, "build trt-rtx": record}
+    found = {row["limit"]: row["kept"] for row in verdicts("sd15", "W4A8", records, float_bytes=int(1.72e9))}
+    assert found == {
+        "calibrate + export fp16 + build trt-rtx": "yes",
+        "peak memory of the three": "NO",
+        "export fp16: peak memory / float16 weights": "NO",
+        "artifact / float16 weights": "yes",
+    }

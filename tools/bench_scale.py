@@ -1,0 +1,188 @@
+"""Real models at their real size: quantize, export and build each in a process of its own, with its time and its peak memory.
+
+python -m edm_deploy_tools.bench_scale --architecture sd15 --bits W4A8 --rows 20 --size 16
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edm_deploy_tools import console, entry
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+RESULTS = "results.json"
+EXPORT_LIMIT = 1.5  # peak memory of the export over the bytes of the float weights
+ARTIFACT_LIMIT = 0.30  # a 4-bit artifact's bytes over the float16 weights'
+DTYPES = {"trt-rtx": "fp16", "trt": "fp16"}  # of the graph that a backend is built from; the others take float32
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What calibrating, exporting and building for one GPU may cost together on two cores: wall time in seconds, peak memory in bytes."""
+
+    seconds: float
+    peak_bytes: float
+
+
+LIMITS: Mapping[str, Limit] = {"sd15": Limit(300, 8e9), "sdxl": Limit(900, 18e9)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One command: its name in the table, its arguments, and the directory that it writes."""
+
+    name: str
+    arguments: tuple[str, ...]
+    out: str
+
+
+def steps_of(architecture: str, bits: str, rows: int, trajectories: int, backends: Sequence[str], gpu: str, low_memory: bool) -> list[Step]:
+    """The commands in order, directories relative to the work directory.
+
+    Raises:
+        InputError: `bits` is no scheme.
+    """
+    from edm_deploy.errors import InputError
+
+    match = re.fullmatch(r"W(\d+)A(\d+)", bits)
+    if match is None:
+        raise InputError(f"--bits {bits!r}: expected a scheme such as W4A8.")
+    weight_bits, act_bits = match.groups()
+    calibrate = ("calibrate", "model", "--out", "artifact", "--weight-bits", weight_bits, "--act-bits", act_bits, "--rows", str(rows))
+    calibrate += ("--set", f"calibration_samples={trajectories}", *(("--low-memory",) if low_memory else ()))
+    steps = [Step(name="calibrate", arguments=calibrate, out="artifact")]
+    exported: set[str] = set()
+    for backend in backends:
+        dtype = DTYPES.get(backend, "fp32")
+        graph = f"onnx-{dtype}"
+        if dtype not in exported:
+            steps.append(Step(name=f"export {dtype}", arguments=("export", "artifact", "--out", graph, "--dtype", dtype), out=graph))
+            exported.add(dtype)
+        arguments = ("build-engine", graph, "--out", f"engine-{backend}", "--backend", backend, "--batch", "1:2:2")
+        arguments += ("--gpu", gpu) if backend == "trt-rtx" else ()
+        steps.append(Step(name=f"build {backend}", arguments=arguments, out=f"engine-{backend}"))
+    return steps
+
+
+def run_steps(steps: Sequence[Step], work: Path) -> dict[str, dict[str, Any]]:
+    """Run what has not been run in `work` by the same command; every step's record by name.
+
+    Raises:
+        EdmDeployError: A step failed; the message holds its last line.
+    """
+    from edm_deploy.errors import EdmDeployError
+    from edm_deploy_tools.measured import run_measured
+
+    path = work / RESULTS
+    records: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    stale = False
+    for step in steps:
+        known = records.get(step.name)
+        if not stale and known and known["arguments"] == list(step.arguments) and (work / step.out).is_dir():
+            continue
+        stale = True  # what follows was made from an older result
+        measured = run_measured([sys.executable, "-m", "edm_deploy_tools.cli", *step.arguments], cwd=work)
+        if measured.returncode:
+            raise EdmDeployError(f"{step.name} failed after {measured.seconds:.0f} s: {measured.last_line}")
+        records[step.name] = {
+            "arguments": list(step.arguments),
+            "seconds": round(measured.seconds, 1),
+            "peak_bytes": measured.peak_bytes,
+            "out_bytes": console.bytes_of(work / step.out),
+        }
+        path.write_text(json.dumps(records, indent=2) + "\n")
+    return {step.name: records[step.name] for step in steps}
+
+
+def verdicts(architecture: str, bits: str, records: Mapping[str, Mapping[str, Any]], float_bytes: int) -> list[console.Row]:
+    """Each limit with what was found, and whether it is kept."""
+    rows: list[console.Row] = []
+
+    def check(what: str, found: float, limit: float, unit: str) -> None:
+        rows.append(
+            {"limit": what, "found": f"{found:.2f}{unit}", "at most": f"{limit:g}{unit}", "kept": "yes" if found <= limit else "NO"}
+        )
+
+    chain = [records[name] for name in ("calibrate", "export fp16", "build trt-rtx") if name in records]
+    if architecture in LIMITS and len(chain) == 3:
+        limit = LIMITS[architecture]
+        check("calibrate + export fp16 + build trt-rtx", sum(record["seconds"] for record in chain) / 60, limit.seconds / 60, " min")
+        check("peak memory of the three", max(record["peak_bytes"] for record in chain) / 1e9, limit.peak_bytes / 1e9, " GB")
+    for name, record in records.items():
+        if name.startswith("export"):
+            check(f"{name}: peak memory / float16 weights", record["peak_bytes"] / float_bytes, EXPORT_LIMIT, "x")
+    if bits.startswith("W4"):
+        check("artifact / float16 weights", records["calibrate"]["out_bytes"] / float_bytes, ARTIFACT_LIMIT, "x")
+    return rows
+
+
+@app.command()
+def main(
+    architecture: Annotated[str, typer.Option(help="A file of assets/architectures, sd15 or sdxl for example.")] = "sd15",
+    bits: Annotated[str, typer.Option(help="Scheme, W4A8 or another.")] = "W4A8",
+    rows: Annotated[int, typer.Option(help="Table rows.")] = 20,
+    trajectories: Annotated[int, typer.Option(help="Samples that are calibrated on.")] = 2,
+    size: Annotated[int | None, typer.Option(help="Height and width of a sample, in latents; default: the model's own.")] = None,
+    backends: Annotated[str, typer.Option(help="With commas.")] = "trt-rtx",
+    gpu: Annotated[str, typer.Option(help="That trt-rtx builds for.")] = "sm_86",
+    low_memory: Annotated[bool, typer.Option("--low-memory", help="Calibrate with --low-memory.")] = False,
+    work: Annotated[Path, typer.Option(metavar="DIR", help="Where everything goes; what stands there is not made again.")] = Path(
+        "bench-scale"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print json and nothing else on stdout.")] = False,
+) -> None:
+    """Quantize, export and build a published architecture with random weights; print time and peak memory of each step."""
+    import datetime
+
+    from edm_deploy_tools.architectures import architecture as architecture_named
+    from edm_deploy_tools.machine import machine, versions
+    from edm_deploy_tools.random_model import weight_bytes, write_random_model
+
+    chosen = architecture_named(architecture)
+    steps = steps_of(architecture, bits, rows, trajectories, [name for name in backends.split(",") if name], gpu, low_memory)
+    place = work / f"{architecture}-{size or 'own'}"
+    model = place / "model"
+    if not model.is_dir():
+        write_random_model(chosen, model, size=size)
+    records = run_steps(steps, place)
+    float_bytes = weight_bytes(model)
+    found = verdicts(architecture, bits, records, float_bytes)
+    conditions = {
+        "model": f"{chosen.title}, {chosen.parameters:,} parameters, random weights, {float_bytes / 1e9:.2f} GB as float16",
+        "scheme": f"{bits}, {rows} rows, {trajectories} trajectories, latents {size or 'of its own size'}",
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        **machine(),
+        **versions(),
+    }
+    if as_json:
+        console.print_json({"conditions": conditions, "steps": records, "limits": found, "asked": [asdict(step) for step in steps]})
+        return
+    console.print_facts(conditions)
+    console.print_table("Each step in a process of its own", _rows(records, float_bytes))
+    console.print_table("Limits", found)
+
+
+def _rows(records: Mapping[str, Mapping[str, Any]], float_bytes: int) -> list[console.Row]:
+    return [
+        {
+            "step": name,
+            "seconds": record["seconds"],
+            "peak GB": round(record["peak_bytes"] / 1e9, 2),
+            "peak / float16": round(record["peak_bytes"] / float_bytes, 2),
+            "written GB": round(record["out_bytes"] / 1e9, 3),
+        }
+        for name, record in records.items()
+    ]
+
+
+if __name__ == "__main__":
+    entry.wait_patiently()
+    sys.exit(entry.run(app, "bench_scale"))

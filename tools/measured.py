@@ -1,0 +1,74 @@
+"""A command's wall time and the most memory that it and its children held at once."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+INTERVAL = 0.05  # seconds between two looks at the processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A command that has ended.
+
+    Attributes:
+        returncode: Of the command.
+        seconds: Wall time.
+        peak_bytes: The largest sum of resident memory over the command and its children, mapped files included; at least the peak that the
+            system has counted for any one of them.
+        last_line: Of its stderr.
+    """
+
+    returncode: int
+    seconds: float
+    peak_bytes: int
+    last_line: str
+
+
+def run_measured(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None) -> Measured:
+    """Run a command to its end; its stdout is dropped.
+
+    Args:
+        command: Program and arguments.
+        cwd: Where it runs.
+        environment: None is this process's.
+    """
+    peak = 0
+    with tempfile.TemporaryFile() as errors:
+        start = time.perf_counter()
+        child = subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+        root = psutil.Process(child.pid)
+        while child.poll() is None:
+            peak = max(peak, _resident(root))
+            time.sleep(INTERVAL)
+        seconds = time.perf_counter() - start
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").strip().splitlines()
+    return Measured(returncode=child.returncode, seconds=seconds, peak_bytes=peak, last_line=lines[-1] if lines else "")
+
+
+def _resident(root: psutil.Process) -> int:
+    total, highest = 0, 0
+    try:
+        for process in [root, *root.children(recursive=True)]:
+            total += process.memory_info().rss
+            highest = max(highest, _high_water(process.pid))
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        pass
+    return max(total, highest)
+
+
+def _high_water(pid: int) -> int:
+    """The system's own count of a process's peak, which no look between two of ours can miss; 0 where there is none."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
