@@ -34,6 +34,7 @@ class Api:
 
     class CUfunction_attribute(enum.Enum):  # noqa: N801  # the binding's name
         CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+        CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT = 9
 
     def __init__(self, version: int = 13000, **failing: Result) -> None:
         self.version, self.failing = version, failing
@@ -120,11 +121,20 @@ def test_more_than_48_kb_of_shared_memory_are_asked_for():
     api = Api()
     one = Driver(api)
     one.launch([a_launch(shared_bytes=49152)], 0, STREAM)
-    assert api.called("cuFuncSetAttribute") == []
+    assert [attribute.name for _, attribute, _ in api.called("cuFuncSetAttribute")] == [
+        "CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT"
+    ]
     api = Api()
     Driver(api).launch([a_launch(shared_bytes=65536)], 0, STREAM)
-    ((function, attribute, size),) = api.called("cuFuncSetAttribute")
+    (function, attribute, size), (_, carveout, percent) = api.called("cuFuncSetAttribute")
     assert (function, attribute.name, size) == ("function", "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", 65536)
+    assert (carveout.name, percent) == ("CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT", 100)
+
+
+def test_a_kernel_without_dynamic_shared_memory_leaves_the_cache_alone():
+    api = Api()
+    Driver(api).launch([a_launch(shared_bytes=0)], 0, STREAM)
+    assert api.called("cuFuncSetAttribute") == []
 
 
 def test_a_gpu_s_own_capability_is_compiled_for():
@@ -236,6 +246,7 @@ def test_the_real_binding_carries_names_grids_and_structs(tmp_path):
     ran = subprocess.run([sys.executable, "-c", THROUGH_THE_BINDING], env=environment, capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines() == [
         "group_stats_f16 attribute 8 = 65536",
+        "group_stats_f16 attribute 9 = 100",
         "group_stats_f16 grid 4 2 1 block 256 1 1 shared 65536 stream 0x1000 extra (nil): N 3 groups 5 eps 0.5",
         "group_stats_f16 grid 7 2 1 block 256 1 1 shared 0 stream 0x1000 extra (nil): N 3 groups 5 eps 0.5",
         "Kernel group_stats_f16 with grid [7, 2, 1] cannot be started (CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: as CUDA explains it).",
