@@ -9,10 +9,13 @@ from importlib.metadata import version
 import torch
 
 from calibration.memory import peak_memory
+from calibration.prompts import prompts_of
 from calibration.recipe import Interrupted, Progress, Recipe, Run, RunOptions
+from calibration.schedules import calibrated_timesteps
 from calibration.student import Student, Teacher, artifact_from_student
-from calibration.trajectories import Trajectories, calibrated_timesteps
+from calibration.trajectories import Trajectories
 from edm_deploy import Artifact
+from edm_deploy.encoding import conditioner_of
 from edm_deploy.errors import InputError
 from edm_deploy.pipelines import Source
 
@@ -41,21 +44,27 @@ def fit(source: Source, recipe: Recipe, options: RunOptions, *, on_progress: Cal
     device = torch.device(options.device)
     timesteps = calibrated_timesteps(source.scheduler, recipe.rows)
     teacher_hash = source.digest()
+    conditioner = conditioner_of(source, scale=recipe.guidance, prompts=prompts_of(options.prompts))
     folded = folded_layers(source, options.fold_time)
-    identity = {"recipe": recipe.name, "settings": recipe.settings(), "teacher": teacher_hash, "teacher_dtype": options.teacher_dtype}
-    identity |= {"folded": list(folded)} if folded else {}
+    decides = {
+        "recipe": recipe.name,
+        "settings": recipe.settings(),
+        "teacher_dtype": options.teacher_dtype,
+        "conditioning": conditioner.origin,
+    }
+    decides |= {"folded": list(folded)} if folded else {}
+    identity = decides | {"teacher": teacher_hash}
     size = recipe.pool_size()
-    trajectories = Trajectories(source, timesteps, size=size, eta=recipe.eta, seed=recipe.seed, device=device)
+    trajectories = Trajectories(source, timesteps, size=size, eta=recipe.eta, seed=recipe.seed, device=device, conditioner=conditioner)
     teacher = Teacher(source, device)
     student = Student(source, recipe, timesteps, device, teacher=teacher, folded=folded)
     recipe.fit(student, teacher, trajectories, Run(options=options, identity=identity, on_progress=on_progress or (lambda _: None)))
     provenance = {
-        "recipe": recipe.name,
-        "settings": recipe.settings(),
+        **decides,
+        "guidance": conditioner.scale,
         "seed": recipe.seed,
         "source": source.name,
         "teacher_sha256": teacher_hash,
-        "teacher_dtype": options.teacher_dtype,
         "device": options.device,
         "versions": {name: version(name) for name in ("edm-deploy", "torch", "diffusers")},
         "wall_seconds": round(time.perf_counter() - start, 1),

@@ -49,7 +49,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What a run needs beside its settings; none of these changes what a finished run computes, but for the teacher's dtype.
+    """What a run needs beside its settings; of these only the teacher's dtype and the prompts change what a finished run computes.
 
     Attributes:
         device: Where the student and the teacher live.
@@ -58,6 +58,7 @@ class RunOptions:
         resume: Whether to go on from `checkpoint`.
         checkpoint_every: Training steps between checkpoints.
         fold_time: Whether layers that see the timestep alone stay in floating point, for exporters to make a table of; None asks the family.
+        prompts: What models that take text are told; None is the built-in list.
     """
 
     device: str = "cpu"
@@ -66,6 +67,7 @@ class RunOptions:
     resume: bool = False
     checkpoint_every: int = 100
     fold_time: bool | None = None
+    prompts: Path | None = None
 
     def __post_init__(self) -> None:
         at_least("checkpoint_every", self.checkpoint_every, 1)
@@ -139,6 +141,7 @@ class Recipe:
         symmetric: Symmetric activation bounds below 8 bit; at 8 bit they always are.
         calibration_samples: Trajectories that the ranges are observed on.
         eta: Fresh noise of the trajectories, 0 (DDIM, as most samplers that are deployed) to 1 (DDPM).
+        guidance: Scale of classifier-free or embedded guidance; 1 is off. None is what the model's samples are usually drawn with.
         seed: Of everything random.
     """
 
@@ -150,6 +153,7 @@ class Recipe:
     symmetric: bool = False
     calibration_samples: int = 32
     eta: float = 0.0
+    guidance: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -165,6 +169,8 @@ class Recipe:
         at_least("rows", self.rows, 1)
         at_least("calibration_samples", self.calibration_samples, 1)
         within("eta", self.eta, 0.0, 1.0)
+        if self.guidance is not None:
+            at_least("guidance", self.guidance, 0.0)
 
     def specs(self, site: str, placement: Placement) -> SiteSpec:
         """What becomes of a site: the recipe's bits, or W8A8 where the family keeps 8. `site` is there for recipes that mix bits."""

@@ -75,6 +75,7 @@ class Conditioner:
         scale: Of the guidance; None is the family's. 1 is off.
         encoded: Inputs by name for a pool to draw from, [P, ...] each; what is not in it is drawn at random.
         without: What stands for no conditioning, [1, ...] by name; None takes the family's.
+        origin: Where `encoded` comes from, for the record.
 
     Raises:
         InputError: A scale for a model that cannot be guided.
@@ -88,6 +89,7 @@ class Conditioner:
         scale: float | None = None,
         encoded: Mapping[str, Tensor] | None = None,
         without: Mapping[str, Tensor] | None = None,
+        origin: str = "drawn at random",
     ) -> None:
         guidance = family.guidance(config)
         if guidance.kind == "none" and scale not in (None, 1.0):
@@ -95,6 +97,7 @@ class Conditioner:
         self.family, self.config, self.kind = family, config, guidance.kind
         self.scale = guidance.scale if scale is None else scale
         self.encoded = dict(encoded or {})
+        self.origin = origin
         self.without: dict[str, Tensor] = {}
         if self.kind == "classifier-free" and self.scale != 1.0:
             fixed = torch.Generator().manual_seed(0)  # a model knows one "nothing", whatever the run's seed

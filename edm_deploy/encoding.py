@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ def conditioner_of(source: Source, *, scale: float | None = None, prompts: Seque
             scale=LABEL_SCALE if scale is None else scale,
             encoded={tokens: table[:-1, None]},
             without={tokens: table[-1:, None]},
+            origin=f"{len(table) - 1} labels of the class embedder",
         )
     wanted = [declared.name for declared in family.inputs(config) if declared.name in family.text_inputs]
     if not wanted:
@@ -55,7 +57,8 @@ def conditioner_of(source: Source, *, scale: float | None = None, prompts: Seque
         log.warning("%s has no text encoders here: its %s is drawn at random, which prompts are not.", source.name, wanted[0])
         return Conditioner(family, config, scale=scale)
     given, without = encoded
-    return Conditioner(family, config, scale=scale, encoded=given, without=without)
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
+    return Conditioner(family, config, scale=scale, encoded=given, without=without, origin=f"{len(prompts)} prompts, sha256 {digest}")
 
 
 @torch.no_grad()

@@ -116,6 +116,7 @@ def test_checkpoint_holds_every_row_of_every_table(tmp_path):
         "recipe": "efficientdm",
         "settings": recipe.settings(),
         "teacher": with_identity.provenance["teacher_sha256"],
+        "conditioning": with_identity.provenance["conditioning"],
         "teacher_dtype": "bf16",
     }
     step, tensors = load_checkpoint(tmp_path / "ck", identity)
