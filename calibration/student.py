@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from calibration.layers import ActivationQuantizer, StudentLayer
 from calibration.recipe import Recipe, SiteSpec
+from calibration.threads import each_in_a_thread
 from edm_deploy.activations import nearest_rows, rows_of
 from edm_deploy.artifact import Artifact, Site
 from edm_deploy.family import SAMPLE, skeleton
@@ -61,7 +62,16 @@ class Student(nn.Module):
         quantizers: Every activation quantizer by the name of the first site that it serves.
     """
 
-    def __init__(self, source: Source, recipe: Recipe, timesteps: Tensor, device: torch.device, *, teacher: Teacher | None = None, folded: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        source: Source,
+        recipe: Recipe,
+        timesteps: Tensor,
+        device: torch.device,
+        *,
+        teacher: Teacher | None = None,
+        folded: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
         self.family, self.config = source.family_object, source.config
         self.model = _sharing(teacher.model if teacher else source.model, device)
@@ -80,8 +90,10 @@ class Student(nn.Module):
         for name, layer in sites.items():
             quantizer = self._quantizer(leaders[name], specs[name], specs[leaders[name]], name).to(device) if specs[name].act_bits else None
             self.layers[name] = StudentLayer(layer, specs[name], quantizer).to(device)
-            self.layers[name].set_weight_scale(recipe.weight_scale(layer.weight, specs[name].weight_bits))
             _replace(self.model, name, self.layers[name])
+        scales = each_in_a_thread(lambda name: recipe.weight_scale(self.layers[name].layer.weight, specs[name].weight_bits), sites)
+        for name, scale in zip(sites, scales, strict=True):
+            self.layers[name].set_weight_scale(scale)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Prediction, [B, ...] in the compute dtype."""

@@ -49,12 +49,15 @@ def calibrate(
     backend: opt.For = None,
     device: opt.DeviceOption = opt.Device.CPU,
     teacher_dtype: opt.Teacher = None,
+    prompts: opt.Prompts = None,
     fold_time: opt.FoldTime = None,
+    low_memory: opt.LowMemory = False,
+    force: opt.Force = False,
 ) -> None:
     """Quantize MODEL without training: observe its layers along its own trajectories. W8A8 unless told otherwise."""
     flags = {"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed}
-    run = {"device": device.value, "teacher_dtype": _value(teacher_dtype), "fold_time": fold_time}
-    _quantize(model, out, recipe, flags, config, preset, settings, backend, **run)
+    run = {"device": device.value, "teacher_dtype": _value(teacher_dtype), "fold_time": fold_time, "prompts": prompts}
+    _quantize(model, out, recipe, flags, config, preset, settings, backend, low_memory, force, **run)
 
 
 @app.command(epilog=opt.example("finetune google/ddpm-cifar10-32 --out ddpm-w4a4 --set steps=2000 --for openvino"))
@@ -72,20 +75,24 @@ def finetune(
     backend: opt.For = None,
     device: opt.DeviceOption = opt.Device.CPU,
     teacher_dtype: opt.Teacher = None,
+    prompts: opt.Prompts = None,
     fold_time: opt.FoldTime = None,
+    low_memory: opt.LowMemory = False,
+    force: opt.Force = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
 ) -> None:
     """Quantize MODEL and fine-tune it without data against itself. W4A4 unless told otherwise. Ctrl-C leaves a checkpoint for --resume."""
     flags = {"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed}
     checkpoint = out.with_name(out.name + ".checkpoint")
     run = {
+        "prompts": prompts,
         "device": device.value,
         "teacher_dtype": _value(teacher_dtype),
         "fold_time": fold_time,
         "checkpoint": checkpoint,
         "resume": resume,
     }
-    _quantize(model, out, recipe, flags, config, preset, settings, backend, **run)
+    _quantize(model, out, recipe, flags, config, preset, settings, backend, low_memory, force, **run)
 
 
 def _quantize(
@@ -97,13 +104,15 @@ def _quantize(
     preset: str | None,
     settings: list[str] | None,
     backend: str | None,
+    low_memory: bool,
+    force: bool,
     **run: Any,
 ) -> None:
     from edm_deploy_tools.quantize import quantize, run_options
     from edm_deploy_tools.settings import recipe_with
 
     chosen = recipe_with(recipe, preset=preset, config=config, flags=flags, overrides=settings or ())
-    artifact = quantize(model, out, chosen, run_options(**run), backend=backend)
+    artifact = quantize(model, out, chosen, run_options(**run), backend=backend, low_memory=low_memory, force=force)
     console.wrote(out, f"artifact, {artifact.scheme}, {len(artifact.sites)} sites, {len(artifact.timesteps)} rows")
     if artifact.folded:
         console.say(f"{len(artifact.folded)} layers see the timestep alone: they stay in floating point, and export makes a table of them.")
@@ -111,7 +120,7 @@ def _quantize(
 
 @app.command(epilog=opt.example("export ddpm-w4a4 --out ddpm-w4a4-onnx --weight-storage int4"))
 def export(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What calibrate or finetune wrote.")],
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What calibrate or finetune wrote; or a model, which stays float.")],
     out: opt.Out,
     file_format: Annotated[opt.Format, typer.Option("--format", help="What to write.")] = opt.Format.ONNX,
     dtype: Annotated[opt.FloatType, typer.Option(help="Floating-point type of the graph.")] = opt.FloatType.FP32,
@@ -122,15 +131,15 @@ def export(
     int4: Annotated[opt.Int4, typer.Option(help="plugin: 4-bit sites as nodes of our TensorRT plugins, for --for trt.")] = opt.Int4.QDQ,
 ) -> None:
     """Write ARTIFACT as a standard ONNX graph (opset 21) with its tables inside."""
-    from edm_deploy.artifact import Artifact
     from edm_deploy.export.onnx import onnx_from_artifact
     from edm_deploy.target import check_plugins, check_storage, target_named
+    from edm_deploy_tools.floats import artifact_or_float
 
     target = target_named(backend) if backend else None
     check_plugins(target, int4 is opt.Int4.PLUGIN)
     if target is not None:
         check_storage(target, weight_storage.value)
-    manifest = onnx_from_artifact(Artifact.load(artifact), out, dtype=dtype.value, weight_storage=weight_storage.value, int4=int4.value)
+    manifest = onnx_from_artifact(artifact_or_float(artifact), out, dtype=dtype.value, weight_storage=weight_storage.value, int4=int4.value)
     console.wrote(
         out, f"ONNX directory, {manifest.scheme}, {manifest.dtype}, weights {manifest.weight_storage}, {len(manifest.sites)} sites"
     )

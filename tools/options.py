@@ -84,9 +84,19 @@ Profile = typer.Option(metavar="MIN:OPT:MAX", help="Sizes that the engine takes;
 Int4Where = Annotated[
     Int4Sites | None, typer.Option("--int4-where", help="faster: INT8 where 4 bits are expected to gain nothing on --gpu; for cuda.")
 ]
+LowMemory = Annotated[
+    bool, typer.Option("--low-memory", help="Leave the float weights in their files until a layer runs: slower, same result.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Begin even where memory is expected to run out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print json and nothing else on stdout.")]
 
 
 def example(command: str) -> str:
     """The last line of a command's help."""
     return f"Example: edm-deploy {command}"
+
+
+Prompts = Annotated[
+    Path | None,
+    typer.Option("--prompts", metavar="FILE", help="What a model that takes text is told, one prompt a line; default: a built-in list."),
+]

@@ -6,17 +6,31 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import calibration
+from calibration.memory import needed_memory
 from calibration.recipe import RunOptions
 from edm_deploy.artifact import JSON_NAME, Artifact
-from edm_deploy.errors import ArtifactError
+from edm_deploy.errors import ArtifactError, InputError
+from edm_deploy.family import skeleton
 from edm_deploy.files import check_replaceable
-from edm_deploy.pipelines import load_source
+from edm_deploy.outline import read_outline
+from edm_deploy.pipelines import load_source, local_directory
 from edm_deploy.target import check_scheme, target_named
 from edm_deploy_tools.console import progress
 
 
-def quantize(model: str, out: Path, recipe: Any, options: RunOptions, *, backend: str | None = None) -> Artifact:
+def quantize(
+    model: str,
+    out: Path,
+    recipe: Any,
+    options: RunOptions,
+    *,
+    backend: str | None = None,
+    low_memory: bool = False,
+    force: bool = False,
+) -> Artifact:
     """Quantize a diffusers model and save the artifact in `out`; everything that can be refused is refused before any training.
 
     Args:
@@ -25,6 +39,8 @@ def quantize(model: str, out: Path, recipe: Any, options: RunOptions, *, backend
         recipe: A recipe with its settings.
         options: Device, teacher's dtype, checkpoint; the checkpoint is removed once the artifact stands.
         backend: Check that this backend can carry the scheme.
+        low_memory: Leave the float weights in their files until a layer runs.
+        force: Begin even where memory is expected to run out.
 
     Raises:
         ArtifactError, InputError, UnsupportedError: As load_source, calibration.fit and Artifact.save.
@@ -34,13 +50,28 @@ def quantize(model: str, out: Path, recipe: Any, options: RunOptions, *, backend
     check_replaceable(out, marker=JSON_NAME)
     if options.resume and options.checkpoint is not None and not options.checkpoint.is_dir():
         raise ArtifactError(f"{options.checkpoint} holds no checkpoint to resume. Start without --resume, or check --out.")
-    source = load_source(model)
+    if not force:
+        _check_memory(model, trains=hasattr(recipe, "steps"), low_memory=low_memory)
+    source = load_source(model, low_memory=low_memory)
     with progress() as show:
         artifact = calibration.fit(source, recipe, options, on_progress=show)
     artifact.save(out)
     if options.checkpoint is not None:
         shutil.rmtree(options.checkpoint, ignore_errors=True)
     return artifact
+
+
+def _check_memory(model: str, *, trains: bool, low_memory: bool) -> None:
+    outline = read_outline(local_directory(model), model)
+    parameters = sum(value.numel() for value in skeleton(outline.family_object, outline.config).parameters())
+    needed, free = needed_memory(parameters, trains=trains, low_memory=low_memory), psutil.virtual_memory().available
+    if needed > free:
+        mend = (
+            "Free some, or begin nevertheless with --force"
+            if low_memory
+            else "Use --low-memory, free some, or begin nevertheless with --force"
+        )
+        raise InputError(f"{model} needs about {needed / 1e9:.1f} GB of memory to be quantized so, {free / 1e9:.1f} GB are free. {mend}.")
 
 
 def run_options(*, teacher_dtype: str | None = None, **given: Any) -> RunOptions:

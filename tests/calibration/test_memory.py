@@ -1,6 +1,6 @@
 import torch
 
-from calibration.memory import peak_memory
+from calibration.memory import needed_memory, peak_memory
 
 
 def test_the_peak_remembers_what_was_freed():
@@ -12,3 +12,9 @@ def test_the_peak_remembers_what_was_freed():
     assert peak_memory(torch.device("cpu")) >= held - 2**20
     assert held >= before - 2**20
     assert held > 256 << 20
+
+
+def test_the_estimate_counts_the_float_weights_once_and_the_codes():
+    assert needed_memory(10**9, trains=False) == 6_500_000_000
+    assert needed_memory(10**9, trains=False, low_memory=True) == 2_500_000_000
+    assert needed_memory(10**9, trains=True) > 2 * needed_memory(10**9, trains=False)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from calibration.recipe import RunOptions
-from edm_deploy.errors import ArtifactError, UnsupportedError
+from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.files import check_replaceable
 from edm_deploy_tools.quantize import quantize, run_options
 from edm_deploy_tools.settings import recipe_with
@@ -37,3 +37,21 @@ def test_a_checkpoint_is_gone_once_the_artifact_stands(tmp_path, chain):
     recipe = recipe_with("efficientdm", flags={"rows": 2}, overrides=["steps=1", "batch=2", "calibration_samples=2"])
     quantize(str(chain.model), tmp_path / "a", recipe, RunOptions(checkpoint=tmp_path / "c"))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_too_little_memory_is_said_before_the_weights_are_read(tmp_path, chain, monkeypatch):
+    from types import SimpleNamespace
+
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**8))
+    with pytest.raises(InputError, match=r"needs about 1\.\d GB of memory to be quantized so, 0\.1 GB are free\. Use --low-memory"):
+        quantize(str(chain.model), tmp_path / "a", recipe_with("mse"), RunOptions())
+    with pytest.raises(InputError, match=r"are free\. Free some, or begin nevertheless with --force"):
+        quantize(str(chain.model), tmp_path / "a", recipe_with("mse"), RunOptions(), low_memory=True)
+
+
+def test_low_memory_gives_the_same_artifact_even_where_memory_is_short(tmp_path, chain):
+    recipe = recipe_with("mse", flags={"rows": 2}, overrides=["calibration_samples=2"])
+    low = quantize(str(chain.model), tmp_path / "low", recipe, RunOptions(), low_memory=True, force=True)
+    assert low.digest == quantize(str(chain.model), tmp_path / "usual", recipe, RunOptions()).digest
