@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
 from onnxscript import optimizer
+from torch import Tensor
 
 from edm_deploy.artifact import Artifact
 from edm_deploy.errors import InputError, UnsupportedError
@@ -27,7 +28,8 @@ from edm_deploy.target import Kind
 DATA_NAME = "model.onnx.data"
 Int4 = Literal["qdq", "plugin"]
 FOLDED = "edm_deploy.folded"  # among the graph's metadata
-EXTERNAL_DATA_BYTES = 1 << 30  # one protobuf file ends at 2 GiB; well below it, one file is handier than two
+# One protobuf file ends at 2 GiB, and holds all weights three times while it is written; where they are few, one file is handier than two.
+EXTERNAL_DATA_BYTES = 1 << 28
 
 
 def onnx_from_artifact(
@@ -92,7 +94,7 @@ def graph_from_artifact(
 
 
 def save_graph(model: ir.Model, directory: Path) -> list[str]:
-    """Write and check the graph; returns the names of the files. Weights go beside it once it would pass 1 GiB."""
+    """Write and check the graph; returns the names of the files. Weights go beside it once it would pass EXTERNAL_DATA_BYTES."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = DATA_NAME if size > EXTERNAL_DATA_BYTES else None
     path = directory / GRAPH_NAME
@@ -105,4 +107,11 @@ def _fill_parameters(graph: ir.Graph, artifact: Artifact, dtype: torch.dtype) ->
     """Give the float graph's remaining initialisers the artifact's values."""
     for name, value in graph.initializers.items():
         if name in artifact.params:
-            value.const_value = ir.tensor(artifact.params[name].to(dtype).numpy(), name=name)
+            value.const_value = _lazy(name, artifact.params[name], dtype)
+
+
+def _lazy(name: str, param: Tensor, dtype: torch.dtype) -> ir.TensorProtocol:
+    """A parameter that is converted when it is written, and not kept."""
+    dtype = dtype if param.is_floating_point() else param.dtype
+    kind = ir.tensor(torch.zeros(0, dtype=dtype).numpy()).dtype
+    return ir.LazyTensor(lambda: ir.tensor(param.to(dtype).numpy(), name=name), dtype=kind, shape=ir.Shape(param.shape), name=name)

@@ -176,14 +176,17 @@ class GraphWriter:
 
     def _weight(self, at: ir.Node, name: str, site: Site, storage: WeightStorage, *, transpose: bool) -> ir.Value:
         """The codes behind a DequantizeLinear per output channel; a Linear's are stored [Cin, Cout], as MatMul takes them."""
-        codes = site.codes.t().contiguous() if transpose else site.codes
-        label = f"{name}.weight_codes"
-        if storage == "int4" and fits_int4(codes):
-            tensor: ir.TensorProtocol = ir.PackedTensor(
-                pack_int4(codes).numpy(), dtype=ir.DataType.INT4, shape=ir.Shape(codes.shape), name=label
-            )
-        else:
-            tensor = ir.tensor(codes.numpy(), name=label)
+        codes = site.codes.t() if transpose else site.codes
+        packed = storage == "int4" and fits_int4(codes)
+        dtype, shape, label = ir.DataType.INT4 if packed else ir.DataType.INT8, ir.Shape(codes.shape), f"{name}.weight_codes"
+
+        def make() -> ir.TensorProtocol:
+            if packed:
+                return ir.PackedTensor(pack_int4(codes).numpy(), dtype=dtype, shape=shape, name=label)
+            return ir.tensor(codes.contiguous().numpy(), name=label)
+
+        # Lazy: turned round and packed when it is written, and not kept.
+        tensor = ir.LazyTensor(make, dtype=dtype, shape=shape, name=label)
         scale = self.constant(f"{name}.weight_scale", site.weight_scale.numpy())
         value = self.node(at, "DequantizeLinear", [self.initializer(tensor), scale], f"{name}/weight", axis=1 if transpose else 0)
         value.shape = ir.Shape(codes.shape)
