@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from edm_deploy.artifact import Artifact
+from edm_deploy.artifact import JSON_NAME, Artifact
 from edm_deploy.export.onnx import onnx_from_artifact
 from edm_deploy.manifest import Manifest, Range
+from edm_deploy.outline import INDEX
+from edm_deploy.pipelines import float_artifact, load_source
 from edm_deploy.session import BuildOptions
 from edm_deploy_tools.profiles import build
 
@@ -47,3 +49,13 @@ def float_engine(manifest: Manifest, model: nn.Module, *, backend: str, precisio
         onnx_from_artifact(artifact, Path(scratch) / "onnx")
         build(Path(scratch) / "onnx", Path(scratch) / "engine", backend=backend, options=options)
         yield Path(scratch) / "engine"
+
+
+def artifact_or_float(path: Path) -> Artifact:
+    """An artifact; or that of a diffusers model as it is, without a quantized site, to see what an engine loses by itself.
+
+    Raises:
+        ArtifactError, UnsupportedError: As Artifact.load and load_source.
+    """
+    is_model = (path / INDEX).is_file() and not (path / JSON_NAME).is_file()
+    return float_artifact(load_source(path)) if is_model else Artifact.load(path)
