@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, Rule
-from edm_deploy.models._transformer import EMBEDDER, MODULATION, TOKENS, Patches, TransformerFamily, ends
+from edm_deploy.models._transformer import EMBEDDER, MODULATION, TOKENS, Patches, TransformerFamily, ends, unpatchify
 
 MASK, RESOLUTION, ASPECT = "encoder_attention_mask", "resolution", "aspect_ratio"
+MASKED = -10000.0  # what diffusers adds to the score of a token that is not attended to
 T5_TOKENS = 120  # Source: the default max_sequence_length of diffusers' PixArtAlphaPipeline.
 PIXELS_PER_LATENT = 8
 SCALE = 4.5  # Source: the default of diffusers' PixArtAlphaPipeline.
@@ -72,15 +73,21 @@ class PixArtTransformer2D(TransformerFamily):
         return sample, TIMESTEP, *text, ModelInput(RESOLUTION, "float32", ("batch", 2)), ModelInput(ASPECT, "float32", ("batch", 1))
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        output: Tensor = model(
-            inputs[SAMPLE],
-            encoder_hidden_states=inputs[TOKENS],
-            timestep=inputs["timestep"],
-            encoder_attention_mask=inputs[MASK],
-            added_cond_kwargs={name: inputs.get(name) for name in (RESOLUTION, ASPECT)},
-            return_dict=False,
-        )[0]
-        return output
+        """As the model's own forward, but for its squeeze of the token axis, which acts on an image of one patch only and no engine can type."""
+        net: Any = model  # its parts are diffusers', which ships no types
+        sample, text, mask = inputs[SAMPLE], inputs[TOKENS], inputs[MASK]
+        added = {name: inputs.get(name) for name in (RESOLUTION, ASPECT)}
+        tokens = net.pos_embed(sample)
+        modulation, embedded = net.adaln_single(inputs["timestep"], added, batch_size=sample.shape[0], hidden_dtype=tokens.dtype)
+        if net.caption_projection is not None:
+            text = net.caption_projection(text)
+        bias = ((1 - mask.to(tokens.dtype)) * MASKED)[:, None]
+        for block in net.transformer_blocks:
+            tokens = block(tokens, encoder_hidden_states=text, encoder_attention_mask=bias, timestep=modulation)
+        shift, scale = (net.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
+        tokens = net.proj_out(net.norm_out(tokens) * (1 + scale) + shift)
+        patch = int(net.config.patch_size)
+        return unpatchify(tokens, sample.shape[2] // patch, sample.shape[3] // patch, patch)
 
     def prediction(self, config: Config, output: Tensor) -> Tensor:
         return output[:, : int(config["in_channels"])]
