@@ -73,16 +73,16 @@ def fit(source: Source, recipe: Recipe, options: RunOptions, *, on_progress: Cal
     return artifact_from_student(student, source, provenance)
 
 
-def folded_layers(source: Source, asked: bool | None) -> tuple[str, ...]:
+def folded_layers(source: Source, asked: bool) -> tuple[str, ...]:
     """The sites that stay in floating point because they see the timestep alone.
 
     Raises:
         InputError: It is asked for, and the family has none.
     """
     family = source.family_object
-    if not (family.folds_time(source.config) if asked is None else asked):
+    if not asked:
         return ()
     layers = family.time_layers(source.model, source.config)
-    if asked and not layers:
+    if not layers:
         raise InputError(f"--fold-time: no layer of this {family.class_name} sees the timestep alone. Leave it out.")
     return layers

@@ -131,7 +131,9 @@ class Artifact:
             raise ArtifactError(f"Artifact has site {unknown[0]!r}, which the {self.family} model of its config has not.")
         for name in self.folded:
             if name not in layers or name in self.sites:
-                raise ArtifactError(f"Artifact folds {name!r}, which is {'a quantized site' if name in layers else 'no layer'}. Make it again.")
+                raise ArtifactError(
+                    f"Artifact folds {name!r}, which is {'a quantized site' if name in layers else 'no layer'}. Make it again."
+                )
         for name, site in self.sites.items():
             expected_op = "conv2d" if isinstance(layers[name], torch.nn.Conv2d) else "linear"
             problem = f"op is {site.op}, the layer is {expected_op}" if site.op != expected_op else None

@@ -103,7 +103,7 @@ def _home(directory: Path, index: Mapping[str, Any], component: str, source: str
     others = other_components(index, component)
     found = source or (directory if all((directory / name).is_dir() for name in others) else index.get(SOURCE_KEY))
     mend = (
-        f"Name the pipeline with load_pipeline(..., source=...), build the engine with --with-pipeline, or put it into a pipeline of your own: "
+        f"Name the pipeline with load_pipeline(..., source=...), copy them into the engine's folder, or put it into a pipeline of your own: "
         f"pipe.{component} = edm_deploy.load_denoiser({str(directory)!r})."
     )
     if found is None:

@@ -170,23 +170,6 @@ class Family(ABC):
         """Regular expression of the layers that see nothing but the timestep, so that what they compute can be a table; None where there are none."""
         return None
 
-    def folds_time(self, config: Config) -> bool:
-        """Whether those layers become a table unless a user says otherwise: where they are all that the timestep goes through, before anything mixes in."""
-        return False
-
-    def time_layers(self, model: nn.Module, config: Config) -> tuple[str, ...]:
-        """Names of the sites that `time_only` matches, in the model's order."""
-        pattern = self.time_only(config)
-        return tuple(name for name in self.sites(model) if pattern and re.search(pattern, name))
-
-    def time_only(self, config: Config) -> str | None:
-        """Regular expression of the layers that see nothing but the timestep, so that what they compute can be a table; None where there are none."""
-        return None
-
-    def folds_time(self, config: Config) -> bool:
-        """Whether those layers become a table unless a user says otherwise: where they are all that the timestep goes through, before anything mixes in."""
-        return False
-
     def time_layers(self, model: nn.Module, config: Config) -> tuple[str, ...]:
         """Names of the sites that `time_only` matches, in the model's order."""
         pattern = self.time_only(config)

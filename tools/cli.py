@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edm_deploy_tools import console, entry
 from edm_deploy_tools import options as opt
+from edm_deploy_tools._quantizing import calibrate, finetune
 
 if TYPE_CHECKING:
     from edm_deploy_tools.bench import Bench
@@ -34,88 +34,8 @@ def before(context: typer.Context) -> None:
         entry.wait_patiently()
 
 
-@app.command(epilog=opt.example("calibrate google/ddpm-cifar10-32 --out ddpm-w8a8"))
-def calibrate(
-    model: opt.Model,
-    out: opt.Out,
-    recipe: Annotated[str, typer.Option(help="minmax, percentile or mse.")] = "mse",
-    weight_bits: opt.WeightBits = None,
-    act_bits: opt.ActBits = None,
-    rows: opt.Rows = None,
-    seed: opt.Seed = None,
-    config: opt.Config = None,
-    preset: opt.Preset = None,
-    settings: opt.Set = None,
-    backend: opt.For = None,
-    device: opt.DeviceOption = opt.Device.CPU,
-    teacher_dtype: opt.Teacher = None,
-    prompts: opt.Prompts = None,
-    fold_time: opt.FoldTime = None,
-    low_memory: opt.LowMemory = False,
-    force: opt.Force = False,
-) -> None:
-    """Quantize MODEL without training: observe its layers along its own trajectories. W8A8 unless told otherwise."""
-    flags = {"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed}
-    run = {"device": device.value, "teacher_dtype": _value(teacher_dtype), "fold_time": fold_time, "prompts": prompts}
-    _quantize(model, out, recipe, flags, config, preset, settings, backend, low_memory, force, **run)
-
-
-@app.command(epilog=opt.example("finetune google/ddpm-cifar10-32 --out ddpm-w4a4 --set steps=2000 --for openvino"))
-def finetune(
-    model: opt.Model,
-    out: opt.Out,
-    recipe: Annotated[str, typer.Option(help="A recipe that trains.")] = "efficientdm",
-    weight_bits: opt.WeightBits = None,
-    act_bits: opt.ActBits = None,
-    rows: opt.Rows = None,
-    seed: opt.Seed = None,
-    config: opt.Config = None,
-    preset: opt.Preset = None,
-    settings: opt.Set = None,
-    backend: opt.For = None,
-    device: opt.DeviceOption = opt.Device.CPU,
-    teacher_dtype: opt.Teacher = None,
-    prompts: opt.Prompts = None,
-    fold_time: opt.FoldTime = None,
-    low_memory: opt.LowMemory = False,
-    force: opt.Force = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
-) -> None:
-    """Quantize MODEL and fine-tune it without data against itself. W4A4 unless told otherwise. Ctrl-C leaves a checkpoint for --resume."""
-    flags = {"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed}
-    checkpoint = out.with_name(out.name + ".checkpoint")
-    run = {
-        "prompts": prompts,
-        "device": device.value,
-        "teacher_dtype": _value(teacher_dtype),
-        "fold_time": fold_time,
-        "checkpoint": checkpoint,
-        "resume": resume,
-    }
-    _quantize(model, out, recipe, flags, config, preset, settings, backend, low_memory, force, **run)
-
-
-def _quantize(
-    model: str,
-    out: Path,
-    recipe: str,
-    flags: dict[str, Any],
-    config: Path | None,
-    preset: str | None,
-    settings: list[str] | None,
-    backend: str | None,
-    low_memory: bool,
-    force: bool,
-    **run: Any,
-) -> None:
-    from edm_deploy_tools.quantize import quantize, run_options
-    from edm_deploy_tools.settings import recipe_with
-
-    chosen = recipe_with(recipe, preset=preset, config=config, flags=flags, overrides=settings or ())
-    artifact = quantize(model, out, chosen, run_options(**run), backend=backend, low_memory=low_memory, force=force)
-    console.wrote(out, f"artifact, {artifact.scheme}, {len(artifact.sites)} sites, {len(artifact.timesteps)} rows")
-    if artifact.folded:
-        console.say(f"{len(artifact.folded)} layers see the timestep alone: they stay in floating point, and export makes a table of them.")
+app.command(epilog=opt.example("calibrate google/ddpm-cifar10-32 --out ddpm-w8a8"))(calibrate)
+app.command(epilog=opt.example("finetune google/ddpm-cifar10-32 --out ddpm-w4a4 --set steps=2000 --for openvino"))(finetune)
 
 
 @app.command(epilog=opt.example("export ddpm-w4a4 --out ddpm-w4a4-onnx --weight-storage int4"))
@@ -183,7 +103,7 @@ def build_engine(
     sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens}
     asked = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": optimization_level}
     asked |= {"timing_cache": timing_cache, "workspace_mib": workspace_mib, "allow_float_sites": allow_float_sites}
-    asked["int4_where"] = _value(int4_where)
+    asked["int4_where"] = opt.value(int4_where)
     manifest = build(source, out, backend=backend, options=build_options(sizes, asked))
     for warning in manifest.build.get("warnings", []):
         console.say(f"Note: {warning}")
@@ -205,7 +125,7 @@ def sample(
     """Draw images from an engine: single PNGs and grid.png."""
     from edm_deploy_tools.sample import sample as draw
 
-    result = draw(engine, out, num_images=num_images, steps=steps, scheduler=scheduler, seed=seed, device=_value(device))
+    result = draw(engine, out, num_images=num_images, steps=steps, scheduler=scheduler, seed=seed, device=opt.value(device))
     if as_json:
         console.print_json(
             {"out": str(out), "images": result.count, "seconds": result.seconds, "seconds_per_image": result.seconds_per_image}
@@ -237,7 +157,7 @@ def evaluate(
     from edm_deploy_tools.results import headline
     from edm_deploy_tools.walk import Setup
 
-    report = evaluate_paths(paths, out, reference=reference, setup=Setup(samples=samples, steps=steps, seed=seed), device=_value(device))
+    report = evaluate_paths(paths, out, reference=reference, setup=Setup(samples=samples, steps=steps, seed=seed), device=opt.value(device))
     if as_json:
         console.print_json(report.to_json())
         return
@@ -273,7 +193,7 @@ def bench(
             batch=batch,
             rounds=rounds,
             threads=threads,
-            device=_value(device),
+            device=opt.value(device),
         )
     if as_json:
         console.print_json(result.to_json())
@@ -325,10 +245,6 @@ def demo(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, 0 or 2."""
     return entry.run(app, "edm-deploy", arguments)
-
-
-def _value(chosen: StrEnum | None) -> str | None:
-    return None if chosen is None else chosen.value
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ EngineDevice = Annotated[
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to calibrate or train.")]
 Teacher = Annotated[TeacherType | None, typer.Option("--teacher-dtype", help="The teacher's floating-point type.")]
 FoldTime = Annotated[
-    bool | None,
+    bool,
     typer.Option(
         "--fold-time/--no-fold-time", help="Leave layers that see the timestep alone in floating point: exports make a table of them."
     ),
@@ -100,3 +100,8 @@ Prompts = Annotated[
     Path | None,
     typer.Option("--prompts", metavar="FILE", help="What a model that takes text is told, one prompt a line; default: a built-in list."),
 ]
+
+
+def value(chosen: StrEnum | None) -> str | None:
+    """What a choice is called, or None where none was made."""
+    return None if chosen is None else chosen.value

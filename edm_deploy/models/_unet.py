@@ -17,27 +17,12 @@ class UNetFamily(DiffusersFamily):
 
     rules = (ENDS, EMBEDDINGS)
 
-    def time_only(self, config: Config) -> str | None:
-        # A label or SDXL's sizes are added to the time embedding: from there on nothing is a function of the timestep alone.
-        return r"^time_embedding\." if mixes_conditioning(config) else r"^time_embedding\.|\.time_emb_proj$"
-
-    def folds_time(self, config: Config) -> bool:
-        return not mixes_conditioning(config)
-
     def size_multiple(self, config: Config) -> int:
         return int(2 ** (len(config["block_out_channels"]) - 1))  # every level but the last halves the map once
 
     def time_only(self, config: Config) -> str | None:
         # A label or SDXL's sizes are added to the time embedding: from there on nothing is a function of the timestep alone.
         return r"^time_embedding\." if mixes_conditioning(config) else r"^time_embedding\.|\.time_emb_proj$"
-
-    def folds_time(self, config: Config) -> bool:
-        return not mixes_conditioning(config)
-
-
-def mixes_conditioning(config: Config) -> bool:
-    """Whether something else is added to the time embedding."""
-    return any(config.get(key) is not None for key in ("class_embed_type", "num_class_embeds", "addition_embed_type"))
 
 
 def mixes_conditioning(config: Config) -> bool:

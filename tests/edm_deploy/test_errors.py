@@ -14,7 +14,12 @@ def test_an_input_error_is_a_value_error():
 
 @pytest.mark.parametrize(
     ("message", "line"),
-    [("one thing.\nand more", "one thing"), ("\n\n  the second line\n", "the second line"), ("", "RuntimeError"), ("\n \n", "RuntimeError")],
+    [
+        ("one thing.\nand more", "one thing"),
+        ("\n\n  the second line\n", "the second line"),
+        ("", "RuntimeError"),
+        ("\n \n", "RuntimeError"),
+    ],
 )
 def test_the_first_line_of_an_error_says_something(message, line):
     assert first_line(RuntimeError(message)) == line

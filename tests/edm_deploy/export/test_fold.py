@@ -72,12 +72,11 @@ def test_what_a_family_calls_time_only_sees_nothing_but_the_timestep(kind):
         assert not torch.equal(seen[0][name], seen[2][name])
 
 
-def test_only_without_other_conditioning_is_it_the_default():
-    for kind, default in (("unet2d", True), ("unet2d-condition", True), ("unet2d-classes", False)):
+def test_only_without_other_conditioning_do_projections_see_the_timestep_alone():
+    for kind, alone in (("unet2d", True), ("unet2d-condition", True), ("unet2d-classes", False)):
         family, config, model = tiny_model(kind)
-        assert family.folds_time(config) == default
         projections = [name for name in family.time_layers(model, config) if name.endswith("time_emb_proj")]
-        assert bool(projections) == default
+        assert bool(projections) == alone
 
 
 def test_every_row_of_the_table_is_what_the_layers_compute_at_its_timestep(exported):
