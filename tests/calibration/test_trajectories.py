@@ -46,10 +46,11 @@ def test_conditioning_travels_with_its_sample_and_changes_when_it_restarts(kind)
     trajectories = pool(size=4, rows=2, kind=kind)
     (name,) = trajectories.conditioning
     first = trajectories.take(4)
-    trajectories.advance(first, torch.zeros_like(first.inputs["sample"]))
+    still = torch.zeros_like(trajectories.sample)  # both halves' predictions combined, where the model is guided
+    trajectories.advance(first, still)
     second = trajectories.take(4)
     assert torch.equal(first.inputs[name], second.inputs[name])
-    trajectories.advance(second, torch.zeros_like(second.inputs["sample"]))
+    trajectories.advance(second, still)
     assert not torch.equal(first.inputs[name], trajectories.take(4).inputs[name])
 
 

@@ -6,7 +6,14 @@ from edm_deploy.errors import UnsupportedError
 
 
 def test_the_folder_is_the_registry():
-    assert lookup.names(models) == ["unet2d", "unet2d-condition"]
+    assert lookup.names(models) == [
+        "dit-transformer-2d",
+        "flux-transformer-2d",
+        "pixart-transformer-2d",
+        "sd3-transformer-2d",
+        "unet2d",
+        "unet2d-condition",
+    ]
 
 
 def test_dash_and_underscore_are_the_same():

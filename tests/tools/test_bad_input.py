@@ -27,7 +27,7 @@ REFUSED = {
     "out that holds something else": ("calibrate {model} --out {model}", "holds other files"),
     "out that is a file": ("calibrate {model} --out {file}", "is a file"),
     "resume of nothing": ("finetune {model} --out {out} --resume", "no checkpoint to resume"),
-    "export of a model": ("export {model} --out {out}", "no artifact directory"),
+    "export of nothing": ("export {out}-missing --out {out}", "does not exist"),
     "export to an unknown type": ("export {artifact} --out {out} --dtype fp8", "fp8"),
     "plugin nodes for no backend": ("export {artifact} --out {out} --dtype fp16 --int4 plugin", "Add --for trt"),
     "plugin nodes for another backend": (
@@ -36,7 +36,7 @@ REFUSED = {
     ),
     "plugin nodes in float32": ("export {artifact} --out {out} --for trt --int4 plugin", "Add --dtype fp16"),
     "storage that the target does not read": ("export {artifact} --out {out} --weight-storage int4 --for trt", "--weight-storage int8"),
-    "build of an artifact": ("build-engine {artifact} --out {out} --backend ort", "no onnx directory"),
+    "build of an artifact": ("build-engine {artifact} --out {out} --backend ort", "builds from an ONNX directory"),
     "build of an engine": ("build-engine {engine} --out {out} --backend ort", "expected an onnx directory"),
     "unknown backend": ("build-engine {onnx} --out {out} --backend openvin", "Did you mean 'openvino'"),
     "unknown gpu": ("build-engine {onnx} --out {out} --backend trt-rtx --gpu rtx3091", "rtx3091"),

@@ -125,5 +125,6 @@ def test_the_manifest_is_plain_json(exported):
     assert json.loads((exported / "w4a4-fp32" / "manifest.json").read_text())["kind"] == "onnx"
 
 
-def test_all_tiny_kinds_are_exported():
-    assert {kind for kind, *_ in CASES.values()} == set(TINY)
+def test_all_tiny_unets_are_exported():
+    """The transformers are exported in the tests of their families."""
+    assert {kind for kind, *_ in CASES.values()} == {kind for kind in TINY if kind.startswith("unet2d")}

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from edm_deploy import lookup, models
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.export.trace import find_sites, trace
 from edm_deploy.family import skeleton
@@ -44,4 +45,4 @@ def test_a_model_that_cannot_be_traced_is_one_clear_error(monkeypatch):
 
 
 def test_all_families_are_among_the_tiny_models():
-    assert {name for name, _ in TINY.values()} == {"unet2d", "unet2d-condition"}
+    assert {name for name, _ in TINY.values()} == set(lookup.names(models))
