@@ -8,7 +8,7 @@ import calibration
 from calibration import recipes
 from calibration.recipe import RunOptions
 from edm_deploy import Artifact, lookup
-from edm_deploy.pipelines import load_source
+from edm_deploy.pipelines import load_source, scheduler_from_config
 from edm_deploy.reference import Reference
 from tests.conftest import TINY, tiny_inputs
 
@@ -25,13 +25,15 @@ def quick(name, **settings):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    from diffusers import DDIMPipeline, DDIMScheduler
+    from diffusers import DDIMPipeline
 
-    from tests.conftest import tiny_model
+    from tests.conftest import FLOW_SCHEDULER, SCHEDULER, tiny_model
 
     def load(kind):
         path = tmp_path_factory.mktemp(kind)
-        DDIMPipeline(tiny_model(kind)[2], DDIMScheduler(num_train_timesteps=1000)).save_pretrained(path)
+        family, _, model = tiny_model(kind)
+        config = FLOW_SCHEDULER if family.flow else SCHEDULER
+        DDIMPipeline(model, scheduler_from_config(config["_class_name"], config)).save_pretrained(path)
         return load_source(path)
 
     return load
