@@ -1,5 +1,7 @@
 """What holds for every model family that the folder has, without anyone listing it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -49,3 +51,9 @@ def test_each_layer_is_a_site_or_float_by_the_family_word(kind):
     for name, layer in bones.named_modules():
         if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
             assert (name in sites) == (family.placement(name) != "float")
+
+
+def test_the_readme_names_every_family():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    missing = [name for name in lookup.names(models) if f"`{family_named(name).class_name}`" not in readme]
+    assert missing == []
