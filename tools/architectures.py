@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 
-from edm_deploy.errors import UnsupportedError
+from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.family import family_named, name_of_family, skeleton
 from edm_deploy.lookup import suggestion
 
 FOLDER = Path(__file__).parent / "assets" / "architectures"
+DEPTHS = ("num_layers", "num_single_layers")  # a transformer's config keys that count equal blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,31 @@ def architecture(name: str) -> Architecture:
         scheduler_config=scheduler,
         parameters=content["parameters"],
     )
+
+
+def with_layers(chosen: Architecture, layers: int) -> Architecture:
+    """The same architecture with so many blocks of each kind: real widths where the whole depth would take too long.
+
+    Args:
+        chosen: A transformer.
+        layers: Blocks of each kind, 1 or more, at most as many as it has.
+
+    Raises:
+        InputError: A number that it cannot have, or a UNet, whose levels differ in width.
+    """
+    depths = {key: int(chosen.config[key]) for key in DEPTHS if chosen.config.get(key)}
+    if not depths:
+        raise InputError(f"--layers {layers}: {chosen.title} is no stack of equal blocks. Leave it out.")
+    if not 1 <= layers <= max(depths.values()):
+        raise InputError(
+            f"--layers {layers}: {chosen.title} has {' and '.join(map(str, depths.values()))} blocks; expected 1 to that many."
+        )
+    config = dict(chosen.config) | {key: min(layers, depth) for key, depth in depths.items()}
+    if marked := config.get("dual_attention_layers"):
+        config["dual_attention_layers"] = [index for index in marked if index < layers]
+    shapes = skeleton(family_named(name_of_family(chosen.class_name)), config)
+    count = sum(value.numel() for value in shapes.parameters())
+    return replace(chosen, title=f"{chosen.title}, {layers} of each kind of block", config=config, parameters=count)
 
 
 def _whole_config(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Real models at their real size: quantize, export and build each in a process of its own, with its time and its peak memory.
 
 python -m edm_deploy_tools.bench_scale --architecture sd15 --bits W4A8 --rows 20 --size 16
+python -m edm_deploy_tools.bench_scale --architecture flux1-schnell --layers 2 --rows 4 --size 16 --backends ort,openvino,trt-rtx,cuda
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 RESULTS = "results.json"
 EXPORT_LIMIT = 1.5  # peak memory of the export over the bytes of the float weights
 ARTIFACT_LIMIT = 0.30  # a 4-bit artifact's bytes over the float16 weights'
+BUILD = "build "  # how the names of the steps that build begin
+FROM_ARTIFACT = ("cuda",)
+FOR_A_GPU = ("trt-rtx", "cuda")
 DTYPES = {"trt-rtx": "fp16", "trt": "fp16"}  # of the graph that a backend is built from; the others take float32
 
 
@@ -62,13 +66,15 @@ def steps_of(architecture: str, bits: str, rows: int, trajectories: int, backend
     exported: set[str] = set()
     for backend in backends:
         dtype = DTYPES.get(backend, "fp32")
-        graph = f"onnx-{dtype}"
-        if dtype not in exported:
-            steps.append(Step(name=f"export {dtype}", arguments=("export", "artifact", "--out", graph, "--dtype", dtype), out=graph))
+        source = f"onnx-{dtype}"
+        if backend in FROM_ARTIFACT:
+            source = "artifact"
+        elif dtype not in exported:
+            steps.append(Step(name=f"export {dtype}", arguments=("export", "artifact", "--out", source, "--dtype", dtype), out=source))
             exported.add(dtype)
-        arguments = ("build-engine", graph, "--out", f"engine-{backend}", "--backend", backend, "--batch", "1:2:2")
-        arguments += ("--gpu", gpu) if backend == "trt-rtx" else ()
-        steps.append(Step(name=f"build {backend}", arguments=arguments, out=f"engine-{backend}"))
+        arguments = ("build-engine", source, "--out", f"engine-{backend}", "--backend", backend, "--batch", "1:2:2")
+        arguments += ("--gpu", gpu) if backend in FOR_A_GPU else ()
+        steps.append(Step(name=f"{BUILD}{backend}", arguments=arguments, out=f"engine-{backend}"))
     return steps
 
 
@@ -98,8 +104,20 @@ def run_steps(steps: Sequence[Step], work: Path) -> dict[str, dict[str, Any]]:
             "peak_bytes": measured.peak_bytes,
             "out_bytes": console.bytes_of(work / step.out),
         }
+        if step.name.startswith(BUILD):
+            records[step.name]["sites"] = sites_of(work / step.out)
         path.write_text(json.dumps(records, indent=2) + "\n")
     return {step.name: records[step.name] for step in steps}
+
+
+def sites_of(engine: Path) -> dict[str, int]:
+    """How many sites an engine computes in each way, `int8`, `int4` or `float`, by its own manifest."""
+    from collections import Counter
+
+    from edm_deploy.manifest import Manifest
+
+    manifest = Manifest.read(engine, kind="engine")
+    return dict(sorted(Counter(plan.executed for plan in manifest.plan.values()).items()))
 
 
 def verdicts(architecture: str, bits: str, records: Mapping[str, Mapping[str, Any]], float_bytes: int) -> list[console.Row]:
@@ -131,8 +149,9 @@ def main(
     rows: Annotated[int, typer.Option(help="Table rows.")] = 20,
     trajectories: Annotated[int, typer.Option(help="Samples that are calibrated on.")] = 2,
     size: Annotated[int | None, typer.Option(help="Height and width of a sample, in latents; default: the model's own.")] = None,
-    backends: Annotated[str, typer.Option(help="With commas.")] = "trt-rtx",
-    gpu: Annotated[str, typer.Option(help="That trt-rtx builds for.")] = "sm_86",
+    layers: Annotated[int | None, typer.Option(help="Blocks of each kind of a transformer; default: all that it has.")] = None,
+    backends: Annotated[str, typer.Option(help="With commas: ort, openvino, trt-rtx, trt, cuda.")] = "trt-rtx",
+    gpu: Annotated[str, typer.Option(help="That trt-rtx and cuda build for.")] = "sm_86",
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Calibrate with --low-memory.")] = False,
     work: Annotated[Path, typer.Option(metavar="DIR", help="Where everything goes; what stands there is not made again.")] = Path(
         "bench-scale"
@@ -143,12 +162,14 @@ def main(
     import datetime
 
     from edm_deploy_tools.architectures import architecture as architecture_named
+    from edm_deploy_tools.architectures import with_layers
     from edm_deploy_tools.machine import machine, versions
     from edm_deploy_tools.random_model import weight_bytes, write_random_model
 
     chosen = architecture_named(architecture)
+    chosen = chosen if layers is None else with_layers(chosen, layers)
     steps = steps_of(architecture, bits, rows, trajectories, [name for name in backends.split(",") if name], gpu, low_memory)
-    place = work / f"{architecture}-{size or 'own'}"
+    place = work / (f"{architecture}-{size or 'own'}" + (f"-{layers}-layers" if layers else ""))
     model = place / "model"
     if not model.is_dir():
         write_random_model(chosen, model, size=size)
@@ -178,6 +199,7 @@ def _rows(records: Mapping[str, Mapping[str, Any]], float_bytes: int) -> list[co
             "peak GB": round(record["peak_bytes"] / 1e9, 2),
             "peak / float16": round(record["peak_bytes"] / float_bytes, 2),
             "written GB": round(record["out_bytes"] / 1e9, 3),
+            "sites": ", ".join(f"{count} {how}" for how, count in record.get("sites", {}).items()),
         }
         for name, record in records.items()
     ]

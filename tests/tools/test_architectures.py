@@ -4,8 +4,8 @@ import diffusers
 import pytest
 import torch
 
-from edm_deploy.errors import UnsupportedError
-from edm_deploy_tools.architectures import architecture, names
+from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy_tools.architectures import architecture, names, with_layers
 
 ROUNDED = {"ldm4-imagenet": 1e-5}  # published as 400.92 M; the others to the last parameter
 
@@ -48,3 +48,27 @@ def test_pipeline_and_scheduler_are_of_diffusers(name):
 def test_an_unknown_architecture_is_refused_with_the_nearest():
     with pytest.raises(UnsupportedError, match="Did you mean 'sd15'"):
         architecture("sd1.5")
+
+
+@pytest.mark.parametrize("name", ["flux1-schnell", "sd3-medium", "pixart-alpha-512", "dit-xl-2-256"])
+def test_fewer_blocks_have_the_real_width(name):
+    whole = architecture(name)
+    short = with_layers(whole, 1)
+    assert short.config["num_layers"] == 1
+    assert {key: value for key, value in short.config.items() if key not in ("num_layers", "num_single_layers")} == {
+        key: value for key, value in whole.config.items() if key not in ("num_layers", "num_single_layers")
+    }
+    assert short.parameters < whole.parameters / 10
+
+
+def test_blocks_that_are_left_out_are_not_named_either():
+    chosen = architecture("sd3-medium")
+    chosen = chosen.__class__(**vars(chosen) | {"config": dict(chosen.config) | {"dual_attention_layers": [0, 1, 2]}})
+    assert with_layers(chosen, 2).config["dual_attention_layers"] == [0, 1]
+
+
+def test_a_depth_that_cannot_be_is_refused():
+    with pytest.raises(InputError, match=r"--layers 2: Stable Diffusion 1\.5 is no stack of equal blocks"):
+        with_layers(architecture("sd15"), 2)
+    with pytest.raises(InputError, match=r"--layers 0: FLUX\.1-schnell has 19 and 38 blocks"):
+        with_layers(architecture("flux1-schnell"), 0)

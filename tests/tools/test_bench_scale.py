@@ -3,8 +3,8 @@ import json
 import pytest
 
 from edm_deploy.errors import EdmDeployError, InputError
-from edm_deploy_tools import measured
-from edm_deploy_tools.bench_scale import RESULTS, run_steps, steps_of, verdicts
+from edm_deploy_tools import bench_scale, measured
+from edm_deploy_tools.bench_scale import RESULTS, run_steps, sites_of, steps_of, verdicts
 from edm_deploy_tools.measured import Measured
 
 
@@ -23,6 +23,13 @@ def test_one_graph_serves_the_backends_of_one_float_type():
     ]
 
 
+def test_cuda_is_built_from_the_artifact_for_the_same_gpu():
+    made = {step.name: step.arguments for step in steps(["cuda"])}
+    assert list(made) == ["calibrate", "build cuda"]
+    assert made["build cuda"][:2] == ("build-engine", "artifact")
+    assert made["build cuda"][-2:] == ("--gpu", "sm_86")
+
+
 def test_bits_that_are_no_scheme_are_said():
     with pytest.raises(InputError, match=r"--bits '4': expected a scheme such as W4A8"):
         steps_of("sd15", "4", 20, 2, [], "sm_86", low_memory=False)
@@ -39,6 +46,7 @@ def commands(monkeypatch, tmp_path):
         return Measured(returncode=0, seconds=1.0, peak_bytes=10**9, last_line="")
 
     monkeypatch.setattr(measured, "run_measured", pretend)
+    monkeypatch.setattr(bench_scale, "sites_of", lambda engine: {"int8": 3})
     return run
 
 
@@ -46,6 +54,17 @@ def test_what_was_done_by_the_same_command_is_not_done_again(commands, tmp_path)
     first = run_steps(steps(), tmp_path)
     assert run_steps(steps(), tmp_path) == first
     assert commands == ["calibrate", "export", "build-engine"]
+
+
+def test_a_build_says_how_its_sites_are_computed(commands, tmp_path):
+    assert run_steps(steps(), tmp_path)["build trt-rtx"]["sites"] == {"int8": 3}
+
+
+def test_sites_are_counted_in_the_manifest_of_the_engine(onnx_w4a4, tmp_path):
+    from engines import build_engine
+
+    manifest = build_engine(onnx_w4a4, tmp_path / "engine", backend="ort")
+    assert sum(sites_of(tmp_path / "engine").values()) == len(manifest.sites)
 
 
 def test_another_command_runs_again_with_all_that_follows(commands, tmp_path):
