@@ -76,6 +76,7 @@ class StudentLayer(nn.Module):
     Attributes:
         log_weight_scale: float32 [Cout].
         lora_a: float32 [rank, Cin * kernel]; lora_b: float32 [Cout, rank]. None before `add_update`.
+        rounding: Gives the rounded weight, float32, while its rounding is learned; None rounds to nearest.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, spec: SiteSpec, quantizer: ActivationQuantizer | None) -> None:
@@ -85,6 +86,7 @@ class StudentLayer(nn.Module):
         self.log_weight_scale = nn.Parameter(torch.zeros(layer.weight.shape[0]))
         self.lora_a: nn.Parameter | None = None
         self.lora_b: nn.Parameter | None = None
+        self.rounding: nn.Module | None = None
 
     @torch.no_grad()
     def set_weight_scale(self, scale: Tensor) -> None:
@@ -129,15 +131,22 @@ class StudentLayer(nn.Module):
             return weight
         return torch.addmm(weight.flatten(1), self.lora_b, self.lora_a).view_as(weight)
 
+    def rounded_weight(self) -> Tensor:
+        """The weight that the layer computes with: float32, the shape of the layer's weight."""
+        if self.rounding is not None:
+            learned: Tensor = self.rounding()
+            return learned
+        qmin, qmax = weight_bounds(self.bits)
+        lowest = torch.full_like(self.log_weight_scale, qmin)
+        return fake_quantize(self.merged_weight(), self.log_weight_scale.exp(), lowest, qmax - qmin)
+
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """Output of the layer; under autocast input, weight and bias are taken in its dtype, scales and rounding stay float32."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            qmin, qmax = weight_bounds(self.bits)
-            lowest = torch.full_like(self.log_weight_scale, qmin)
-            weight = fake_quantize(self.merged_weight(), self.log_weight_scale.exp(), lowest, qmax - qmin).to(x.dtype)
+            weight = self.rounded_weight().to(x.dtype)
             bias = None if self.layer.bias is None else self.layer.bias.to(x.dtype)
             x = x if self.quantizer is None else self.quantizer(x)
             if isinstance(self.layer, nn.Linear):
