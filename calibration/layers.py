@@ -137,8 +137,12 @@ class StudentLayer(nn.Module):
             learned: Tensor = self.rounding()
             return learned
         qmin, qmax = weight_bounds(self.bits)
-        lowest = torch.full_like(self.log_weight_scale, qmin)
-        return fake_quantize(self.merged_weight(), self.log_weight_scale.exp(), lowest, qmax - qmin)
+        return fake_quantize(self.merged_weight(), self.log_weight_scale.exp(), self.code_bounds()[0], qmax - qmin)
+
+    def code_bounds(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest weight code of each output channel, float32 [Cout] both."""
+        qmin, qmax = weight_bounds(self.bits)
+        return torch.full_like(self.log_weight_scale, qmin), torch.full_like(self.log_weight_scale, qmax)
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """Output of the layer; under autocast input, weight and bias are taken in its dtype, scales and rounding stay float32."""
