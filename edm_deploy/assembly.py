@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,13 @@ def load_components(directory: Path, class_name: str, given: Mapping[str, Any], 
         raise UnsupportedError(
             f"diffusers {diffusers.__version__} has no pipeline {class_name!r}. Install the version that it was saved with."
         )
+    index = read_json(directory / "model_index.json", what="diffusers pipeline")
+    # What the pipeline was saved without, SD3's third text encoder for example, diffusers takes for missing unless it is told.
+    left_out = {name: None for name, value in index.items() if isinstance(value, list) and not value[0]}
+    parts = {**left_out, **given}
     try:
-        with _quiet():
-            return pipeline_class.from_pretrained(directory, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **given)
+        with quiet():
+            return pipeline_class.from_pretrained(directory, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **parts)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as err:
         raise ArtifactError(
             f"{directory} cannot be read as a {class_name}: {first_line(err)}. Download or save the pipeline again."
@@ -123,7 +128,7 @@ def _class_conditional(home: Path, denoiser: Any, scheduler: Any, dtype: torch.d
     index = read_json(home / "model_index.json", what="pipeline")
     vae_class = getattr(diffusers, str(index["vae"][1]))
     try:
-        with _quiet():
+        with quiet():
             vae = vae_class.from_pretrained(home / "vae", torch_dtype=dtype, use_safetensors=True)
             embedder = ClassEmbedder.from_pretrained(home / "class_embedder", torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as err:
@@ -134,11 +139,29 @@ def _class_conditional(home: Path, denoiser: Any, scheduler: Any, dtype: torch.d
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Loading speaks of a safety checker that is off, image processors without torchvision and weights that are on their way: not the user's to mend."""
-    level = logging.root.manager.disable
+def quiet() -> Iterator[None]:
+    """Loading and encoding speak of a safety checker that is off, image processors without torchvision, weights on their way, a renamed argument
+    and prompts that CLIP sees the beginning of: not the user's to mend.
+    """
+    level, bars = logging.root.manager.disable, [home for home in _progress_bars() if home.is_progress_bar_enabled()]
     logging.disable(logging.WARNING)
+    for home in bars:
+        home.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)  # older releases know no other name
+            yield
     finally:
+        for home in bars:
+            home.enable_progress_bar()
         logging.disable(level)
+
+
+def _progress_bars() -> list[Any]:
+    """The modules that switch a library's progress bars."""
+    homes: list[Any] = [diffusers.utils.logging]
+    with contextlib.suppress(ImportError):
+        from transformers.utils import logging as of_transformers
+
+        homes.append(of_transformers)
+    return homes

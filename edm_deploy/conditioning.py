@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,10 @@ class Conditioning:
         if not self.guided:
             return inputs
         return {name: torch.cat([self._unconditional(name, value), value]) for name, value in inputs.items()}
+
+    def of_members(self, members: Tensor) -> Conditioning:
+        """What some samples of the batch are told: int64 [b], their indices."""
+        return replace(self, given={name: value[members] for name, value in self.given.items()})
 
     def combine(self, prediction: Tensor) -> Tensor:
         """The guided prediction u + scale (c - u), [B, ...], of what `inputs` led to.
@@ -103,12 +107,12 @@ class Conditioner:
             fixed = torch.Generator().manual_seed(0)  # a model knows one "nothing", whatever the run's seed
             self.without = dict(family.unconditional(config, fixed) if without is None else without)
 
-    def draw(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """What `batch` samples are told, [B, ...] by name, on the CPU."""
+    def draw(self, batch: int, generator: torch.Generator, *, in_turn: bool = False) -> dict[str, Tensor]:
+        """What `batch` samples are told, [B, ...] by name, on the CPU; from a pool at random, or one entry after another."""
         given = self.family.random_conditioning(self.config, batch, generator)
         if self.encoded:
             count = len(next(iter(self.encoded.values())))
-            chosen = torch.randint(count, (batch,), generator=generator)
+            chosen = torch.arange(batch) % count if in_turn else torch.randint(count, (batch,), generator=generator)
             given |= {name: value[chosen] for name, value in self.encoded.items()}
         if self.kind == "embedded" and SCALE_INPUT in given:
             given[SCALE_INPUT] = torch.full_like(given[SCALE_INPUT], self.scale)

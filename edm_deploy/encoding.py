@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,11 @@ import safetensors
 import torch
 from torch import Tensor
 
-from edm_deploy.assembly import text_pipeline
+from edm_deploy.assembly import quiet, text_pipeline
 from edm_deploy.conditioning import Conditioner
 from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.family import Config, Family
+from edm_deploy.outline import INDEX
 from edm_deploy.pipelines import Source
 
 log = logging.getLogger(__name__)
@@ -72,11 +74,17 @@ def encode(directory: Path, family: Family, config: Config, prompts: Sequence[st
     pipeline = text_pipeline(directory)
     if pipeline is None:
         return None
-    pipeline.set_progress_bar_config(disable=True)
-    _refuse_long(pipeline, prompts)
-    parts = [family.encode_prompts(config, pipeline, prompts[at : at + AT_ONCE]) for at in range(0, len(prompts), AT_ONCE)]
+    with quiet():
+        _refuse_long(pipeline, prompts)
+        parts = [family.encode_prompts(config, pipeline, prompts[at : at + AT_ONCE]) for at in range(0, len(prompts), AT_ONCE)]
     given = {name: torch.cat([_plain(part[name]) for part, _ in parts]) for name in parts[0][0]}
     return given, {name: _plain(value) for name, value in parts[0][1].items()}
+
+
+def takes_prompts(source: Source) -> bool:
+    """Whether the source holds text encoders of its own, so that it can be told prompts."""
+    index, home = source.pipeline.get(INDEX, {}), source.directory
+    return home is not None and any(name.startswith("text_encoder") and (home / name).is_dir() for name in index)
 
 
 def _plain(value: Tensor) -> Tensor:
@@ -85,17 +93,21 @@ def _plain(value: Tensor) -> Tensor:
 
 
 def _refuse_long(pipeline: Any, prompts: Sequence[str]) -> None:
-    """Prompts are measured by the tokenizer that takes most: where there are two, the shorter one is meant to see less."""
+    """Prompts are measured by the tokenizer that takes most: where there are several, the shorter ones are meant to see less.
+
+    A T5 tokenizer takes any length; there the pipeline itself cuts, at the `max_sequence_length` of its `encode_prompt`.
+    """
     tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part is not None]
     if not tokenizers:
         return
     tokenizer = max(tokenizers, key=lambda part: int(part.model_max_length))
+    parameters = inspect.signature(pipeline.encode_prompt).parameters
+    cut = [parameters["max_sequence_length"].default] if "max_sequence_length" in parameters else []
+    longest = min([int(tokenizer.model_max_length), *cut])
     for prompt in prompts:
         count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        if count > tokenizer.model_max_length:
-            raise InputError(
-                f"The prompt {prompt[:40] + '...'!r} has {count} tokens; the text encoder takes {tokenizer.model_max_length}. Shorten it."
-            )
+        if count > longest:
+            raise InputError(f"The prompt {prompt[:40] + '...'!r} has {count} tokens; the text encoder takes {longest}. Shorten it.")
 
 
 def _class_table(path: Path) -> Tensor:

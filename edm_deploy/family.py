@@ -154,6 +154,14 @@ class Family(ABC):
         """What a scheduler consumes of an output: all of it, unless the model has learned a variance beside."""
         return output
 
+    def latents(self, config: Config, sample: Tensor) -> Tensor:
+        """A finished sample as [B, C, H, W], which is what a VAE decodes."""
+        return sample
+
+    def classes(self, config: Config) -> int | None:
+        """Number of labels that the model takes as an index, the one for none not counted; None where it takes no index."""
+        return None
+
     def rule(self, site: str) -> Rule:
         """What becomes of the Conv2d or Linear of this name, and why."""
         return next((rule for rule in self.rules if re.search(rule.pattern, site)), QUANTIZED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -164,7 +165,16 @@ def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:
     if name not in fitting:
         process = "by flow matching" if fitting[0].startswith(FLOW) else "as a diffusion"
         raise UnsupportedError(f"Scheduler {name!r} cannot sample this model, which was trained {process}. Choose {', '.join(fitting)}.")
+    clips = "clip_sample" in config or "clip_sample" in _parameters(str(config.get("_class_name")))
+    if not clips and "clip_sample" in _parameters(SCHEDULERS[name]):
+        # Latents reach beyond 1. Where the model's own scheduler knows no clipping, diffusers' default of another's must not bring it in.
+        config = {**config, "clip_sample": False}
     return scheduler_from_config(SCHEDULERS[name], config)
+
+
+def _parameters(class_name: str) -> Mapping[str, Any]:
+    scheduler_class = getattr(diffusers, class_name, None)
+    return {} if scheduler_class is None else inspect.signature(scheduler_class.__init__).parameters
 
 
 def schedulers_for(config: Mapping[str, Any]) -> list[str]:

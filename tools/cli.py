@@ -147,21 +147,28 @@ def evaluate(
         str | None, typer.Option(metavar="MODEL", help="The float model; default: the one that the artifact was made from.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Trajectories.")] = 16,
-    steps: Annotated[int, typer.Option(help="Steps of DDIM.")] = 20,
+    steps: Annotated[int, typer.Option(help="Steps of DDIM, or of Euler for flow matching.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 123,
+    guidance: opt.Guidance = None,
+    prompts: opt.Prompts = None,
     device: opt.EngineDevice = None,
+    low_memory: opt.LowMemory = False,
     as_json: opt.Json = False,
 ) -> None:
     """Measure how far artifacts or engines are from the float model; writes report.json and report.html."""
+    from calibration.prompts import prompts_of
     from edm_deploy_tools.evaluate import evaluate_paths
-    from edm_deploy_tools.results import headline
+    from edm_deploy_tools.results import conditions, headline
     from edm_deploy_tools.walk import Setup
 
-    report = evaluate_paths(paths, out, reference=reference, setup=Setup(samples=samples, steps=steps, seed=seed), device=opt.value(device))
+    told = () if prompts is None else prompts_of(prompts)
+    setup = Setup(samples=samples, steps=steps, seed=seed, guidance=guidance, prompts=told)
+    report = evaluate_paths(paths, out, reference=reference, setup=setup, device=opt.value(device), low_memory=low_memory)
     if as_json:
         console.print_json(report.to_json())
         return
-    console.print_table(f"Against {report.reference.name}, {steps} steps of DDIM, {samples} samples, seed {seed}", headline(report))
+    console.print_table(f"Against {report.reference.name}", headline(report))
+    console.say(conditions(report))
     console.wrote(out / "report.json", "every figure")
     console.wrote(out / "report.html", "the same to look at")
 

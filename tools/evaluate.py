@@ -35,6 +35,7 @@ def evaluate_paths(
     reference: str | None = None,
     setup: Setup | None = None,
     device: str | None = None,
+    low_memory: bool = False,
     say: Say | None = None,
 ) -> Report:
     """Judge artifacts and engines, and write report.json and report.html into directory `out`.
@@ -43,17 +44,19 @@ def evaluate_paths(
         paths: Artifact and engine directories; an engine is compared site by site with the artifact among them that it was built from.
         out: Directory to write, whole or not at all.
         reference: The float model; None takes the one that the first artifact was made from.
-        setup: Samples, steps, seed.
+        setup: Samples, steps, seed, guidance, prompts.
         device: Where engines run; None is where the backend of each runs.
+        low_memory: Leave the float model's weights in their files until a layer runs.
         say: Told what is being measured.
 
     Raises:
         ArtifactError: A path is neither, or the float model is not found.
+        InputError: The model takes no prompts, or is not guided.
         UnsupportedError: An engine cannot run on this machine.
     """
     check_replaceable(out, marker=JSON_NAME)
     subjects = open_subjects(paths)
-    source = load_source(reference or reference_of(subjects))
+    source = load_source(reference or reference_of(subjects), low_memory=low_memory)
     report = judge(subjects, source, setup or Setup(), device=device, say=say)
     write_report(report, out)
     return report

@@ -100,6 +100,7 @@ Prompts = Annotated[
     Path | None,
     typer.Option("--prompts", metavar="FILE", help="What a model that takes text is told, one prompt a line; default: a built-in list."),
 ]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Scale of the guidance; 1 is off. Default: the model's usual one.")]
 
 
 def value(chosen: StrEnum | None) -> str | None:

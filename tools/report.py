@@ -16,7 +16,7 @@ from edm_deploy.own_pipelines import images_from_sample
 from edm_deploy.target import summary
 from edm_deploy_tools.charts import curves, heat_map, png_uri
 from edm_deploy_tools.console import Row, bytes_of, cell, size_words, time_words
-from edm_deploy_tools.results import Report, Result, Subject, agreement_json, final_samples
+from edm_deploy_tools.results import Report, Result, Subject, agreement_json, conditions, final_samples
 from edm_deploy_tools.sample import grid_of
 from edm_deploy_tools.sites import SiteAgreement
 
@@ -71,13 +71,13 @@ def _summary(report: Report) -> str:
                 "computed by": str(engine.backend) if engine else "reference executor, exact integers",
             }
         )
-    setup = report.walk.setup
     return (
         "<h2>How far from the float model</h2>"
-        f'<p class="soft">{setup.samples} samples, {setup.steps} steps of DDIM without fresh noise, seed {setup.seed}. '
-        "Noise error: squared distance of the predicted noise to the float model's, relative to its square, along the float model's own trajectory, mean over the steps. "
+        f'<p class="soft">{escape(conditions(report))} '
+        "Noise error: squared distance of the prediction to the float model's, relative to its square, along the float model's own trajectory, mean over the steps. "
         "PSNR: final images from the same noise, each model on its own trajectory. One call: median over the trajectories, "
-        f"batch {setup.samples}.</p>" + html_table(rows, numbers=("mean noise error", "PSNR, dB", "on disk", "one call"))
+        f"batch {len(report.walk.noise)}, both halves of a guided model.</p>"
+        + html_table(rows, numbers=("mean noise error", "PSNR, dB", "on disk", "one call"))
     )
 
 

@@ -96,7 +96,14 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Every figure, by name."""
-        setup = dataclasses.asdict(self.walk.setup) | {"scheduler": "ddim", "eta": 0.0, "timesteps": self.walk.timesteps}
+        setup = dataclasses.asdict(self.walk.setup) | {
+            "guidance": self.walk.guidance,
+            "conditioning": self.walk.origin,
+            "scheduler": self.walk.scheduler,
+            "eta": 0.0,
+            "timesteps": self.walk.timesteps,
+            "compared": self.walk.decoder.kind,
+        }
         parameters = sum(value.numel() for value in self.reference.model.parameters())
         float_model = {
             "name": self.reference.name,
@@ -183,5 +190,16 @@ def agreement_json(sites: Sequence[SiteAgreement]) -> dict[str, Any]:
 
 
 def final_samples(report: Report) -> list[tuple[str, Tensor]]:
-    """Final samples by label, the float model's first."""
-    return [("float", report.walk.final), *((result.subject.label, result.distance.final) for result in report.results)]
+    """Final images by label, [B, C, H, W] in about [-1, 1], the float model's first."""
+    walked = report.walk
+    images = [("float", walked.images), *((result.subject.label, result.distance.images) for result in report.results)]
+    return [(label, walked.decoder.visible(found, walked.images)) for label, found in images]
+
+
+def conditions(report: Report) -> str:
+    """How samples were drawn and what was compared, as sentences without markup."""
+    walked, setup = report.walk, report.walk.setup
+    process = "DDIM without fresh noise" if walked.scheduler == "ddim" else "Euler along the flow"
+    told = "" if not walked.conditioning.given else f", told {walked.origin}"
+    guided = "" if walked.guidance is None else f", guidance {walked.guidance:g}"
+    return f"{setup.samples} samples, {setup.steps} steps of {process}, seed {setup.seed}{told}{guided}. PSNR of {walked.decoder.words}."

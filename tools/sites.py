@@ -13,7 +13,6 @@ from torch import Tensor
 import engines
 from edm_deploy.activations import per_sample, rows_of
 from edm_deploy.artifact import Artifact, Site
-from edm_deploy.family import SAMPLE
 from edm_deploy.manifest import Manifest
 from edm_deploy.reference import Reference, SiteRecord
 from edm_deploy.session import Cut
@@ -165,5 +164,6 @@ def compare(name: str, site: Site, record: SiteRecord, found: Mapping[str, Tenso
 
 
 def _inputs_at(walk: FloatWalk, timesteps: list[float], samples: Tensor) -> dict[str, Tensor]:
-    conditioning = {name: value[torch.arange(len(samples)) % len(value)] for name, value in walk.conditioning.items()}
-    return {SAMPLE: samples, "timestep": torch.tensor(timesteps[: len(samples)])} | conditioning
+    """Graph inputs of some samples, both halves of a guided model: a site sees the one as often as the other."""
+    members = torch.arange(len(samples)) % len(walk.noise)
+    return walk.conditioning.of_members(members).inputs(samples, torch.tensor(timesteps[: len(samples)]))

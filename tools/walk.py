@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,18 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calibration.prompts import prompts_of
 from edm_deploy.artifact import Artifact
-from edm_deploy.conditioning import Conditioner, Conditioning
+from edm_deploy.conditioning import SCALE_INPUT, Conditioning
 from edm_deploy.denoiser import EngineDenoiser, load_denoiser
+from edm_deploy.encoding import conditioner_of, takes_prompts
 from edm_deploy.errors import InputError
+from edm_deploy.family import SAMPLE
 from edm_deploy.manifest import Range
 from edm_deploy.pipelines import Source, scheduler_named, schedulers_for
 from edm_deploy.reference import Reference
 from edm_deploy.sampling import Denoise, Step, last_sample, trajectory
+from edm_deploy_tools.decoding import Decoder, decoder_of
 from edm_deploy_tools.sample import batch_sizes
 
 DETERMINISTIC = ("ddim", "flow-euler")  # the same noise always ends in the same image
-SMALLEST_MSE = 1e-12  # keeps the PSNR of identical images finite: 126 dB
+PROMPTS = Path(__file__).parent / "assets" / "prompts" / "evaluation.txt"  # none of those that models are calibrated with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +38,15 @@ class Setup:
         samples: Trajectories, all in one batch.
         steps: Inference steps of DDIM without fresh noise; of Euler where the model was trained by flow matching.
         seed: Of the first noise and of the conditioning.
+        guidance: Scale of classifier-free or embedded guidance; None is what the model's samples are usually drawn with.
+        prompts: What samples are told in turn, where the model takes text; none takes those of assets/prompts/evaluation.txt.
     """
 
     samples: int = 16
     steps: int = 20
     seed: int = 123
+    guidance: float | None = None
+    prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("samples", "steps"):
@@ -54,20 +61,37 @@ class FloatWalk:
     Attributes:
         source: The float model.
         setup: What it was walked with.
-        noise: float32 [B, C, H, W].
-        conditioning: Graph inputs beyond sample and timestep, by name.
-        steps: In walking order.
-        final: The samples at the end, [B, C, H, W].
+        noise: float32 [B, ...], [B, C, H, W] but for packed latents.
+        conditioning: What the samples are told, and how they are guided.
+        origin: Where that comes from, in words.
+        decoder: Makes images of samples.
+        steps: In walking order; predictions are the guided ones.
+        final: The samples at the end, [B, ...].
+        images: What the decoder makes of them, [B, C, H, W].
         seconds: Median wall time of one forward pass of the batch.
     """
 
     source: Source
     setup: Setup
     noise: Tensor
-    conditioning: Mapping[str, Tensor]
+    conditioning: Conditioning
+    origin: str
+    decoder: Decoder
     steps: tuple[Step, ...]
     final: Tensor
+    images: Tensor
     seconds: float
+
+    @property
+    def scheduler(self) -> str:
+        """Name of the one that walks."""
+        return deterministic(self.source)
+
+    @property
+    def guidance(self) -> float | None:
+        """Scale of the guidance; None where the model is not guided."""
+        given = self.conditioning.given
+        return float(given[SCALE_INPUT][0]) if SCALE_INPUT in given else self.conditioning.scale if self.conditioning.without else None
 
     @property
     def timesteps(self) -> list[float]:
@@ -81,14 +105,16 @@ class Distance:
 
     Attributes:
         noise_errors: For each step of the float model's walk, ||e_q - e_f||^2 / ||e_f||^2 over the batch.
-        psnr: Of the final images, each model on its own walk from the same noise, in dB; samples clamped to [-1, 1].
+        psnr: Of the final images, each model on its own walk from the same noise, in dB; `Decoder.words` says of what.
         final: This denoiser's own final samples.
+        images: What the decoder makes of them, [B, C, H, W].
         seconds: Median wall time of one forward pass of the batch.
     """
 
     noise_errors: tuple[float, ...]
     psnr: float
     final: Tensor
+    images: Tensor
     seconds: float
 
     @property
@@ -98,15 +124,33 @@ class Distance:
 
 
 def walk(source: Source, setup: Setup) -> FloatWalk:
-    """Walk the float model."""
+    """Walk the float model.
+
+    Raises:
+        InputError: Prompts or a guidance scale for a model that takes none.
+        ArtifactError: A text encoder or the VAE cannot be read.
+    """
+    if setup.prompts and not takes_prompts(source):
+        raise InputError(f"--prompts: {source.name} is a {source.family} model without text encoders. Leave the prompts out.")
+    conditioner = conditioner_of(source, scale=setup.guidance, prompts=(setup.prompts or prompts_of(PROMPTS))[: setup.samples])
     generator = torch.Generator().manual_seed(setup.seed)
     noise = torch.randn(setup.samples, *source.family_object.walked_shape(source.config), generator=generator)
-    conditioning = Conditioner(source.family_object, source.config).draw(setup.samples, generator)
+    conditioning = conditioner.of(conditioner.draw(setup.samples, generator, in_turn=takes_prompts(source)))
     times: list[float] = []
     denoise = timed(denoise_of_source(source, conditioning), times)
     steps = tuple(trajectory(denoise, _scheduler(source), noise, steps=setup.steps))
+    decoder, final = decoder_of(source), steps[-1].next_sample
     return FloatWalk(
-        source=source, setup=setup, noise=noise, conditioning=conditioning, steps=steps, final=steps[-1].next_sample, seconds=median(times)
+        source=source,
+        setup=setup,
+        noise=noise,
+        conditioning=conditioning,
+        origin=conditioner.origin,
+        decoder=decoder,
+        steps=steps,
+        final=final,
+        images=decoder.images(final),
+        seconds=median(times),
     )
 
 
@@ -118,7 +162,9 @@ def distance(denoise: Denoise, reference: FloatWalk) -> Distance:
         relative_error(denoise(step.sample, torch.full((len(step.sample),), step.timestep)), step.prediction) for step in reference.steps
     ]
     final = last_sample(trajectory(denoise, _scheduler(reference.source), reference.noise, steps=reference.setup.steps))
-    return Distance(noise_errors=tuple(errors), psnr=psnr(final, reference.final), final=final, seconds=median(times))
+    images = reference.decoder.images(final)
+    psnr = reference.decoder.psnr(images, reference.images)
+    return Distance(noise_errors=tuple(errors), psnr=psnr, final=final, images=images, seconds=median(times))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -126,52 +172,51 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).pow(2).sum() / expected.double().pow(2).sum())
 
 
-def psnr(found: Tensor, expected: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of samples clamped to [-1, 1], whose range is 2: -10 log10(mse / 4)."""
-    mse = float((found.clamp(-1, 1).double() - expected.clamp(-1, 1).double()).pow(2).mean())
-    return -10 * math.log10(max(mse, SMALLEST_MSE) / 4)
-
-
-def denoise_of_source(source: Source, conditioning: Mapping[str, Tensor]) -> Denoise:
-    """The float model."""
+def denoise_of_source(source: Source, conditioning: Conditioning) -> Denoise:
+    """The float model, guided as the conditioning says."""
 
     def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
-        inputs = Conditioning(conditioning).inputs(sample, timestep)
-        return source.family_object.prediction(source.config, source.family_object.forward(source.model, inputs))
+        output = source.family_object.forward(source.model, conditioning.inputs(sample, timestep))
+        return conditioning.combine(source.family_object.prediction(source.config, output))
 
     return denoise
 
 
-def denoise_of_artifact(artifact: Artifact, conditioning: Mapping[str, Tensor]) -> Denoise:
-    """An artifact, computed by the reference executor."""
+def denoise_of_artifact(artifact: Artifact, conditioning: Conditioning) -> Denoise:
+    """An artifact, computed by the reference executor, guided likewise."""
     reference = Reference(artifact)
 
     def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
-        return artifact.family_object.prediction(artifact.config, reference(Conditioning(conditioning).inputs(sample, timestep)))
+        output = reference(conditioning.inputs(sample, timestep))
+        return conditioning.combine(artifact.family_object.prediction(artifact.config, output))
 
     return denoise
 
 
-def denoise_of_engine(path: Path, conditioning: Mapping[str, Tensor], *, device: str | None = None) -> Denoise:
+def denoise_of_engine(path: Path, conditioning: Conditioning, *, device: str | None = None) -> Denoise:
     """An engine on `device`, or where its backend runs; a batch that its profile does not take is cut into ones that it does."""
     denoiser = load_denoiser(path, device=device)
     allowed = denoiser.manifest.profile.get("batch", Range(1, 1, 1 << 30))
 
     def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
-        inputs = Conditioning(conditioning).inputs(sample, timestep)
-        pieces, start = [], 0
-        for size in batch_sizes(len(sample), allowed):
+        inputs = conditioning.inputs(sample, timestep)
+        count, pieces, start = len(inputs[SAMPLE]), [], 0
+        for size in batch_sizes(count, allowed):
             pieces.append(_run(denoiser, {name: _rows(value, start, size) for name, value in inputs.items()}))
             start += size
-        return denoiser.family.prediction(denoiser.manifest.config, torch.cat(pieces)[: len(sample)])
+        return conditioning.combine(denoiser.family.prediction(denoiser.manifest.config, torch.cat(pieces)[:count]))
 
     return denoise
 
 
-def _scheduler(source: Source) -> Any:  # diffusers' schedulers share no useful base class
-    """DDIM without fresh noise for a diffusion, Euler for a flow."""
+def deterministic(source: Source) -> str:
+    """Name of the scheduler that is walked with: DDIM without fresh noise for a diffusion, Euler for a flow."""
     (name,) = set(DETERMINISTIC) & set(schedulers_for(source.scheduler.config))
-    return scheduler_named(name, source.scheduler.config)
+    return name
+
+
+def _scheduler(source: Source) -> Any:  # diffusers' schedulers share no useful base class
+    return scheduler_named(deterministic(source), source.scheduler.config)
 
 
 def timed(denoise: Denoise, times: list[float]) -> Denoise:

@@ -60,6 +60,9 @@ class DiTTransformer2D(TransformerFamily):
     def prediction(self, config: Config, output: Tensor) -> Tensor:
         return output[:, : int(config["in_channels"])]
 
+    def classes(self, config: Config) -> int | None:
+        return int(config["num_embeds_ada_norm"])
+
     def guidance(self, config: Config) -> Guidance:
         return Guidance("classifier-free", SCALE)
 

@@ -17,6 +17,7 @@ from edm_deploy.models._transformer import ADAPTER, CONTROLNET, EMBEDDER, MODULA
 IMAGE_IDS, TEXT_IDS = "img_ids", "txt_ids"
 IMAGE_TOKENS = "image_tokens"
 TEXT_TOKENS = 512  # Source: the default max_sequence_length of diffusers' FluxPipeline.
+SIZE = "sample_size"
 LATENT_SIZE = 128  # 1024 pixels; FLUX's own config has no sample_size
 PACKED = 2  # latents in a token, each way
 SCALE = 3.5  # Source: the default of diffusers' FluxPipeline.
@@ -63,9 +64,13 @@ class FluxTransformer2D(TransformerFamily):
     text_inputs = (TOKENS, POOLED)
 
     def build(self, config: Config) -> nn.Module:
-        model = super().build(config)
+        # diffusers' class does not know the size, and says so each time that it is built with one.
+        model: Any = super().build({key: value for key, value in config.items() if key != SIZE})
+        if config.get(SIZE) is not None:
+            model.register_to_config(**{SIZE: config[SIZE]})
         model.pos_embed = Rotary(model.pos_embed)
-        return model
+        built: nn.Module = model
+        return built
 
     def inputs(self, config: Config) -> tuple[ModelInput, ...]:
         axes = len(config["axes_dims_rope"])
@@ -105,6 +110,12 @@ class FluxTransformer2D(TransformerFamily):
         height, width = _grid(config)
         return height * width, int(config["in_channels"])
 
+    def latents(self, config: Config, sample: Tensor) -> Tensor:
+        height, width = _grid(config)
+        channels = int(config["in_channels"]) // PACKED**2
+        grid = sample.reshape(-1, height, width, channels, PACKED, PACKED).permute(0, 3, 1, 4, 2, 5)
+        return grid.reshape(-1, channels, height * PACKED, width * PACKED)
+
     def size_multiple(self, config: Config) -> int:
         return PACKED
 
@@ -132,9 +143,7 @@ class FluxTransformer2D(TransformerFamily):
         return drawn | ({SCALE_INPUT: torch.full((batch,), SCALE)} if config["guidance_embeds"] else {})
 
     def encode_prompts(self, config: Config, pipeline: Any, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        given, pooled, _ = pipeline.encode_prompt(
-            list(prompts), None, device=torch.device("cpu"), num_images_per_prompt=1, max_sequence_length=TEXT_TOKENS
-        )
+        given, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=torch.device("cpu"), num_images_per_prompt=1)
         return {TOKENS: given, POOLED: pooled}, {}
 
 
@@ -161,7 +170,7 @@ class Rotary(nn.Module):
 
 def _grid(config: Config) -> tuple[int, int]:
     """Height and width in tokens. `sample_size` counts latents, as in other models' configs; FLUX's own has none."""
-    size = config.get("sample_size") or LATENT_SIZE
+    size = config.get(SIZE) or LATENT_SIZE
     height, width = (size, size) if isinstance(size, int) else size
     return height // PACKED, width // PACKED
 

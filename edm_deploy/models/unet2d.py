@@ -50,6 +50,9 @@ class UNet2D(UNetFamily):
         prediction: Tensor = model(inputs[SAMPLE], timestep, class_labels=inputs.get(LABELS), return_dict=False)[0]
         return prediction
 
+    def classes(self, config: Config) -> int | None:
+        return None if _label_kind(config) in ("none", "identity") else int(config.get("num_class_embeds") or 1000)
+
     def random_conditioning(self, config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         match _label_kind(config):
             case "none":
@@ -57,8 +60,7 @@ class UNet2D(UNetFamily):
             case "identity":
                 return {LABELS: torch.randn(batch, int(self.inputs(config)[2].dims[1]), generator=generator)}
             case _:
-                classes = config.get("num_class_embeds") or 1000
-                return {LABELS: torch.randint(0, int(classes), (batch,), generator=generator)}
+                return {LABELS: torch.randint(0, self.classes(config) or 1, (batch,), generator=generator)}
 
 
 def _label_kind(config: Config) -> str:

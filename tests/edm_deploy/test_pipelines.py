@@ -85,3 +85,11 @@ def test_without_weights_only_json_is_asked_of_the_hub(monkeypatch, tmp_path):
     assert local_directory("some/model", weights=False) == tmp_path
     assert asked["name"] == "some/model"
     assert all(pattern.endswith(".json") for pattern in asked["allow_patterns"])
+
+
+def test_another_scheduler_clips_no_latents_that_the_models_own_does_not():
+    own = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+    assert scheduler_named("ddim", own | {"_class_name": "PNDMScheduler"}).config.clip_sample is False
+    assert scheduler_named("ddpm", own).config.clip_sample is False
+    assert scheduler_named("ddim", own | {"_class_name": "DDPMScheduler"}).config.clip_sample is True
+    assert scheduler_named("ddim", own | {"_class_name": "PNDMScheduler", "clip_sample": True}).config.clip_sample is True

@@ -59,3 +59,12 @@ def test_another_number_of_image_tokens_than_the_profile_is_refused():
     inputs |= {"encoder_hidden_states": torch.zeros(1, 5, 12), "pooled_projections": torch.zeros(1, 16), "guidance": torch.ones(1)}
     with pytest.raises(InputError, match="image_tokens 100 lies outside the engine's profile 16:16:64"):
         chain("flux").exact.run(inputs | {"img_ids": torch.zeros(1, 100, 3), "txt_ids": torch.zeros(1, 5, 3)})
+
+
+def test_packed_latents_are_unpacked_as_the_pipeline_unpacks_them():
+    from diffusers import FluxPipeline
+
+    family, config, _ = tiny_model("flux")
+    config = config | {"sample_size": [8, 12]}
+    sample = torch.arange(2 * 24 * 16).float().reshape(2, 24, 16)
+    assert torch.equal(family.latents(config, sample), FluxPipeline._unpack_latents(sample, 64, 96, 8))
