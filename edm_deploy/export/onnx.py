@@ -12,7 +12,6 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
-from onnxscript import optimizer
 from torch import Tensor
 
 from edm_deploy.artifact import Artifact
@@ -20,6 +19,7 @@ from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.export.fold import fold_time
 from edm_deploy.export.plugin import insert_plugins, plugin_kinds
 from edm_deploy.export.qdq import WeightStorage, insert_qdq, remove_float_weights
+from edm_deploy.export.tidy import tidy
 from edm_deploy.export.trace import find_sites, trace
 from edm_deploy.files import copy_pipeline_files, new_directory
 from edm_deploy.manifest import GRAPH_NAME, NAME, TORCH_DTYPES, Dtype, Manifest
@@ -81,9 +81,7 @@ def graph_from_artifact(
     remove_float_weights(model.graph, artifact.sites)
     _fill_parameters(model.graph, artifact, dtype)
     passes.TopologicalSortPass()(model)  # a shared input was written before its first user, not before all of them
-    optimizer.optimize(model)
-    passes.RemoveUnusedNodesPass()(model)
-    passes.TopologicalSortPass()(model)
+    tidy(model)
     model.producer_name = "edm-deploy"
     model.metadata_props["edm_deploy.artifact"] = artifact.digest
     model.metadata_props[FOLDED] = json.dumps(folded)
