@@ -1,4 +1,4 @@
-"""Calibration: what each site is fed at each row of its table, along the teacher's trajectories, and the range that a recipe makes of it."""
+"""Calibration: what each site is fed at each row of its table, along trajectories, and the range that a recipe makes of it."""
 
 from __future__ import annotations
 
@@ -86,14 +86,16 @@ class InputMean:
 def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, recipe: Recipe, run: Run) -> None:
     """Set every row of every activation table of the student, and correct its biases where the recipe says so; in place.
 
+    The teacher leads the trajectories, unless a pass of the run lets the student lead: then each batch is first seen at its row by the teacher, whose
+    layers are observed always, the row is set, and the student, quantized at this row and at all noisier ones, takes the samples one step on.
     The pool is left staggered over the schedule.
 
     Args:
         student: Its weight scales are set already.
-        teacher: Leads the trajectories, and is the network that is observed.
+        teacher: The network that is observed.
         trajectories: A fresh pool.
         recipe: Makes ranges of observations.
-        run: For progress.
+        run: For progress, and its passes.
 
     Raises:
         Interrupted: Ctrl-C; nothing is worth saving yet.
@@ -105,16 +107,21 @@ def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, re
     means = {name: InputMean() for name in layers} if recipe.corrects_bias else {}
     handles += [layers[name].register_forward_pre_hook(mean) for name, mean in means.items()]
     specs = {name: recipe.specs(name, teacher.family.placement(name)) for name in student.quantizers}
+    student_leads = any(chosen.student_leads for chosen in run.passes)
     start = time.perf_counter()
     try:
         with CtrlC() as interrupt:
             for done, (row, batches) in enumerate(trajectories.sweep(BATCH), start=1):
                 for batch in batches:
-                    trajectories.advance(batch, batch.conditioning.combine(teacher(batch.inputs)))
+                    prediction = teacher(batch.inputs)
+                    if not student_leads:
+                        trajectories.advance(batch, batch.conditioning.combine(prediction))
                 seen = {name: observer.take() for name, observer in observers.items()}
                 ranges = each_in_a_thread(lambda name: recipe.activation_range(seen[name], specs[name]), seen)  # noqa: B023  # run at once
                 for quantizer, range_ in zip(student.quantizers.values(), ranges, strict=True):
                     quantizer.set_row(row, range_)
+                for batch in batches if student_leads else ():
+                    trajectories.advance(batch, batch.conditioning.combine(student(batch.inputs).float()))
                 rate = done / (time.perf_counter() - start)
                 left = (trajectories.rows - done) / rate
                 device = trajectories.device
@@ -136,3 +143,6 @@ def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, re
             handle.remove()
     for name, mean in means.items():
         student.layers[name].correct_bias(mean.take())
+    for chosen in run.passes:
+        assert run.scene is not None  # whoever runs passes says what they may look at
+        chosen.calibrated(student, run.scene)

@@ -16,6 +16,7 @@ from edm_deploy.target import WEIGHT_ONLY_BITS
 
 if TYPE_CHECKING:
     from calibration.observe import Observation
+    from calibration.passing import Pass, Scene
     from calibration.student import Student, Teacher
     from calibration.trajectories import Trajectories
 
@@ -84,11 +85,15 @@ class Run:
         options: As the user gave them.
         identity: What a checkpoint must have been made with to be resumed: recipe, settings, teacher.
         on_progress: Called after each step.
+        passes: What the recipe is composed with.
+        scene: What they may look at; None where there are none.
     """
 
     options: RunOptions
     identity: dict[str, Any]  # json
     on_progress: Callable[[Progress], None]
+    passes: tuple[Pass, ...] = ()
+    scene: Scene | None = None
 
 
 @dataclass(frozen=True)

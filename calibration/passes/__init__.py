@@ -1,0 +1,1 @@
+"""Passes that compose with any recipe, one a file."""
