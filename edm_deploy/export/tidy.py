@@ -46,7 +46,7 @@ def tidy(model: ir.Model) -> None:
         RewritePass(RULES)(model)
         passes.RemoveUnusedNodesPass()(model)
     for finish in (
-        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]  # onnx_ir leaves it untyped
         passes.RemoveUnusedOpsetsPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateInitializersPass(),
