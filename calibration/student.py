@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,13 +98,17 @@ class Student(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Prediction, [B, ...] in the compute dtype."""
-        rows = rows_of(self.row_of_timestep, inputs["timestep"])
+        with self.at_rows(rows_of(self.row_of_timestep, inputs["timestep"]), inputs[SAMPLE].device):
+            return self.family.prediction(self.config, self.family.forward(self.model, inputs))
+
+    @contextmanager
+    def at_rows(self, rows: Tensor, device: torch.device) -> Iterator[None]:
+        """Within it the layers quantize by these table rows, int64 [B], and compute in the student's dtype: for whoever runs a part of the model."""
         for quantizer in self.quantizers.values():
             quantizer.current = rows
-        device = inputs[SAMPLE].device.type
         try:
-            with torch.autocast(device, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-                return self.family.prediction(self.config, self.family.forward(self.model, inputs))
+            with torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+                yield
         finally:
             for quantizer in self.quantizers.values():
                 quantizer.forget()
