@@ -30,6 +30,7 @@ ENGINE_NAME = "engine.xml"
 TABLES_NAME = "tables.safetensors"
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
 DEQUANTIZED = "/DequantizationMultiply"  # what OpenVINO appends to the name of a product whose scales it has moved behind it
+RESCALED = "/rescaled"  # what the exporter calls the multiplication by an input's scale; one that is the same in all rows becomes part of the product
 COMPILED_SHAPES = 4  # compiled models kept in memory; each holds its own copy of the weights
 
 
@@ -171,7 +172,7 @@ def _executed(ov: Any, xml: Path, options: Mapping[str, Any], manifest: Manifest
             for name in str(info["originalLayersNames"].astype(str)).split(","):
                 precisions[name.removesuffix(DEQUANTIZED)] = str(info["runtimePrecision"].astype(str))
     return {
-        name: "int8" if precisions.get(site.node) in ("i8", "u8") else "float"
+        name: "int8" if precisions.get(site.node, precisions.get(f"{name}{RESCALED}")) in ("i8", "u8") else "float"
         for name, site in manifest.sites.items()
         if site.quantized_input
     }

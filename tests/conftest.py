@@ -168,6 +168,26 @@ def table_by_hand(bits: int, largest: float, rows: int) -> ActivationTable:
     return ActivationTable(bits=bits, scale=scale.float(), qmin=qmin.to(torch.int8), qmax=qmax.to(torch.int8))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_trace_each():
+    """A float graph is drawn once for each model and float type, and copied for each export: drawing takes most of an export's time."""
+    from edm_deploy.export import onnx, trace
+
+    drawn = {}
+
+    def copied(family, config, dtype, *others, **options):
+        if others or options:
+            return trace.trace(family, config, dtype, *others, **options)
+        key = type(family), json.dumps(config, sort_keys=True), dtype
+        if key not in drawn:
+            drawn[key] = trace.trace(family, config, dtype)
+        return drawn[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "trace", copied)
+        yield
+
+
 @pytest.fixture(scope="session")
 def artifact_w4a4() -> Artifact:
     return artifact_by_hand()

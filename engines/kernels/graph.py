@@ -98,7 +98,7 @@ def draft(
     result = Draft(graph=graph, tensors={}, dtype=dtype)
     clean(graph, row_of_timestep.device)
     floats = {name for name, site in sites.items() if site.kind is None}
-    _give_values(result, module, params, {name for name in sites if name not in floats})
+    _give_values(result, program, module, params, {name for name in sites if name not in floats})
     rows = _write_rows(result, row_of_timestep)
     shared: list[tuple[fx.Node, PackedSite, fx.Node]] = []
     layers = {site_node(graph, name): name for name in sites}
@@ -126,12 +126,16 @@ def site_node(graph: fx.Graph, name: str) -> fx.Node:
     return users[0]
 
 
-def _give_values(result: Draft, module: fx.GraphModule, params: Mapping[str, Tensor], quantized: set[str]) -> None:
+def _give_values(
+    result: Draft, program: ExportedProgram, module: fx.GraphModule, params: Mapping[str, Tensor], quantized: set[str]
+) -> None:
+    # Numbers of the model's code, which the tracer lifted out of it and names after the part that has them. A buffer is none: it holds no data.
+    lifted = set(program.graph_signature.inputs_to_lifted_tensor_constants.values())
     for node in result.graph.nodes:
         if node.op != "get_attr":
             continue
         name = str(node.target)
-        if not name.startswith(MODEL):  # a constant that the tracer lifted out of the model's code
+        if name in lifted or not name.startswith(MODEL):
             result.tensors[name] = operator.attrgetter(name)(module).to(next(iter(params.values())).device)
         elif (own := name.removeprefix(MODEL)) in params:
             result.tensors[name] = params[own].to(value_of(node).dtype)
