@@ -121,12 +121,9 @@ class PixArtTransformer2D(TransformerFamily):
         return {TOKENS: torch.randn(1, T5_TOKENS, _token_width(config), generator=generator), MASK: mask}
 
     def encode_prompts(self, config: Config, pipeline: Any, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        # As many tokens as the pipeline itself takes: PixArt-Sigma's takes 300.
         given, mask, without, without_mask = pipeline.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance=True,
-            num_images_per_prompt=1,
-            device=torch.device("cpu"),
-            max_sequence_length=T5_TOKENS,
+            list(prompts), do_classifier_free_guidance=True, num_images_per_prompt=1, device=torch.device("cpu")
         )
         return {TOKENS: given, MASK: mask.float()}, {TOKENS: without[:1], MASK: without_mask[:1].float()}
 
