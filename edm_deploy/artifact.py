@@ -10,18 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
 import torch
 from torch import Tensor
 
 from edm_deploy.activations import ActivationTable
+from edm_deploy.correction import Correction, channel_axis
 from edm_deploy.errors import ArtifactError, EdmDeployError
 from edm_deploy.family import Family, family_named, skeleton
-from edm_deploy.files import PIPELINE_FILES, copy_pipeline_files, new_directory, read_json, sha256_of, write_json
+from edm_deploy.files import PIPELINE_FILES, copy_pipeline_files, new_directory, read_json, write_json
 from edm_deploy.quant import fits_int4, pack_int4, unpack_int4, weight_bounds
-from edm_deploy.tensors import Stored, digest_of, write_tensors
+from edm_deploy.tensors import Stored, check_params, digest_of, read_tensors, write_tensors
 
-SCHEMA = 2  # 2 brought `folded`
+SCHEMA = 3  # 2 brought `folded`; 3 `correction` and `relaxed`
 JSON_NAME = "artifact.json"
 TENSORS_NAME = "artifact.safetensors"
 Op = Literal["conv2d", "linear"]
@@ -78,6 +78,8 @@ class Artifact:
         row_of_timestep: int32 [num_train_timesteps].
         sites: By layer name.
         folded: Layers that are no sites because they see the timestep alone: exporters make a table of what they compute.
+        correction: What the runtime does to the sample and to the prediction; None where it does nothing.
+        relaxed: uint8 [num_train_timesteps]: 1 where activations stay in floating point, in a second graph of the same weights; None is nowhere.
         params: float32, every parameter and buffer that is not a quantized weight, by its name in the model.
         provenance: Recipe, settings, seed, versions, teacher hash, wall time, peak memory. Not part of the hash.
         pipeline: The source pipeline's json files by relative path, so that one can be rebuilt.
@@ -92,6 +94,8 @@ class Artifact:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     pipeline: Mapping[str, Any] = field(default_factory=dict)
     folded: tuple[str, ...] = ()
+    correction: Correction | None = None
+    relaxed: Tensor | None = None
 
     @property
     def family_object(self) -> Family:
@@ -125,6 +129,8 @@ class Artifact:
             raise ArtifactError("Artifact's timesteps are not ascending; expected at least one, each once.")
         if not len(self.row_of_timestep) or int(self.row_of_timestep.min()) < 0 or int(self.row_of_timestep.max()) >= rows:
             raise ArtifactError(f"Artifact's row_of_timestep points outside its {rows} table rows.")
+        if problem := self._problem_by_timestep():
+            raise ArtifactError(f"Artifact's {problem}. Make the artifact again.")
         model = skeleton(self.family_object, self.config)
         layers = self.family_object.sites(model)
         if unknown := sorted(set(self.sites) - set(layers)):
@@ -141,7 +147,19 @@ class Artifact:
             if problem:
                 raise ArtifactError(f"Site {name!r}: {problem}. Make the artifact again.")
         expected = {key: value for key, value in model.state_dict().items() if key.removesuffix(".weight") not in self.sites}
-        _check_params(self.params, {key: tuple(value.shape) for key, value in expected.items()})
+        check_params(self.params, {key: tuple(value.shape) for key, value in expected.items()})
+
+    def _problem_by_timestep(self) -> str | None:
+        """What is wrong with what the runtime does by timestep, as a phrase, or None."""
+        if self.relaxed is not None and (len(self.relaxed) != self.num_train_timesteps or not 0 < int(self.relaxed.max()) < 2):
+            return (
+                f"relaxed has {len(self.relaxed)} numbers up to {int(self.relaxed.max())}, expected {self.num_train_timesteps} of 0 and 1"
+            )
+        if self.correction is None:
+            return None
+        sample = torch.empty(1, *self.family_object.walked_shape(self.config), device="meta")
+        problem = self.correction.problem(self.num_train_timesteps, sample.shape[channel_axis(sample)])
+        return f"correction: {problem}" if problem else None
 
     def save(self, path: Path | str, *, overwrite: bool = True) -> Path:
         """Write the artifact to directory `path`, whole or not at all; an artifact that stood there is replaced at the end.
@@ -172,7 +190,7 @@ class Artifact:
             raise ArtifactError(
                 f"{directory} has artifact schema {schema!r}; this edm-deploy reads up to {SCHEMA}. Install a newer edm-deploy, or make the artifact again."
             )
-        tensors = _read_tensors(directory / TENSORS_NAME, str(description.get("tensors_sha256")))
+        tensors = read_tensors(directory / TENSORS_NAME, str(description.get("tensors_sha256")), said_by=JSON_NAME)
         try:
             artifact = _artifact_from_parts(description, tensors, directory)
             artifact.validate()
@@ -206,6 +224,10 @@ class Artifact:
                 tensors[f"sites.{name}.act_scale"] = Stored.of(site.activation.scale)
                 tensors[f"sites.{name}.act_qmin"] = Stored.of(site.activation.qmin)
                 tensors[f"sites.{name}.act_qmax"] = Stored.of(site.activation.qmax)
+        if self.correction is not None:
+            tensors |= {f"correction.{name}": Stored.of(value) for name, value in vars(self.correction).items()}
+        if self.relaxed is not None:
+            tensors["relaxed"] = Stored.of(self.relaxed)
         return tensors | {f"params.{name}": _stored_param(value) for name, value in self.params.items()}
 
 
@@ -221,23 +243,6 @@ def _stored_param(value: Tensor) -> Stored:
     exact = torch.equal(value.to(torch.float16).float(), value.float())
     dtype = torch.float16 if exact else torch.float32
     return Stored(dtype, tuple(value.shape), lambda: value.to(dtype))
-
-
-def _read_tensors(path: Path, expected_sha256: str) -> dict[str, Tensor]:
-    """Every tensor of the file, mapped: its pages are read when they are looked at, and belong to no one's heap."""
-    try:
-        found = sha256_of(path)
-    except OSError as err:
-        raise ArtifactError(f"{path} cannot be read ({err.strerror}); the artifact is incomplete. Make it again.") from err
-    if found != expected_sha256:
-        raise ArtifactError(
-            f"{path} is damaged: sha256 {found[:12]}, {JSON_NAME} says {expected_sha256[:12]}. Copy or make the artifact again."
-        )
-    try:
-        with safetensors.safe_open(path, framework="pt") as stream:
-            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # it is no dict
-    except (safetensors.SafetensorError, ValueError, RuntimeError, OSError) as err:
-        raise ArtifactError(f"{path} is no safetensors file ({err}). Make the artifact again.") from err
 
 
 def _artifact_from_parts(description: Mapping[str, Any], tensors: Mapping[str, Tensor], directory: Path) -> Artifact:
@@ -278,23 +283,17 @@ def _artifact_from_parts(description: Mapping[str, Any], tensors: Mapping[str, T
             name.removeprefix("params."): take(name, torch.float32, torch.float16).float() for name in tensors if name.startswith("params.")
         },
         folded=tuple(str(name) for name in description.get("folded", ())),
+        correction=Correction(
+            row_of_timestep=take("correction.row_of_timestep", torch.int32),
+            scale=take("correction.scale", torch.float32),
+            input_bias=take("correction.input_bias", torch.float32),
+        )
+        if "correction.scale" in tensors
+        else None,
+        relaxed=take("relaxed", torch.uint8) if "relaxed" in tensors else None,
         provenance=description.get("provenance", {}),
         pipeline={name: read_json(directory / name, what="pipeline") for name in PIPELINE_FILES if (directory / name).is_file()},
     )
     if left := sorted(set(tensors) - used):
         raise ArtifactError(f"tensor {left[0]!r} belongs to nothing that {JSON_NAME} describes. Make the artifact again.")
     return artifact
-
-
-def _check_params(params: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    for name, shape in expected.items():
-        if name not in params:
-            raise ArtifactError(f"parameter {name!r} is missing. Make the artifact again.")
-        if tuple(params[name].shape) != shape:
-            raise ArtifactError(
-                f"parameter {name!r} has shape {list(params[name].shape)}, expected {list(shape)}. Make the artifact again."
-            )
-        if not bool(torch.isfinite(params[name]).all()):
-            raise ArtifactError(f"parameter {name!r} holds NaN or infinity. Check the source model, then make the artifact again.")
-    if unknown := sorted(set(params) - set(expected)):
-        raise ArtifactError(f"parameter {unknown[0]!r} is not one of the model's. Make the artifact again.")

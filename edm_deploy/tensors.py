@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import torch
 from torch import Tensor
+
+from edm_deploy.errors import ArtifactError
+from edm_deploy.files import sha256_of
 
 NAMES = {  # the format's own
     torch.float32: "F32",
@@ -72,6 +76,32 @@ def digest_of(tensors: Mapping[str, Stored]) -> str:
     return digest.hexdigest()
 
 
+def read_tensors(path: Path, expected_sha256: str, *, said_by: str) -> dict[str, Tensor]:
+    """Every tensor of a file, mapped: its pages are read when they are looked at, and belong to no one's heap.
+
+    Args:
+        path: The file.
+        expected_sha256: Its hash.
+        said_by: The file beside it that says so.
+
+    Raises:
+        ArtifactError: It is missing, damaged, or no safetensors file.
+    """
+    try:
+        found = sha256_of(path)
+    except OSError as err:
+        raise ArtifactError(f"{path} cannot be read ({err.strerror}); the artifact is incomplete. Make it again.") from err
+    if found != expected_sha256:
+        raise ArtifactError(
+            f"{path} is damaged: sha256 {found[:12]}, {said_by} says {expected_sha256[:12]}. Copy or make the artifact again."
+        )
+    try:
+        with safetensors.safe_open(path, framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # it is no dict
+    except (safetensors.SafetensorError, ValueError, RuntimeError, OSError) as err:
+        raise ArtifactError(f"{path} is no safetensors file ({err}). Make the artifact again.") from err
+
+
 def raw(value: Tensor) -> memoryview:
     """The bytes of a tensor, row-major; without a copy where they lie so in memory already."""
     flat = value.detach().cpu().contiguous().reshape(-1)
@@ -100,3 +130,18 @@ def _checked(name: str, stored: Stored) -> memoryview:
     value = stored.make()
     assert value.dtype == stored.dtype and tuple(value.shape) == stored.shape, name
     return raw(value)
+
+
+def check_params(params: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ArtifactError where a parameter is missing, has not its expected shape or is not finite."""
+    for name, shape in expected.items():
+        if name not in params:
+            raise ArtifactError(f"parameter {name!r} is missing. Make the artifact again.")
+        if tuple(params[name].shape) != shape:
+            raise ArtifactError(
+                f"parameter {name!r} has shape {list(params[name].shape)}, expected {list(shape)}. Make the artifact again."
+            )
+        if not bool(torch.isfinite(params[name]).all()):
+            raise ArtifactError(f"parameter {name!r} holds NaN or infinity. Check the source model, then make the artifact again.")
+    if unknown := sorted(set(params) - set(expected)):
+        raise ArtifactError(f"parameter {unknown[0]!r} is not one of the model's. Make the artifact again.")
