@@ -24,6 +24,14 @@ OWN = {"ClassConditionalPipeline": ClassConditionalPipeline}
 TEXT = ("text_encoder", "tokenizer")
 
 
+def _not_torchvision(record: logging.LogRecord) -> bool:
+    return "requires torchvision (not installed)" not in record.getMessage()
+
+
+# diffusers imports image processors that no pipeline of ours asks for, and each that falls back to PIL is announced when it is imported.
+logging.getLogger("transformers.utils.import_utils").addFilter(_not_torchvision)
+
+
 def pipeline_from_directory(
     directory: Path, component: str, denoiser: Any, *, scheduler: str | None = None, source: str | Path | None = None
 ) -> DiffusionPipeline:
@@ -108,8 +116,8 @@ def _home(directory: Path, index: Mapping[str, Any], component: str, source: str
     others = other_components(index, component)
     found = source or (directory if all((directory / name).is_dir() for name in others) else index.get(SOURCE_KEY))
     mend = (
-        f"Name the pipeline with load_pipeline(..., source=...), copy them into the engine's folder, or put it into a pipeline of your own: "
-        f"pipe.{component} = edm_deploy.load_denoiser({str(directory)!r})."
+        "Name the pipeline with --source or load_pipeline(..., source=...), build the engine with --with-pipeline, "
+        f"or put it into a pipeline of your own: pipe.{component} = edm_deploy.load_denoiser({str(directory)!r})."
     )
     if found is None:
         raise UnsupportedError(

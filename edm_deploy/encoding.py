@@ -75,7 +75,8 @@ def encode(directory: Path, family: Family, config: Config, prompts: Sequence[st
     if pipeline is None:
         return None
     with quiet():
-        _refuse_long(pipeline, prompts)
+        for prompt, count, longest in cut_off(pipeline, prompts):
+            raise InputError(f"The prompt {prompt[:40] + '...'!r} has {count} tokens; the text encoder takes {longest}. Shorten it.")
         parts = [family.encode_prompts(config, pipeline, prompts[at : at + AT_ONCE]) for at in range(0, len(prompts), AT_ONCE)]
     given = {name: torch.cat([_plain(part[name]) for part, _ in parts]) for name in parts[0][0]}
     return given, {name: _plain(value) for name, value in parts[0][1].items()}
@@ -92,22 +93,21 @@ def _plain(value: Tensor) -> Tensor:
     return value.float().contiguous() if value.is_floating_point() else value.contiguous()
 
 
-def _refuse_long(pipeline: Any, prompts: Sequence[str]) -> None:
-    """Prompts are measured by the tokenizer that takes most: where there are several, the shorter ones are meant to see less.
+def cut_off(pipeline: Any, prompts: Sequence[str]) -> list[tuple[str, int, int]]:
+    """The prompts of which the text encoders see the beginning only, with their number of tokens and the largest.
 
-    A T5 tokenizer takes any length; there the pipeline itself cuts, at the `max_sequence_length` of its `encode_prompt`.
+    Measured by the tokenizer that takes most: where there are several, the shorter ones are meant to see less. A T5 tokenizer takes any length;
+    there the pipeline itself cuts, at the `max_sequence_length` of its `encode_prompt`.
     """
     tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part is not None]
     if not tokenizers:
-        return
+        return []
     tokenizer = max(tokenizers, key=lambda part: int(part.model_max_length))
     parameters = inspect.signature(pipeline.encode_prompt).parameters
     cut = [parameters["max_sequence_length"].default] if "max_sequence_length" in parameters else []
     longest = min([int(tokenizer.model_max_length), *cut])
-    for prompt in prompts:
-        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        if count > longest:
-            raise InputError(f"The prompt {prompt[:40] + '...'!r} has {count} tokens; the text encoder takes {longest}. Shorten it.")
+    counted = [(prompt, len(tokenizer(prompt, truncation=False, verbose=False).input_ids), longest) for prompt in prompts]
+    return [entry for entry in counted if entry[1] > longest]
 
 
 def _class_table(path: Path) -> Tensor:

@@ -17,6 +17,7 @@ from edm_deploy.errors import ArtifactError
 # What rebuilds a diffusers pipeline beside its denoiser. Text encoders and VAE stay where the source pipeline has them.
 PIPELINE_FILES = ("model_index.json", "scheduler/scheduler_config.json")
 SOURCE_KEY = "_name_or_path"  # diffusers' own, in model_index.json: where the pipeline was loaded from
+VARIANTS = ("*.fp16.*", "*.non_ema.*")  # further copies of the same weights, which no pipeline of ours loads
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.onnx")
 
 
@@ -119,11 +120,17 @@ def copy_components(index: Mapping[str, Any], component: str, home: Path, direct
     Raises:
         ArtifactError: One is not there.
     """
+    names = components_at(home, index, component)
+    for name in names:
+        shutil.copytree(home / name, directory / name, ignore=shutil.ignore_patterns(*PICKLES, *VARIANTS))
+    return names
+
+
+def components_at(home: Path, index: Mapping[str, Any], component: str) -> list[str]:
+    """`other_components`, each of which has a directory in `home`; ArtifactError where one has none."""
     names = other_components(index, component)
     if missing := [name for name in names if not (home / name).is_dir()]:
         raise ArtifactError(f"{home} has no {missing[0]!r}, which a {index.get('_class_name')} needs. Download or save the pipeline again.")
-    for name in names:
-        shutil.copytree(home / name, directory / name, ignore=shutil.ignore_patterns(*PICKLES))
     return names
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from edm_deploy import lookup
 from edm_deploy.errors import InputError
 from edm_deploy.family import family_named
-from edm_deploy.files import PIPELINE_FILES, new_directory
+from edm_deploy.files import PIPELINE_FILES, components_at, copy_components, new_directory, read_json
 from edm_deploy.manifest import NAME, Manifest, Range
 from edm_deploy.session import Backend, BuildOptions, Built
 from edm_deploy.target import SitePlan, execution
@@ -21,7 +21,7 @@ from edm_deploy.target import SitePlan, execution
 DEFAULT_BATCH = Range(1, 16, 64)
 
 
-def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions | None = None) -> Manifest:
+def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions | None = None, pipeline: Path | None = None) -> Manifest:
     """Build an engine directory, whole or not at all: engine, manifest and the pipeline's files. One folder deploys.
 
     Args:
@@ -29,6 +29,8 @@ def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions
         out: Directory to write; an engine that stood there is replaced.
         backend: `ort`, `openvino`, `trt-rtx`, `trt` from ONNX; `cuda` from the artifact.
         options: What the user asks of the build; dynamic dimensions without a Range get a default one.
+        pipeline: The source pipeline, whose text encoders, tokenizers and VAE are copied beside the engine and listed in its manifest; None
+            copies none, and the engine's pipeline takes them from where the model came from.
 
     Returns:
         The engine's manifest, as written.
@@ -42,6 +44,10 @@ def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions
     builder = backend_named(backend)
     builder.refuse_foreign_options(options)
     content, manifest = builder.read(source)
+    index = {} if pipeline is None else read_json(source / PIPELINE_FILES[0], what="pipeline")
+    component = family_named(manifest.family).component
+    if pipeline is not None:
+        components_at(pipeline, index, component)  # what is not there is said before the build, not after
     options = replace(options, profile=complete_profile(manifest, options.profile))
     with new_directory(out, marker=NAME) as directory:
         started = time.perf_counter()
@@ -56,7 +62,10 @@ def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions
             plan=plan(manifest, builder, built),
             build=_description(built, seconds, sum((directory / name).stat().st_size for name in engine_files)),
         )
-        return engine.write(directory, engine_files + _copy_pipeline(source, directory))
+        if pipeline is not None:
+            copy_components(index, component, pipeline, directory)
+        _copy_pipeline(source, directory)
+        return engine.write(directory, _files_in(directory))
 
 
 def backend_named(name: str) -> Backend[Any]:
@@ -115,9 +124,8 @@ def _files_in(directory: Path) -> list[str]:
     return [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
 
 
-def _copy_pipeline(source: Path, directory: Path) -> list[str]:
-    names = [name for name in PIPELINE_FILES if (source / name).is_file()]
-    for name in names:
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, directory / name)
-    return names
+def _copy_pipeline(source: Path, directory: Path) -> None:
+    for name in PIPELINE_FILES:
+        if (source / name).is_file():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, directory / name)

@@ -12,6 +12,7 @@ import typer
 from edm_deploy_tools import console, entry
 from edm_deploy_tools import options as opt
 from edm_deploy_tools._quantizing import calibrate, finetune
+from edm_deploy_tools._showing import evaluate, sample
 
 if TYPE_CHECKING:
     from edm_deploy_tools.bench import Bench
@@ -95,82 +96,33 @@ def build_engine(
     allow_float_sites: Annotated[
         bool, typer.Option("--allow-float-sites", help="Accept quantized sites that no integer layer computes.")
     ] = False,
+    with_pipeline: Annotated[
+        bool,
+        typer.Option("--with-pipeline", help="Copy text encoders, tokenizers and VAE beside the engine: the folder needs nothing else."),
+    ] = False,
+    components: Annotated[
+        str | None,
+        typer.Option("--source", metavar="MODEL", help="Where --with-pipeline copies from; default: the model that was quantized."),
+    ] = None,
 ) -> None:
     """Build an engine for one backend. trt-rtx and cuda build for a named GPU on a machine without one."""
     from edm_deploy.target import summary
-    from edm_deploy_tools.profiles import build, build_options
+    from edm_deploy_tools.profiles import build, build_options, pipeline_home
 
     sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens}
     asked = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": optimization_level}
     asked |= {"timing_cache": timing_cache, "workspace_mib": workspace_mib, "allow_float_sites": allow_float_sites}
     asked["int4_where"] = opt.value(int4_where)
-    manifest = build(source, out, backend=backend, options=build_options(sizes, asked))
+    pipeline = pipeline_home(source, with_pipeline, components)
+    manifest = build(source, out, backend=backend, options=build_options(sizes, asked), pipeline=pipeline)
     for warning in manifest.build.get("warnings", []):
         console.say(f"Note: {warning}")
     console.say(f"Plan: {summary(manifest.plan)}")
-    console.wrote(out, f"{manifest.backend} engine, {manifest.scheme}")
+    console.wrote(out, f"{manifest.backend} engine, {manifest.scheme}{', with the rest of its pipeline' if with_pipeline else ''}")
 
 
-@app.command(epilog=opt.example("sample engine --out images --num-images 16 --scheduler dpm-solver++"))
-def sample(
-    engine: opt.Engine,
-    out: opt.Out,
-    num_images: Annotated[int, typer.Option(help="How many images.")] = 16,
-    steps: Annotated[int, typer.Option(help="Inference steps.")] = 20,
-    scheduler: Annotated[str, typer.Option(help="ddim, ddpm, dpm-solver++, euler or unipc.")] = "ddim",
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    device: opt.EngineDevice = None,
-    as_json: opt.Json = False,
-) -> None:
-    """Draw images from an engine: single PNGs and grid.png."""
-    from edm_deploy_tools.sample import sample as draw
-
-    result = draw(engine, out, num_images=num_images, steps=steps, scheduler=scheduler, seed=seed, device=opt.value(device))
-    if as_json:
-        console.print_json(
-            {"out": str(out), "images": result.count, "seconds": result.seconds, "seconds_per_image": result.seconds_per_image}
-        )
-        return
-    console.wrote(out, f"{result.count} images of {result.size[0]}x{result.size[1]} and {result.paths[0].name}")
-    console.say(
-        f"{result.seconds_per_image:.3f} s per image ({steps} steps of {scheduler}, {result.count} images in {result.seconds:.1f} s)"
-    )
-
-
-@app.command(epilog=opt.example("evaluate ddpm-w4a4 engine --out report --reference google/ddpm-cifar10-32"))
-def evaluate(
-    paths: Annotated[
-        list[Path], typer.Argument(metavar="ARTIFACT_OR_ENGINE...", help="What to judge; several stand side by side in the report.")
-    ],
-    out: opt.Out,
-    reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The float model; default: the one that the artifact was made from.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Trajectories.")] = 16,
-    steps: Annotated[int, typer.Option(help="Steps of DDIM, or of Euler for flow matching.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 123,
-    guidance: opt.Guidance = None,
-    prompts: opt.Prompts = None,
-    device: opt.EngineDevice = None,
-    low_memory: opt.LowMemory = False,
-    as_json: opt.Json = False,
-) -> None:
-    """Measure how far artifacts or engines are from the float model; writes report.json and report.html."""
-    from calibration.prompts import prompts_of
-    from edm_deploy_tools.evaluate import evaluate_paths
-    from edm_deploy_tools.results import conditions, headline
-    from edm_deploy_tools.walk import Setup
-
-    told = () if prompts is None else prompts_of(prompts)
-    setup = Setup(samples=samples, steps=steps, seed=seed, guidance=guidance, prompts=told)
-    report = evaluate_paths(paths, out, reference=reference, setup=setup, device=opt.value(device), low_memory=low_memory)
-    if as_json:
-        console.print_json(report.to_json())
-        return
-    console.print_table(f"Against {report.reference.name}", headline(report))
-    console.say(conditions(report))
-    console.wrote(out / "report.json", "every figure")
-    console.wrote(out / "report.html", "the same to look at")
+app.command(epilog=opt.example('sample engine --out images --prompt "a red bicycle" --guidance 6 --scheduler dpm-solver++'))(sample)
+app.command(epilog=opt.example("evaluate ddpm-w4a4 engine --out report --reference google/ddpm-cifar10-32"))(evaluate)
 
 
 @app.command(epilog=opt.example("bench engine-ort engine-openvino --against torch,torch-bf16 --batch 16"))

@@ -12,6 +12,8 @@ import typer
 
 TRACEBACK_VARIABLE = "EDM_DEPLOY_TRACEBACK"  # set it to see where an error comes from
 INTERRUPTED = 130  # what typer returns for Ctrl-C outside its standalone mode
+NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # torch's RuntimeError and OutOfMemoryError
+OURS = ("edm_deploy", "calibration", "engines", "edm_deploy_tools")  # whose warnings a user sees
 QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -61,8 +63,8 @@ def _words(err: Exception) -> str:
         return str(err)
     if isinstance(err, OSError):
         return f"{err.filename or 'The system'}: {err.strerror or err}. Check the path and the free space."
-    if isinstance(err, MemoryError):
-        return "Out of memory. Choose a smaller batch."
+    if isinstance(err, MemoryError) or any(words in str(err) for words in NO_MEMORY):
+        return "Out of memory. Choose a smaller batch, or --low-memory where the command has it: float weights then stay in their files."
     return f"{type(err).__name__}: {err} - a fault of edm-deploy; please report it with what {TRACEBACK_VARIABLE}=1 prints."
 
 
@@ -78,4 +80,26 @@ def _quiet() -> None:
     if "diffusers" in sys.modules:  # it reads the variable when it is imported
         sys.modules["diffusers"].utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
-    logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="%(message)s")
+    logging.basicConfig(level=logging.ERROR, handlers=[Lines()])
+    notes = Lines("Note: ")
+    for name in OURS:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+        logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, Lines)] + [notes]
+
+
+class Lines(logging.Handler):
+    """Records as lines on stderr, each text once a command: what is at random for every layer is at random once for the reader."""
+
+    def __init__(self, prefix: str = "") -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record, unless it has been said; to stderr as it is now."""
+        text = " ".join(record.getMessage().split())
+        if text not in self.said:
+            self.said.add(text)
+            sys.stderr.write(f"{self.prefix}{text}\n")

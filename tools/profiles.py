@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from edm_deploy.errors import InputError
+from edm_deploy.errors import ArtifactError, InputError
+from edm_deploy.files import SOURCE_KEY, read_json
 from edm_deploy.manifest import Manifest, Range
+from edm_deploy.outline import INDEX
+from edm_deploy.pipelines import local_directory
 from edm_deploy.session import BuildOptions
 
 
@@ -41,6 +44,36 @@ def range_of(dim: str, text: str) -> Range:
     return Range(*numbers) if len(numbers) == 3 else Range(numbers[0], numbers[0], numbers[0])
 
 
-def build(source: Path, out: Path, *, backend: str, options: BuildOptions) -> Manifest:
+def build(source: Path, out: Path, *, backend: str, options: BuildOptions, pipeline: Path | None = None) -> Manifest:
     """`engines.build_engine`."""
-    return engines.build_engine(source, out, backend=backend, options=options)
+    return engines.build_engine(source, out, backend=backend, options=options, pipeline=pipeline)
+
+
+def pipeline_home(source: Path, asked: bool, components: str | None) -> Path | None:
+    """The directory of the pipeline whose other components are copied beside an engine; None where that is not asked for.
+
+    Args:
+        source: What the engine is built from; its model_index.json says which pipeline it belongs to, and where that was.
+        asked: Whether they are copied at all.
+        components: Directory or hub id to copy from; None takes the one that `source` names.
+
+    Raises:
+        InputError: A place to copy from, and no wish to.
+        ArtifactError: No pipeline there, or one of another kind.
+    """
+    if not asked:
+        if components is not None:
+            raise InputError("--source names where --with-pipeline copies from. Add --with-pipeline, or leave it out.")
+        return None
+    index = read_json(source / INDEX, what="pipeline")
+    named = components or index.get(SOURCE_KEY)
+    if not named:
+        raise ArtifactError(f"{source} does not say which pipeline it was made from. Name it with --source MODEL.")
+    try:
+        home = local_directory(named)
+    except ArtifactError as err:
+        raise ArtifactError(f"--with-pipeline: {err} Name the pipeline with --source MODEL.") from err
+    found = read_json(home / INDEX, what="diffusers pipeline").get("_class_name")
+    if found != index.get("_class_name"):
+        raise ArtifactError(f"{home} is a {found}, {source} belongs to a {index.get('_class_name')}. Name one of that kind with --source.")
+    return home

@@ -46,3 +46,15 @@ def test_components_that_are_gone_are_named(engine, tmp_path):
     copied = shutil.copytree(engine, tmp_path / "engine")
     with pytest.raises(UnsupportedError, match=r"has no 'vae'|has no 'text_encoder'"):
         load_pipeline(copied, source=engine)
+
+
+def test_an_image_processor_without_torchvision_is_no_news():
+    import logging
+
+    logger = logging.getLogger("transformers.utils.import_utils")
+
+    def passes(text):
+        return logger.filter(logger.makeRecord(logger.name, logging.WARNING, "", 0, text, (), None))
+
+    assert not passes("`CLIPImageProcessor` requires torchvision (not installed); falling back to `CLIPImageProcessorPil` for ...")
+    assert passes("another thing that went wrong")

@@ -63,6 +63,22 @@ def chain(tiny_model_dir):
     return made
 
 
+@pytest.fixture(scope="session")
+def prompted(tmp_path_factory):
+    """A tiny Stable Diffusion, calibrated on two prompts; its engine's folder holds text encoder, tokenizer and VAE."""
+    from tests.tiny_pipelines import saved
+
+    root = tmp_path_factory.mktemp("prompted")
+    made = Chain(model=saved(root / "model"), artifact=root / "artifact", onnx=root / "onnx", engine=root / "engine")
+    (root / "prompts.txt").write_text("a cat\n\na dog\n")
+    fast = ["--rows", "3", "--set", "calibration_samples=2", "--prompts", str(root / "prompts.txt")]
+    assert main(["calibrate", str(made.model), "--out", str(made.artifact), "--recipe", "minmax", *fast]) == 0
+    assert main(["export", str(made.artifact), "--out", str(made.onnx)]) == 0
+    sizes = ["--batch", "1:4:6", "--height", "8:8:16", "--width", "8:8:16"]
+    assert main(["build-engine", str(made.onnx), "--out", str(made.engine), "--backend", "ort", "--with-pipeline", *sizes]) == 0
+    return made
+
+
 @pytest.fixture
 def run(capfd) -> Callable[..., Ran]:
     """Runs the command line in this process."""

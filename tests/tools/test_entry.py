@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 import typer
 
@@ -48,3 +50,35 @@ def test_the_traceback_comes_when_it_is_asked_for(monkeypatch):
 def test_a_wrong_option_is_one_line_and_two(capsys):
     assert run(app_that(None), "x", ["--nothing"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def app_that_warns(*names: str) -> typer.Typer:
+    app = typer.Typer(add_completion=False)
+
+    @app.command()
+    def command() -> None:
+        for name in names:
+            logging.getLogger(name).warning("drawn at random")
+            logging.getLogger(name).info("by the way")
+
+    return app
+
+
+def test_a_warning_of_ours_is_a_line_and_comes_once(capsys):
+    assert run(app_that_warns("edm_deploy.encoding", "calibration.x", "edm_deploy.encoding"), "x", []) == 0
+    assert capsys.readouterr().err == "Note: drawn at random\n"
+    assert run(app_that_warns("edm_deploy.encoding"), "x", []) == 0
+    assert capsys.readouterr().err == "Note: drawn at random\n", "another command says it again"
+
+
+def test_a_librarys_warning_is_not_shown(capsys):
+    assert run(app_that_warns("transformers.models", "some.library"), "x", []) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]
+)
+def test_without_memory_the_option_that_saves_it_is_named(capsys, error):
+    assert run(app_that(error), "x", []) == 2
+    assert "--low-memory" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from PIL import Image
 from edm_deploy.errors import InputError
 from edm_deploy.manifest import Range
 from edm_deploy_tools.sample import batch_sizes, grid_of, sample
+from edm_deploy_tools.told import Told
 
 
 def test_batches_stay_within_the_profile():
@@ -38,3 +39,38 @@ def test_a_directory_of_something_else_is_left_alone(chain, tmp_path):
 def test_no_images_are_refused(chain, tmp_path):
     with pytest.raises(InputError, match="at least 1"):
         sample(chain.engine, tmp_path / "images", num_images=0)
+
+
+def test_prompts_are_drawn_guided_and_in_the_engines_batches(run, prompted, tmp_path):
+    ran = run("sample", prompted.engine, "--out", tmp_path / "i", "--prompt", "a cat", "--prompt", "a dog", "--num-images", 4, "--steps", 2)
+    assert ran.code == 0, ran.err
+    assert "4 images of 16x16" in ran.out
+    assert "2 steps of PNDM" in ran.out
+    pictures = [Image.open(tmp_path / "i" / f"{index:03d}.png").tobytes() for index in range(4)]
+    assert len(set(pictures)) == 4
+
+
+def test_a_prompt_changes_the_picture_and_the_seed_keeps_it(prompted, tmp_path):
+    def drawn(prompt, **told):
+        sampled = sample(prompted.engine, tmp_path / "i", steps=2, told=Told(prompts=(prompt,), **told))
+        return Image.open(sampled.paths[1]).tobytes()
+
+    cat = drawn("a cat")
+    assert drawn("a cat") == cat
+    assert drawn("a dog") != cat
+    assert drawn("a cat", negative_prompt="zebra") != cat
+    assert drawn("a cat", guidance=1.0) != cat
+
+
+def test_an_engine_draws_other_sizes_within_its_profile(run, prompted, tmp_path):
+    ran = run("sample", prompted.engine, "--out", tmp_path / "i", "--prompt", "a", "--height", 32, "--width", 24, "--steps", 1)
+    assert "1 images of 24x32" in ran.out
+    ran = run("sample", prompted.engine, "--out", tmp_path / "j", "--prompt", "a", "--height", 64, "--steps", 1)
+    assert "outside the engine's profile 8:8:16" in ran.complaint
+    assert not (tmp_path / "j").exists()
+
+
+def test_a_long_prompt_is_said_aloud_and_drawn(run, prompted, tmp_path):
+    ran = run("sample", prompted.engine, "--out", tmp_path / "i", "--prompt", "a" * 100, "--steps", 1)
+    assert ran.code == 0
+    assert ran.err.count("reads the first 77") == 1
