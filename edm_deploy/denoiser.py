@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from edm_deploy import lookup
+from edm_deploy.correction import Correction, Run
 from edm_deploy.errors import InputError
 from edm_deploy.family import SAMPLE, Family, ModelInput, family_named
 from edm_deploy.manifest import Manifest, Range
+from edm_deploy.relaxing import FOLDER, by_timestep
 from edm_deploy.session import Backend, Session
 
 TIMESTEP = "timestep"
@@ -42,16 +44,28 @@ def load_denoiser(path: Path | str, *, device: str | torch.device | None = None)
     Raises:
         ArtifactError, UnsupportedError: As `open_session`.
     """
-    return EngineDenoiser(*open_session(path, device=device))
+    manifest, session = open_session(path, device=device)
+    relaxed = open_session(Path(path) / FOLDER, device=device)[1] if manifest.relaxed else None
+    return EngineDenoiser(manifest, session, relaxed)
 
 
 class EngineDenoiser(nn.Module):
-    """`.config`, `.dtype`, `.device`, forward signature and output type of the diffusers model that it replaces. Has no parameters."""
+    """`.config`, `.dtype`, `.device`, forward signature and output type of the diffusers model that it replaces. Has no parameters.
 
-    def __init__(self, manifest: Manifest, session: Session) -> None:
+    Args:
+        manifest: Of the engine.
+        session: It, opened.
+        relaxed: The second engine, where the manifest sends timesteps to one.
+    """
+
+    def __init__(self, manifest: Manifest, session: Session, relaxed: Session | None = None) -> None:
         super().__init__()
         self.manifest = manifest
         self.session = session
+        sessions = [self._runs(opened) for opened in (session, relaxed) if opened is not None]
+        self._run = by_timestep(sessions, manifest.engine_of_timestep)
+        if manifest.correction:
+            self._run = Correction.from_json(manifest.correction).around(self._run)
         self.family: Family = family_named(manifest.family)
         self.config = self.family.freeze_config(manifest.config)
         for name, value in self.family.attributes(manifest.config).items():
@@ -91,7 +105,7 @@ class EngineDenoiser(nn.Module):
         Raises:
             InputError: As `forward`.
         """
-        return self.session.run(self._inputs(given, given[SAMPLE]))[self.manifest.outputs[0]]
+        return self._run(self._inputs(given, given[SAMPLE]))
 
     def to(self, *args: Any, **kwargs: Any) -> EngineDenoiser:
         """Stays where it is: an engine is bound to its device when it is opened. Another device raises InputError."""
@@ -101,6 +115,20 @@ class EngineDenoiser(nn.Module):
                 f"This engine runs on {self.device}; it cannot move to {device}. Open it with load_denoiser(..., device={str(device)!r})."
             )
         return self
+
+    def _runs(self, session: Session) -> Run:
+        """A session as a function; where a mixed batch was cut below the smallest that the profile allows, its last sample fills it up."""
+        fewest = self.manifest.profile.get("batch", Range(1, 1, 1)).min
+
+        def run(inputs: Mapping[str, Tensor]) -> Tensor:
+            count = len(inputs[SAMPLE])
+            if count < fewest:
+                filled = torch.arange(fewest).clamp(max=count - 1)
+                inputs = {name: value[filled.to(value.device)] for name, value in inputs.items()}
+            contiguous = {name: value.contiguous() for name, value in inputs.items()}
+            return session.run(contiguous)[self.manifest.outputs[0]][:count]
+
+        return run
 
     def _inputs(self, given: Mapping[str, Any], sample: Tensor) -> dict[str, Tensor]:
         sizes: dict[str, int] = {}

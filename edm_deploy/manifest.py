@@ -10,12 +10,14 @@ from typing import Any, Literal
 import torch
 
 from edm_deploy.artifact import Artifact, Op
+from edm_deploy.correction import Correction
 from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.family import ModelInput
 from edm_deploy.files import read_json, sha256_of, write_json
+from edm_deploy.relaxing import Spans, engines_of, spans_of
 from edm_deploy.target import WEIGHT_ONLY_BITS, Kind, SitePlan
 
-SCHEMA = 1
+SCHEMA = 2  # 2 brought `correction` and `relaxed`
 NAME = "manifest.json"
 GRAPH_NAME = "model.onnx"
 OUTPUT = "prediction"  # what a denoiser gives
@@ -74,6 +76,8 @@ class Manifest:
         inputs, outputs: Of the graph, in order.
         sites: Each quantized layer, by its name in the model.
         folded: `layers` that see the timestep alone, and either the `table` that they became or why they are `computed`; empty where none are.
+        correction: What the runtime does to sample and prediction, as `Correction.to_json` writes it; empty where it does nothing.
+        relaxed: Stretches of timesteps that the second graph or engine computes, which stands in the folder `relaxed`; empty where there is none.
         files: sha256 by relative path.
         plan: What each site becomes; empty for a graph, which is for any backend.
         backend: Name, for an engine.
@@ -93,6 +97,8 @@ class Manifest:
     outputs: tuple[str, ...]
     sites: Mapping[str, GraphSite]
     folded: Mapping[str, Any] = field(default_factory=dict)
+    correction: Mapping[str, Any] = field(default_factory=dict)
+    relaxed: Spans = ()
     files: Mapping[str, str] = field(default_factory=dict)
     plan: Mapping[str, SitePlan] = field(default_factory=dict)
     backend: str | None = None
@@ -113,6 +119,11 @@ class Manifest:
     def plugin_sites(self) -> dict[str, Kind]:
         """The sites that plugin nodes compute, and how they pack codes. A graph that has any is for TensorRT alone."""
         return {name: site.plugin for name, site in self.sites.items() if site.plugin is not None}
+
+    @property
+    def engine_of_timestep(self) -> torch.Tensor | None:
+        """uint8 [num_train_timesteps], 1 where the second graph or engine computes; None where there is none."""
+        return engines_of(self.relaxed, self.num_train_timesteps) if self.relaxed else None
 
     @classmethod
     def of(
@@ -148,6 +159,8 @@ class Manifest:
             inputs=artifact.family_object.inputs(artifact.config),
             outputs=(OUTPUT,),
             sites={name: GraphSite(nodes[name], site.op, site.scheme, plugins.get(name)) for name, site in artifact.sites.items()},
+            correction=artifact.correction.to_json() if artifact.correction else {},
+            relaxed=() if artifact.relaxed is None else spans_of(artifact.relaxed),
         )
 
     def write(self, directory: Path, files: list[str]) -> Manifest:
@@ -182,14 +195,22 @@ class Manifest:
                     "sites": {site: GraphSite(**entry) for site, entry in content["sites"].items()},
                     "plan": {site: SitePlan(**entry) for site, entry in content["plan"].items()},
                     "profile": {dim: Range(**entry) for dim, entry in content["profile"].items()},
+                    "relaxed": tuple((int(first), int(last)) for first, last in content.get("relaxed", ())),
                 }
             )
-        except (KeyError, TypeError, AttributeError, InputError) as err:
+            manifest._check_by_timestep()
+        except (KeyError, TypeError, AttributeError, ValueError) as err:
             raise ArtifactError(f"{directory / NAME} is not a manifest that edm-deploy wrote ({err!r}). Make the directory again.") from err
         if not all(isinstance(name, str) and isinstance(digest, str) for name, digest in dict(content["files"] or {"": None}).items()):
             raise ArtifactError(f"{directory / NAME} lists no files with their hashes. Make the directory again.")
         manifest._check_files(directory)
         return manifest
+
+    def _check_by_timestep(self) -> None:
+        """Raises ValueError and its like where what the runtime does by timestep is not what `of` wrote."""
+        _ = self.engine_of_timestep
+        if self.correction:
+            Correction.from_json(self.correction)
 
     def _check_files(self, directory: Path) -> None:
         for name, expected in self.files.items():

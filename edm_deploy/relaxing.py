@@ -26,7 +26,7 @@ def graph_part(artifact: Artifact) -> Artifact:
 def relaxed_part(artifact: Artifact) -> Artifact:
     """What the second graph computes: the same weights, every input in floating point."""
     sites = {name: replace(site, activation=None) for name, site in artifact.sites.items()}
-    return replace(graph_part(artifact), sites=sites)
+    return replace(graph_part(artifact), sites=sites, pipeline={})
 
 
 def whole_reference(artifact: Artifact) -> Run:

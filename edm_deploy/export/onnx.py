@@ -23,6 +23,7 @@ from edm_deploy.export.tidy import tidy
 from edm_deploy.export.trace import find_sites, trace
 from edm_deploy.files import copy_pipeline_files, new_directory
 from edm_deploy.manifest import GRAPH_NAME, NAME, TORCH_DTYPES, Dtype, Manifest
+from edm_deploy.relaxing import FOLDER, relaxed_part
 from edm_deploy.target import Kind
 
 DATA_NAME = "model.onnx.data"
@@ -36,6 +37,8 @@ def onnx_from_artifact(
     artifact: Artifact, out: Path | str, *, dtype: Dtype = "fp32", weight_storage: WeightStorage = "int8", int4: Int4 = "qdq"
 ) -> Manifest:
     """Export an artifact to directory `out`, whole or not at all.
+
+    An artifact with relaxed timesteps becomes two graphs of the same weights; the second stands in the folder `relaxed`, with a manifest of its own.
 
     Args:
         artifact: A valid artifact.
@@ -66,7 +69,13 @@ def onnx_from_artifact(
     with new_directory(Path(out), marker=NAME) as directory:
         files = save_graph(model, directory)
         copy_pipeline_files(artifact.pipeline, directory)
-        return manifest.write(directory, [*files, *artifact.pipeline])
+        files += artifact.pipeline
+        if artifact.relaxed is not None:
+            second = directory / FOLDER
+            # Plugin nodes multiply integers, of which it has none.
+            onnx_from_artifact(relaxed_part(artifact), second, dtype=dtype, weight_storage=weight_storage)
+            files += [path.relative_to(directory).as_posix() for path in second.rglob("*") if path.is_file()]
+        return manifest.write(directory, files)
 
 
 def graph_from_artifact(
