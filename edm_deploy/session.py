@@ -125,6 +125,18 @@ class Backend(ABC, Generic[Content]):
         """
 
     @abstractmethod
+    def relaxed(self, source: Path, content: Content) -> tuple[Content, Manifest]:
+        """As `read`, of the second graph: the same weights with activations in floating point. Asked for where the manifest has relaxed timesteps.
+
+        Args:
+            source: What was read.
+            content: What `read` returned.
+
+        Raises:
+            ArtifactError, UnsupportedError: As `read`.
+        """
+
+    @abstractmethod
     def build(self, content: Content, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
         """Write the engine's files into directory `out`.
 

@@ -15,6 +15,7 @@ from edm_deploy.errors import InputError
 from edm_deploy.family import family_named
 from edm_deploy.files import PIPELINE_FILES, components_at, copy_components, new_directory, read_json
 from edm_deploy.manifest import NAME, Manifest, Range
+from edm_deploy.relaxing import FOLDER
 from edm_deploy.session import Backend, BuildOptions, Built
 from edm_deploy.target import SitePlan, execution
 
@@ -50,22 +51,31 @@ def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions
         components_at(pipeline, index, component)  # what is not there is said before the build, not after
     options = replace(options, profile=complete_profile(manifest, options.profile))
     with new_directory(out, marker=NAME) as directory:
-        started = time.perf_counter()
-        built = builder.build(content, manifest, options, directory)
-        seconds = time.perf_counter() - started
-        engine_files = _files_in(directory)
-        engine = replace(
-            manifest,
-            kind="engine",
-            backend=builder.name,
-            profile=options.profile,
-            plan=plan(manifest, builder, built),
-            build=_description(built, seconds, sum((directory / name).stat().st_size for name in engine_files)),
-        )
+        engine = _built(builder, content, manifest, options, directory)
+        if manifest.relaxed:
+            second = directory / FOLDER
+            second.mkdir()
+            _built(builder, *builder.relaxed(source, content), options, second).write(second, _files_in(second))
         if pipeline is not None:
             copy_components(index, component, pipeline, directory)
         _copy_pipeline(source, directory)
         return engine.write(directory, _files_in(directory))
+
+
+def _built(builder: Backend[Any], content: Any, manifest: Manifest, options: BuildOptions, directory: Path) -> Manifest:
+    """Build into an empty directory; the engine's manifest, not yet written."""
+    started = time.perf_counter()
+    built = builder.build(content, manifest, options, directory)
+    seconds = time.perf_counter() - started
+    size = sum((directory / name).stat().st_size for name in _files_in(directory))
+    return replace(
+        manifest,
+        kind="engine",
+        backend=builder.name,
+        profile=options.profile,
+        plan=plan(manifest, builder, built),
+        build=_description(built, seconds, size),
+    )
 
 
 def backend_named(name: str) -> Backend[Any]:

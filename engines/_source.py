@@ -15,6 +15,7 @@ from edm_deploy.denoiser import open_session
 from edm_deploy.errors import ArtifactError
 from edm_deploy.files import read_json
 from edm_deploy.manifest import GRAPH_NAME, NAME, Manifest, Range
+from edm_deploy.relaxing import FOLDER, graph_part, relaxed_part
 from edm_deploy.session import Backend, BuildOptions, Cut
 from edm_deploy.target import check_plugins, check_storage
 
@@ -35,6 +36,9 @@ class GraphBackend(Backend[Path]):
         check_plugins(self.target, len(manifest.plugin_sites))
         return source / GRAPH_NAME, manifest
 
+    def relaxed(self, source: Path, content: Path) -> tuple[Path, Manifest]:
+        return self.read(source / FOLDER)
+
     def at_sites(self, cut: Cut, engine: Manifest, device: torch.device) -> dict[str, Tensor]:
         """The exported graph cut open at every site, built as `engine` was, and run."""
         from edm_deploy.export.cut import onnx_cut_at_sites  # onnx is for the machine that judges, not for the one that runs
@@ -42,7 +46,7 @@ class GraphBackend(Backend[Path]):
 
         onnx, batch = cut.scratch / f"onnx-{engine.dtype}", len(cut.timestep)
         if not onnx.is_dir():
-            onnx_cut_at_sites(cut.artifact, cut.records, onnx, dtype=engine.dtype)
+            onnx_cut_at_sites(graph_part(cut.artifact), cut.records, onnx, dtype=engine.dtype)
         options = dataclasses.replace(options_of(engine), profile={"batch": Range(batch, batch, batch)})
         built = build_engine(onnx, cut.scratch / self.name, backend=self.name, options=options)
         _, session = open_session(cut.scratch / self.name, device=device)
@@ -64,7 +68,12 @@ class ArtifactBackend(Backend[Artifact]):
                 f"Pass the directory that calibrate or finetune wrote (digest {made_from}): "
                 f"edm-deploy build-engine ARTIFACT --out ENGINE --backend {self.name}."
             )
-        artifact = Artifact.load(source)
+        return self._described(Artifact.load(source))
+
+    def relaxed(self, source: Path, content: Artifact) -> tuple[Artifact, Manifest]:
+        return self._described(relaxed_part(content))
+
+    def _described(self, artifact: Artifact) -> tuple[Artifact, Manifest]:
         return artifact, Manifest.of(artifact, {name: name for name in artifact.sites}, kind="engine", dtype="fp32", weight_storage="int4")
 
 
