@@ -1,0 +1,295 @@
+"""Block reconstruction: each block in turn learns to give the float network's output from what the quantized network before it feeds it.
+
+Source: Li et al., BRECQ, ICLR 2021, arXiv 2102.05426, as Q-Diffusion, arXiv 2302.04304, applies it: inputs from the quantized network, targets from
+the float one, samples of all timesteps mixed. Each sample is rounded by its own row of the tables.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from calibration.blocks import Partition, blocks_of
+from calibration.checkpoint import load_checkpoint, save_checkpoint
+from calibration.distill import Group
+from calibration.interrupt import CtrlC
+from calibration.layers import ActivationQuantizer, StudentLayer
+from calibration.learners import Learner, quantizers_inside
+from calibration.memory import peak_memory
+from calibration.pace import Plan, pace
+from calibration.recipe import Interrupted, Progress, Run
+from calibration.replay import Inputs, Replay, cached, entropies_of, unrounded
+from calibration.student import DTYPES, Student, Teacher
+from calibration.trajectories import Trajectories
+from edm_deploy.family import skeleton
+
+SAVING = 20  # between two checkpoints lies this many times what the first of them took
+LONGEST = 0.05  # bound of every step: beyond it Adam only trembles
+TOTAL = 1000  # progress counts thousandths of the work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One walk over all blocks.
+
+    Attributes:
+        learners: What is learned, together.
+        steps: Training steps a block. Where a budget decides, only their ratio between the stages counts.
+        batch: Samples a step.
+        samples: As many are drawn, unless fewer are enough for the steps, or for what a budget leaves.
+        draw: Gives as many samples as it is asked for; None keeps those of the stage before.
+        rounds_activations: Whether activations are rounded meanwhile, or pass as they are.
+    """
+
+    learners: Sequence[Learner]
+    steps: int
+    batch: int
+    samples: int
+    draw: Callable[[int], Inputs] | None = None
+    rounds_activations: bool = True
+
+
+def reconstruct(
+    student: Student, teacher: Teacher, trajectories: Trajectories, partition: Partition, stages: Sequence[Stage], run: Run, *, seed: int
+) -> None:
+    """Reconstruct every block in every stage, in place.
+
+    A finished block is in the checkpoint soon after, and in any case when Ctrl-C ends the run; the block under way then begins anew.
+
+    Args:
+        student: Calibrated, unless a checkpoint is resumed.
+        teacher: Gives the targets, in the dtype that the run's options say.
+        trajectories: What the stages draw from; its state belongs to the checkpoint.
+        partition: What a block is.
+        stages: In turn; the first draws its samples.
+        run: Options, progress, and perhaps a budget: then what is left of it is divided over the blocks by their multiply-accumulates.
+        seed: Of the batches' order.
+
+    Raises:
+        Interrupted: Ctrl-C; the blocks that were finished are saved, where the run has a place for them.
+        ArtifactError: The checkpoint to resume is not of this run.
+        InputError: The budget is used up already.
+    """
+    teacher.lead_in(DTYPES[run.options.teacher_dtype])
+    work = _Work(student, teacher, trajectories, partition, stages, run, seed)
+    if run.budget is not None:
+        run.budget.check_left("calibration")
+    done = work.resume() if run.options.resume else work.begin()
+    with CtrlC() as interrupt:
+        for number in range(done, work.count):
+            finished = work.take(number, lambda: interrupt.seen)
+            done += finished
+            if interrupt.seen and done < work.count:
+                work.save(done)
+                raise Interrupted(_interrupted(done, work.count, run))
+            if done == work.count or work.saving_pays():
+                work.save(done)
+    run.notes.update(reconstruction_steps=work.steps, reconstruction_blocks=len(work.blocks), reconstruction_samples=len(work.samples))
+
+
+class _Work:
+    """What the walk over the blocks carries from one to the next."""
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        trajectories: Trajectories,
+        partition: Partition,
+        stages: Sequence[Stage],
+        run: Run,
+        seed: int,
+    ) -> None:
+        self.student, self.teacher, self.trajectories, self.partition = student, teacher, trajectories, partition
+        self.stages, self.run, self.seed = stages, run, seed
+        self.float_weights = {name: layer.layer.weight for name, layer in student.layers.items()}
+        self.samples, self.drawn = Inputs({}), -1  # for the stage of this number
+        self.steps = 0
+        self.started = self.saved = time.perf_counter()
+        self.saving = 0.0
+
+    @property
+    def count(self) -> int:
+        """Of blocks, each counted once a stage."""
+        return len(self.stages) * len(self.blocks)
+
+    def begin(self) -> int:
+        """Draw the first samples and part the model; blocks done."""
+        self._draw(0)
+        self._part(entropies_of(self.teacher, self.samples, self.student.layers) if self.partition == "entropy" else {})
+        return 0
+
+    def _part(self, entropies: Mapping[str, float]) -> None:
+        self.entropies = entropies
+        self.blocks = blocks_of(self.student, skeleton(self.student.family, self.student.config), self.partition, entropies)
+        self.plan = Plan([block.macs for block in self.blocks], [stage.steps for stage in self.stages])
+
+    def _draw(self, at: int) -> None:
+        stage = self.stages[at]
+        count = min(stage.samples, stage.steps * stage.batch)
+        if stage.draw is not None:
+            self.samples = stage.draw(count)
+        self.drawn = at
+
+    def take(self, number: int, interrupted: Callable[[], bool]) -> bool:
+        """One block of one stage; False, and all of it as it was, where it was interrupted."""
+        at, index = divmod(number, len(self.blocks))
+        stage, block = self.stages[at], self.blocks[index]
+        if at != self.drawn:
+            self._draw(at)
+        with nullcontext() if stage.rounds_activations else unrounded(self.student):
+            begun = time.perf_counter()
+            replay = cached(block, self.student, self.teacher, self.samples)
+            self.plan.cached(number, time.perf_counter() - begun)
+            layers = [self.student.layers[site] for site in block.sites]
+            quantizers = quantizers_inside(self.student, block.sites)
+            weights = [layer.layer.weight for layer in layers]
+            learned = [(learner, group) for learner in stage.learners for group in learner.begin(layers, quantizers) if group.rate > 0]
+            with _learning(layers, quantizers, [group for _, group in learned]) as undo:
+                generator = torch.Generator().manual_seed(1_000_003 * self.seed + number)
+                for loss, share in _trained(replay, self.student, stage, learned, self._pace(number), generator):
+                    self.steps += 1
+                    self._report(number, share, loss)
+                    if interrupted():
+                        undo()
+                        for layer, weight in zip(layers, weights, strict=True):
+                            layer.layer.weight, layer.rounding = weight, None
+                        return False
+            for learner in stage.learners:
+                learner.end(layers)
+        return True
+
+    def saving_pays(self) -> bool:
+        """Whether the last checkpoint is long enough ago."""
+        return time.perf_counter() - self.saved >= SAVING * self.saving
+
+    def save(self, done: int) -> None:
+        """Write the state after `done` blocks, where there is a place for it."""
+        if self.run.options.checkpoint is None:
+            return
+        begun = time.perf_counter()
+        tensors: dict[str, Tensor] = {f"parameter.{name}": value for name, value in self.student.learnable_or_fixed().items()}
+        for name, layer in self.student.layers.items():
+            if layer.layer.weight is not self.float_weights[name]:
+                tensors[f"weight.{name}"] = layer.layer.weight
+        tensors |= {f"samples.{name}": value for name, value in self.samples.values.items()} | {"drawn": torch.tensor(self.drawn)}
+        tensors |= {f"entropy.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.entropies.items()}
+        tensors |= {f"trajectories.{name}": value for name, value in self.trajectories.state().items()}
+        save_checkpoint(self.run.options.checkpoint, step=done, identity=self.run.identity, tensors=tensors)
+        self.saved = time.perf_counter()
+        self.saving = self.saved - begun
+
+    @torch.no_grad()
+    def resume(self) -> int:
+        """Load the state; blocks done."""
+        assert self.run.options.checkpoint is not None  # RunOptions sees to it
+        done, tensors = load_checkpoint(self.run.options.checkpoint, self.run.identity)
+        for name, value in self.student.learnable_or_fixed().items():
+            value.copy_(tensors[f"parameter.{name}"])
+        for name, layer in self.student.layers.items():
+            if f"weight.{name}" in tensors:
+                weight = torch.empty_like(layer.layer.weight, dtype=torch.float32).copy_(tensors[f"weight.{name}"])
+                layer.layer.weight = nn.Parameter(weight, requires_grad=False)
+        self.trajectories.load_state(_under("trajectories.", tensors))
+        self.samples = Inputs({name: value.to(self.trajectories.device) for name, value in _under("samples.", tensors).items()})
+        self.drawn = int(tensors["drawn"])
+        self._part({name: float(value) for name, value in _under("entropy.", tensors).items()})
+        return done
+
+    def _pace(self, number: int) -> Iterator[tuple[float, float]]:
+        steps = self.stages[number // len(self.blocks)].steps
+        return pace(steps, self.run.budget.part(self.plan.part(number, self.run.budget.left())) if self.run.budget else None)
+
+    def _report(self, number: int, share: float, loss: float) -> None:
+        done = self.plan.done(number, share)
+        passed = time.perf_counter() - self.started
+        left = self.run.budget.left() if self.run.budget else passed * (1 - done) / max(done, 1e-9)
+        self.run.on_progress(
+            Progress(
+                stage="reconstruct",
+                step=int(done * TOTAL),
+                total=TOTAL,
+                loss=loss,
+                rate=self.steps / passed,
+                eta_seconds=left,
+                memory_bytes=peak_memory(self.trajectories.device),
+            )
+        )
+
+
+def _trained(
+    replay: Replay,
+    student: Student,
+    stage: Stage,
+    learned: Sequence[tuple[Learner, Group]],
+    steps: Iterator[tuple[float, float]],
+    generator: torch.Generator,
+) -> Iterator[tuple[float, float]]:
+    """Train, and after each step give its distance and how much of the training is over."""
+    if not learned:
+        return
+    optimizer = torch.optim.Adam([{"params": list(group.parameters), "lr": 0.0} for _, group in learned], fused=True)
+    order = _batches(len(replay.rows), stage.batch, generator)
+    for share, stride in steps:
+        distance = replay.distance(student, next(order))
+        penalties = [penalty for learner in stage.learners if (penalty := learner.penalty(share)) is not None]
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack([distance, *penalties]).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        for entry, (learner, group) in zip(optimizer.param_groups, learned, strict=True):
+            entry["lr"] = min(group.rate * stride, LONGEST) * learner.factor(share)
+        optimizer.step()
+        yield float(distance.detach()), share + stride
+
+
+def _batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Indices of samples, int64 [batch]: each sample once before any comes again."""
+    order = torch.zeros(0, dtype=torch.int64)
+    while True:
+        while len(order) < batch:
+            order = torch.cat([order, torch.randperm(count, generator=generator)])
+        yield order[:batch]
+        order = order[batch:]
+
+
+@contextmanager
+def _learning(
+    layers: Sequence[StudentLayer], quantizers: Sequence[ActivationQuantizer], groups: Sequence[Group]
+) -> Iterator[Callable[[], None]]:
+    """Within it only the parameters of the groups get a gradient; what it yields puts them back to how they were."""
+    chosen = [parameter for group in groups for parameter in group.parameters]
+    everything = {id(value): value for module in (*layers, *quantizers) for value in module.parameters()}
+    flags = {key: value.requires_grad for key, value in everything.items()}
+    copies = [parameter.detach().clone() for parameter in chosen]
+
+    @torch.no_grad()
+    def undo() -> None:
+        for parameter, copy in zip(chosen, copies, strict=True):
+            parameter.copy_(copy)
+
+    for value in everything.values():
+        value.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    try:
+        yield undo
+    finally:
+        for key, value in everything.items():
+            value.requires_grad_(flags[key])
+            value.grad = None
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _interrupted(done: int, count: int, run: Run) -> str:
+    if run.options.checkpoint is None:
+        return f"Interrupted after block {done} of {count}; nothing was saved, because the run has no checkpoint directory."
+    return (
+        f"Interrupted after block {done} of {count}; the state is in {run.options.checkpoint}. Run the same command with --resume to go on."
+    )
