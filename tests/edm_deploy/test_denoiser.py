@@ -1,11 +1,16 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from edm_deploy import load_denoiser, load_pipeline
+from edm_deploy.correction import Correction
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
-from edm_deploy.manifest import Range
+from edm_deploy.export.onnx import onnx_from_artifact
+from edm_deploy.manifest import Manifest, Range
 from edm_deploy.pipelines import schedulers_for
 from edm_deploy.reference import Reference
+from edm_deploy.relaxing import engines_of, whole_reference
 from edm_deploy.session import BuildOptions
 from engines import build_engine
 from tests.conftest import SCHEDULER, tiny_inputs
@@ -102,3 +107,51 @@ def test_a_directory_that_is_no_engine_is_said(tmp_path, onnx_w4a4):
 def test_an_unknown_scheduler_is_refused(engine):
     with pytest.raises(UnsupportedError, match="Did you mean 'euler'"):
         load_pipeline(engine, scheduler="eular")
+
+
+@pytest.fixture(scope="module")
+def mended(artifact_w4a4, tmp_path_factory):
+    """An artifact with a correction and relaxed timesteps, and its engine, which takes no fewer than two samples."""
+    generator = torch.Generator().manual_seed(0)
+    correction = Correction(
+        row_of_timestep=artifact_w4a4.row_of_timestep,
+        scale=0.9 + 0.2 * torch.rand(5, 3, generator=generator),
+        input_bias=0.1 * torch.randn(5, 3, generator=generator),
+    )
+    artifact = replace(artifact_w4a4, correction=correction, relaxed=engines_of([(0, 499)], 1000))
+    path = tmp_path_factory.mktemp("mended")
+    onnx_from_artifact(artifact, path / "onnx")
+    build_engine(path / "onnx", path / "engine", backend="ort", options=BuildOptions(profile={"batch": Range(2, 2, 4)}))
+    return artifact, path / "engine"
+
+
+def test_a_mixed_batch_goes_through_both_engines_corrected(mended):
+    artifact, path = mended
+    inputs = tiny_inputs("unet2d", batch=4)  # timesteps 0, 333, 666, 999; of three and one the engine would refuse the one
+    for timestep in (inputs["timestep"], torch.tensor([0.0, 999.0, 999.0, 999.0])):
+        expected = whole_reference(artifact)(inputs | {"timestep": timestep})
+        found = load_denoiser(path)(inputs["sample"], timestep).sample
+        assert torch.allclose(found, expected, atol=2e-3 * float(expected.abs().max()))
+
+
+def test_one_folder_holds_both_engines_and_every_file_is_checked(mended, tmp_path):
+    import shutil
+
+    manifest = Manifest.read(shutil.copytree(mended[1], tmp_path / "engine"), kind="engine")
+    assert manifest.relaxed == ((0, 499),)
+    assert {"relaxed/manifest.json", "relaxed/model.onnx", "model.onnx"} <= set(manifest.files)
+    assert {plan.executed for plan in Manifest.read(tmp_path / "engine" / "relaxed", kind="engine").plan.values()} == {"weight-only"}
+    (tmp_path / "engine" / "relaxed" / "model.onnx").write_bytes(b"something else")
+    with pytest.raises(ArtifactError, match=r"relaxed/model\.onnx does not match manifest\.json"):
+        load_denoiser(tmp_path / "engine")
+
+
+@pytest.mark.parametrize("change", [{"relaxed": [[0, 2000]]}, {"correction": {"first": [0]}}], ids=["relaxed", "correction"])
+def test_a_manifest_whose_timesteps_do_not_fit_is_refused(mended, tmp_path, change):
+    import json
+    import shutil
+
+    path = shutil.copytree(mended[1], tmp_path / "engine") / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ArtifactError, match="is not a manifest that edm-deploy wrote"):
+        load_denoiser(tmp_path / "engine")
