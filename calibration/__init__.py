@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
+from calibration.budget import Budget
 from calibration.memory import peak_memory
 from calibration.prompts import prompts_of
 from calibration.recipe import Interrupted, Progress, Recipe, Run, RunOptions
@@ -41,26 +43,30 @@ def fit(source: Source, recipe: Recipe, options: RunOptions, *, on_progress: Cal
         ArtifactError: A checkpoint to resume is missing, damaged or of another run.
     """
     start = time.perf_counter()
+    budget = None if options.budget_seconds is None else Budget(options.budget_seconds)
     device = torch.device(options.device)
     timesteps = calibrated_timesteps(source.scheduler, recipe.rows)
     teacher_hash = source.digest()
     conditioner = conditioner_of(source, scale=recipe.guidance, prompts=prompts_of(options.prompts))
     folded = folded_layers(source, options.fold_time)
-    decides = {
+    decides: dict[str, Any] = {  # json
         "recipe": recipe.name,
         "settings": recipe.settings(),
         "teacher_dtype": options.teacher_dtype,
         "conditioning": conditioner.origin,
     }
     decides |= {"folded": list(folded)} if folded else {}
+    decides |= {"budget_seconds": options.budget_seconds} if budget is not None else {}
     identity = decides | {"teacher": teacher_hash}
     size = recipe.pool_size()
     trajectories = Trajectories(source, timesteps, size=size, eta=recipe.eta, seed=recipe.seed, device=device, conditioner=conditioner)
     teacher = Teacher(source, device)
     student = Student(source, recipe, timesteps, device, teacher=teacher, folded=folded)
-    recipe.fit(student, teacher, trajectories, Run(options=options, identity=identity, on_progress=on_progress or (lambda _: None)))
+    run = Run(options=options, identity=identity, on_progress=on_progress or (lambda _: None), budget=budget)
+    recipe.fit(student, teacher, trajectories, run)
     provenance = {
         **decides,
+        **run.notes,
         "guidance": conditioner.scale,
         "seed": recipe.seed,
         "source": source.name,

@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from calibration.budget import Budget
 from calibration.checkpoint import load_checkpoint, save_checkpoint
 from calibration.interrupt import CtrlC
 from calibration.memory import peak_memory
@@ -43,10 +44,10 @@ class Schedule:
     warmup: float = 0.0
     relative: float = 0.0
 
-    def factor(self, step: int) -> float:
-        """What rates are multiplied by at `step`, which counts from 0."""
-        rising = self.warmup * self.steps
-        return min((step + 1) / rising, 1.0) * (1 - step / self.steps) if rising else 1 - step / self.steps
+    def factor(self, share: float) -> float:
+        """What rates are multiplied by when `share` of the training is behind, 0 to 1: step / steps, or a budget's share of wall time."""
+        # One step on, so that the first step's rate is not 0.
+        return min((share + 1 / self.steps) / self.warmup, 1.0) * (1 - share) if self.warmup else 1 - share
 
 
 class Training:
@@ -71,15 +72,15 @@ class Training:
         # No weight decay: it would shrink every row of every table at every step.
         self.optimizer = torch.optim.Adam([{"params": list(group.parameters), "lr": group.rate} for group in chosen], fused=True)
 
-    def step(self, number: int) -> float:
-        """One training step; the loss, a mean over the batch of squared distances."""
+    def step(self, share: float) -> float:
+        """One training step, when `share` of the training is behind; the loss, a mean over the batch of squared distances."""
         batch = self.trajectories.take(self.schedule.batch)
         target = batch.conditioning.combine(self.teacher(batch.inputs))
         loss = self._loss(batch, target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self.schedule.factor(number)
+            group["lr"] = rate * self.schedule.factor(share)
         self.optimizer.step()
         self.trajectories.advance(batch, target)
         return float(loss.detach())
@@ -94,6 +95,7 @@ class Training:
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` gave."""
+        self.student.make_room(name.removeprefix("parameter.") for name in state)
         for name, value in self.student.learnable_or_fixed().items():
             value.copy_(state[f"parameter.{name}"])
         for name, parameter in self.names.items():
@@ -114,45 +116,56 @@ class Training:
 
 
 def distill(student: Student, teacher: Teacher, trajectories: Trajectories, groups: Sequence[Group], schedule: Schedule, run: Run) -> None:
-    """Train the student in place.
+    """Train the student in place: the schedule's steps, or as many as what is left of the run's budget allows.
 
     Raises:
+        InputError: Calibration has used the budget up.
         Interrupted: Ctrl-C; the step under way was finished and a checkpoint written, where the run has a place for one.
         ArtifactError: The checkpoint to resume is not of this run.
     """
     teacher.lead_in(DTYPES[run.options.teacher_dtype])
     training = Training(student, teacher, trajectories, groups, schedule)
-    options, first = run.options, 0
+    options, done, budget = run.options, 0, None
     if options.resume and options.checkpoint is not None:
-        first, state = load_checkpoint(options.checkpoint, run.identity)
+        done, state = load_checkpoint(options.checkpoint, run.identity)
         training.load_state(state)
+        if run.budget is not None:
+            seconds, used = state["budget"].tolist()
+            budget = Budget(seconds, used=used)
+    elif run.budget is not None:
+        run.budget.check_left("calibration")
+        budget = run.budget.part()
 
-    def save(done: int) -> None:
+    def save() -> None:
         if options.checkpoint is not None:
-            save_checkpoint(options.checkpoint, step=done, identity=run.identity, tensors=training.state())
+            spent = {} if budget is None else {"budget": torch.tensor([budget.seconds, budget.used()], dtype=torch.float64)}
+            save_checkpoint(options.checkpoint, step=done, identity=run.identity, tensors=training.state() | spent)
 
-    start = time.perf_counter()
+    start, first = time.perf_counter(), done
     with CtrlC() as interrupt:
-        for number in range(first, schedule.steps):
-            loss = training.step(number)
-            done = number + 1
+        while (share := done / schedule.steps if budget is None else budget.share()) < 1:
+            loss = training.step(share)
+            done += 1
             rate = (done - first) / (time.perf_counter() - start)
-            left = (schedule.steps - done) / rate
+            total = schedule.steps if budget is None else done + round(budget.left() * rate)
+            finished = done == total if budget is None else budget.share() >= 1
             run.on_progress(
                 Progress(
                     stage="finetune",
                     step=done,
-                    total=schedule.steps,
+                    total=total,
                     loss=loss,
                     rate=rate,
-                    eta_seconds=left,
+                    eta_seconds=(total - done) / rate,
                     memory_bytes=peak_memory(trajectories.device),
                 )
             )
-            if interrupt.seen or done % options.checkpoint_every == 0 or done == schedule.steps:
-                save(done)
-            if interrupt.seen and done < schedule.steps:
+            if interrupt.seen or done % options.checkpoint_every == 0 or finished:
+                save()
+            if interrupt.seen and not finished:
                 raise Interrupted(_interrupted(done, run))
+    if budget is not None:
+        run.notes["steps_done"] = done
 
 
 def refuse_compute(found: str) -> NoReturn:

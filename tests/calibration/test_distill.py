@@ -25,7 +25,7 @@ def interrupted_at(step):
 
 def test_rates_rise_and_fall_linearly():
     schedule = Schedule(steps=10, batch=1, warmup=0.2)
-    assert [round(schedule.factor(step), 3) for step in (0, 1, 5, 9)] == [0.5, 0.9, 0.5, 0.1]
+    assert [round(schedule.factor(step / 10), 3) for step in (0, 1, 5, 9)] == [0.5, 0.9, 0.5, 0.1]
     assert Schedule(steps=10, batch=1).factor(0) == 1.0
 
 
