@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -11,26 +12,35 @@ import torch
 
 from calibration.budget import Budget
 from calibration.memory import peak_memory
+from calibration.passing import Pass, Scene, check_passes
 from calibration.prompts import prompts_of
 from calibration.recipe import Interrupted, Progress, Recipe, Run, RunOptions
 from calibration.schedules import calibrated_timesteps
-from calibration.student import Student, Teacher, artifact_from_student
+from calibration.student import Student, Teacher, artifact_from_student, restructured
 from calibration.trajectories import Trajectories
 from edm_deploy import Artifact
 from edm_deploy.encoding import conditioner_of
 from edm_deploy.errors import InputError
 from edm_deploy.pipelines import Source
 
-__all__ = ["Interrupted", "Progress", "Recipe", "RunOptions", "fit"]
+__all__ = ["Interrupted", "Pass", "Progress", "Recipe", "RunOptions", "fit"]
 
 
-def fit(source: Source, recipe: Recipe, options: RunOptions, *, on_progress: Callable[[Progress], None] | None = None) -> Artifact:
+def fit(
+    source: Source,
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    passes: Sequence[Pass] = (),
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Artifact:
     """Quantize a float model by a recipe.
 
     Args:
         source: The float model; it is not changed.
         recipe: The method and its settings.
         options: Device, checkpoints.
+        passes: What the recipe is composed with, in this order.
         on_progress: Called after every step.
 
     Returns:
@@ -38,15 +48,17 @@ def fit(source: Source, recipe: Recipe, options: RunOptions, *, on_progress: Cal
 
     Raises:
         Interrupted: Ctrl-C was heeded.
-        InputError: The recipe does not fit the model.
+        InputError: The recipe does not fit the model, or a pass not the recipe.
         UnsupportedError: The model's scheduler gives no trajectory.
         ArtifactError: A checkpoint to resume is missing, damaged or of another run.
     """
     start = time.perf_counter()
     budget = None if options.budget_seconds is None else Budget(options.budget_seconds)
+    check_passes(passes, recipe)
     device = torch.device(options.device)
-    timesteps = calibrated_timesteps(source.scheduler, recipe.rows)
     teacher_hash = source.digest()
+    structure = recipe.structure(source)
+    source = restructured(source, structure)
     conditioner = conditioner_of(source, scale=recipe.guidance, prompts=prompts_of(options.prompts))
     folded = folded_layers(source, options.fold_time)
     decides: dict[str, Any] = {  # json
@@ -57,13 +69,25 @@ def fit(source: Source, recipe: Recipe, options: RunOptions, *, on_progress: Cal
     }
     decides |= {"folded": list(folded)} if folded else {}
     decides |= {"budget_seconds": options.budget_seconds} if budget is not None else {}
+    decides |= {"passes": {chosen.name: chosen.settings() for chosen in passes}} if passes else {}
     identity = decides | {"teacher": teacher_hash}
+    scene = Scene(source=source, recipe=recipe, conditioner=conditioner, device=device)
+    chosen_timesteps = (chosen.timesteps(scene) for chosen in passes)
+    timesteps = next((found for found in chosen_timesteps if found is not None), None)
+    timesteps = calibrated_timesteps(source.scheduler, recipe.rows, source.family_object.sigmas(recipe.rows)) if timesteps is None else timesteps
     size = recipe.pool_size()
     trajectories = Trajectories(source, timesteps, size=size, eta=recipe.eta, seed=recipe.seed, device=device, conditioner=conditioner)
     teacher = Teacher(source, device)
-    student = Student(source, recipe, timesteps, device, teacher=teacher, folded=folded)
-    run = Run(options=options, identity=identity, on_progress=on_progress or (lambda _: None), budget=budget)
+    student = Student(source, recipe, timesteps, device, teacher=teacher, folded=folded, segments=structure.segments)
+    for chosen in passes:
+        chosen.before(student, scene)
+    progress = on_progress or (lambda _: None)
+    run = Run(options=options, identity=identity, on_progress=progress, passes=tuple(passes), scene=scene, budget=budget)
     recipe.fit(student, teacher, trajectories, run)
+    artifact = artifact_from_student(student, source, {})
+    for chosen in passes:
+        artifact = chosen.finish(artifact, student, scene)
+    artifact.validate()
     provenance = {
         **decides,
         **run.notes,
@@ -76,7 +100,7 @@ def fit(source: Source, recipe: Recipe, options: RunOptions, *, on_progress: Cal
         "wall_seconds": round(time.perf_counter() - start, 1),
         "peak_memory_bytes": peak_memory(device),
     }
-    return artifact_from_student(student, source, provenance)
+    return replace(artifact, provenance=provenance | dict(artifact.provenance))
 
 
 def folded_layers(source: Source, asked: bool) -> tuple[str, ...]:

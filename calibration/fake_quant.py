@@ -11,7 +11,7 @@ from edm_deploy.activations import reciprocal
 from edm_deploy.quant import per_channel
 
 
-def fake_quantize(x: Tensor, scale: Tensor, qmin: Tensor, levels: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, qmin: Tensor, levels: int | Tensor) -> Tensor:
     """`clip(round(x / s), qmin, qmin + levels) * s` along the first axis: samples of an activation, output channels of a weight.
 
     The codes are computed in float32 with the float32 reciprocal that the reference multiplies by. Gradients, with `u = x / s` and the
@@ -25,7 +25,7 @@ def fake_quantize(x: Tensor, scale: Tensor, qmin: Tensor, levels: int) -> Tensor
         x: float [N, ...]; the result has its dtype.
         scale: float32 [N], each > 0.
         qmin: float32 [N] holding integers.
-        levels: Number of codes less one.
+        levels: Number of codes less one; one for all, or float32 [N] holding integers.
     """
     result: Tensor = _FakeQuantize.apply(x, scale, qmin, levels)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return result
@@ -40,12 +40,14 @@ class _FakeQuantize(torch.autograd.Function):
     # For backward only x and the result are kept, in the dtype of x: a following convolution keeps the result anyway.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: Tensor, levels: int) -> Tensor:  # Any: torch's context has no public type
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, qmin: Tensor, levels: int | Tensor
+    ) -> Tensor:  # Any: torch's context has no public type
         lowest = per_channel(qmin, x)
         codes = x.float() if x.dtype != torch.float32 else x.clone()
         codes.mul_(per_channel(reciprocal(scale), x)).round_()
         torch.maximum(codes, lowest, out=codes)
-        torch.minimum(codes, lowest + levels, out=codes)
+        torch.minimum(codes, lowest + (levels if isinstance(levels, int) else per_channel(levels, x)), out=codes)
         y = codes.mul_(per_channel(scale, x)).to(x.dtype)
         ctx.save_for_backward(x, y, scale, qmin)
         ctx.levels = levels
@@ -59,7 +61,10 @@ class _FakeQuantize(torch.autograd.Function):
         # Shifted so that the bounds are the same two numbers for every sample: one fused kernel then makes the mask and applies it.
         position = x * per_channel(reciprocal(scale), x).to(x.dtype)
         position.sub_(per_channel(qmin, x).to(x.dtype))
-        grad_x = torch.ops.aten.hardtanh_backward(grad, position, -0.5, ctx.levels + 0.5)
+        if isinstance(ctx.levels, int):
+            grad_x = torch.ops.aten.hardtanh_backward(grad, position, -0.5, ctx.levels + 0.5)
+        else:
+            grad_x = grad * ((position > -0.5) & (position < per_channel(ctx.levels, x).to(x.dtype) + 0.5))
         grad_scale = grad_qmin = None
         if ctx.needs_input_grad[1]:
             product = torch.mul(grad, y, out=position).addcmul_(grad_x, x, value=-1)

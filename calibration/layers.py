@@ -11,7 +11,8 @@ from torch.nn import functional
 from calibration.fake_quant import fake_quantize, round_straight_through
 from calibration.recipe import Range, SiteSpec
 from edm_deploy.activations import ActivationTable
-from edm_deploy.quant import dequantize_weight, quantize_weight, weight_bounds
+from edm_deploy.quant import channel_bounds, dequantize_weight, quantize_weight, weight_bounds
+from edm_deploy.structure import PRE_SCALE, representable, scaled_input
 
 
 class ActivationQuantizer(nn.Module):
@@ -66,7 +67,9 @@ class ActivationQuantizer(nn.Module):
 
 
 class StudentLayer(nn.Module):
-    """A quantized Conv2d or Linear: `y = conv(Q(x), Q(W + B @ A)) + bias`. The low-rank update is merged before rounding (QALoRA).
+    """A quantized Conv2d or Linear: `y = conv(Q(p x), Q(W / p + B @ A)) + bias`. The low-rank update is merged before rounding (QALoRA).
+
+    The pre-scale `p` by input channel, on the layer itself as `edm_deploy.structure` has it, is there only where one was set.
 
     Args:
         layer: The float layer; its weight stays as it is.
@@ -74,6 +77,8 @@ class StudentLayer(nn.Module):
         quantizer: For its input, shared with the layers that are fed the same tensor; None leaves the input alone.
 
     Attributes:
+        bits: Of the weight codes.
+        channel_bits: uint8 [Cout], where they differ by output channel, else None.
         log_weight_scale: float32 [Cout].
         lora_a: float32 [rank, Cin * kernel]; lora_b: float32 [Cout, rank]. None before `add_update`.
         rounding: Gives the rounded weight, float32, while its rounding is learned; None rounds to nearest.
@@ -83,6 +88,7 @@ class StudentLayer(nn.Module):
         super().__init__()
         self.layer, self.quantizer = layer, quantizer
         self.bits = spec.weight_bits
+        self.channel_bits: nn.Parameter | None = None
         self.log_weight_scale = nn.Parameter(torch.zeros(layer.weight.shape[0]))
         self.lora_a: nn.Parameter | None = None
         self.lora_b: nn.Parameter | None = None
@@ -93,12 +99,28 @@ class StudentLayer(nn.Module):
         """Set the scale of each output channel, float32 [Cout]."""
         self.log_weight_scale.copy_(scale.log())
 
+    def set_channel_bits(self, bits: Tensor | None) -> None:
+        """Give each output channel bits of its own, any integer dtype [Cout]; None gives all the same again."""
+        # A parameter, so that checkpoints hold it.
+        self.channel_bits = None if bits is None else nn.Parameter(bits.to(self.log_weight_scale.device, torch.uint8), requires_grad=False)
+
+    def set_pre_scale(self, scale: Tensor | None) -> None:
+        """Multiply the input by `scale`, float32 [Cin] > 0, rounded to what float16 holds, and divide the weight by it; None does neither."""
+        value = None if scale is None else nn.Parameter(representable(scale).to(self.layer.weight.device), requires_grad=False)
+        self.layer.register_parameter(PRE_SCALE, value)
+
+    @property
+    def pre_scale(self) -> Tensor | None:
+        """float32 [Cin], or None."""
+        found: Tensor | None = getattr(self.layer, PRE_SCALE, None)
+        return found
+
     @torch.no_grad()
     def correct_bias(self, mean_input: Tensor) -> None:
         """Add to the bias what rounding the weight takes from the mean output; a layer without a bias stays as it is.
 
         Args:
-            mean_input: float32 [Cin], the mean of each input channel.
+            mean_input: float32 [Cin], the mean of each input channel, pre-scaled where the input is.
 
         Source: Nagel et al., Data-Free Quantization, arXiv 1906.04721, section 4.2, with measured means.
         """
@@ -125,8 +147,10 @@ class StudentLayer(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
 
     def merged_weight(self) -> Tensor:
-        """`W + B @ A`: float32, the shape of the layer's weight."""
+        """`W / p + B @ A`: float32, the shape of the layer's weight."""
         weight = self.layer.weight.float()
+        if self.pre_scale is not None:
+            weight = weight / self.pre_scale.reshape(-1, *[1] * (weight.ndim - 2))
         if self.lora_a is None or self.lora_b is None:
             return weight
         return torch.addmm(weight.flatten(1), self.lora_b, self.lora_a).view_as(weight)
@@ -136,11 +160,14 @@ class StudentLayer(nn.Module):
         if self.rounding is not None:
             learned: Tensor = self.rounding()
             return learned
-        qmin, qmax = weight_bounds(self.bits)
-        return fake_quantize(self.merged_weight(), self.log_weight_scale.exp(), self.code_bounds()[0], qmax - qmin)
+        lowest, highest = self.code_bounds()
+        levels = weight_bounds(self.bits)[1] - weight_bounds(self.bits)[0] if self.channel_bits is None else highest - lowest
+        return fake_quantize(self.merged_weight(), self.log_weight_scale.exp(), lowest, levels)
 
     def code_bounds(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest weight code of each output channel, float32 [Cout] both."""
+        if self.channel_bits is not None:
+            return channel_bounds(self.channel_bits)
         qmin, qmax = weight_bounds(self.bits)
         return torch.full_like(self.log_weight_scale, qmin), torch.full_like(self.log_weight_scale, qmax)
 
@@ -152,6 +179,7 @@ class StudentLayer(nn.Module):
         with torch.autocast(kind, enabled=False):
             weight = self.rounded_weight().to(x.dtype)
             bias = None if self.layer.bias is None else self.layer.bias.to(x.dtype)
+            x = scaled_input(self.layer, x)
             x = x if self.quantizer is None else self.quantizer(x)
             if isinstance(self.layer, nn.Linear):
                 return functional.linear(x, weight, bias)
@@ -162,4 +190,5 @@ class StudentLayer(nn.Module):
     def codes(self) -> tuple[Tensor, Tensor]:
         """Weight codes, int8 in the shape of the weight, and their scale, float32 [Cout]."""
         scale = self.log_weight_scale.exp()
-        return quantize_weight(self.merged_weight(), scale, self.bits), scale
+        bits = self.bits if self.channel_bits is None else self.channel_bits
+        return quantize_weight(self.merged_weight(), scale, bits), scale

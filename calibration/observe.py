@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calibration.interrupt import CtrlC
+from calibration.layers import StudentLayer
 from calibration.memory import peak_memory
 from calibration.recipe import Interrupted, Progress, Recipe, Run
 from calibration.student import Student, Teacher
 from calibration.threads import each_in_a_thread
 from calibration.trajectories import Trajectories
+from edm_deploy.structure import scaled_input
 
 SAMPLES_PER_BATCH = 1 << 14  # values kept of each site's input in one batch: enough for percentiles, and sorted in a millisecond
 BATCH = 32
@@ -82,6 +83,11 @@ class InputMean:
         return self.total / self.batches
 
 
+def _pre_scaled(layer: StudentLayer, see: Observer | InputMean) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """What a teacher's layer is fed, as the student's layer quantizes it: pre-scaled where that is."""
+    return lambda teachers, args: see(teachers, (scaled_input(layer.layer, args[0]),))
+
+
 @torch.no_grad()
 def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, recipe: Recipe, run: Run) -> None:
     """Set every row of every activation table of the student, and correct its biases where the recipe says so; in place.
@@ -103,9 +109,9 @@ def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, re
     layers: Mapping[str, nn.Module] = {name: layer for name, layer in teacher.family.sites(teacher.model).items() if name in student.layers}
     generator = torch.Generator().manual_seed(recipe.seed)
     observers = {name: Observer(generator) for name in student.quantizers}
-    handles: list[Any] = [layers[name].register_forward_pre_hook(observer) for name, observer in observers.items()]
     means = {name: InputMean() for name in layers} if recipe.corrects_bias else {}
-    handles += [layers[name].register_forward_pre_hook(mean) for name, mean in means.items()]
+    seers: list[tuple[str, Observer | InputMean]] = [*observers.items(), *means.items()]
+    handles = [layers[name].register_forward_pre_hook(_pre_scaled(student.layers[name], seer)) for name, seer in seers]
     specs = {name: recipe.specs(name, teacher.family.placement(name)) for name in student.quantizers}
     student_leads = any(chosen.student_leads for chosen in run.passes)
     start = time.perf_counter()

@@ -12,6 +12,7 @@ from torch import Tensor
 from edm_deploy.errors import EdmDeployError, InputError
 from edm_deploy.family import Placement
 from edm_deploy.quant import ACTIVATION_BITS, WEIGHT_BITS, symmetric_bounds
+from edm_deploy.structure import PUBLISHED, Structure
 from edm_deploy.target import WEIGHT_ONLY_BITS
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from calibration.passing import Pass, Scene
     from calibration.student import Student, Teacher
     from calibration.trajectories import Trajectories
+    from edm_deploy.pipelines import Source
 
 
 class Interrupted(EdmDeployError):  # noqa: N818  # it is no error, and callers read `except Interrupted`
@@ -194,6 +196,10 @@ class Recipe:
         if placement == "keep8":
             return KEPT8 if act_bits else SiteSpec(8, None, True)
         return SiteSpec(self.weight_bits, act_bits, self.symmetric or act_bits == 8)
+
+    def structure(self, source: Source) -> Structure:
+        """The layers whose input is cut into segments that are quantized apart; asked before there is a student. Pre-scales are set on the student."""
+        return PUBLISHED
 
     def weight_scale(self, weight: Tensor, bits: int) -> Tensor:
         """float32 [Cout], each > 0: the scale of each output channel of `weight`, float32 [Cout, ...]."""

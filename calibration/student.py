@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from calibration.layers import ActivationQuantizer, StudentLayer
 from calibration.recipe import Recipe, SiteSpec
 from calibration.threads import each_in_a_thread
 from edm_deploy.activations import nearest_rows, rows_of
-from edm_deploy.artifact import Artifact, Site
+from edm_deploy.artifact import Artifact
 from edm_deploy.family import SAMPLE, skeleton
 from edm_deploy.pipelines import Source
+from edm_deploy.site import Site
+from edm_deploy.structure import PRE_SCALE, PUBLISHED, Structure, restructure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -56,11 +59,13 @@ class Student(nn.Module):
         timesteps: int32 [R] ascending, one a table row.
         device: Where the student lives.
         folded: Sites that stay in floating point, because exporters make a table of what they compute.
+        segments: Layers of the source's model that are cut already, as `Structure` has them.
         teacher: Its float weights on `device` are the student's too; None shares those of the source.
 
     Attributes:
         layers: Every quantized layer by site name.
         quantizers: Every activation quantizer by the name of the first site that it serves.
+        leaders: For each site the first one that is fed the very same tensor.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Student(nn.Module):
         *,
         teacher: Teacher | None = None,
         folded: tuple[str, ...] = (),
+        segments: Mapping[str, tuple[int, ...]] = PUBLISHED.segments,
     ) -> None:
         super().__init__()
         self.family, self.config = source.family_object, source.config
@@ -80,11 +86,12 @@ class Student(nn.Module):
         self.row_of_timestep = nearest_rows(timesteps, source.num_train_timesteps)
         self.compute_dtype = torch.float32
         self.folded = folded
+        self.segments = segments
         sites = {name: layer for name, layer in self.family.sites(self.model).items() if name not in folded}
         # On the meta device: who is fed what follows from the graph, and nothing is computed.
-        outline = skeleton(self.family, source.config)
+        outline = skeleton(self.family, source.config, Structure(segments))
         inputs = example_inputs(source, torch.device("meta"))
-        leaders = sites_by_input(outline, self.family.forward, inputs, self.family.sites(outline))
+        self.leaders = leaders = sites_by_input(outline, self.family.forward, inputs, self.family.sites(outline))
         specs = {name: recipe.specs(name, self.family.placement(name)) for name in sites}
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.layers: dict[str, StudentLayer] = {}
@@ -113,6 +120,33 @@ class Student(nn.Module):
             for quantizer in self.quantizers.values():
                 quantizer.forget()
 
+    def siblings(self, name: str) -> tuple[str, ...]:
+        """The layers that are fed the very same tensor as `name`, itself among them, in the model's order."""
+        return tuple(other for other in self.layers if self.leaders[other] == self.leaders[name])
+
+    def set_pre_scale(self, name: str, scale: Tensor | None) -> None:
+        """Scale the input of `name`, and of its siblings, channel by channel: float32 [Cin], each > 0; None takes an earlier one away.
+
+        The function stays what it was: weights are divided by what inputs are multiplied by. Weight scales and tables are the caller's to set anew.
+        """
+        for sibling in self.siblings(name):
+            self.layers[sibling].set_pre_scale(scale)
+
+    def make_room(self, names: Iterable[str]) -> None:
+        """Give layers the pre-scales and channel bits that a state of these parameter names holds, for it to be loaded."""
+        held = set(names)
+        for name, layer in self.layers.items():
+            if f"model.{name}.layer.{PRE_SCALE}" in held and layer.pre_scale is None:
+                layer.set_pre_scale(torch.ones(layer.layer.weight.shape[1]))
+            if f"model.{name}.channel_bits" in held and layer.channel_bits is None:
+                layer.set_channel_bits(torch.full_like(layer.log_weight_scale, layer.bits))
+
+    @property
+    def structure(self) -> Structure:
+        """What the student's network computes otherwise than the published one."""
+        scaled = tuple(name for name, layer in self.layers.items() if layer.pre_scale is not None)
+        return Structure(self.segments, scaled)
+
     def learnable(self) -> dict[str, nn.Parameter]:
         """Every parameter that calibration or training sets, by name, each once."""
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
@@ -128,6 +162,15 @@ class Student(nn.Module):
         if key not in self.quantizers:
             self.quantizers[key] = ActivationQuantizer(spec, len(self.timesteps))
         return self.quantizers[key]
+
+
+def restructured(source: Source, structure: Structure) -> Source:
+    """The source with its layers cut into segments; its own model is left as it is, and shares every other tensor."""
+    if not structure:
+        return source
+    model = _sharing(source.model, torch.device("cpu"))
+    restructure(model, structure)
+    return replace(source, model=model)
 
 
 def sites_by_input(model: nn.Module, forward: Any, inputs: Mapping[str, Tensor], sites: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -185,10 +228,12 @@ def artifact_from_student(student: Student, source: Source, provenance: Mapping[
             codes=codes.cpu().contiguous(),
             weight_scale=scale.cpu(),
             weight_bits=layer.bits,
+            channel_bits=None if layer.channel_bits is None else layer.channel_bits.detach().cpu(),
             activation=layer.quantizer.table() if layer.quantizer else None,
         )
-        if layer.layer.bias is not None:
-            params[f"{name}.bias"] = layer.layer.bias.detach().float().cpu()
+        for leaf in ("bias", PRE_SCALE):
+            if (value := getattr(layer.layer, leaf, None)) is not None:
+                params[f"{name}.{leaf}"] = value.detach().float().cpu()
     artifact = Artifact(
         family=source.family,
         config=source.config,
@@ -198,6 +243,7 @@ def artifact_from_student(student: Student, source: Source, provenance: Mapping[
         params=params,
         provenance=dict(provenance),
         pipeline=source.pipeline,
+        structure=student.structure,
         folded=student.folded,
     )
     artifact.validate()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,53 +18,14 @@ from edm_deploy.correction import Correction, channel_axis
 from edm_deploy.errors import ArtifactError, EdmDeployError
 from edm_deploy.family import Family, family_named, skeleton
 from edm_deploy.files import PIPELINE_FILES, copy_pipeline_files, new_directory, read_json, write_json
-from edm_deploy.quant import fits_int4, pack_int4, unpack_int4, weight_bounds
+from edm_deploy.quant import fits_int4, pack_int4, unpack_int4
+from edm_deploy.site import Site
+from edm_deploy.structure import PRE_SCALE, PUBLISHED, Structure
 from edm_deploy.tensors import Stored, check_params, digest_of, read_tensors, write_tensors
 
-SCHEMA = 3  # 2 brought `folded`; 3 `correction` and `relaxed`
+SCHEMA = 3  # 2 brought `folded`; 3 `structure`, `channel_bits`, `correction` and `relaxed`
 JSON_NAME = "artifact.json"
 TENSORS_NAME = "artifact.safetensors"
-Op = Literal["conv2d", "linear"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """One quantized layer: `y = s_x[row] * s_w[o] * conv(n_x, n_w) + bias`.
-
-    Always: every code lies within the bounds of `weight_bits`; weight_scale > 0 and finite.
-
-    Attributes:
-        op: `conv2d` or `linear`.
-        codes: int8, the shape of the layer's weight [Cout, Cin, ...].
-        weight_scale: float32 [Cout].
-        weight_bits: 2 to 8.
-        activation: How the input is quantized, or None where only the weight is.
-    """
-
-    op: Op
-    codes: Tensor
-    weight_scale: Tensor
-    weight_bits: int
-    activation: ActivationTable | None
-
-    @property
-    def scheme(self) -> str:
-        """Bits as people write them, `W4A8`; A16 where the input stays in floating point."""
-        return f"W{self.weight_bits}A{self.activation.bits if self.activation else 16}"
-
-    def problem(self, weight_shape: tuple[int, ...], rows: int) -> str | None:
-        """What breaks the invariants, as a phrase, or None."""
-        if tuple(self.codes.shape) != weight_shape:
-            return f"codes have shape {list(self.codes.shape)}, the layer's weight {list(weight_shape)}"
-        if tuple(self.weight_scale.shape) != weight_shape[:1]:
-            return f"weight_scale has shape {list(self.weight_scale.shape)}, expected [{weight_shape[0]}]"
-        if not bool((torch.isfinite(self.weight_scale) & (self.weight_scale > 0)).all()):
-            return "weight_scale holds a value that is not finite and positive"
-        qmin, qmax = weight_bounds(self.weight_bits)
-        lowest, highest = (int(edge) for edge in torch.aminmax(self.codes))
-        if lowest < qmin or highest > qmax:
-            return f"codes reach [{lowest}, {highest}], outside [{qmin}, {qmax}] of {self.weight_bits} bits"
-        return self.activation.problem(rows) if self.activation else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +38,7 @@ class Artifact:
         timesteps: int32 [R], ascending: the calibrated timesteps, one a table row.
         row_of_timestep: int32 [num_train_timesteps].
         sites: By layer name.
+        structure: What the network computes otherwise than the published one, and the same.
         folded: Layers that are no sites because they see the timestep alone: exporters make a table of what they compute.
         correction: What the runtime does to the sample and to the prediction; None where it does nothing.
         relaxed: uint8 [num_train_timesteps]: 1 where activations stay in floating point, in a second graph of the same weights; None is nowhere.
@@ -93,6 +55,7 @@ class Artifact:
     params: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     pipeline: Mapping[str, Any] = field(default_factory=dict)
+    structure: Structure = PUBLISHED
     folded: tuple[str, ...] = ()
     correction: Correction | None = None
     relaxed: Tensor | None = None
@@ -101,6 +64,10 @@ class Artifact:
     def family_object(self) -> Family:
         """The family that `family` names."""
         return family_named(self.family)
+
+    def skeleton(self) -> torch.nn.Module:
+        """The float network, restructured, on the meta device."""
+        return skeleton(self.family_object, self.config, self.structure)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -131,7 +98,7 @@ class Artifact:
             raise ArtifactError(f"Artifact's row_of_timestep points outside its {rows} table rows.")
         if problem := self._problem_by_timestep():
             raise ArtifactError(f"Artifact's {problem}. Make the artifact again.")
-        model = skeleton(self.family_object, self.config)
+        model = self.skeleton()
         layers = self.family_object.sites(model)
         if unknown := sorted(set(self.sites) - set(layers)):
             raise ArtifactError(f"Artifact has site {unknown[0]!r}, which the {self.family} model of its config has not.")
@@ -148,6 +115,9 @@ class Artifact:
                 raise ArtifactError(f"Site {name!r}: {problem}. Make the artifact again.")
         expected = {key: value for key, value in model.state_dict().items() if key.removesuffix(".weight") not in self.sites}
         check_params(self.params, {key: tuple(value.shape) for key, value in expected.items()})
+        for name in self.structure.pre_scaled:
+            if not bool((self.params[f"{name}.{PRE_SCALE}"] > 0).all()):
+                raise ArtifactError(f"Layer {name!r}: pre_scale holds a value that is not positive. Make the artifact again.")
 
     def _problem_by_timestep(self) -> str | None:
         """What is wrong with what the runtime does by timestep, as a phrase, or None."""
@@ -211,8 +181,10 @@ class Artifact:
             for name, site in self.sites.items()
         }
         # Only where there is any: the digest of an artifact without is what it was before the field came.
-        folded = {"folded": list(self.folded)} if self.folded else {}
-        return {"family": self.family, "config": dict(self.config), "sites": sites} | folded
+        optional = {"folded": list(self.folded), "structure": self.structure.to_json()}
+        return {"family": self.family, "config": dict(self.config), "sites": sites} | {
+            key: value for key, value in optional.items() if value
+        }
 
     def _tensors(self) -> dict[str, Stored]:
         """What the file holds; codes are packed and parameters narrowed one at a time, when their turn comes."""
@@ -220,6 +192,8 @@ class Artifact:
         for name, site in self.sites.items():
             tensors[f"sites.{name}.codes"] = _stored_codes(site.codes)
             tensors[f"sites.{name}.weight_scale"] = Stored.of(site.weight_scale)
+            if site.channel_bits is not None:
+                tensors[f"sites.{name}.channel_bits"] = Stored.of(site.channel_bits)
             if site.activation:
                 tensors[f"sites.{name}.act_scale"] = Stored.of(site.activation.scale)
                 tensors[f"sites.{name}.act_qmin"] = Stored.of(site.activation.qmin)
@@ -271,7 +245,15 @@ def _artifact_from_parts(description: Mapping[str, Any], tensors: Mapping[str, T
                 qmax=take(f"sites.{name}.act_qmax", torch.int8),
             )
         scale = take(f"sites.{name}.weight_scale", torch.float32)
-        return Site(op=entry["op"], codes=codes, weight_scale=scale, weight_bits=int(entry["weight_bits"]), activation=activation)
+        mixed = f"sites.{name}.channel_bits"
+        return Site(
+            op=entry["op"],
+            codes=codes,
+            weight_scale=scale,
+            weight_bits=int(entry["weight_bits"]),
+            channel_bits=take(mixed, torch.uint8) if mixed in tensors else None,
+            activation=activation,
+        )
 
     artifact = Artifact(
         family=str(description["family"]),
@@ -282,6 +264,7 @@ def _artifact_from_parts(description: Mapping[str, Any], tensors: Mapping[str, T
         params={
             name.removeprefix("params."): take(name, torch.float32, torch.float16).float() for name in tensors if name.startswith("params.")
         },
+        structure=Structure.from_json(description.get("structure", {})),
         folded=tuple(str(name) for name in description.get("folded", ())),
         correction=Correction(
             row_of_timestep=take("correction.row_of_timestep", torch.int32),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from edm_deploy import lookup, models
 from edm_deploy.errors import UnsupportedError
+from edm_deploy.structure import PUBLISHED, Structure, layer_of, restructure
 
 Placement = Literal["quantize", "keep8", "float"]
 Config = Mapping[str, Any]  # a diffusers config: its values are whatever the JSON holds
@@ -162,9 +163,13 @@ class Family(ABC):
         """Number of labels that the model takes as an index, the one for none not counted; None where it takes no index."""
         return None
 
+    def sigmas(self, steps: int) -> tuple[float, ...] | None:
+        """The noise levels, descending, that its pipeline gives the scheduler for so many steps of a flow; None leaves them to the scheduler."""
+        return None
+
     def rule(self, site: str) -> Rule:
         """What becomes of the Conv2d or Linear of this name, and why."""
-        return next((rule for rule in self.rules if re.search(rule.pattern, site)), QUANTIZED)
+        return next((rule for rule in self.rules if re.search(rule.pattern, layer_of(site))), QUANTIZED)
 
     def placement(self, site: str) -> Placement:
         """What becomes of the Conv2d or Linear of this name: `quantize`, `keep8` (W8A8 symmetric) or `float`."""
@@ -172,7 +177,7 @@ class Family(ABC):
 
     def group(self, site: str) -> Group:
         """Which part of the model a site belongs to, for recipes that treat parts differently."""
-        return next((group for group, pattern in GROUP_PATTERNS if re.search(pattern, site)), "other")
+        return next((group for group, pattern in GROUP_PATTERNS if re.search(pattern, layer_of(site))), "other")
 
     def time_only(self, config: Config) -> str | None:
         """Regular expression of the layers that see nothing but the timestep, so that what they compute can be a table; None where there are none."""
@@ -250,7 +255,14 @@ def name_of_family(class_name: str) -> str:
     return classes[class_name]
 
 
-def skeleton(family: Family, config: Config) -> nn.Module:
-    """The float model on the meta device: names and shapes, no memory."""
+def skeleton(family: Family, config: Config, structure: Structure = PUBLISHED) -> nn.Module:
+    """The float model on the meta device: names and shapes, no memory.
+
+    Raises:
+        UnsupportedError: The family cannot carry the config.
+        ArtifactError: The structure names what the model has not.
+    """
     with torch.device("meta"):
-        return family.build(config).eval().requires_grad_(False)
+        model = family.build(config).eval().requires_grad_(False)
+        restructure(model, structure)
+    return model

@@ -9,15 +9,17 @@ from typing import Any, Literal
 
 import torch
 
-from edm_deploy.artifact import Artifact, Op
+from edm_deploy.artifact import Artifact
 from edm_deploy.correction import Correction
 from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.family import ModelInput
 from edm_deploy.files import read_json, sha256_of, write_json
 from edm_deploy.relaxing import Spans, engines_of, spans_of
+from edm_deploy.site import Op
+from edm_deploy.structure import Structure
 from edm_deploy.target import WEIGHT_ONLY_BITS, Kind, SitePlan
 
-SCHEMA = 2  # 2 brought `correction` and `relaxed`
+SCHEMA = 2  # 2 brought `structure`, `correction` and `relaxed`
 NAME = "manifest.json"
 GRAPH_NAME = "model.onnx"
 OUTPUT = "prediction"  # what a denoiser gives
@@ -75,6 +77,7 @@ class Manifest:
         weight_storage: `int8` or `int4`.
         inputs, outputs: Of the graph, in order.
         sites: Each quantized layer, by its name in the model.
+        structure: What the network computes otherwise than the published one, as `Structure.to_json` writes it.
         folded: `layers` that see the timestep alone, and either the `table` that they became or why they are `computed`; empty where none are.
         correction: What the runtime does to sample and prediction, as `Correction.to_json` writes it; empty where it does nothing.
         relaxed: Stretches of timesteps that the second graph or engine computes, which stands in the folder `relaxed`; empty where there is none.
@@ -96,6 +99,7 @@ class Manifest:
     inputs: tuple[ModelInput, ...]
     outputs: tuple[str, ...]
     sites: Mapping[str, GraphSite]
+    structure: Mapping[str, Any] = field(default_factory=dict)
     folded: Mapping[str, Any] = field(default_factory=dict)
     correction: Mapping[str, Any] = field(default_factory=dict)
     relaxed: Spans = ()
@@ -159,6 +163,7 @@ class Manifest:
             inputs=artifact.family_object.inputs(artifact.config),
             outputs=(OUTPUT,),
             sites={name: GraphSite(nodes[name], site.op, site.scheme, plugins.get(name)) for name, site in artifact.sites.items()},
+            structure=artifact.structure.to_json(),
             correction=artifact.correction.to_json() if artifact.correction else {},
             relaxed=() if artifact.relaxed is None else spans_of(artifact.relaxed),
         )
@@ -209,6 +214,7 @@ class Manifest:
     def _check_by_timestep(self) -> None:
         """Raises ValueError and its like where what the runtime does by timestep is not what `of` wrote."""
         _ = self.engine_of_timestep
+        Structure.from_json(self.structure)
         if self.correction:
             Correction.from_json(self.correction)
 

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from edm_deploy.errors import UnsupportedError, first_line
 from edm_deploy.family import Config, Family, ModelInput, skeleton
+from edm_deploy.structure import PUBLISHED, Structure
 
 # In multiples; distinct, so that no two dimensions are taken for one.
 _TRACE_SIZES = {"batch": 2, "height": 4, "width": 6, "tokens": 7, "image_tokens": 9}
@@ -39,7 +40,9 @@ class _Denoiser(nn.Module):
         return self.family.forward(self.model, cast).to(self.input_dtype)
 
 
-def exported_program(family: Family, config: Config, dtype: torch.dtype, *, input_dtype: torch.dtype | None = None) -> ExportedProgram:
+def exported_program(
+    family: Family, config: Config, dtype: torch.dtype, *, input_dtype: torch.dtype | None = None, structure: Structure = PUBLISHED
+) -> ExportedProgram:
     """The float model, traced; parameters are named as in its state dict, behind `model.`, and hold no data.
 
     Args:
@@ -47,6 +50,7 @@ def exported_program(family: Family, config: Config, dtype: torch.dtype, *, inpu
         config: Its config.
         dtype: Floating-point type that the model computes in. Timesteps stay float32.
         input_dtype: Floating-point type of the program's inputs and output; None is `dtype`.
+        structure: What the network computes otherwise.
 
     Raises:
         UnsupportedError: torch cannot trace this config.
@@ -56,7 +60,7 @@ def exported_program(family: Family, config: Config, dtype: torch.dtype, *, inpu
     input_dtype = input_dtype or dtype
     # Empty tensors cost address space only: the tracer looks at shapes, never at values, so no float weight is ever in memory.
     with quiet():
-        model = skeleton(family, config).to(dtype).to_empty(device="cpu")
+        model = skeleton(family, config, structure).to(dtype).to_empty(device="cpu")
         wrapped = _Denoiser(family, model, inputs, dtype, input_dtype).eval()
         arguments = tuple(_example(declared, multiple, input_dtype) for declared in inputs)
         dynamic = (tuple(_dynamic_dims(declared, multiple, family.limits(config)) for declared in inputs),)

@@ -47,19 +47,28 @@ def per_channel(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def channel_bounds(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight_bounds` of each output channel: float32 [C] both, for bits of any integer dtype [C]."""
+    bounds = torch.tensor([weight_bounds(int(channel)) for channel in bits.tolist()], dtype=torch.float32, device=bits.device)
+    return bounds[:, 0], bounds[:, 1]
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, bits: int | Tensor) -> Tensor:
     """Weight codes `clip(round(W / s_w[o]), qmin, qmax)`, rounding half to even.
 
     Args:
         weight: float32 [Cout, ...].
         scale: float32 [Cout], each > 0.
-        bits: 2 to 8.
+        bits: 2 to 8; one for all, or of each output channel, integers [Cout].
 
     Returns:
         int8, the shape of `weight`.
     """
-    qmin, qmax = weight_bounds(bits)
-    return (weight / per_channel(scale, weight)).round_().clamp_(qmin, qmax).to(torch.int8)
+    codes = (weight / per_channel(scale, weight)).round_()
+    if isinstance(bits, int):
+        return codes.clamp_(*weight_bounds(bits)).to(torch.int8)
+    qmin, qmax = (per_channel(bound, weight) for bound in channel_bounds(bits))
+    return codes.clamp_(qmin, qmax).to(torch.int8)
 
 
 def dequantize_weight(codes: Tensor, scale: Tensor) -> Tensor:

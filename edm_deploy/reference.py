@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edm_deploy.activations import ActivationTable, codes_of, per_sample, rows_of
-from edm_deploy.artifact import Artifact, Site
-from edm_deploy.family import skeleton
+from edm_deploy.artifact import Artifact
 from edm_deploy.quant import dequantize_weight, per_channel
+from edm_deploy.site import Site
+from edm_deploy.structure import PRE_SCALE, scaled_input
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class SiteRecord:
     """What one site saw in one forward pass.
 
     Attributes:
-        x: float32, the site's input before quantization.
+        x: float32, the site's input before quantization, pre-scaled where it is.
         codes: float32 holding integers, the shape of `x`; the input itself where the site is weight-only.
         y: float32, the site's output, bias included.
     """
@@ -46,7 +47,11 @@ class ReferenceSite(nn.Module):
         self.recording = False
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
-        """Output float32 for input [B, ...]; `rows` must hold each sample's row."""
+        """Output float32 for the layer's input [B, ...]; `rows` must hold each sample's row."""
+        return self.quantized(scaled_input(self.layer, x))
+
+    def quantized(self, x: Tensor) -> Tensor:
+        """Output float32 for the site's input [B, ...], pre-scaled already."""
         table = self.site.activation
         if table is None:
             y = self._sum(x, dequantize_weight(self.site.codes, self.site.weight_scale))
@@ -85,10 +90,12 @@ class Reference(nn.Module):
         super().__init__()
         self.artifact = artifact
         self.family = artifact.family_object
-        model = skeleton(self.family, artifact.config)
+        model = artifact.skeleton()
         layers = self.family.sites(model)
         self.sites: dict[str, ReferenceSite] = {}
         for name, site in artifact.sites.items():
+            if (scale := artifact.params.get(f"{name}.{PRE_SCALE}")) is not None:
+                layers[name].register_parameter(PRE_SCALE, nn.Parameter(scale, requires_grad=False))
             self.sites[name] = ReferenceSite(layers[name], site, artifact.params.get(f"{name}.bias"))
             _replace(model, name, self.sites[name])
         state = {key: value for key, value in artifact.params.items() if key.removesuffix(".bias") not in self.sites}
@@ -126,7 +133,7 @@ class Reference(nn.Module):
         for name, value in x.items():
             site = self.sites[name]
             site.rows, site.recording = rows, True
-            site(value)
+            site.quantized(value)
             site.recording = False
         return self._records()
 

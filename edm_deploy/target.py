@@ -10,10 +10,10 @@ from typing import Literal
 from torch import nn
 
 from edm_deploy import lookup
-from edm_deploy.artifact import Artifact, Op, Site
+from edm_deploy.artifact import Artifact
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.family import skeleton
 from edm_deploy.quant import ACTIVATION_BITS, WEIGHT_BITS, fits_int4
+from edm_deploy.site import Op, Site
 
 # What integer tensor cores multiply: signed by signed 4 bits, unsigned activations by signed 4 bits, signed by signed 8 bits.
 Kind = Literal["s4", "u4", "s8"]
@@ -146,7 +146,7 @@ def check_plugins(target: Target | None, sites: int) -> None:
 
 def plan(artifact: Artifact, target: Target) -> dict[str, SitePlan]:
     """What each site becomes on a target, by site name."""
-    layers = artifact.family_object.sites(skeleton(artifact.family_object, artifact.config))
+    layers = artifact.family_object.sites(artifact.skeleton())
     return {name: site_plan(site, layers[name], target) for name, site in artifact.sites.items()}
 
 

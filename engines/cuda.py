@@ -19,6 +19,7 @@ from edm_deploy.lookup import suggestion
 from edm_deploy.manifest import Manifest
 from edm_deploy.program import exported_program
 from edm_deploy.session import BuildOptions, Built, Cut, Session
+from edm_deploy.structure import Structure
 from edm_deploy.target import Kind, SitePlan, Target, obstacle, site_plan
 from engines._source import ArtifactBackend
 from engines.kernels.choice import choose
@@ -112,7 +113,7 @@ BACKEND = CudaBackend()
 
 def plan_of(artifact: Artifact, target: Target) -> tuple[dict[str, SitePlan], dict[str, str]]:
     """What each site becomes where there are INT4 tensor cores, and why those sites that no kernel computes are none."""
-    layers = artifact.family_object.sites(skeleton(artifact.family_object, artifact.config))
+    layers = artifact.family_object.sites(artifact.skeleton())
     plans = {name: site_plan(site, layers[name], target) for name, site in artifact.sites.items()}
     refused = {name for name, plan in plans.items() if plan.executed == "float" and artifact.sites[name].activation is not None}
     return plans, {name: str(obstacle(layers[name], target.filters or ())) for name in plans if name in refused}
@@ -193,11 +194,7 @@ def _stored(artifact: Artifact, plans: Mapping[str, SitePlan], dtype: torch.dtyp
     """The engine's file: packed sites, and every other parameter; one-dimensional ones stay float32, as norms and epilogues take them."""
     from engines.kernels.sites import stored
 
-    floats = {
-        name
-        for name, value in skeleton(artifact.family_object, artifact.config).state_dict().items()
-        if value.ndim > 1 and value.is_floating_point()
-    }
+    floats = {name for name, value in artifact.skeleton().state_dict().items() if value.ndim > 1 and value.is_floating_point()}
     tensors = {f"params.{name}": value.to(dtype if name in floats else value.dtype) for name, value in artifact.params.items()}
     for name, site in artifact.sites.items():
         tensors |= {f"sites.{name}.{what}": value for what, value in stored(site, plans[name].codes).items()}
@@ -211,7 +208,8 @@ def _graph(manifest: Manifest, tensors: Mapping[str, Tensor], kinds: Mapping[str
     from engines.kernels.sites import read
 
     family, dtype = family_named(manifest.family), DTYPES[manifest.build["options"]["precision"]]
-    layers = family.sites(skeleton(family, manifest.config))
+    structure = Structure.from_json(manifest.structure)
+    layers = family.sites(skeleton(family, manifest.config, structure))
     params = {name.removeprefix("params."): value for name, value in tensors.items() if name.startswith("params.")}
     by_site: dict[str, dict[str, Tensor]] = {name: {} for name in manifest.sites}
     for name, value in tensors.items():
@@ -231,7 +229,7 @@ def _graph(manifest: Manifest, tensors: Mapping[str, Tensor], kinds: Mapping[str
         for name in manifest.sites
     }
     params |= {f"{name}.weight": site.weight for name, site in sites.items() if site.kind is None}
-    program = exported_program(family, manifest.config, dtype, input_dtype=manifest.torch_dtype)
+    program = exported_program(family, manifest.config, dtype, input_dtype=manifest.torch_dtype, structure=structure)
     draft = rewriting.draft(program, sites, params, tensors["row_of_timestep"], dtype)
     if fused:
         fusions.fuse(draft)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from edm_deploy.activations import ActivationTable, nearest_rows
-from edm_deploy.artifact import Artifact, Site
+from edm_deploy.artifact import Artifact
 from edm_deploy.family import Family, family_named
 from edm_deploy.quant import quantize_weight, symmetric_bounds, weight_bounds
+from edm_deploy.site import Site
 
 torch.set_num_threads(2)
 
@@ -90,7 +91,7 @@ TINY = {
     ),
     "sd3": ("sd3-transformer-2d", TINY_SD3),
     "flux": ("flux-transformer-2d", TINY_FLUX),
-    "flux-schnell": ("flux-transformer-2d", TINY_FLUX | {"num_layers": 1, "num_single_layers": 0, "guidance_embeds": False}),
+    "flux-schnell": ("flux-transformer-2d", TINY_FLUX | {"guidance_embeds": False}),
 }
 SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 FLOW_SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from edm_deploy.activations import ActivationTable
-from edm_deploy.artifact import Op, Site
 from edm_deploy.family import GROUPS, Family, Placement
 from edm_deploy.quant import symmetric_bounds, weight_bounds
+from edm_deploy.site import Op, Site
 from edm_deploy.target import WEIGHT_ONLY_BITS, SitePlan, Target, check_scheme, site_plan
 from edm_deploy.work import ModelWork, SiteWork
 from edm_deploy_tools.console import Row

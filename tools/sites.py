@@ -12,10 +12,11 @@ from torch import Tensor
 
 import engines
 from edm_deploy.activations import per_sample, rows_of
-from edm_deploy.artifact import Artifact, Site
+from edm_deploy.artifact import Artifact
 from edm_deploy.manifest import Manifest
 from edm_deploy.reference import Reference, SiteRecord
 from edm_deploy.session import Cut
+from edm_deploy.site import Site
 from edm_deploy_tools.walk import FloatWalk
 
 SAMPLES = 4  # of the walk's batch: enough for shares and ratios, and the records of all sites fit in memory

@@ -82,7 +82,7 @@ def graph_from_artifact(
     artifact: Artifact, dtype: torch.dtype, storage: WeightStorage, plugins: Mapping[str, Kind] | None = None
 ) -> tuple[ir.Model, dict[str, str]]:
     """The Q/DQ graph of an artifact, optimised, and the node name of each site; those in `plugins` as plugin nodes."""
-    model = trace(artifact.family_object, artifact.config, dtype)
+    model = trace(artifact.family_object, artifact.config, dtype, artifact.structure)
     # Before any optimisation: fused or renamed nodes no longer tell which parameter they came from.
     sites = find_sites(model.graph, list(artifact.sites))
     folded = fold_time(model, artifact, [node for site in sites.values() for node in site.dead])

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from edm_deploy.activations import ActivationTable
-from edm_deploy.artifact import Artifact, Site
+from edm_deploy.artifact import Artifact
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.export.qdq import GraphWriter
 from edm_deploy.export.trace import SiteNodes
-from edm_deploy.family import skeleton
 from edm_deploy.packing import code_bytes, pack_weight, weight_sum, zero_codes
 from edm_deploy.plugins import CONV, NAMESPACE, QUANTIZE, VERSION, Plugin
+from edm_deploy.site import Site
 from edm_deploy.target import TARGETS, Kind, kind_of, obstacle
 
 BITS = 4
@@ -36,7 +36,7 @@ def plugin_kinds(artifact: Artifact) -> dict[str, Kind]:
     Raises:
         UnsupportedError: There is none.
     """
-    layers = artifact.family_object.sites(skeleton(artifact.family_object, artifact.config))
+    layers = artifact.family_object.sites(artifact.skeleton())
     kinds = {name: kind_of(site) for name, site in artifact.sites.items() if site.activation is not None}
     able: dict[str, Kind] = {name: kind for name, kind in kinds.items() if kind != "s8" and obstacle(layers[name], FILTERS) is None}
     if not able:
@@ -63,7 +63,7 @@ def insert_plugins(model: ir.Model, artifact: Artifact, sites: Mapping[str, Site
     assert writer.float_dtype == ir.DataType.FLOAT16, "the plugins compute in float16"
     model.graph.opset_imports[NAMESPACE] = int(VERSION)
     writer.write_row_lookup()
-    layers = artifact.family_object.sites(skeleton(artifact.family_object, artifact.config))
+    layers = artifact.family_object.sites(artifact.skeleton())
     names = {}
     for name, nodes in sites.items():
         site = artifact.sites[name]

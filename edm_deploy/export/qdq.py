@@ -17,10 +17,11 @@ import onnx_ir as ir
 from torch import Tensor
 
 from edm_deploy.activations import ActivationTable
-from edm_deploy.artifact import Artifact, Site
+from edm_deploy.artifact import Artifact
 from edm_deploy.export.trace import SiteNodes
 from edm_deploy.manifest import ROW_NAME
 from edm_deploy.quant import fits_int4, pack_int4
+from edm_deploy.site import Site
 
 WeightStorage = Literal["int8", "int4"]
 INT8_BOUNDS = (-128, 127)

@@ -11,6 +11,7 @@ from edm_deploy.errors import UnsupportedError, first_line
 from edm_deploy.family import Config, Family, ModelInput
 from edm_deploy.manifest import OUTPUT
 from edm_deploy.program import MODEL, exported_program, quiet
+from edm_deploy.structure import PUBLISHED, Structure
 
 OPSET = 21  # the first with INT4 initialisers and per-group normalization as one op
 
@@ -37,19 +38,20 @@ class SiteNodes:
         return x
 
 
-def trace(family: Family, config: Config, dtype: torch.dtype) -> ir.Model:
+def trace(family: Family, config: Config, dtype: torch.dtype, structure: Structure = PUBLISHED) -> ir.Model:
     """The float graph at opset 21; initialisers are named as in the model's state dict and hold no data yet.
 
     Args:
         family: The model family.
         config: Its config.
         dtype: float32 or float16, the graph's floating-point type.
+        structure: What the network computes otherwise.
 
     Raises:
         UnsupportedError: torch cannot trace this config.
     """
     inputs = family.inputs(config)
-    exported = exported_program(family, config, dtype)
+    exported = exported_program(family, config, dtype, structure=structure)
     with quiet():
         try:
             program = torch.onnx.export(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from edm_deploy.activations import reciprocal
-from edm_deploy.artifact import Site
 from edm_deploy.errors import ArtifactError
 from edm_deploy.quant import dequantize_weight
+from edm_deploy.site import Site
 from edm_deploy.target import Kind
 from engines.kernels.layout import bits_of, pack_weight, unpack_codes, weight_sum, zero_codes
 

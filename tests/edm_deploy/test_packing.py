@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from edm_deploy.activations import ActivationTable
-from edm_deploy.artifact import Site
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.packing import (
     CHUNK,
@@ -17,6 +16,7 @@ from edm_deploy.packing import (
     zero_codes,
 )
 from edm_deploy.quant import pack_int4
+from edm_deploy.site import Site
 from edm_deploy.target import kind_of
 
 

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 from edm_deploy.activations import ActivationTable
-from edm_deploy.artifact import Site
 from edm_deploy.quant import dequantize_weight
 from edm_deploy.reference import Reference, ReferenceSite, exact_dtype
+from edm_deploy.site import Site
 from tests.conftest import TINY, artifact_by_hand, tiny_inputs, tiny_model
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from edm_deploy.activations import ActivationTable
-from edm_deploy.artifact import Artifact, Site
+from edm_deploy.artifact import Artifact
 from edm_deploy.manifest import Manifest
 from edm_deploy.pipelines import load_source
 from edm_deploy.reference import SiteRecord
+from edm_deploy.site import Site
 from edm_deploy_tools.sites import agreement, compare, cut_at_sites, statistics
 from edm_deploy_tools.walk import Setup, walk
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edm_deploy.activations import ActivationTable
-from edm_deploy.artifact import Artifact, Site
+from edm_deploy.artifact import Artifact
 from edm_deploy.program import exported_program
 from edm_deploy.quant import quantize_weight, weight_bounds
+from edm_deploy.site import Site
 from edm_deploy.target import Kind, kind_of
 from engines.kernels.graph import Draft, draft
 from engines.kernels.sites import PackedSite, read, stored

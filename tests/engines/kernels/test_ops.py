@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from edm_deploy.activations import ActivationTable
-from edm_deploy.artifact import Site
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.reference import ReferenceSite
+from edm_deploy.site import Site
 from edm_deploy.target import kind_of
 from engines.kernels import ops
 from engines.kernels.layout import bits_of, pack_weight, unpack_codes, weight_sum, zero_codes
