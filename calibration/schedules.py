@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,8 +15,17 @@ from edm_deploy.quant import per_channel
 from edm_deploy.sampling import is_flow, set_steps
 
 
-def calibrated_timesteps(scheduler: Any, rows: int) -> Tensor:  # Any: diffusers' schedulers share no useful base class
+def calibrated_timesteps(
+    scheduler: Any,  # diffusers' schedulers share no useful base class
+    rows: int,
+    sigmas: Sequence[float] | None = None,
+) -> Tensor:
     """The timesteps of a `rows`-step sampling on the model's own scheduler, rounded to integers: int32 [R], ascending.
+
+    Args:
+        scheduler: The model's own.
+        rows: How many.
+        sigmas: Where the model's pipeline spaces them itself, `Family.sigmas`.
 
     Raises:
         InputError: More rows than the schedule has timesteps.
@@ -24,7 +34,7 @@ def calibrated_timesteps(scheduler: Any, rows: int) -> Tensor:  # Any: diffusers
     if rows > length:
         raise InputError(f"rows is {rows}, but the model's schedule has {length} timesteps. Set rows to {length} or fewer.")
     scheduler = copy.deepcopy(scheduler)
-    set_steps(scheduler, rows)
+    set_steps(scheduler, rows, sigmas)
     stops = torch.as_tensor(scheduler.timesteps).double().round().clamp(0, length - 1)
     return torch.tensor(sorted({int(stop) for stop in stops}), dtype=torch.int32)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ def trajectory(
     noise: Tensor,
     *,
     steps: int,
+    sigmas: Sequence[float] | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     options: Mapping[str, float] | None = None,
 ) -> Iterator[Step]:
@@ -50,13 +51,14 @@ def trajectory(
         scheduler: Any diffusers scheduler; its timesteps are set here.
         noise: float [B, ...], standard normal; scaled by the scheduler's `init_noise_sigma` here.
         steps: Number of inference steps.
+        sigmas: As `set_steps`.
         generator: Where a stochastic scheduler draws its noise.
         options: Further arguments of `scheduler.step`, such as `eta`; the ones that it does not take are left out.
 
     Yields:
         One `Step` for each timestep.
     """
-    set_steps(scheduler, steps)
+    set_steps(scheduler, steps, sigmas)
     sample = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))  # flow matching starts from the noise itself, and scales no input
     accepted = inspect.signature(scheduler.step).parameters
     extra: dict[str, Any] = {key: value for key, value in (options or {}).items() if key in accepted}
@@ -74,15 +76,23 @@ def is_flow(scheduler: Any) -> bool:  # Any: as above
     return type(scheduler).__name__.startswith("FlowMatch")
 
 
-def set_steps(scheduler: Any, steps: int) -> None:  # Any: as above
+def set_steps(scheduler: Any, steps: int, sigmas: Sequence[float] | None = None) -> None:  # Any: as above
     """Set the scheduler's timesteps; where it shifts them by the size of the image, as for an image of the largest size that it knows.
+
+    Args:
+        scheduler: A diffusers scheduler.
+        steps: How many.
+        sigmas: Noise levels, descending, before any shift: `Family.sigmas`. None, or a scheduler that takes none, spaces them by itself.
 
     Source: Esser et al., arXiv 2403.03206, section 5.3.2 (the shift, whose logarithm diffusers calls mu).
     """
-    if "mu" in inspect.signature(scheduler.set_timesteps).parameters and scheduler.config.get("use_dynamic_shifting", False):
-        scheduler.set_timesteps(steps, mu=float(scheduler.config.max_shift))
-    else:
-        scheduler.set_timesteps(steps)
+    accepted = inspect.signature(scheduler.set_timesteps).parameters
+    options: dict[str, Any] = {}
+    if "mu" in accepted and scheduler.config.get("use_dynamic_shifting", False):
+        options["mu"] = float(scheduler.config.max_shift)
+    if sigmas is not None and "sigmas" in accepted:
+        options["sigmas"] = list(sigmas)
+    scheduler.set_timesteps(steps, **options)
 
 
 def last_sample(steps: Iterator[Step]) -> Tensor:

@@ -138,7 +138,7 @@ def walk(source: Source, setup: Setup) -> FloatWalk:
     conditioning = conditioner.of(conditioner.draw(setup.samples, generator, in_turn=takes_prompts(source)))
     times: list[float] = []
     denoise = timed(denoise_of_source(source, conditioning), times)
-    steps = tuple(trajectory(denoise, _scheduler(source), noise, steps=setup.steps))
+    steps = tuple(trajectory(denoise, _scheduler(source), noise, steps=setup.steps, sigmas=source.family_object.sigmas(setup.steps)))
     decoder, final = decoder_of(source), steps[-1].next_sample
     return FloatWalk(
         source=source,
@@ -161,7 +161,8 @@ def distance(denoise: Denoise, reference: FloatWalk) -> Distance:
     errors = [
         relative_error(denoise(step.sample, torch.full((len(step.sample),), step.timestep)), step.prediction) for step in reference.steps
     ]
-    final = last_sample(trajectory(denoise, _scheduler(reference.source), reference.noise, steps=reference.setup.steps))
+    source, steps = reference.source, reference.setup.steps
+    final = last_sample(trajectory(denoise, _scheduler(source), reference.noise, steps=steps, sigmas=source.family_object.sigmas(steps)))
     images = reference.decoder.images(final)
     psnr = reference.decoder.psnr(images, reference.images)
     return Distance(noise_errors=tuple(errors), psnr=psnr, final=final, images=images, seconds=median(times))

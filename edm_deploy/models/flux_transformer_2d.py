@@ -122,6 +122,13 @@ class FluxTransformer2D(TransformerFamily):
     def sizes(self, config: Config) -> dict[str, int]:
         return super().sizes(config) | {"tokens": TEXT_TOKENS}
 
+    def sigmas(self, steps: int) -> tuple[float, ...] | None:
+        """Evenly from 1 to 1 / steps, where the schedulers alone would end next to 0.
+
+        Source: diffusers' FluxPipeline.
+        """
+        return tuple(1 - step / steps for step in range(steps))
+
     def attributes(self, config: Config) -> dict[str, Any]:
         return {"cache_context": _cache_context}
 

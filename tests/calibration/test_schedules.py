@@ -6,6 +6,15 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, 
 
 from calibration.schedules import FlowSchedule, calibrated_timesteps, schedule_of
 from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.family import family_named
+
+
+def test_rows_lie_where_the_pipeline_of_the_model_stops():
+    """FLUX's pipeline walks four steps from 1 by a quarter; left to itself the scheduler ends next to 0, where no sample would ever stand."""
+    sigmas = family_named("flux-transformer-2d").sigmas(4)
+    assert sigmas == (1.0, 0.75, 0.5, 0.25)
+    assert calibrated_timesteps(FlowMatchEulerDiscreteScheduler(), 4, sigmas).tolist() == [250, 500, 750, 999]
+    assert calibrated_timesteps(FlowMatchEulerDiscreteScheduler(shift=3.0), 2, (1.0, 0.5)).tolist() == [750, 999]  # 3 s / (1 + 2 s)
 
 
 def test_rows_are_the_timesteps_of_that_many_steps_ascending():

@@ -1,96 +1,172 @@
-"""A tiny transformer's whole way: float and W4A4 engine beside the float model and the reference, in the family's own pipeline."""
+"""A tiny transformer's whole way: its diffusers pipeline in a directory, calibrated on prompts, exported, built, and a pipeline again."""
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import DiffusionPipeline
 
-from edm_deploy.denoiser import EngineDenoiser, load_denoiser
+import calibration
+from calibration.recipe import RunOptions
+from calibration.recipes.mse import Mse
+from edm_deploy import load_pipeline
+from edm_deploy.artifact import Artifact
+from edm_deploy.assembly import quiet
+from edm_deploy.denoiser import EngineDenoiser
+from edm_deploy.encoding import encode
 from edm_deploy.export.onnx import onnx_from_artifact
 from edm_deploy.manifest import Range
-from edm_deploy.pipelines import Source, float_artifact, scheduler_named
+from edm_deploy.outline import INDEX
+from edm_deploy.pipelines import Source, float_artifact, load_source, scheduler_named
 from edm_deploy.reference import Reference
 from edm_deploy.session import BuildOptions
 from engines import build_engine
-from tests.conftest import FLOW_SCHEDULER, PIPELINE, SCHEDULER, TINY, artifact_by_hand, tiny_inputs, tiny_model
+from tests.conftest import tiny_inputs
+from tests.tiny_transformers import LABELS, tiny_pipeline
 
-FLOAT_TOLERANCE = 1e-4  # float32 sums in another order; a wrong layer would be off by its whole output
+# float32 sums in another order, 1e-6 a step; a wrong layer would be off by its whole output.
+FLOAT_TOLERANCE = 1e-4
+PROMPTS = ("a cat", "two dogs in the snow")
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A diffusers model, and the drop-ins for it."""
+    """A diffusers pipeline, and what became of it.
 
-    model: torch.nn.Module
-    exact: EngineDenoiser
+    Attributes:
+        original: As it was saved.
+        source: As `load_source` reads it from its directory.
+        artifact: W4A8, calibrated on PROMPTS where it takes any.
+        exact: `load_pipeline` of an engine of the float model.
+        quantized: The drop-in of an engine of the artifact.
+    """
+
+    original: DiffusionPipeline
+    source: Source
+    artifact: Artifact
+    exact: DiffusionPipeline
     quantized: EngineDenoiser
+
+    @property
+    def denoiser(self) -> EngineDenoiser:
+        """The drop-in of the float model."""
+        return self.exact.transformer
+
+
+@cache
+def home(kind: str) -> Path:
+    """The pipeline's directory."""
+    directory = Path(mkdtemp(prefix="edm-chain-")) / kind
+    with quiet():
+        tiny_pipeline(kind).save_pretrained(directory)
+    if kind == "dit":  # as published: diffusers reads the labels from there, and does not save them
+        index = json.loads((directory / INDEX).read_text())
+        (directory / INDEX).write_text(json.dumps(index | {"id2label": LABELS}))
+    return directory
 
 
 @cache
 def chain(kind: str) -> Chain:
-    """Both engines, for batches of 1 to 4 and sizes of 8 to 16 latents; the model is diffusers' own, as users have it."""
-    family, config, model = tiny_model(kind)
-    own = family.model_class.from_config(config).eval().requires_grad_(False)
-    own.load_state_dict(model.state_dict())
-    scheduler = scheduler_named("flow-euler", FLOW_SCHEDULER) if family.flow else scheduler_named("ddim", SCHEDULER)
-    source = Source(name=kind, family=TINY[kind][0], config=config, model=model, scheduler=scheduler, pipeline=PIPELINE)
-    home = Path(mkdtemp(prefix="edm-chain-"))
-    profile = {"batch": Range(1, 2, 4), "tokens": Range(1, 8, 512)}
-    profile |= {"image_tokens": Range(16, 16, 64)} if kind.startswith("flux") else {dim: Range(8, 8, 16) for dim in ("height", "width")}
-    if kind == "dit":
-        del profile["tokens"]
+    """Both engines, for batches of 1 to 4, sizes of 8 to 16 latents and any text."""
+    source = load_source(home(kind))
+    prompts = home(kind) / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    recipe = Mse(weight_bits=4, act_bits=8, rows=3, calibration_samples=2)
+    artifact = calibration.fit(source, recipe, RunOptions(prompts=prompts))
+    dims = {declared for inputs in source.family_object.inputs(source.config) for declared in inputs.dims}
+    sizes = {"batch": Range(1, 2, 4), "tokens": Range(1, 8, 512), "image_tokens": Range(16, 16, 64)}
+    sizes |= {"height": Range(8, 8, 16), "width": Range(8, 8, 16)}
+    options = BuildOptions(profile={dim: size for dim, size in sizes.items() if dim in dims})
     engines = []
-    for name, artifact in (("float", float_artifact(source)), ("w4a4", artifact_by_hand(kind))):
-        onnx_from_artifact(artifact, home / f"{name}-onnx")
-        build_engine(home / f"{name}-onnx", home / name, backend="ort", options=BuildOptions(profile=profile))
-        engines.append(load_denoiser(home / name))
-    return Chain(own, *engines)
+    for name, made in (("float", float_artifact(source)), ("w4a8", artifact)):
+        place = home(kind).parent / name
+        onnx_from_artifact(made, place / "onnx")
+        build_engine(place / "onnx", place / "engine", backend="ort", options=options)
+        engines.append(load_pipeline(place / "engine"))
+        engines[-1].set_progress_bar_config(disable=True)
+    return Chain(tiny_pipeline(kind), source, artifact, engines[0], engines[1].transformer)
 
 
 def check_float_engine(kind: str) -> None:
     """At two resolutions from one engine, each sample at another timestep."""
-    family, _, model = tiny_model(kind)
+    made = chain(kind)
     for size in (8, 16):
         inputs = tiny_inputs(kind, size=size)
-        torch.testing.assert_close(chain(kind).exact.run(inputs), family.forward(model, inputs), rtol=0, atol=FLOAT_TOLERANCE)
+        expected = made.source.family_object.forward(made.source.model, inputs)
+        torch.testing.assert_close(made.denoiser.run(inputs), expected, rtol=0, atol=FLOAT_TOLERANCE)
 
 
 def check_quantized_engine(kind: str) -> None:
     """No further from the reference than the reference is from the float model: a tie of rounding cascades."""
-    family, _, model = tiny_model(kind)
+    made = chain(kind)
     inputs = tiny_inputs(kind)
-    exact, expected = family.forward(model, inputs), Reference(artifact_by_hand(kind))(inputs)
-    found = chain(kind).quantized.run(inputs)
+    exact, expected = made.source.family_object.forward(made.source.model, inputs), Reference(made.artifact)(inputs)
+    found = made.quantized.run(inputs)
     assert (expected - exact).norm() > 0
     assert (found - expected).norm() <= (expected - exact).norm()
 
 
-def check_pipeline(pipeline, kind: str, **arguments) -> None:
-    """The pipeline gives the same with the float engine in the model's place."""
-    pipeline.set_progress_bar_config(disable=True)
+def check_pipeline(kind: str, scheduler: str | None = None, settings: dict | None = None, **arguments) -> None:
+    """The pipeline that comes back gives what the original gives, within 1e-4, by the scheduler that it is shipped with or by another one."""
+    made = chain(kind)
     results = []
-    for transformer in (chain(kind).model, chain(kind).exact):
-        pipeline.transformer = transformer
+    for pipeline in (made.original, made.exact):
+        own = pipeline.scheduler
+        if scheduler:
+            pipeline.scheduler = scheduler_named(scheduler, dict(own.config) | (settings or {}))
         torch.manual_seed(0)  # some pipelines hand their generator to no scheduler
-        result = pipeline(**arguments, num_inference_steps=3, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
+        try:
+            result = pipeline(**arguments, num_inference_steps=3, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
+        finally:
+            pipeline.scheduler = own
         results.append(torch.as_tensor(result))
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=FLOAT_TOLERANCE * float(results[0].abs().max().clamp(min=1)))
+    # In units of the sample's own size, which is 1 where a model is trained; an untrained one, guided, walks a diffusion to some hundreds.
+    size = float(results[0].square().mean().sqrt())
+    assert size > 0
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=FLOAT_TOLERANCE * max(1.0, size))
 
 
-def tiny_vae(channels: int = 4) -> AutoencoderKL:
-    """Halves the size three times."""
-    torch.manual_seed(0)
-    blocks = 4
-    return AutoencoderKL(
-        block_out_channels=(4,) * blocks,
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        layers_per_block=1,
-        norm_num_groups=2,
-        latent_channels=channels,
-        sample_size=64,
-        shift_factor=0.0,
-    ).eval()
+def check_components(kind: str) -> None:
+    """The pipeline is of the class that went in; its other components hold the very same weights, the denoiser is the engine."""
+    made = chain(kind)
+    assert type(made.exact) is type(made.original)
+    assert isinstance(made.exact.transformer, EngineDenoiser)
+    assert set(made.exact.components) == set(made.original.components)
+    for name, part in made.original.components.items():
+        back = made.exact.components[name]
+        if name == "transformer":
+            continue
+        assert type(back) is type(part), name
+        if isinstance(part, torch.nn.Module):
+            state = back.state_dict()
+            assert all(torch.equal(value, state[key]) for key, value in part.state_dict().items()), name
+        elif name.startswith("tokenizer") and part is not None:
+            assert back(PROMPTS[1]).input_ids == part(PROMPTS[1]).input_ids
+    back, own = (dict(pipeline.scheduler.config) for pipeline in (made.exact, made.original))
+    assert {key: value for key, value in back.items() if not key.startswith("_")} == {
+        key: value for key, value in own.items() if not key.startswith("_")
+    }
+
+
+def check_prompts(kind: str, expected: tuple, without: tuple) -> None:
+    """Prompts become what the pipeline's own `encode_prompt` makes of them, and the calibration was told so.
+
+    Args:
+        kind: Of the pipeline.
+        expected: Of the family's `text_inputs`, in order, as its `encode_prompt` gives them for PROMPTS.
+        without: For no prompt; empty where the model is not guided by leaving the prompt away.
+    """
+    made = chain(kind)
+    family = made.source.family_object
+    given, none = encode(home(kind), family, made.source.config, PROMPTS)
+    assert list(given) == list(family.text_inputs)
+    for name, value in zip(family.text_inputs, expected, strict=True):
+        torch.testing.assert_close(given[name], value.float())
+    assert list(none) == (list(family.text_inputs) if without else [])
+    for name, value in zip(none, without, strict=True):
+        torch.testing.assert_close(none[name], value[:1].float())
+    assert made.artifact.provenance["conditioning"].startswith("2 prompts")
+    assert made.artifact.provenance["guidance"] == family.guidance(made.source.config).scale

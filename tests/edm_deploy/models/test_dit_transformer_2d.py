@@ -1,11 +1,10 @@
 import pytest
 import torch
-from diffusers import DiTPipeline
 
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.pipelines import scheduler_named, schedulers_for
+from edm_deploy.pipelines import schedulers_for
 from tests.conftest import SCHEDULER, tiny_model
-from tests.edm_deploy.models.chain import chain, check_float_engine, check_pipeline, check_quantized_engine, tiny_vae
+from tests.edm_deploy.models.chain import chain, check_components, check_float_engine, check_pipeline, check_quantized_engine
 
 pytest.importorskip("onnxruntime")
 
@@ -18,10 +17,14 @@ def test_the_quantized_engine_is_the_reference():
     check_quantized_engine("dit")
 
 
-@pytest.mark.parametrize("scheduler", schedulers_for(SCHEDULER))
-def test_it_drops_into_its_pipeline_with_every_scheduler(scheduler):
-    pipeline = DiTPipeline(chain("dit").model, tiny_vae(), scheduler_named(scheduler, SCHEDULER))
-    check_pipeline(pipeline, "dit", class_labels=[3, 999], output_type="np")
+@pytest.mark.parametrize("scheduler", [None, *schedulers_for(SCHEDULER)])
+def test_its_pipeline_comes_back_with_every_scheduler(scheduler):
+    check_pipeline("dit", scheduler, class_labels=[3, 999], output_type="np")
+
+
+def test_everything_beside_the_denoiser_comes_back_as_it_was():
+    check_components("dit")
+    assert chain("dit").exact.get_label_ids(["goldfish"]) == [1]
 
 
 def test_what_shapes_every_token_stays_at_8_bit_and_the_variance_is_not_walked():
@@ -36,7 +39,7 @@ def test_what_shapes_every_token_stays_at_8_bit_and_the_variance_is_not_walked()
 
 
 def test_misuse_is_one_clear_error():
-    denoiser = chain("dit").exact
+    denoiser = chain("dit").denoiser
     sample, labels = torch.zeros(1, 4, 8, 8), torch.tensor([1])
     with pytest.raises(InputError, match="timestep 1000 lies outside the schedule"):
         denoiser(sample, 1000, labels)

@@ -1,11 +1,21 @@
+import copy
+
 import pytest
 import torch
-from diffusers import FluxPipeline
 
+from edm_deploy.encoding import conditioner_of
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.pipelines import scheduler_named
-from tests.conftest import FLOW_SCHEDULER, tiny_model
-from tests.edm_deploy.models.chain import chain, check_float_engine, check_pipeline, check_quantized_engine, tiny_vae
+from edm_deploy.sampling import set_steps
+from tests.conftest import tiny_model
+from tests.edm_deploy.models.chain import (
+    PROMPTS,
+    chain,
+    check_components,
+    check_float_engine,
+    check_pipeline,
+    check_prompts,
+    check_quantized_engine,
+)
 
 pytest.importorskip("onnxruntime")
 
@@ -18,21 +28,52 @@ def test_the_quantized_engine_is_the_reference():
     check_quantized_engine("flux")
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dynamic_shifting": True}], ids=["fixed-shift", "dynamic-shift"])
-def test_it_drops_into_its_pipeline(settings):
-    generator = torch.Generator().manual_seed(1)
-    pipeline = FluxPipeline(
-        scheduler_named("flow-euler", FLOW_SCHEDULER | settings), tiny_vae(4), None, None, None, None, chain("flux").model
-    )
-    check_pipeline(
-        pipeline,
-        "flux",
-        prompt_embeds=torch.randn(2, 9, 12, generator=generator),
-        pooled_prompt_embeds=torch.randn(2, 16, generator=generator),
-        height=64,
-        width=128,
-        output_type="latent",
-    )
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "settings"),
+    [
+        ("flux", None, {}),  # shifted by the size of the image, as dev is
+        ("flux", "flow-euler", {"use_dynamic_shifting": False}),
+        ("flux-schnell", None, {}),
+        ("flux-schnell", "flow-euler", {"use_dynamic_shifting": True}),
+    ],
+)
+def test_its_pipeline_comes_back(kind, scheduler, settings, size):
+    check_pipeline(kind, scheduler, settings, prompt=list(PROMPTS), height=64, width=size, output_type="latent")
+
+
+@pytest.mark.parametrize("kind", ["flux", "flux-schnell"])
+def test_everything_beside_the_denoiser_comes_back_as_it_was(kind):
+    check_components(kind)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["flux", "flux-schnell"])
+def test_prompts_become_what_the_pipeline_itself_makes_of_them(kind):
+    given, pooled, _ = chain(kind).original.encode_prompt(list(PROMPTS), None)
+    check_prompts(kind, (given, pooled), ())
+
+
+def test_a_prompt_that_is_longer_than_the_second_text_encoder_takes_is_refused():
+    assert conditioner_of(chain("flux").source, prompts=("a" * 200,)).origin.startswith("1 prompts")  # CLIP is meant to see less
+    with pytest.raises(InputError, match=r"has 602 tokens; the text encoder takes 512"):
+        conditioner_of(chain("flux").source, prompts=("a" * 600,))
+
+
+def test_rows_are_calibrated_where_its_pipeline_stops():
+    """The scheduler alone would space three steps from 1 to 0.001: rows that no sample ever meets."""
+    made = chain("flux-schnell")
+    made.original(PROMPTS[0], num_inference_steps=3, height=64, width=64, output_type="latent")
+    scheduler = copy.deepcopy(made.source.scheduler)
+    set_steps(scheduler, 3, made.source.family_object.sigmas(3))
+    torch.testing.assert_close(scheduler.timesteps, made.original.scheduler.timesteps)
+    assert made.artifact.timesteps.tolist() == [333, 667, 999]  # 1000 takes the last row
+
+
+def test_building_it_says_nothing(capfd):
+    family, config, _ = tiny_model("flux")
+    assert family.build(config).config.sample_size == 8
+    assert "sample_size" not in capfd.readouterr().err
 
 
 def test_timesteps_of_the_graph_are_those_of_the_schedule():
@@ -58,7 +99,7 @@ def test_another_number_of_image_tokens_than_the_profile_is_refused():
     inputs = {"sample": torch.zeros(1, 100, 16), "timestep": torch.zeros(1)}
     inputs |= {"encoder_hidden_states": torch.zeros(1, 5, 12), "pooled_projections": torch.zeros(1, 16), "guidance": torch.ones(1)}
     with pytest.raises(InputError, match="image_tokens 100 lies outside the engine's profile 16:16:64"):
-        chain("flux").exact.run(inputs | {"img_ids": torch.zeros(1, 100, 3), "txt_ids": torch.zeros(1, 5, 3)})
+        chain("flux").denoiser.run(inputs | {"img_ids": torch.zeros(1, 100, 3), "txt_ids": torch.zeros(1, 5, 3)})
 
 
 def test_packed_latents_are_unpacked_as_the_pipeline_unpacks_them():

@@ -1,11 +1,20 @@
 import pytest
 import torch
-from diffusers import PixArtAlphaPipeline
+from diffusers import PixArtSigmaPipeline
 
+from edm_deploy.encoding import conditioner_of
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.pipelines import scheduler_named, schedulers_for
+from edm_deploy.pipelines import schedulers_for
 from tests.conftest import SCHEDULER, tiny_model
-from tests.edm_deploy.models.chain import chain, check_float_engine, check_pipeline, check_quantized_engine, tiny_vae
+from tests.edm_deploy.models.chain import (
+    PROMPTS,
+    chain,
+    check_components,
+    check_float_engine,
+    check_pipeline,
+    check_prompts,
+    check_quantized_engine,
+)
 
 pytest.importorskip("onnxruntime")
 
@@ -18,24 +27,36 @@ def test_the_quantized_engine_is_the_reference():
     check_quantized_engine("pixart")
 
 
-@pytest.mark.parametrize("scheduler", schedulers_for(SCHEDULER))
-def test_it_drops_into_its_pipeline_with_every_scheduler(scheduler):
-    generator = torch.Generator().manual_seed(1)
-    pipeline = PixArtAlphaPipeline(None, None, tiny_vae(), chain("pixart").model, scheduler_named(scheduler, SCHEDULER))
-    check_pipeline(
-        pipeline,
-        "pixart",
-        prompt=None,
-        negative_prompt=None,
-        prompt_embeds=torch.randn(2, 9, 12, generator=generator),
-        prompt_attention_mask=torch.tensor([[1] * 5 + [0] * 4, [1] * 9]),
-        negative_prompt_embeds=torch.randn(2, 9, 12, generator=generator),
-        negative_prompt_attention_mask=torch.tensor([[1] + [0] * 8] * 2),
-        height=64,
-        width=128,
-        use_resolution_binning=False,
-        output_type="latent",
-    )
+@pytest.mark.parametrize("size", [{}, {"height": 64, "width": 128}], ids=["own-size", "wider"])
+@pytest.mark.parametrize("scheduler", [None, *schedulers_for(SCHEDULER)])
+def test_its_pipeline_comes_back_with_every_scheduler(scheduler, size):
+    check_pipeline("pixart", scheduler, prompt=list(PROMPTS), **size, use_resolution_binning=False, output_type="latent")
+
+
+def test_everything_beside_the_denoiser_comes_back_as_it_was():
+    check_components("pixart")
+
+
+@torch.no_grad()
+def test_prompts_become_what_the_pipeline_itself_makes_of_them():
+    given, mask, without, without_mask = chain("pixart").original.encode_prompt(list(PROMPTS))
+    check_prompts("pixart", (given, mask), (without, without_mask))
+
+
+def test_a_prompt_that_the_pipeline_would_cut_is_refused_though_the_tokenizer_takes_it():
+    assert chain("pixart").original.tokenizer.model_max_length > 130
+    with pytest.raises(InputError, match=r"The prompt 'aaaa.*' has 132 tokens; the text encoder takes 120\. Shorten it"):
+        conditioner_of(chain("pixart").source, prompts=("a" * 130,))
+
+
+@torch.no_grad()
+def test_sigma_takes_as_many_tokens_as_its_own_pipeline():
+    sigma = PixArtSigmaPipeline(**chain("pixart").original.components)
+    family, config, _ = tiny_model("pixart")
+    given, without = family.encode_prompts(config, sigma, PROMPTS)
+    assert given["encoder_hidden_states"].shape == (2, 300, 12)
+    torch.testing.assert_close(given["encoder_hidden_states"], sigma.encode_prompt(list(PROMPTS))[0])
+    assert without["encoder_attention_mask"].shape == (1, 300)
 
 
 def test_layers_whose_rows_are_not_the_samples_stay_float():
@@ -47,7 +68,7 @@ def test_layers_whose_rows_are_not_the_samples_stay_float():
 
 
 def test_misuse_is_one_clear_error():
-    denoiser = chain("pixart").exact
+    denoiser = chain("pixart").denoiser
     with pytest.raises(InputError, match="tokens 513 lies outside the engine's profile 1:8:512"):
         denoiser(torch.zeros(1, 4, 8, 8), torch.zeros(1, 513, 12), 1, encoder_attention_mask=torch.ones(1, 513))
     with pytest.raises(InputError, match="encoder_attention_mask has tokens 4, another input has 5"):

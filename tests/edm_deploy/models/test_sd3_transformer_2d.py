@@ -1,11 +1,23 @@
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
 
+from edm_deploy.encoding import conditioner_of
 from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.manifest import Range
 from edm_deploy.pipelines import scheduler_named, schedulers_for
+from edm_deploy.session import BuildOptions
+from engines import build_engine
 from tests.conftest import FLOW_SCHEDULER, tiny_model
-from tests.edm_deploy.models.chain import chain, check_float_engine, check_pipeline, check_quantized_engine, tiny_vae
+from tests.edm_deploy.models.chain import (
+    PROMPTS,
+    chain,
+    check_components,
+    check_float_engine,
+    check_pipeline,
+    check_prompts,
+    check_quantized_engine,
+    home,
+)
 
 pytest.importorskip("onnxruntime")
 
@@ -18,15 +30,39 @@ def test_the_quantized_engine_is_the_reference():
     check_quantized_engine("sd3")
 
 
-@pytest.mark.parametrize("scheduler", schedulers_for(FLOW_SCHEDULER))
-def test_it_drops_into_its_pipeline_with_every_scheduler(scheduler):
-    generator = torch.Generator().manual_seed(1)
-    pipeline = StableDiffusion3Pipeline(
-        chain("sd3").model, scheduler_named(scheduler, FLOW_SCHEDULER), tiny_vae(), None, None, None, None, None, None
-    )
-    embeds = {name: torch.randn(1, 9, 12, generator=generator) for name in ("prompt_embeds", "negative_prompt_embeds")}
-    pooled = {name: torch.randn(1, 16, generator=generator) for name in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")}
-    check_pipeline(pipeline, "sd3", **embeds, **pooled, height=64, width=128, output_type="latent")
+@pytest.mark.parametrize("size", [{}, {"height": 64, "width": 128}], ids=["own-size", "wider"])
+@pytest.mark.parametrize("scheduler", [None, *schedulers_for(FLOW_SCHEDULER)])
+def test_its_pipeline_comes_back_with_every_scheduler(scheduler, size):
+    check_pipeline("sd3", scheduler, prompt=PROMPTS[0], **size, output_type="latent")
+
+
+def test_its_pipeline_comes_back_with_a_shift_by_size():
+    check_pipeline("sd3", "flow-euler", {"use_dynamic_shifting": True}, prompt=PROMPTS[0], output_type="latent")
+
+
+def test_everything_beside_the_denoiser_comes_back_as_it_was():
+    check_components("sd3")
+
+
+@torch.no_grad()
+def test_prompts_become_what_the_pipeline_itself_makes_of_them():
+    given, without, pooled, without_pooled = chain("sd3").original.encode_prompt(list(PROMPTS), None, None)
+    check_prompts("sd3", (given, pooled), (without, without_pooled))
+
+
+@torch.no_grad()
+def test_without_its_third_text_encoder_zeros_stand_in_the_place_of_its_tokens():
+    given, without, pooled, without_pooled = chain("sd3-without-t5").original.encode_prompt(list(PROMPTS), None, None)
+    check_prompts("sd3-without-t5", (given, pooled), (without, without_pooled))
+    assert not given[:, 77:].any()
+    with pytest.raises(InputError, match=r"has 82 tokens; the text encoder takes 77"):
+        conditioner_of(chain("sd3-without-t5").source, prompts=("a" * 80,))
+
+
+def test_a_pipeline_without_its_third_text_encoder_comes_back_without_it():
+    check_components("sd3-without-t5")
+    assert chain("sd3-without-t5").exact.text_encoder_3 is None
+    check_pipeline("sd3-without-t5", prompt=PROMPTS[0], output_type="latent")
 
 
 def test_a_flow_starts_at_the_length_of_the_schedule_and_no_higher():
@@ -40,13 +76,22 @@ def test_a_flow_starts_at_the_length_of_the_schedule_and_no_higher():
 def test_positions_bound_the_size():
     family, config, _ = tiny_model("sd3")
     assert family.limits(config) == {"height": 24, "width": 24}
+    with pytest.raises(InputError, match=r"--height 8:8:26: this model has positions up to 24"):
+        build_engine(
+            home("sd3").parent / "float" / "onnx",
+            home("sd3").parent / "none",
+            backend="ort",
+            options=BuildOptions(profile={"height": Range(8, 8, 26)}),
+        )
+    with pytest.raises(InputError, match=r"height 24 lies outside the engine's profile 8:8:16\. .* build again with --height 8:8:24"):
+        chain("sd3").exact(PROMPTS[0], height=192, width=64, num_inference_steps=1, output_type="latent")
 
 
 @pytest.mark.parametrize("name", ["block_controlnet_hidden_states", "joint_attention_kwargs", "skip_layers"])
 def test_what_the_graph_does_not_carry_is_refused(name):
     given = {"joint_attention_kwargs": {"scale": 0.5}, "skip_layers": [1]}.get(name, [torch.zeros(1)])
     with pytest.raises(UnsupportedError, match=f"no input '{name}'"):
-        chain("sd3").exact(torch.zeros(1, 4, 8, 8), torch.zeros(1, 5, 12), torch.zeros(1, 16), 1, **{name: given})
+        chain("sd3").denoiser(torch.zeros(1, 4, 8, 8), torch.zeros(1, 5, 12), torch.zeros(1, 16), 1, **{name: given})
 
 
 def test_a_scheduler_of_another_kind_is_refused():
