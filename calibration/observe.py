@@ -36,6 +36,15 @@ class Observation:
     low: float
     high: float
 
+    def __add__(self, other: Observation) -> Observation:
+        """What was fed at either row."""
+        return Observation(torch.cat([self.values, other.values]), min(self.low, other.low), max(self.high, other.high))
+
+    def thinned(self, times: int, generator: torch.Generator) -> Observation:
+        """One of so many values, drawn at random; the smallest and the largest are known still."""
+        count = -(-len(self.values) // times)
+        return Observation(self.values[torch.randint(len(self.values), (count,), generator=generator)], self.low, self.high)
+
 
 class Observer:
     """Collects one site's input over the batches of one row. A forward pre-hook of the teacher's layer."""
@@ -60,6 +69,24 @@ class Observer:
         observation = Observation(torch.cat(self.parts), self.low, self.high)
         self.parts, self.low, self.high = [], 0.0, 0.0
         return observation
+
+
+class Extremes:
+    """The smallest and largest of all values that one site was fed, 0 among them. A forward pre-hook of the teacher's layer."""
+
+    def __init__(self) -> None:
+        self.low, self.high = 0.0, 0.0
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Look at one batch; a pre-hook gets the layer and its arguments."""
+        low, high = torch.aminmax(args[0])
+        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+
+    def take(self) -> tuple[float, float]:
+        """Both; it starts anew."""
+        found = self.low, self.high
+        self.low, self.high = 0.0, 0.0
+        return found
 
 
 class InputMean:
@@ -114,6 +141,7 @@ def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, re
     handles = [layers[name].register_forward_pre_hook(_pre_scaled(student.layers[name], seer)) for name, seer in seers]
     specs = {name: recipe.specs(name, teacher.family.placement(name)) for name in student.quantizers}
     student_leads = any(chosen.student_leads for chosen in run.passes)
+    pooled: dict[str, Observation] = {}
     start = time.perf_counter()
     try:
         with CtrlC() as interrupt:
@@ -123,9 +151,12 @@ def calibrate(student: Student, teacher: Teacher, trajectories: Trajectories, re
                     if not student_leads:
                         trajectories.advance(batch, batch.conditioning.combine(prediction))
                 seen = {name: observer.take() for name, observer in observers.items()}
+                if recipe.static:
+                    thinned = {name: observation.thinned(trajectories.rows, generator) for name, observation in seen.items()}
+                    seen = pooled = {name: pooled[name] + one for name, one in thinned.items()} if pooled else thinned
                 ranges = each_in_a_thread(lambda name: recipe.activation_range(seen[name], specs[name]), seen)  # noqa: B023  # run at once
                 for quantizer, range_ in zip(student.quantizers.values(), ranges, strict=True):
-                    quantizer.set_row(row, range_)
+                    quantizer.set_row(slice(None) if recipe.static else row, range_)
                 for batch in batches if student_leads else ():
                     trajectories.advance(batch, batch.conditioning.combine(student(batch.inputs).float()))
                 rate = done / (time.perf_counter() - start)

@@ -224,6 +224,11 @@ class Recipe:
         """Whether calibration moves biases by what rounding the weights takes from the mean output."""
         return False
 
+    @property
+    def static(self) -> bool:
+        """Whether all rows of a table are one: the range of what was observed at any of them."""
+        return False
+
     def settings(self) -> dict[str, Any]:
         """Every setting by name, for provenance and checkpoints."""
         return asdict(self)

@@ -126,7 +126,7 @@ class _Work:
 
     def _part(self, entropies: Mapping[str, float]) -> None:
         self.entropies = entropies
-        self.blocks = blocks_of(self.student, skeleton(self.student.family, self.student.config), self.partition, entropies)
+        self.blocks = blocks_of(self.student, skeleton(self.student.family, self.student.config, self.student.structure), self.partition, entropies)
         self.plan = Plan([block.macs for block in self.blocks], [stage.steps for stage in self.stages])
 
     def _draw(self, at: int) -> None:
@@ -189,6 +189,7 @@ class _Work:
         """Load the state; blocks done."""
         assert self.run.options.checkpoint is not None  # RunOptions sees to it
         done, tensors = load_checkpoint(self.run.options.checkpoint, self.run.identity)
+        self.student.make_room(_under("parameter.", tensors))
         for name, value in self.student.learnable_or_fixed().items():
             value.copy_(tensors[f"parameter.{name}"])
         for name, layer in self.student.layers.items():

@@ -105,6 +105,8 @@ def commit(layers: Iterable[StudentLayer]) -> None:
     for layer in layers:
         if isinstance(layer.rounding, AdaRound):
             weight = dequantize_weight(layer.rounding.codes(), layer.rounding.scale)
+            if layer.pre_scale is not None:  # the layer divides its weight by it
+                weight = weight * layer.pre_scale.reshape(-1, *[1] * (weight.ndim - 2))
             layer.layer.weight = nn.Parameter(weight.to(memory_format=_layout(layer.layer.weight)), requires_grad=False)
             layer.rounding = None
 

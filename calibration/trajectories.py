@@ -50,6 +50,11 @@ class Trajectories:
         conditioner: Draws what they are told; None draws it at random and guides as the family does.
     """
 
+    position: Tensor
+    next_member: int
+    sample: Tensor
+    conditioning: dict[str, Tensor]
+
     def __init__(
         self,
         source: Source,
@@ -66,10 +71,7 @@ class Trajectories:
         self.conditioner = conditioner or Conditioner(source.family_object, source.config)
         self.size, self.eta, self.device = size, eta, device
         self.generator = torch.Generator().manual_seed(seed)
-        self.position = torch.zeros(size, dtype=torch.int64)
-        self.next_member = 0
-        self.sample = self._noise(size)
-        self.conditioning = self._conditioning(size)
+        self.restart()
 
     @property
     def rows(self) -> int:
@@ -112,6 +114,13 @@ class Trajectories:
             kept[target == position] = self.sample[target == position]
             yield self.rows - 1 - position, [self._batch(members) for members in torch.split(torch.arange(self.size), batch)]
         self.sample, self.position, self.conditioning = kept, target, conditioning
+
+    def restart(self) -> None:
+        """Begin anew: fresh noise and conditioning, every sample at the first timestep."""
+        self.position = torch.zeros(self.size, dtype=torch.int64)
+        self.next_member = 0
+        self.sample = self._noise(self.size)
+        self.conditioning = self._conditioning(self.size)
 
     def state(self) -> dict[str, Tensor]:
         """All that decides what comes next, by name."""

@@ -6,20 +6,35 @@ Source: Li et al., Q-Diffusion, ICCV 2023, arXiv 2302.04304; constants from the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import nn
 
 from calibration.blockwise import Blockwise, drawn
+from calibration.concatenations import concatenated_inputs
 from calibration.learners import LearnScales
 from calibration.recipe import Run, at_least
 from calibration.reconstruct import Stage, reconstruct
 from calibration.student import DTYPES, Student, Teacher
 from calibration.trajectories import Trajectories
+from edm_deploy.errors import InputError
+from edm_deploy.pipelines import Source
+from edm_deploy.structure import PUBLISHED, Structure
+
+Split = Literal["shortcut", "all", "none"]
+SPLITS = get_args(Split)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QDiff(Blockwise):
     """Weights first, with activations in floating point; then the activation scales.
 
+    Unlike the released code: weights are symmetric and the ranges' lowest code is an integer, as everywhere here; attention's products stay in floating
+    point; first and last layers stay at 8 bit; the weights' rounding starts from scales of the least error, which are not searched again after a split.
+
     Attributes:
+        split: Which layers on a concatenation quantize its parts apart, each with scales of its own: `shortcut` the 1x1 convolutions that see it as it
+            is, `all` the layers behind its norm and activation too. Source: shortcut, section 4.3.
         scale_rate: Rate of the logarithm of the activation scales at 5000 steps, falling as half a cosine. Source: 4e-4, of the scale itself.
     """
 
@@ -29,10 +44,26 @@ class QDiff(Blockwise):
     rows: int = 20
     calibration_samples: int = 256
     scale_rate: float = 4e-4
+    split: Split = "shortcut"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("scale_rate", self.scale_rate, 0.0)
+        if self.split not in SPLITS:
+            raise InputError(f"split is {self.split!r}; expected one of {', '.join(SPLITS)}. Set another split.")
+
+    @property
+    def static(self) -> bool:
+        """Yes: section 4.1's quantizers know no timestep."""
+        return True
+
+    def structure(self, source: Source) -> Structure:
+        """The layers on a concatenation, cut where its parts meet."""
+        if self.split == "none":
+            return PUBLISHED
+        found = concatenated_inputs(source.family_object, source.config, through=self.split == "all")
+        layers = {name: source.model.get_submodule(name) for name in found}
+        return Structure({name: sizes for name, sizes in found.items() if self.split == "all" or _is_shortcut(layers[name])})
 
     def fit(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
         """Calibrate, unless a checkpoint is resumed; then round, then scale."""
@@ -54,6 +85,10 @@ class QDiff(Blockwise):
             super().fit(student, teacher, trajectories, run)
         student.compute_dtype = DTYPES[self.compute]
         reconstruct(student, teacher, trajectories, self.partition, [rounding, scales], run, seed=self.seed)
+
+
+def _is_shortcut(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)
 
 
 RECIPE = QDiff
