@@ -13,6 +13,7 @@ from edm_deploy.activations import ActivationTable, nearest_rows
 from edm_deploy.artifact import Artifact
 from edm_deploy.family import Family, family_named
 from edm_deploy.quant import quantize_weight, symmetric_bounds, weight_bounds
+from edm_deploy.structure import PUBLISHED
 from edm_deploy.site import Site
 
 torch.set_num_threads(2)
@@ -176,12 +177,10 @@ def _one_trace_each():
 
     drawn = {}
 
-    def copied(family, config, dtype, *others, **options):
-        if others or options:
-            return trace.trace(family, config, dtype, *others, **options)
-        key = type(family), json.dumps(config, sort_keys=True), dtype
+    def copied(family, config, dtype, structure=PUBLISHED):
+        key = type(family), json.dumps([config, structure.to_json()], sort_keys=True), dtype
         if key not in drawn:
-            drawn[key] = trace.trace(family, config, dtype)
+            drawn[key] = trace.trace(family, config, dtype, structure)
         return drawn[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:
