@@ -81,7 +81,7 @@ def read_json(path: Path, *, what: str) -> dict[str, Any]:
         ArtifactError: No such file, or it holds no json object.
     """
     if not path.parent.exists():
-        raise ArtifactError(f"{path.parent} does not exist; expected an {what} directory. Check the path.")
+        raise ArtifactError(f"{path.parent} does not exist; expected {_a(what)} directory. Check the path.")
     if not path.is_file():
         raise ArtifactError(f"{path.parent} is no {what} directory: it has no {path.name}. `edm-deploy inspect` says what a path is.")
     try:
@@ -91,6 +91,10 @@ def read_json(path: Path, *, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} holds a {type(content).__name__}, expected a json object. Copy or make it again.")
     return content
+
+
+def _a(what: str) -> str:
+    return f"{'an' if what[0].lower() in 'aeio' else 'a'} {what}"
 
 
 def copy_pipeline_files(pipeline: Mapping[str, Any], directory: Path) -> None:

@@ -102,7 +102,7 @@ def complete_profile(manifest: Manifest, asked: Mapping[str, Range]) -> dict[str
         if any(size % multiple for size in (sizes.min, sizes.opt, sizes.max)):
             raise InputError(f"--{dim} {sizes.min}:{sizes.opt}:{sizes.max}: this model's levels need multiples of {multiple}.")
     for dim, largest in family.limits(manifest.config).items():
-        if profile[dim].max > largest:
+        if dim in profile and profile[dim].max > largest:
             raise InputError(f"--{dim} {profile[dim].min}:{profile[dim].opt}:{profile[dim].max}: this model has positions up to {largest}.")
     return profile
 

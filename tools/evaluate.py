@@ -66,6 +66,8 @@ def open_subjects(paths: Sequence[Path], labels: Sequence[str] = ()) -> list[Sub
     """Artifacts and engines with the artifact that each was built from, where it is among them."""
     kinds = [kind_of(str(path)) for path in paths]
     for path, kind in zip(paths, kinds, strict=True):
+        if not path.exists():
+            raise ArtifactError(f"{path} does not exist; evaluate takes artifacts and engines. Check the path.")
         if kind not in ("artifact", "engine"):
             raise ArtifactError(f"{path} is {_a(kind)}; evaluate takes artifacts and engines.{_mend(kind, path)}")
     artifacts = {path: Artifact.load(path) for path, kind in zip(paths, kinds, strict=True) if kind == "artifact"}
@@ -184,10 +186,4 @@ def _a(kind: str) -> str:
 
 
 def _mend(kind: str, path: Path) -> str:
-    return (
-        f" Run edm-deploy build-engine {path} first."
-        if kind == "onnx"
-        else " Run edm-deploy calibrate first."
-        if path.exists()
-        else " Check the path."
-    )
+    return f" Run edm-deploy build-engine {path} first." if kind == "onnx" else " Run edm-deploy calibrate first."

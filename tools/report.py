@@ -15,7 +15,7 @@ from PIL import Image
 from edm_deploy.own_pipelines import images_from_sample
 from edm_deploy.target import summary
 from edm_deploy_tools.charts import curves, heat_map, png_uri
-from edm_deploy_tools.console import Row, bytes_of, cell, size_words, time_words
+from edm_deploy_tools.console import Row, cell, size_words, time_words
 from edm_deploy_tools.results import Report, Result, Subject, agreement_json, conditions, final_samples
 from edm_deploy_tools.sample import grid_of
 from edm_deploy_tools.sites import SiteAgreement
@@ -66,7 +66,7 @@ def _summary(report: Report) -> str:
                 "scheme": result.subject.scheme,
                 "mean noise error": f"{result.distance.noise_error:.4f}",
                 "PSNR, dB": f"{result.distance.psnr:.1f}",
-                "on disk": size_words(bytes_of(result.subject.path)),
+                "on disk": size_words(result.subject.bytes),
                 "one call": f"{1000 * result.distance.seconds:.0f} ms" if engine else None,
                 "computed by": str(engine.backend) if engine else "reference executor, exact integers",
             }

@@ -42,6 +42,11 @@ class Subject:
         return "engine" if self.engine else "artifact"
 
     @property
+    def bytes(self) -> int:
+        """On disk: of the artifact's directory, or of the engine without text encoders and VAE, which may lie beside it."""
+        return int(self.engine.build.get("engine_bytes") or bytes_of(self.path)) if self.engine else bytes_of(self.path)
+
+    @property
     def scheme(self) -> str:
         """`W4A4`."""
         if self.engine:
@@ -133,7 +138,7 @@ def headline(report: Report) -> list[Row]:
             "scheme": result.subject.scheme,
             "noise error": result.distance.noise_error,
             "PSNR dB": round(result.distance.psnr, 2),
-            "MB": round(bytes_of(result.subject.path) / 1e6, 2),
+            "MB": round(result.subject.bytes / 1e6, 2),
             "codes beyond a tie": sum(site.differ for site in result.agreement) if result.agreement is not None else None,
         }
         for result in report.results
@@ -148,7 +153,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "kind": subject.kind,
         "path": str(subject.path),
         "scheme": subject.scheme,
-        "bytes": bytes_of(subject.path),
+        "bytes": subject.bytes,
         "noise_error": far.noise_error,
         "noise_error_by_step": list(far.noise_errors),
         "psnr_db": far.psnr,
@@ -200,6 +205,6 @@ def conditions(report: Report) -> str:
     """How samples were drawn and what was compared, as sentences without markup."""
     walked, setup = report.walk, report.walk.setup
     process = "DDIM without fresh noise" if walked.scheduler == "ddim" else "Euler along the flow"
-    told = "" if not walked.conditioning.given else f", told {walked.origin}"
+    told = "" if not walked.conditioning.given else f", conditioning {walked.origin}"
     guided = "" if walked.guidance is None else f", guidance {walked.guidance:g}"
     return f"{setup.samples} samples, {setup.steps} steps of {process}, seed {setup.seed}{told}{guided}. PSNR of {walked.decoder.words}."

@@ -138,3 +138,17 @@ def test_an_engine_of_another_backend_is_refused(onnx_w4a4, tmp_path, backend):
     manifest = build_engine(onnx_w4a4, tmp_path / "engine", backend=other)
     with pytest.raises(UnsupportedError, match=f"Open it with {other}"):
         lookup.load(engines, backend, "BACKEND").open(tmp_path / "engine", manifest, torch.device("cpu"))
+
+
+def test_a_largest_size_binds_the_dimensions_that_the_graph_has():
+    from dataclasses import replace
+
+    from edm_deploy.family import TIMESTEP
+    from tests.conftest import artifact_by_hand
+
+    artifact = artifact_by_hand("sd3")
+    whole = Manifest.of(artifact, dict.fromkeys(artifact.sites, "node"), kind="onnx", dtype="fp32", weight_storage="int8")
+    with pytest.raises(InputError, match="this model has positions up to 24"):
+        complete_profile(whole, {"height": Range(8, 8, 32)})
+    # A graph cut open at its sites takes each site's input, whose size is fixed.
+    assert set(complete_profile(replace(whole, inputs=(TIMESTEP,)), {})) == {"batch"}

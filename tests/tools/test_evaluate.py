@@ -83,3 +83,26 @@ def test_subjects_know_their_artifact_by_its_digest(chain):
     artifact, engine = open_subjects([chain.artifact, chain.engine])
     assert engine.artifact is artifact.artifact
     assert (artifact.kind, engine.kind) == ("artifact", "engine")
+
+
+def test_a_prompted_model_is_judged_guided_and_decoded(run, prompted, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a horse\n")
+    options = ["--samples", 2, "--steps", 2, "--prompts", prompts, "--guidance", 3]
+    ran = run("evaluate", prompted.artifact, prompted.engine, "--out", tmp_path / "report", *options)
+    assert ran.code == 0, ran.err
+    content = json.loads((tmp_path / "report" / "report.json").read_text())
+    setup = content["setup"]
+    assert (setup["guidance"], setup["prompts"], setup["compared"]) == (3.0, ["a horse"], "decoded")
+    assert setup["conditioning"].startswith("1 prompts, sha256")
+    artifact, engine = content["results"]
+    assert engine["agreement"]["beyond_a_tie"] == 0
+    assert engine["agreement"]["codes"] > 0
+    assert engine["noise_error"] == pytest.approx(artifact["noise_error"], rel=0.2)
+    assert engine["bytes"] < sum(path.stat().st_size for path in prompted.engine.rglob("*.*")), "text encoder and VAE are not the engine's"
+    assert "the images that the pipeline" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_path_that_does_not_exist_is_said(tmp_path):
+    with pytest.raises(ArtifactError, match="does not exist; evaluate takes artifacts and engines"):
+        open_subjects([tmp_path / "none"])

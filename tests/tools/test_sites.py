@@ -88,3 +88,17 @@ def test_an_engine_computes_the_reference_s_codes_at_every_site(chain, reference
     assert sum(site.differ for site in sites) == 0
     # The reference sums integers exactly; the engine's float32 sums err by 2^-24 a term of at most 144 here.
     assert max(site.output_error for site in sites) < 1e-4
+
+
+def test_a_guided_model_is_judged_on_both_halves(tmp_path):
+    from tests.conftest import artifact_by_hand
+    from tests.tools.test_walk import tiny
+
+    walked = walk(tiny("dit"), Setup(samples=2, steps=2, guidance=3.0))
+    artifact = artifact_by_hand("dit", weight_bits=8, act_bits=8)
+    cut = cut_at_sites(artifact, walked, tmp_path / "cut", dtype=torch.float32)
+    assert cut.timestep.tolist() == [walked.timesteps[index] for index in (0, 0, 1, 1)] * 2
+    seen = cut.records["transformer_blocks.0.attn1.to_q"].x
+    assert len(seen) == 8
+    assert not torch.allclose(seen[:4], seen[4:]), "the label changes what the layer sees"
+    assert {site.site for site in statistics(artifact, walked)} == set(artifact.sites)
