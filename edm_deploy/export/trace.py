@@ -87,7 +87,8 @@ def find_sites(graph: ir.Graph, names: list[str]) -> dict[str, SiteNodes]:
 
 def _site_nodes(graph: ir.Graph, name: str) -> SiteNodes:
     weight = graph.initializers.get(f"{name}.weight")
-    users = [use.node for use in weight.uses()] if weight is not None else []
+    # Of a convolution without a bias the exporter makes one of zeros, in the shape that the weight has; it goes with the convolution.
+    users = [use.node for use in weight.uses() if use.node.op_type != "Shape"] if weight is not None else []
     dead: list[ir.Node] = []
     while len(users) == 1 and users[0].op_type in ("Transpose", "Identity"):
         dead.append(users[0])

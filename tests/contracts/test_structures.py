@@ -1,0 +1,128 @@
+"""What holds for every backend on a network with segments, pre-scales and bits by channel: the reference's codes at every site."""
+
+from dataclasses import dataclass
+
+import onnx
+import pytest
+import torch
+
+import calibration
+import engines
+from calibration.recipe import RunOptions
+from calibration.recipes.minmax import MinMax
+from edm_deploy import Artifact
+from edm_deploy.export.onnx import onnx_from_artifact
+from edm_deploy.reference import Reference
+from edm_deploy.session import BuildOptions
+from edm_deploy.structure import Structure
+from edm_deploy.target import TARGETS, plan
+from edm_deploy_tools.sites import agreement, cut_from_inputs
+from tests.calibration.tiny import tiny_source
+from tests.conftest import tiny_inputs
+from tests.contracts.test_backends import RUNS_HERE, engine_of
+
+SHORTCUT = "up_blocks.0.resnets.0.conv_shortcut"
+SCALED = ("up_blocks.0.attentions.0.to_q", "down_blocks.1.resnets.0.conv2", f"{SHORTCUT}.segment1")
+MIXED = "down_blocks.0.resnets.0.conv1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restructuring(MinMax):
+    """One of each thing that a recipe can change about the network, at random."""
+
+    def structure(self, source):
+        channels = source.model.get_submodule(SHORTCUT).in_channels
+        return Structure({SHORTCUT: (channels - 8, 8)})
+
+    def fit(self, student, teacher, trajectories, run):
+        generator = torch.Generator().manual_seed(1)
+        for name in SCALED:
+            student.set_pre_scale(name, 0.5 + torch.rand(student.layers[name].layer.weight.shape[1], generator=generator))
+            for sibling in student.siblings(name):
+                layer = student.layers[sibling]
+                layer.set_weight_scale(self.weight_scale(layer.merged_weight(), layer.bits))
+        layer = student.layers[MIXED]
+        offsets = torch.tensor([-1, 0, 1, 0] * (len(layer.log_weight_scale) // 4)).clamp(max=8 - layer.bits)
+        layer.set_weight_scale(self.weight_scale(layer.merged_weight(), layer.bits) * 2.0**-offsets)
+        layer.set_channel_bits(layer.bits + offsets)
+        super().fit(student, teacher, trajectories, run)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    made = calibration.fit(tiny_source(), Restructuring(rows=3, calibration_samples=2, weight_bits=4, act_bits=4), RunOptions())
+    return Artifact.load(made.save(tmp_path_factory.mktemp("structured") / "a"))
+
+
+def test_an_artifact_keeps_its_structure(artifact):
+    parts = [f"{SHORTCUT}.segment0", f"{SHORTCUT}.segment1"]
+    assert set(parts) <= set(artifact.sites) and SHORTCUT not in artifact.sites
+    assert artifact.structure.segments.keys() == {SHORTCUT}
+    assert set(SCALED) <= set(artifact.structure.pre_scaled), "q, k and v share theirs"
+    assert sorted(set(artifact.sites[MIXED].channel_bits.tolist())) == [3, 4, 5]
+    assert artifact.sites[MIXED].scheme == "W4A4" and not torch.equal(*(artifact.sites[part].activation.scale for part in parts))
+
+
+def test_without_rounding_the_function_is_the_published_one():
+    source = tiny_source()
+    fine = calibration.fit(source, Restructuring(rows=3, calibration_samples=2, weight_bits=8, act_bits=16), RunOptions())
+    inputs = tiny_inputs("unet2d")
+    expected = source.family_object.forward(source.model, inputs)
+    found = Reference(fine)(inputs)
+    assert float((found - expected).square().mean() / expected.square().mean()) < 1e-3  # 7 and 8 bits of weight
+
+
+@pytest.mark.parametrize("name", RUNS_HERE)
+def test_at_every_site_the_codes_are_those_of_the_reference(name, artifact, tmp_path):
+    backend = engines.backend_named(name)
+    engine = engine_of(artifact, backend, tmp_path)
+    cut = cut_from_inputs(artifact, tiny_inputs("unet2d", batch=4), tmp_path / "cut", dtype=backend.site_dtype(engine))
+    sites = agreement(cut, engine, device="cpu")
+    assert {site.site for site in sites} == set(artifact.sites)
+    assert [site.site for site in sites if site.ties or site.differ] == []
+
+
+@pytest.fixture(scope="module")
+def graph(artifact, tmp_path_factory):
+    path = tmp_path_factory.mktemp("graph") / "onnx"
+    onnx_from_artifact(artifact, path)
+    return path
+
+
+def test_the_graph_splits_scales_and_adds(artifact, graph):
+    model = onnx.load(graph / "model.onnx")
+    producers = {output: node for node in model.graph.node for output in node.output}
+    inputs = {node.name: node.input[0] for node in model.graph.node}
+
+    def before(site, op):
+        name = inputs[f"{site}/sum"]
+        while (node := producers[name]).op_type != op:
+            name = node.input[0]
+        return node
+
+    halves = [before(f"{SHORTCUT}.segment{index}", "Split") for index in (0, 1)]
+    assert halves[0].name == halves[1].name
+    quantizers = {before(f"up_blocks.0.attentions.0.to_{letter}", "QuantizeLinear").name for letter in "qkv"}
+    assert len(quantizers) == 1, "siblings that are scaled alike share one quantizer"
+
+
+def test_a_whole_engine_computes_what_the_reference_does(artifact, graph, tmp_path):
+    engines.build_engine(graph, tmp_path / "engine", backend="ort")
+    from edm_deploy.denoiser import open_session
+
+    _, session = open_session(tmp_path / "engine")
+    inputs = tiny_inputs("unet2d")
+    expected = Reference(artifact)(inputs)
+    found = session.run(inputs)["prediction"]
+    assert float((found - expected).square().mean() / expected.square().mean()) < 1e-2  # a tie may cascade
+
+
+def test_tensorrt_rtx_puts_every_part_in_an_integer_layer(artifact, graph, tmp_path):
+    manifest = engines.build_engine(graph, tmp_path / "engine", backend="trt-rtx", options=BuildOptions(gpu="sm_86"))
+    assert {plan.executed for plan in manifest.plan.values()} == {"int8"}
+
+
+def test_bits_by_channel_need_int8_kernels_where_one_has_more_than_4(artifact):
+    plans = plan(artifact, TARGETS["cuda"])
+    assert plans[MIXED].codes == "s8"
+    assert {plans[f"{SHORTCUT}.segment{index}"].executed for index in (0, 1)} == {"int4"}
