@@ -13,8 +13,8 @@ from edm_deploy.activations import ActivationTable, nearest_rows
 from edm_deploy.artifact import Artifact
 from edm_deploy.family import Family, family_named
 from edm_deploy.quant import quantize_weight, symmetric_bounds, weight_bounds
-from edm_deploy.structure import PUBLISHED
 from edm_deploy.site import Site
+from edm_deploy.structure import PUBLISHED
 
 torch.set_num_threads(2)
 
@@ -173,18 +173,30 @@ def table_by_hand(bits: int, largest: float, rows: int) -> ActivationTable:
 @pytest.fixture(scope="session", autouse=True)
 def _one_trace_each():
     """A float graph is drawn once for each model and float type, and copied for each export: drawing takes most of an export's time."""
+    import engines.cuda
     from edm_deploy.export import onnx, trace
+    from edm_deploy.program import exported_program
 
-    drawn = {}
+    graphs, programs = {}, {}
 
-    def copied(family, config, dtype, structure=PUBLISHED):
-        key = type(family), json.dumps([config, structure.to_json()], sort_keys=True), dtype
-        if key not in drawn:
-            drawn[key] = trace.trace(family, config, dtype, structure)
-        return drawn[key].clone()
+    def key(family, config, structure, *types):
+        return type(family), json.dumps([config, structure.to_json()], sort_keys=True), *types
+
+    def graph(family, config, dtype, structure=PUBLISHED):
+        wanted = key(family, config, structure, dtype)
+        if wanted not in graphs:
+            graphs[wanted] = trace.trace(family, config, dtype, structure)
+        return graphs[wanted].clone()
+
+    def program(family, config, dtype, *, input_dtype=None, structure=PUBLISHED):
+        wanted = key(family, config, structure, dtype, input_dtype)
+        if wanted not in programs:
+            programs[wanted] = exported_program(family, config, dtype, input_dtype=input_dtype, structure=structure)
+        return programs[wanted]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx, "trace", copied)
+        patch.setattr(onnx, "trace", graph)
+        patch.setattr(engines.cuda, "exported_program", program)
         yield
 
 
