@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.artifact import Artifact
-from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.errors import InputError, UnsupportedError, first_line
 from edm_deploy.export.fold import fold_time
 from edm_deploy.export.plugin import insert_plugins, plugin_kinds
 from edm_deploy.export.qdq import WeightStorage, insert_qdq, remove_float_weights
@@ -106,7 +106,14 @@ def save_graph(model: ir.Model, directory: Path) -> list[str]:
     external = DATA_NAME if size > EXTERNAL_DATA_BYTES else None
     path = directory / GRAPH_NAME
     ir.save(model, path, external_data=external)
-    onnx.checker.check_model(path, full_check=external is None)
+    try:
+        onnx.checker.check_model(path, full_check=external is None)
+        if external:  # the full check reads all data first; types and shapes need none
+            onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), check_type=True, strict_mode=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
+        raise UnsupportedError(
+            f"The exported graph is no valid ONNX: {first_line(err)}. Please report this with the model's config."
+        ) from err
     return [GRAPH_NAME] + ([DATA_NAME] if external else [])
 
 

@@ -89,7 +89,8 @@ class UNet2DCondition(UNetFamily):
         return sample, TIMESTEP, tokens, ModelInput(POOLED, "float", ("batch", _pooled_width(config))), sizes
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        added = {name: inputs[name] for name in (POOLED, TIME_IDS) if name in inputs}
+        # float32 both: diffusers concatenates them, and sizes are float32. torch would widen by itself; ONNX has no Concat of two types.
+        added = {name: inputs[name].float() for name in (POOLED, TIME_IDS) if name in inputs}
         output: Tensor = model(inputs[SAMPLE], inputs["timestep"], inputs[TOKENS], added_cond_kwargs=added, return_dict=False)[0]
         return output
 

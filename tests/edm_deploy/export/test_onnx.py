@@ -2,11 +2,13 @@ import json
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import pytest
 import torch
 
-from edm_deploy.errors import ArtifactError, InputError
-from edm_deploy.export.onnx import onnx_from_artifact
+from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
+from edm_deploy.export.onnx import onnx_from_artifact, save_graph
 from edm_deploy.manifest import Manifest
 from edm_deploy.reference import Reference
 from tests.conftest import TINY, artifact_by_hand, tiny_inputs, tiny_model
@@ -128,3 +130,14 @@ def test_the_manifest_is_plain_json(exported):
 def test_all_tiny_unets_are_exported():
     """The transformers are exported in the tests of their families."""
     assert {kind for kind, *_ in CASES.values()} == {kind for kind in TINY if kind.startswith("unet2d")}
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["data beside the graph", "in one file"])
+def test_a_graph_of_mixed_types_is_not_written(beside, tmp_path, monkeypatch):
+    monkeypatch.setattr("edm_deploy.export.onnx.EXTERNAL_DATA_BYTES", 0 if beside else 1 << 28)
+    header = '<ir_version: 10, opset_import: ["" : 21]> g (float[N] x, float16[N] h) => (float[M] y)'
+    text = header + " { c = Constant <value_floats = [1.0]> () z = Add (x, c) y = Concat <axis = 0> (z, h) }"
+    model = ir.from_onnx_text(text)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    with pytest.raises(UnsupportedError, match=r"no valid ONNX: .*Concat"):
+        save_graph(model, tmp_path)
