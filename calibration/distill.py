@@ -87,7 +87,7 @@ class Training:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that decides what comes next, by name."""
-        state = {f"parameter.{name}": value.detach() for name, value in self.student.learnable_or_fixed().items()}
+        state = {f"parameter.{name}": value.detach() for name, value in self._kept().items()}
         for name, parameter in self.names.items():
             state |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
         return state | {f"trajectories.{name}": value for name, value in self.trajectories.state().items()}
@@ -96,15 +96,22 @@ class Training:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` gave."""
         self.student.make_room(name.removeprefix("parameter.") for name in state)
-        for name, value in self.student.learnable_or_fixed().items():
+        for name, value in self._kept().items():
             value.copy_(state[f"parameter.{name}"])
         for name, parameter in self.names.items():
             for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"optimizer.{key}.{name}" in state:
-                    self.optimizer.state[parameter][key] = state[f"optimizer.{key}.{name}"].to(parameter.device)
+                if (value := state.get(f"optimizer.{key}.{name}")) is not None:
+                    # In the parameter's own layout: fused Adam walks both as they lie in memory.
+                    like = (
+                        torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
+                    )
+                    self.optimizer.state[parameter][key] = like.copy_(value)
         self.trajectories.load_state(
             {name.removeprefix("trajectories."): value for name, value in state.items() if name.startswith("trajectories.")}
         )
+
+    def _kept(self) -> dict[str, nn.Parameter]:
+        return self.student.learnable_or_fixed() | self.names  # float weights are there only where they are learned
 
     def _loss(self, batch: Batch, target: Tensor) -> Tensor:
         # Source: EfficientDM, arXiv 2310.03270: a guided model is trained on the combined prediction, which its samples are made of.

@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from calibration import Interrupted, RunOptions, fit
+from calibration.recipes.mse import Mse
+from calibration.recipes.qat import QAT
+from edm_deploy.errors import InputError
+from tests.calibration.test_distill import interrupted_at
+from tests.calibration.tiny import tiny_source
+
+SETTINGS = {"rows": 4, "steps": 4, "batch": 4, "calibration_samples": 4, "weight_rate": 0.2}
+
+
+def test_weights_and_biases_are_trained_and_the_source_stays_as_it_is():
+    source = tiny_source()
+    before = {name: value.clone() for name, value in source.model.state_dict().items()}
+    trained = fit(source, QAT(**SETTINGS), RunOptions(teacher_dtype="fp32"))
+    start = fit(source, Mse(rows=4, calibration_samples=4, eta=1.0, weight_bits=4, act_bits=4, bias_correction=False), RunOptions())
+    assert all(torch.equal(value, before[name]) for name, value in source.model.state_dict().items())
+    for name, site in trained.sites.items():
+        assert not torch.equal(site.codes, start.sites[name].codes) or not torch.equal(
+            trained.params[f"{name}.bias"], start.params[f"{name}.bias"]
+        )
+
+
+def test_an_interrupted_and_resumed_run_ends_in_the_same_artifact(tmp_path):
+    source, recipe = tiny_source(), QAT(**SETTINGS)
+    whole = fit(source, recipe, RunOptions())
+    with pytest.raises(Interrupted, match="after step 2"):
+        fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck"), on_progress=interrupted_at(2))
+    assert fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck", resume=True)).digest == whole.digest
+
+
+def test_training_brings_the_student_nearer_to_the_teacher():
+    losses = []
+    settings = {"rows": 2, "steps": 24, "batch": 16, "calibration_samples": 16, "weight_rate": 0.05}
+    recipe = QAT(**settings, weight_bits=2, act_bits=8, compute="fp32")
+    fit(tiny_source(), recipe, RunOptions(teacher_dtype="fp32"), on_progress=lambda progress: losses.append(progress.loss))
+    trained = [loss for loss in losses if loss is not None]
+    assert sum(trained[-5:]) < 0.9 * sum(trained[:5])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"weight_rate": -1.0}, "weight_rate"), ({"steps": 0}, "steps"), ({"compute": "fp8"}, "fp8")]
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        QAT(**settings)
