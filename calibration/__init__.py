@@ -114,5 +114,7 @@ def folded_layers(source: Source, asked: bool) -> tuple[str, ...]:
         return ()
     layers = family.time_layers(source.model, source.config)
     if not layers:
-        raise InputError(f"--fold-time: no layer of this {family.class_name} sees the timestep alone. Leave it out.")
+        beside = family.beside_time(source.config)
+        why = f": {beside} enters the embedding that shapes every block" if beside else ""
+        raise InputError(f"--fold-time: no layer of this {family.class_name} can be a table of the timestep alone{why}. Leave it out.")
     return layers

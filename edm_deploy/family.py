@@ -183,6 +183,10 @@ class Family(ABC):
         """Regular expression of the layers that see nothing but the timestep, so that what they compute can be a table; None where there are none."""
         return None
 
+    def beside_time(self, config: Config) -> str | None:
+        """What else enters the embedding that shapes every block, as a phrase; None where it is the timestep alone."""
+        return None
+
     def time_layers(self, model: nn.Module, config: Config) -> tuple[str, ...]:
         """Names of the sites that `time_only` matches, in the model's order."""
         pattern = self.time_only(config)

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from edm_deploy.artifact import Artifact
+from edm_deploy.export.trace import find_sites
 from edm_deploy.family import SAMPLE, TIMESTEP
 
 LARGEST_TABLE = 32 << 20  # values: 64 MiB in float16
@@ -52,7 +53,11 @@ def fold_time(model: ir.Model, artifact: Artifact, site_nodes: Iterable[ir.Node]
     """
     if not artifact.folded:
         return {}
-    frontier = find_frontier(model.graph, set(site_nodes))
+    # As far as the timestep alone reaches, or to the folded layers and no further: an adaLN-single adds a table of each block to what one layer
+    # gives, which is many times as wide.
+    ends = [site.y for site in find_sites(model.graph, list(artifact.folded)).values()]
+    stop = set(site_nodes)
+    frontier = min(find_frontier(model.graph, stop), find_frontier(model.graph, stop, ends), key=_total_width)
     rows = artifact.num_train_timesteps
     widths = [_width(value) for value in frontier.values]
     weights = sum(artifact.params[f"{name}.weight"].numel() for name in artifact.folded)
@@ -65,8 +70,8 @@ def fold_time(model: ir.Model, artifact: Artifact, site_nodes: Iterable[ir.Node]
     return {"layers": layers, "table": f"{rows} timesteps x {sum(widths)} features, {size * features[0].itemsize / 2**20:.1f} MiB"}
 
 
-def find_frontier(graph: ir.Graph, stop: set[ir.Node]) -> Frontier:
-    """The largest part of a graph that reads the timestep, constants and the batch's size, and no node of `stop`."""
+def find_frontier(graph: ir.Graph, stop: set[ir.Node], ends: Iterable[ir.Value] | None = None) -> Frontier:
+    """The largest part of a graph that reads the timestep, constants and the batch's size, and no node of `stop`; or what of it leads to `ends`."""
     timestep = next(value for value in graph.inputs if value.name == TIMESTEP.name)
     timed: set[ir.Value] = {timestep}
     fixed: set[ir.Value] = set(graph.initializers.values())
@@ -84,12 +89,15 @@ def find_frontier(graph: ir.Graph, stop: set[ir.Node]) -> Frontier:
             continue
         part[node] = None
     nodes = tuple(node for node in part if any(output in timed for output in node.outputs))
+    if ends is not None:
+        last = {value.producer() for value in ends}
+        nodes = _with_sources(tuple(node for node in nodes if node in last), dict.fromkeys(nodes))
     values = (output for node in nodes for output in node.outputs)
-    ends = tuple(value for value in values if value.is_graph_output() or any(use.node not in nodes for use in value.uses()))
-    return Frontier(_with_constants(nodes, part), ends)
+    read = tuple(value for value in values if value.is_graph_output() or any(use.node not in nodes for use in value.uses()))
+    return Frontier(_with_sources(nodes, part), read)
 
 
-def _with_constants(nodes: tuple[ir.Node, ...], part: Mapping[ir.Node, None]) -> tuple[ir.Node, ...]:
+def _with_sources(nodes: tuple[ir.Node, ...], part: Mapping[ir.Node, None]) -> tuple[ir.Node, ...]:
     """`nodes` and those of `part` that they read, directly or not, in the order of `part`."""
     wanted, queue = set(nodes), list(nodes)
     while queue:
@@ -99,6 +107,10 @@ def _with_constants(nodes: tuple[ir.Node, ...], part: Mapping[ir.Node, None]) ->
                 wanted.add(producer)
                 queue.append(producer)
     return tuple(node for node in part if node in wanted)
+
+
+def _total_width(frontier: Frontier) -> int:
+    return sum(_width(value) for value in frontier.values)
 
 
 def _width(value: ir.Value) -> int:

@@ -63,6 +63,9 @@ class DiTTransformer2D(TransformerFamily):
     def classes(self, config: Config) -> int | None:
         return int(config["num_embeds_ada_norm"])
 
+    def beside_time(self, config: Config) -> str | None:
+        return "the class label"
+
     def guidance(self, config: Config) -> Guidance:
         return Guidance("classifier-free", SCALE)
 

@@ -132,6 +132,9 @@ class FluxTransformer2D(TransformerFamily):
     def attributes(self, config: Config) -> dict[str, Any]:
         return {"cache_context": _cache_context}
 
+    def beside_time(self, config: Config) -> str | None:
+        return "the pooled prompt" + (" with the guidance scale" if config["guidance_embeds"] else "")
+
     def guidance(self, config: Config) -> Guidance:
         return Guidance("embedded", SCALE) if config["guidance_embeds"] else Guidance("none")
 

@@ -100,6 +100,12 @@ class PixArtTransformer2D(TransformerFamily):
     def sizes(self, config: Config) -> dict[str, int]:
         return super().sizes(config) | {"tokens": T5_TOKENS}
 
+    def time_only(self, config: Config) -> str | None:
+        return None if _takes_size(config) else r"^adaln_single\.(emb\.timestep_embedder\.|linear$)"
+
+    def beside_time(self, config: Config) -> str | None:
+        return "the size of the image" if _takes_size(config) else None
+
     def guidance(self, config: Config) -> Guidance:
         return Guidance("classifier-free", SCALE)
 

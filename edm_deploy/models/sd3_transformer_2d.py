@@ -80,6 +80,9 @@ class SD3Transformer2D(TransformerFamily):
         largest = int(config["pos_embed_max_size"]) * int(config["patch_size"])
         return {"height": largest, "width": largest}
 
+    def beside_time(self, config: Config) -> str | None:
+        return "the pooled prompt"
+
     def guidance(self, config: Config) -> Guidance:
         return Guidance("classifier-free", SCALE)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from edm_deploy.artifact import Artifact
+from edm_deploy.denoiser import load_denoiser
 from edm_deploy.errors import ArtifactError
 from edm_deploy.export import fold
 from edm_deploy.export.onnx import onnx_from_artifact
@@ -191,3 +192,38 @@ def test_an_artifact_that_folds_a_site_is_refused(folded):
         replace(folded, folded=("conv_in",)).validate()
     with pytest.raises(ArtifactError, match="folds 'nothing', which is no layer"):
         replace(folded, folded=("nothing",)).validate()
+
+
+@pytest.fixture(scope="module")
+def folded_pixart(tmp_path_factory):
+    """An artifact in whose blocks one layer's output meets a table of each block: the time table ends in front of those."""
+    folder = tmp_path_factory.mktemp("pixart")
+    artifact = folded_by_hand("pixart")
+    artifact.save(folder / "artifact")
+    return artifact, folder, onnx_from_artifact(artifact, folder / "onnx")
+
+
+def test_an_adaln_single_is_a_table_as_wide_as_what_its_layers_give(folded_pixart):
+    artifact, _, manifest = folded_pixart
+    assert artifact.folded == (
+        "adaln_single.emb.timestep_embedder.linear_1",
+        "adaln_single.emb.timestep_embedder.linear_2",
+        "adaln_single.linear",
+    )
+    # 16 for the last norm, 6 x 16 for all blocks together; with the tables of both blocks added it would be 16 x 16.
+    assert manifest.folded["table"].startswith("1000 timesteps x 112 features")
+
+
+@pytest.mark.parametrize("backend", ["ort", "cuda"])
+def test_an_engine_of_a_folded_artifact_is_the_reference(folded_pixart, backend):
+    """At whole timesteps the table holds what the layers give; cuda keeps the layers, in float16."""
+    artifact, folder, _ = folded_pixart
+    build_engine(folder / ("artifact" if backend == "cuda" else "onnx"), folder / backend, backend=backend)
+    assert not set(artifact.folded) & set(Manifest.read(folder / backend, kind="engine").plan)
+    family, _, model = tiny_model("pixart")
+    inputs = tiny_inputs("pixart")
+    exact, expected = family.forward(model, inputs), Reference(artifact)(inputs)
+    found = load_denoiser(folder / backend, device="cpu").run(inputs)
+    if backend == "ort":
+        assert (found - expected).norm() <= (expected - exact).norm()
+    assert (found - exact).norm() <= 2 * (expected - exact).norm()
