@@ -101,7 +101,7 @@ def by_entropy(
     """Blocks of high entropy joined to the one that feeds them, blocks of low entropy cut into their layers.
 
     An activation of high entropy keeps much of the rounding error of the layers before it, so these are searched together; where it is low, apart.
-    High and low are the upper and the lower quarter of the blocks; no more than two are joined, which bounds the search.
+    High and low is what lies above the upper and below the lower quartile of the blocks; no more than two are joined, which bounds the search.
 
     Source: Wang et al., Q-VLM, NeurIPS 2024, arXiv 2410.08119: activation entropy as the proxy of cross-layer dependency. The quarters are ours.
 
@@ -117,9 +117,9 @@ def by_entropy(
     for block, mean in zip(blocks, means, strict=True):
         before = result[-1] if result else None
         feeds = before is not None and any(module in before.modules for module, _ in calls[block.modules[0]].wired.values())
-        if before is not None and feeds and mean >= high and len(before.modules) == 1:
+        if before is not None and feeds and mean > high and len(before.modules) == 1:
             result[-1] = _block([*before.modules, *block.modules], calls, inside)
-        elif mean <= low and len(block.sites) > 1:
+        elif mean < low and len(block.sites) > 1:
             result += [_block([name], calls, inside) for name in calls if name in block.sites]
         else:
             result.append(block)

@@ -90,9 +90,8 @@ class Replay:
         results: dict[str, list[Tensor]] = {}
         with student.at_rows(self.rows[chosen.to(self.rows.device)], chosen.device):
             for name, call, kept, spec in zip(self.block.modules, self.block.calls, self.inputs, self.specs, strict=True):
-                leaves = [leaf.of(chosen) for leaf in kept]
-                for index, (source, at) in call.wired.items():
-                    leaves[index] = results[source][at]
+                made = {index: results[source][at] for index, (source, at) in call.wired.items()}
+                leaves = [made[index] if index in made else leaf.of(chosen) for index, leaf in enumerate(kept)]
                 args, kwargs = tree_unflatten(leaves, spec)
                 results[name] = tensors_of(student.model.get_submodule(name)(*args, **kwargs))
         return [leaf for leaves in results.values() for leaf in leaves]
