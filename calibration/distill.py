@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -16,6 +17,7 @@ from calibration.interrupt import CtrlC
 from calibration.memory import peak_memory
 from calibration.recipe import Interrupted, Progress, Run
 from calibration.student import DTYPES, Student, Teacher
+from calibration.terms import Term, tapped
 from calibration.trajectories import Batch, Trajectories
 from edm_deploy.errors import InputError
 
@@ -59,18 +61,38 @@ class Training:
         trajectories: Staggered over the schedule.
         groups: What is learned.
         schedule: How long and how fast.
+        terms: What the loss counts beside the prediction.
     """
 
-    def __init__(self, student: Student, teacher: Teacher, trajectories: Trajectories, groups: Sequence[Group], schedule: Schedule) -> None:
-        self.student, self.teacher, self.trajectories, self.schedule = student, teacher, trajectories, schedule
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        trajectories: Trajectories,
+        groups: Sequence[Group],
+        schedule: Schedule,
+        terms: Sequence[Term] = (),
+    ) -> None:
+        self.student, self.teacher, self.trajectories, self.schedule, self.terms = student, teacher, trajectories, schedule, terms
+        self.outputs: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
         chosen = [group for group in groups if group.parameters and group.rate > 0]
         learned = {id(parameter) for group in chosen for parameter in group.parameters}
-        self.names = {name: parameter for name, parameter in student.learnable().items() if id(parameter) in learned}
-        for name, parameter in student.learnable().items():
+        # Not the learnable ones alone: weights and biases that a recipe trains themselves are parameters of the model.
+        self.names = {name: parameter for name, parameter in student.named_parameters() if id(parameter) in learned}
+        for name, parameter in student.named_parameters():
             parameter.requires_grad_(name in self.names)
         self.rates = [group.rate for group in chosen]
         # No weight decay: it would shrink every row of every table at every step.
         self.optimizer = torch.optim.Adam([{"params": list(group.parameters), "lr": group.rate} for group in chosen], fused=True)
+
+    @contextmanager
+    def tapped(self) -> Iterator[None]:
+        """Within it the terms see what they compare."""
+        names = list(dict.fromkeys(name for term in self.terms for name in term.modules))
+        with tapped(self.student.model, names) as student, tapped(self.teacher.model, names) as teacher:
+            self.outputs = student, teacher
+            yield
+        self.outputs = {}, {}
 
     def step(self, share: float) -> float:
         """One training step, when `share` of the training is behind; the loss, a mean over the batch of squared distances."""
@@ -100,12 +122,10 @@ class Training:
             value.copy_(state[f"parameter.{name}"])
         for name, parameter in self.names.items():
             for key in ("step", "exp_avg", "exp_avg_sq"):
-                if (value := state.get(f"optimizer.{key}.{name}")) is not None:
+                if (found := state.get(f"optimizer.{key}.{name}")) is not None:
                     # In the parameter's own layout: fused Adam walks both as they lie in memory.
-                    like = (
-                        torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
-                    )
-                    self.optimizer.state[parameter][key] = like.copy_(value)
+                    like = parameter if found.shape == parameter.shape else found
+                    self.optimizer.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(found)
         self.trajectories.load_state(
             {name.removeprefix("trajectories."): value for name, value in state.items() if name.startswith("trajectories.")}
         )
@@ -113,17 +133,31 @@ class Training:
     def _kept(self) -> dict[str, nn.Parameter]:
         return self.student.learnable_or_fixed() | self.names  # float weights are there only where they are learned
 
+    def _kept(self) -> dict[str, nn.Parameter]:
+        return self.student.learnable_or_fixed() | self.names
+
     def _loss(self, batch: Batch, target: Tensor) -> Tensor:
         # Source: EfficientDM, arXiv 2310.03270: a guided model is trained on the combined prediction, which its samples are made of.
         prediction = batch.conditioning.combine(self.student(batch.inputs).float())
         distances = (prediction - target).square().flatten(1).sum(1)
         power = target.square().flatten(1).mean(1)
         mean: Tensor = (distances / power.pow(self.schedule.relative)).mean()
-        return mean
+        return sum((term(*self.outputs) for term in self.terms), start=mean)
 
 
-def distill(student: Student, teacher: Teacher, trajectories: Trajectories, groups: Sequence[Group], schedule: Schedule, run: Run) -> None:
+def distill(
+    student: Student,
+    teacher: Teacher,
+    trajectories: Trajectories,
+    groups: Sequence[Group],
+    schedule: Schedule,
+    run: Run,
+    *,
+    terms: Sequence[Term] = (),
+) -> None:
     """Train the student in place: the schedule's steps, or as many as what is left of the run's budget allows.
+
+    What the run's notes say by numbers is kept in its checkpoints.
 
     Raises:
         InputError: Calibration has used the budget up.
@@ -131,11 +165,12 @@ def distill(student: Student, teacher: Teacher, trajectories: Trajectories, grou
         ArtifactError: The checkpoint to resume is not of this run.
     """
     teacher.lead_in(DTYPES[run.options.teacher_dtype])
-    training = Training(student, teacher, trajectories, groups, schedule)
+    training = Training(student, teacher, trajectories, groups, schedule, terms)
     options, done, budget = run.options, 0, None
     if options.resume and options.checkpoint is not None:
         done, state = load_checkpoint(options.checkpoint, run.identity)
         training.load_state(state)
+        run.notes.update({name.removeprefix("note."): float(value) for name, value in state.items() if name.startswith("note.")})
         if run.budget is not None:
             seconds, used = state["budget"].tolist()
             budget = Budget(seconds, used=used)
@@ -146,10 +181,13 @@ def distill(student: Student, teacher: Teacher, trajectories: Trajectories, grou
     def save() -> None:
         if options.checkpoint is not None:
             spent = {} if budget is None else {"budget": torch.tensor([budget.seconds, budget.used()], dtype=torch.float64)}
-            save_checkpoint(options.checkpoint, step=done, identity=run.identity, tensors=training.state() | spent)
+            noted = {
+                f"note.{name}": torch.tensor(value, dtype=torch.float64) for name, value in run.notes.items() if isinstance(value, float)
+            }
+            save_checkpoint(options.checkpoint, step=done, identity=run.identity, tensors=training.state() | noted | spent)
 
     start, first = time.perf_counter(), done
-    with CtrlC() as interrupt:
+    with CtrlC() as interrupt, training.tapped():
         while (share := done / schedule.steps if budget is None else budget.share()) < 1:
             loss = training.step(share)
             done += 1
