@@ -21,6 +21,7 @@ from calibration.trajectories import Trajectories
 from edm_deploy import Artifact
 from edm_deploy.encoding import conditioner_of
 from edm_deploy.errors import InputError
+from edm_deploy.folding import fold_pre_scales
 from edm_deploy.pipelines import Source
 
 __all__ = ["Interrupted", "Pass", "Progress", "Recipe", "RunOptions", "fit"]
@@ -87,10 +88,13 @@ def fit(
     artifact = artifact_from_student(student, source, {})
     for chosen in passes:
         artifact = chosen.finish(artifact, student, scene)
+    scaled = len(artifact.structure.pre_scaled)
+    artifact = fold_pre_scales(artifact)
     artifact.validate()
     provenance = {
         **decides,
         **run.notes,
+        **({"folded_pre_scales": f"{scaled - len(artifact.structure.pre_scaled)} of {scaled}"} if scaled else {}),
         "guidance": conditioner.scale,
         "seed": recipe.seed,
         "source": source.name,
