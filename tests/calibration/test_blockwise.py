@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from calibration.blockwise import Blockwise, drawn
+from calibration.schedules import calibrated_timesteps
+from calibration.student import Teacher
+from calibration.trajectories import Trajectories
+from edm_deploy.errors import InputError
+from tests.calibration.tiny import tiny_source
+
+
+def test_samples_are_drawn_evenly_over_the_timesteps():
+    source = tiny_source()
+    timesteps = calibrated_timesteps(source.scheduler, 4)
+    pool = Trajectories(source, timesteps, size=8, eta=0.0, seed=0, device=torch.device("cpu"))
+    teacher = Teacher(source, torch.device("cpu"))
+    for _, batches in pool.sweep(8):  # staggers the pool
+        for batch in batches:
+            pool.advance(batch, teacher(batch.inputs))
+    inputs = drawn(pool, teacher, 16)
+    found, counts = inputs.values["timestep"].unique(return_counts=True)
+    assert found.tolist() == timesteps.tolist()
+    assert counts.tolist() == [4, 4, 4, 4]
+    assert len({sample.sum().item() for sample in inputs.values["sample"]}) == 16
+
+
+def test_every_trajectory_is_seen_at_every_row():
+    assert Blockwise(rows=20, calibration_samples=256).samples == 5120
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"steps": 0}, {"batch": 0}, {"rounding_rate": -1.0}, {"rounding_weight": -1.0}, {"partition": "all"}, {"compute": "fp8"}],
+    ids=str,
+)
+def test_a_setting_outside_its_range_is_refused(setting):
+    with pytest.raises(InputError, match=next(iter(setting))):
+        Blockwise(**setting)
+
+
+def test_the_published_constants_are_the_defaults():
+    recipe = Blockwise()
+    assert (recipe.steps, recipe.batch, recipe.rounding_rate, recipe.rounding_weight) == (20000, 32, 1e-3, 0.01)
