@@ -13,14 +13,17 @@ from edm_deploy import artifact as artifact_module
 from edm_deploy import manifest as manifest_module
 from edm_deploy.artifact import Artifact
 from edm_deploy.errors import ArtifactError
-from edm_deploy.files import read_json
+from edm_deploy.family import family_named
+from edm_deploy.files import SOURCE_KEY, other_components, read_json
 from edm_deploy.manifest import Manifest
+from edm_deploy.outline import INDEX
 from edm_deploy.target import TARGETS, plan, summary
 from edm_deploy.work import model_work
 from edm_deploy_tools import describe_model as model
 from edm_deploy_tools.console import Row, bytes_of, size_words, time_words
 from edm_deploy_tools.estimates import by_site
 
+TOLD = ("guidance", "conditioning", "folded")  # entries of a provenance that are said in words
 Kind = Literal["model", "artifact", "onnx", "engine"]
 
 
@@ -103,13 +106,43 @@ def describe_artifact(path: Path) -> Description:
         "family": artifact.family,
         "rows": f"{len(timesteps)}, timesteps {int(timesteps[0])} to {int(timesteps[-1])} of {artifact.num_train_timesteps}",
         "sites": len(artifact.sites),
+        "folded": folded_words(artifact.folded),
+        "guidance": guidance_words(artifact),
+        "conditioning": conditioning_words(artifact),
         "size": size_words(bytes_of(path)),
         "digest": artifact.digest,
-    } | {name: provenance_words(name, value) for name, value in artifact.provenance.items()}
+    } | {name: provenance_words(name, value) for name, value in artifact.provenance.items() if name not in TOLD}
     share = by_site(model_work(artifact.family_object, artifact.config).sites)
     rows = [{**site_row(name, site), "MACs %": share.get(name)} for name, site in artifact.sites.items()]
     plans = [{"backend": target.backend, "plan": summary(plan(artifact, target))} for target in TARGETS.values()]
     return Description(kind="artifact", facts=facts, tables={"Sites": rows, "Plan": plans})
+
+
+def folded_words(folded: Sequence[str]) -> str:
+    """Which layers become a table."""
+    if not folded:
+        return "none"
+    return f"{len(folded)} layers that see the timestep alone, in floating point: {', '.join(folded[:3])}{', ...' if folded[3:] else ''}"
+
+
+def guidance_words(artifact: Artifact) -> str:
+    """How the model was guided while it was calibrated, and how it usually is."""
+    usual = artifact.family_object.guidance(artifact.config)
+    if usual.kind == "none":
+        return "none: the model is not guided"
+    scale = artifact.provenance.get("guidance")
+    if not isinstance(scale, int | float):
+        return f"{usual.kind}, usually {usual.scale:g}; not recorded for this artifact"
+    off = " (off)" if scale == 1 and usual.kind == "classifier-free" else ""
+    return f"{usual.kind}, calibrated with {scale:g}{off}, usually {usual.scale:g}"
+
+
+def conditioning_words(artifact: Artifact) -> str:
+    """What the samples were told that the model was calibrated on."""
+    inputs = [declared.name for declared in artifact.family_object.inputs(artifact.config)[2:]]
+    if not inputs:
+        return "none: the model is told nothing"
+    return f"{artifact.provenance.get('conditioning', 'not recorded')}, for {', '.join(inputs)}"
 
 
 def site_row(name: str, site: artifact_module.Site) -> Row:
@@ -138,6 +171,8 @@ def describe_manifest(path: Path, kind: Literal["onnx", "engine"]) -> Descriptio
         "weight storage": manifest.weight_storage,
         "inputs": ", ".join(f"{entry.name} [{', '.join(map(str, entry.dims))}]" for entry in manifest.inputs),
         "sites": len(manifest.sites),
+        "folded": table_words(manifest),
+        "guidance": families_guidance(manifest),
         "size": size_words(bytes_of(path)),
         "artifact": manifest.artifact,
     }
@@ -145,9 +180,42 @@ def describe_manifest(path: Path, kind: Literal["onnx", "engine"]) -> Descriptio
         facts["backend"] = manifest.backend
         facts["profile"] = ", ".join(f"{dim} {sizes.min}:{sizes.opt}:{sizes.max}" for dim, sizes in manifest.profile.items())
         facts["plan"] = summary(manifest.plan)
+        facts["pipeline"] = pipeline_words(path, manifest)
     facts |= {f"build {name}": value for name, value in _flat(manifest.build).items()}
     rows = [{"site": name, "stored": entry.stored, "executed": entry.executed} for name, entry in manifest.plan.items()]
     return Description(kind=kind, facts=facts, tables={"Sites": rows} if rows else {})
+
+
+def table_words(manifest: Manifest) -> str:
+    """What became of the layers that see the timestep alone."""
+    if not manifest.folded:
+        return "none"
+    became = f"a table, {manifest.folded['table']}" if "table" in manifest.folded else f"computed: {manifest.folded.get('computed')}"
+    return f"{len(manifest.folded['layers'])} layers that see the timestep alone: {became}"
+
+
+def families_guidance(manifest: Manifest) -> str:
+    """How the model is guided, and what that asks of an engine's batch."""
+    usual = family_named(manifest.family).guidance(manifest.config)
+    doubled = "; each image takes two samples of a batch" if usual.kind == "classifier-free" else ""
+    return "none" if usual.kind == "none" else f"{usual.kind}, usually {usual.scale:g}{doubled}"
+
+
+def pipeline_words(path: Path, manifest: Manifest) -> str:
+    """Which pipeline the engine belongs to, and whether the rest of it lies in its folder."""
+    if not (path / INDEX).is_file():
+        return "not recorded: put the engine into one of your own"
+    index = read_json(path / INDEX, what="engine")
+    others = other_components(index, family_named(manifest.family).component)
+    missing = [name for name in others if not (path / name).is_dir()]
+    named = str(index.get("_class_name"))
+    if not others:
+        return f"{named}: nothing but scheduler and engine"
+    if not missing:
+        return f"{named}: {', '.join(others)} lie in this folder, which deploys alone"
+    return (
+        f"{named}: {', '.join(missing)} come from {index.get(SOURCE_KEY, 'where --source says')}; build with --with-pipeline to copy them"
+    )
 
 
 def provenance_words(name: str, value: Any) -> str:

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import re
+import shutil
+from dataclasses import replace
+
 import pytest
 
 from edm_deploy.errors import ArtifactError
-from edm_deploy_tools.describe import describe, kind_of, longest
+from edm_deploy.manifest import Manifest
+from edm_deploy_tools.describe import describe, folded_words, guidance_words, kind_of, longest, pipeline_words
+from tests.conftest import artifact_by_hand
 
 
 def test_each_kind_is_told_by_the_file_that_marks_it(chain):
@@ -42,3 +48,40 @@ def test_of_many_sites_those_with_the_most_work_are_printed_in_the_models_order(
     assert [row["site"] for row in kept] == ["a", "c"]
     assert title == "Sites: the 2 with the most work of 3; --json has all"
     assert longest("Sites", rows, 3) == ("Sites", rows)
+
+
+def test_what_a_model_was_told_while_it_was_calibrated_is_said(prompted, chain):
+    facts = describe(str(prompted.artifact)).facts
+    assert facts["guidance"] == "classifier-free, calibrated with 7.5, usually 7.5"
+    assert re.fullmatch(r"2 prompts, sha256 [0-9a-f]{12}, for encoder_hidden_states", facts["conditioning"])
+    facts = describe(str(chain.artifact)).facts
+    assert facts["guidance"] == "none: the model is not guided"
+    assert facts["conditioning"] == "none: the model is told nothing"
+    assert facts["folded"] == "none"
+
+
+def test_an_engine_says_whether_its_folder_deploys_alone(run, prompted, chain, tmp_path):
+    facts = describe(str(prompted.engine)).facts
+    assert facts["pipeline"] == "StableDiffusionPipeline: text_encoder, tokenizer, vae lie in this folder, which deploys alone"
+    assert facts["guidance"] == "classifier-free, usually 7.5; each image takes two samples of a batch"
+    assert describe(str(chain.engine)).facts["pipeline"] == "DDIMPipeline: nothing but scheduler and engine"
+    manifest = Manifest.read(prompted.engine, kind="engine")
+    shutil.copy(prompted.engine / "model_index.json", tmp_path)
+    assert pipeline_words(tmp_path, manifest) == (
+        f"StableDiffusionPipeline: text_encoder, tokenizer, vae come from {prompted.model}; build with --with-pipeline to copy them"
+    )
+    (tmp_path / "model_index.json").unlink()
+    assert pipeline_words(tmp_path, manifest).startswith("not recorded")
+
+
+def test_folded_layers_are_said():
+    assert folded_words(()) == "none"
+    assert folded_words("abcd") == "4 layers that see the timestep alone, in floating point: a, b, c, ..."
+
+
+def test_guidance_that_was_off_or_not_recorded_is_said():
+    def words(**provenance):
+        return guidance_words(replace(artifact_by_hand("dit"), provenance=provenance))
+
+    assert words(guidance=1.0) == "classifier-free, calibrated with 1 (off), usually 4"
+    assert words() == "classifier-free, usually 4; not recorded for this artifact"
