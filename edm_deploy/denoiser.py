@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edm_deploy import lookup
 from edm_deploy.correction import Correction, Run
-from edm_deploy.errors import InputError
+from edm_deploy.errors import InputError, flag
 from edm_deploy.family import SAMPLE, Family, ModelInput, family_named
 from edm_deploy.manifest import Manifest, Range
 from edm_deploy.relaxing import FOLDER, by_timestep
@@ -174,7 +174,7 @@ class EngineDenoiser(nn.Module):
             if not allowed.min <= size <= allowed.max:
                 raise InputError(
                     f"{dim} {size} lies outside the engine's profile {allowed.min}:{allowed.opt}:{allowed.max}. "
-                    f"Use smaller pieces, or build again with --{dim} {min(size, allowed.min)}:{allowed.opt}:{max(size, allowed.max)}."
+                    f"Use smaller pieces, or build again with {flag(dim)} {min(size, allowed.min)}:{allowed.opt}:{max(size, allowed.max)}."
                 )
             if dim in ("height", "width") and size % multiple:
                 raise InputError(f"{dim} {size} is not a multiple of {multiple}, which this model's levels need.")

@@ -19,6 +19,11 @@ class InputError(EdmDeployError, ValueError):
     """An option, a setting or a runtime input has a value outside its range."""
 
 
+def flag(name: str) -> str:
+    """The command line's option of this name, `--image-tokens` of `image_tokens`."""
+    return "--" + name.replace("_", "-")
+
+
 def first_line(err: BaseException) -> str:
     """The first line of an error's message that says something, without its full stop; the error's class where the message is empty."""
     return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__).rstrip(".")

@@ -23,6 +23,7 @@ from edm_deploy.family import Config, Family, family_named
 from edm_deploy.files import PIPELINE_FILES
 from edm_deploy.lookup import suggestion
 from edm_deploy.outline import Outline, read_outline
+from edm_deploy.program import quiet
 from edm_deploy.tensors import raw
 from edm_deploy.weights import empty_model, fill, widen_while_running
 
@@ -134,9 +135,10 @@ def float_artifact(source: Source) -> Artifact:
 
 def _by_diffusers(model_class: Any, directory: Path) -> nn.Module:
     """The model as diffusers reads it; it would leave a tensor that the files do not name at random, and say so in a log."""
-    model, seen = model_class.from_pretrained(
-        directory, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True
-    )
+    with quiet():
+        model, seen = model_class.from_pretrained(
+            directory, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True
+        )
     if missing := sorted(seen["missing_keys"]):
         raise ValueError(f"the files hold no {missing[0]!r}" + (f" and {len(missing) - 1} more of its tensors" if missing[1:] else ""))
     loaded: nn.Module = model

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.artifact import Artifact
-from edm_deploy.errors import UnsupportedError
+from edm_deploy.errors import UnsupportedError, flag
 from edm_deploy.manifest import Manifest, Range
 from edm_deploy.reference import SiteRecord
 from edm_deploy.target import Execution, Kind, Target, target_named
@@ -174,6 +174,5 @@ class Backend(ABC, Generic[Content]):
         """Raises UnsupportedError where an option is set that this backend has not."""
         for name in ("gpu", "precision", "optimization_level", "timing_cache", "workspace_mib", "threads", "int4_where"):
             if getattr(options, name) is not None and name not in self.options:
-                flag = "--" + name.replace("_", "-")
-                has = ", ".join(sorted("--" + option.replace("_", "-") for option in self.options)) or "none"
-                raise UnsupportedError(f"{self.name} has no option {flag}. Leave it out; its options: {has}.")
+                has = ", ".join(sorted(flag(option) for option in self.options)) or "none"
+                raise UnsupportedError(f"{self.name} has no option {flag(name)}. Leave it out; its options: {has}.")

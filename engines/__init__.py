@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edm_deploy import lookup
-from edm_deploy.errors import InputError
+from edm_deploy.errors import InputError, flag
 from edm_deploy.family import family_named
 from edm_deploy.files import PIPELINE_FILES, components_at, copy_components, new_directory, read_json
 from edm_deploy.manifest import NAME, Manifest, Range
@@ -92,7 +92,7 @@ def complete_profile(manifest: Manifest, asked: Mapping[str, Range]) -> dict[str
     """
     dims = manifest.dynamic_dims
     if unknown := sorted(set(asked) - set(dims)):
-        raise InputError(f"--{unknown[0]}: the graph has no dynamic dimension of this name. It has {', '.join(dims)}.")
+        raise InputError(f"{flag(unknown[0])}: the graph has no dynamic dimension of this name. It has {', '.join(dims)}.")
     family = family_named(manifest.family)
     own = {dim: Range(size, size, size) for dim, size in family.sizes(manifest.config).items()} | {"batch": DEFAULT_BATCH}
     profile = {dim: asked.get(dim) or own[dim] for dim in dims}

@@ -85,6 +85,7 @@ def build_engine(
     height: Annotated[str | None, opt.Profile] = None,
     width: Annotated[str | None, opt.Profile] = None,
     tokens: Annotated[str | None, opt.Profile] = None,
+    image_tokens: Annotated[str | None, opt.Profile] = None,
     precision: Annotated[
         str | None, typer.Option(help="Floating-point type of everything but the quantized layers: fp32, bf16, fp16.")
     ] = None,
@@ -109,7 +110,7 @@ def build_engine(
     from edm_deploy.target import summary
     from edm_deploy_tools.profiles import build, build_options, pipeline_home
 
-    sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens}
+    sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens, "image_tokens": image_tokens}
     asked = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": optimization_level}
     asked |= {"timing_cache": timing_cache, "workspace_mib": workspace_mib, "allow_float_sites": allow_float_sites}
     asked["int4_where"] = opt.value(int4_where)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from edm_deploy.errors import ArtifactError, InputError
+from edm_deploy.errors import ArtifactError, InputError, flag
 from edm_deploy.files import SOURCE_KEY, read_json
 from edm_deploy.manifest import Manifest, Range
 from edm_deploy.outline import INDEX
@@ -29,9 +29,9 @@ def build_options(sizes: Mapping[str, str | None], asked: Mapping[str, Any]) -> 
     level, threads, workspace = asked.get("optimization_level"), asked.get("threads"), asked.get("workspace_mib")
     if level is not None and not 0 <= level <= 5:
         raise InputError(f"--optimization-level {level}: expected 0 to 5.")
-    for flag, value in (("--threads", threads), ("--workspace-mib", workspace)):
+    for name, value in (("threads", threads), ("workspace_mib", workspace)):
         if value is not None and value < 1:
-            raise InputError(f"{flag} {value}: expected 1 or more.")
+            raise InputError(f"{flag(name)} {value}: expected 1 or more.")
     return BuildOptions(profile=profile, **asked)
 
 
@@ -39,7 +39,7 @@ def range_of(dim: str, text: str) -> Range:
     """`1:16:32` as a Range; one number stands for all three. InputError where it is neither."""
     parts = text.split(":")
     if len(parts) not in (1, 3) or not all(part.strip().isdigit() for part in parts):
-        raise InputError(f"--{dim} {text}: expected MIN:OPT:MAX, for example 1:16:32, or one number.")
+        raise InputError(f"{flag(dim)} {text}: expected MIN:OPT:MAX, for example 1:16:32, or one number.")
     numbers = [int(part) for part in parts]
     return Range(*numbers) if len(numbers) == 3 else Range(numbers[0], numbers[0], numbers[0])
 

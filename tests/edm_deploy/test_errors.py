@@ -1,6 +1,6 @@
 import pytest
 
-from edm_deploy.errors import ArtifactError, EdmDeployError, InputError, UnsupportedError, first_line
+from edm_deploy.errors import ArtifactError, EdmDeployError, InputError, UnsupportedError, first_line, flag
 
 
 @pytest.mark.parametrize("error", [ArtifactError, InputError, UnsupportedError])
@@ -23,3 +23,7 @@ def test_an_input_error_is_a_value_error():
 )
 def test_the_first_line_of_an_error_says_something(message, line):
     assert first_line(RuntimeError(message)) == line
+
+
+def test_an_option_is_named_as_it_is_typed():
+    assert flag("image_tokens") == "--image-tokens"
