@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from calibration import rounding
@@ -115,6 +117,33 @@ def quantizers_inside(student: Student, sites: Sequence[str]) -> list[Activation
     outside = {id(layer.quantizer) for name, layer in student.layers.items() if name not in sites}
     found = {id(quantizer): quantizer for quantizer in (student.layers[site].quantizer for site in sites) if quantizer is not None}
     return [quantizer for key, quantizer in found.items() if key not in outside]
+
+
+@contextmanager
+def learning(
+    layers: Sequence[StudentLayer], quantizers: Sequence[ActivationQuantizer], groups: Sequence[Group]
+) -> Iterator[Callable[[], None]]:
+    """Within it only the parameters of the groups get a gradient; what it yields puts them back to how they were."""
+    chosen = [parameter for group in groups for parameter in group.parameters]
+    everything = {id(value): value for module in (*layers, *quantizers) for value in module.parameters()}
+    flags = {key: value.requires_grad for key, value in everything.items()}
+    copies = [parameter.detach().clone() for parameter in chosen]
+
+    @torch.no_grad()
+    def undo() -> None:
+        for parameter, copy in zip(chosen, copies, strict=True):
+            parameter.copy_(copy)
+
+    for value in everything.values():
+        value.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    try:
+        yield undo
+    finally:
+        for key, value in everything.items():
+            value.requires_grad_(flags[key])
+            value.grad = None
 
 
 def _summed(grad: Tensor) -> Tensor:

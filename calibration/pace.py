@@ -43,6 +43,10 @@ class Plan:
         """Filling the cache of this task took so long."""
         self.filled, self.seconds = self.filled + self.filling[number], self.seconds + seconds
 
+    def passes(self, number: int) -> float:
+        """Forward passes of one sample that filling its caches from this task on amounts to."""
+        return sum(self.filling[number:]) / max(self.filling[-1], 1.0)
+
     def part(self, number: int, left: float) -> float:
         """The share, 0 to 1, of the seconds that are `left` that this task may train; caches that are still to be filled are set aside."""
         to_fill = self.seconds / max(self.filled, 1.0) * sum(self.filling[number + 1 :])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,17 +18,17 @@ from calibration.blocks import Partition, blocks_of
 from calibration.checkpoint import load_checkpoint, save_checkpoint
 from calibration.distill import Group
 from calibration.interrupt import CtrlC
-from calibration.layers import ActivationQuantizer, StudentLayer
-from calibration.learners import Learner, quantizers_inside
+from calibration.learners import Learner, learning, quantizers_inside
 from calibration.memory import peak_memory
 from calibration.pace import Plan, pace
 from calibration.recipe import Interrupted, Progress, Run
-from calibration.replay import Inputs, Replay, cached, entropies_of, unrounded
+from calibration.replay import PASS, Inputs, Replay, cached, entropies_of, unrounded
 from calibration.student import DTYPES, Student, Teacher
 from calibration.trajectories import Trajectories
 from edm_deploy.family import skeleton
 
 SAVING = 20  # between two checkpoints lies this many times what the first of them took
+FILLING = 0.25  # share of a budget that filling the caches may take
 LONGEST = 0.05  # bound of every step: beyond it Adam only trembles
 TOTAL = 1000  # progress counts thousandths of the work
 
@@ -112,6 +112,7 @@ class _Work:
         self.steps = 0
         self.started = self.saved = time.perf_counter()
         self.saving = 0.0
+        self.sample_seconds = 0.0  # of student and teacher together, for one sample; known where a budget asks for it
 
     @property
     def count(self) -> int:
@@ -119,19 +120,35 @@ class _Work:
         return len(self.stages) * len(self.blocks)
 
     def begin(self) -> int:
-        """Draw the first samples and part the model; blocks done."""
+        """Part the model and draw the first samples; blocks done."""
+        assert self.stages[0].draw is not None
+        few = self.stages[0].draw(PASS)
+        self._part(entropies_of(self.teacher, few, self.student.layers) if self.partition == "entropy" else {})
+        self._time(few)
         self._draw(0)
-        self._part(entropies_of(self.teacher, self.samples, self.student.layers) if self.partition == "entropy" else {})
         return 0
 
     def _part(self, entropies: Mapping[str, float]) -> None:
         self.entropies = entropies
-        self.blocks = blocks_of(self.student, skeleton(self.student.family, self.student.config, self.student.structure), self.partition, entropies)
+        self.blocks = blocks_of(
+            self.student, skeleton(self.student.family, self.student.config, self.student.structure), self.partition, entropies
+        )
         self.plan = Plan([block.macs for block in self.blocks], [stage.steps for stage in self.stages])
+
+    @torch.no_grad()
+    def _time(self, few: Inputs) -> None:
+        if self.run.budget is not None:
+            begun = time.perf_counter()
+            for network in (self.student, self.teacher):
+                network(few.values)
+            self.sample_seconds = (time.perf_counter() - begun) / len(few)
 
     def _draw(self, at: int) -> None:
         stage = self.stages[at]
         count = min(stage.samples, stage.steps * stage.batch)
+        if self.run.budget is not None:
+            passes = self.plan.passes(at * len(self.blocks))
+            count = min(count, max(PASS, int(FILLING * self.run.budget.left() / (self.sample_seconds * passes))))
         if stage.draw is not None:
             self.samples = stage.draw(count)
         self.drawn = at
@@ -150,7 +167,7 @@ class _Work:
             quantizers = quantizers_inside(self.student, block.sites)
             weights = [layer.layer.weight for layer in layers]
             learned = [(learner, group) for learner in stage.learners for group in learner.begin(layers, quantizers) if group.rate > 0]
-            with _learning(layers, quantizers, [group for _, group in learned]) as undo:
+            with learning(layers, quantizers, [group for _, group in learned]) as undo:
                 generator = torch.Generator().manual_seed(1_000_003 * self.seed + number)
                 for loss, share in _trained(replay, self.student, stage, learned, self._pace(number), generator):
                     self.steps += 1
@@ -199,6 +216,7 @@ class _Work:
         self.trajectories.load_state(_under("trajectories.", tensors))
         self.samples = Inputs({name: value.to(self.trajectories.device) for name, value in _under("samples.", tensors).items()})
         self.drawn = int(tensors["drawn"])
+        self._time(self.samples.spread(PASS))
         self._part({name: float(value) for name, value in _under("entropy.", tensors).items()})
         return done
 
@@ -255,33 +273,6 @@ def _batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Ten
             order = torch.cat([order, torch.randperm(count, generator=generator)])
         yield order[:batch]
         order = order[batch:]
-
-
-@contextmanager
-def _learning(
-    layers: Sequence[StudentLayer], quantizers: Sequence[ActivationQuantizer], groups: Sequence[Group]
-) -> Iterator[Callable[[], None]]:
-    """Within it only the parameters of the groups get a gradient; what it yields puts them back to how they were."""
-    chosen = [parameter for group in groups for parameter in group.parameters]
-    everything = {id(value): value for module in (*layers, *quantizers) for value in module.parameters()}
-    flags = {key: value.requires_grad for key, value in everything.items()}
-    copies = [parameter.detach().clone() for parameter in chosen]
-
-    @torch.no_grad()
-    def undo() -> None:
-        for parameter, copy in zip(chosen, copies, strict=True):
-            parameter.copy_(copy)
-
-    for value in everything.values():
-        value.requires_grad_(False)
-    for parameter in chosen:
-        parameter.requires_grad_(True)
-    try:
-        yield undo
-    finally:
-        for key, value in everything.items():
-            value.requires_grad_(flags[key])
-            value.grad = None
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

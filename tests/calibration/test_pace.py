@@ -27,3 +27,4 @@ def test_caches_that_are_still_to_be_filled_are_set_aside():
     plan.cached(0, 2.0)  # 0.2 s for each of them: 8 s are to come
     assert plan.part(0, 16.0) == pytest.approx(0.25 * 0.5)
     assert plan.part(0, 4.0) == 0.0
+    assert plan.passes(0) == pytest.approx(50 / 40)

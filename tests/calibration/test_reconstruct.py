@@ -117,6 +117,12 @@ def test_a_budget_that_calibration_uses_up_is_refused():
         fit(tiny_source("dit"), Tcaq(**SETTINGS), RunOptions(budget_seconds=0.001))
 
 
+def test_a_budget_trains_by_the_clock_and_says_how_many_steps_that_were():
+    artifact = fit(tiny_source("dit"), Tcaq(**SETTINGS | {"steps": 10**6}), RunOptions(budget_seconds=3.0))
+    assert artifact.provenance["reconstruction_steps"] >= 1
+    assert artifact.provenance["reconstruction_blocks"] == 5
+
+
 def test_progress_rises_to_the_end_and_names_its_stage():
     seen = []
     fit(tiny_source("dit"), Tcaq(**SETTINGS), QUIET, on_progress=seen.append)
@@ -136,4 +142,4 @@ def test_fewer_samples_are_drawn_where_the_steps_see_no_more():
 
     stage = Stage(learners=[LearnScales(travel=0.1)], steps=3, batch=4, samples=1000, draw=draw)
     reconstruct(student, teacher, pool, "block", [stage], run, seed=0)
-    assert asked == [12]
+    assert asked == [32, 12]  # one pass to see how the model runs; then 3 steps of 4
