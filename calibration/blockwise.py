@@ -14,7 +14,7 @@ from calibration.blocks import Partition, check_partition
 from calibration.learners import LearnRounding
 from calibration.recipe import at_least
 from calibration.recipes.mse import Mse
-from calibration.replay import PASS, Inputs
+from calibration.replay import CACHE_BYTES, PASS, Inputs
 from calibration.student import DTYPES, Student
 from calibration.trajectories import Batch, Trajectories
 
@@ -51,6 +51,11 @@ class Blockwise(Mse):
         check_partition(self.partition)
         if self.compute not in DTYPES:
             distill.refuse_compute(self.compute)
+
+    @property
+    def cached_bytes(self) -> int:
+        """A block's inputs and outputs."""
+        return CACHE_BYTES
 
     @property
     def samples(self) -> int:

@@ -12,7 +12,7 @@ _STATUS = Path("/proc/self/status")
 _BASE = 1_000_000_000  # bytes of libraries and of activations at a usual sample size
 
 
-def needed_memory(parameters: int, *, trains: bool, low_memory: bool = False) -> int:
+def needed_memory(parameters: int, *, trains: bool, low_memory: bool = False, cached: int = 0) -> int:
     """Bytes that quantizing a model of so many parameters is expected to take on the CPU, rounded up.
 
     Four bytes a parameter for the float weights (none where they stay in their files), one and a half for codes and what one layer takes
@@ -22,9 +22,10 @@ def needed_memory(parameters: int, *, trains: bool, low_memory: bool = False) ->
         parameters: Of the denoiser.
         trains: Whether the recipe trains.
         low_memory: Whether the float weights stay in their files.
+        cached: Bytes of activations that the recipe keeps at most.
     """
     per_parameter = (0.0 if low_memory else 4.0) + 1.5 + (12.0 if trains else 0.0)
-    return _BASE + int(per_parameter * parameters)
+    return _BASE + cached + int(per_parameter * parameters)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -229,6 +229,11 @@ class Recipe:
         """Whether all rows of a table are one: the range of what was observed at any of them."""
         return False
 
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of activations that `fit` keeps at most."""
+        return 0
+
     def settings(self) -> dict[str, Any]:
         """Every setting by name, for provenance and checkpoints."""
         return asdict(self)

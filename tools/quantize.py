@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import psutil
 
 import calibration
 from calibration.memory import needed_memory
+from calibration.passing import Pass, check_passes
 from calibration.recipe import RunOptions
 from edm_deploy.artifact import JSON_NAME, Artifact
 from edm_deploy.errors import ArtifactError, InputError
@@ -27,6 +29,7 @@ def quantize(
     recipe: Any,
     options: RunOptions,
     *,
+    passes: Sequence[Pass] = (),
     backend: str | None = None,
     low_memory: bool = False,
     force: bool = False,
@@ -38,6 +41,7 @@ def quantize(
         out: Where the artifact will stand.
         recipe: A recipe with its settings.
         options: Device, teacher's dtype, checkpoint; the checkpoint is removed once the artifact stands.
+        passes: What the recipe is composed with, in this order.
         backend: Check that this backend can carry the scheme.
         low_memory: Leave the float weights in their files until a layer runs.
         force: Begin even where memory is expected to run out.
@@ -45,26 +49,33 @@ def quantize(
     Raises:
         ArtifactError, InputError, UnsupportedError: As load_source, calibration.fit and Artifact.save.
     """
+    check_passes(passes, recipe)
     if backend is not None:
         check_scheme(target_named(backend), recipe.weight_bits, recipe.act_bits)
     check_replaceable(out, marker=JSON_NAME)
     if options.resume and options.checkpoint is not None and not options.checkpoint.is_dir():
         raise ArtifactError(f"{options.checkpoint} holds no checkpoint to resume. Start without --resume, or check --out.")
     if not force:
-        _check_memory(model, trains=hasattr(recipe, "steps"), low_memory=low_memory)
+        _check_memory(model, learns=trains(recipe), low_memory=low_memory, cached=recipe.cached_bytes)
     source = load_source(model, low_memory=low_memory)
     with progress() as show:
-        artifact = calibration.fit(source, recipe, options, on_progress=show)
+        artifact = calibration.fit(source, recipe, options, passes=passes, on_progress=show)
     artifact.save(out)
     if options.checkpoint is not None:
         shutil.rmtree(options.checkpoint, ignore_errors=True)
     return artifact
 
 
-def _check_memory(model: str, *, trains: bool, low_memory: bool) -> None:
+def trains(recipe: Any) -> bool:
+    """Whether a recipe, or a recipe's class, trains after it has calibrated."""
+    return hasattr(recipe, "steps")
+
+
+def _check_memory(model: str, *, learns: bool, low_memory: bool, cached: int) -> None:
     outline = read_outline(local_directory(model), model)
     parameters = sum(value.numel() for value in skeleton(outline.family_object, outline.config).parameters())
-    needed, free = needed_memory(parameters, trains=trains, low_memory=low_memory), psutil.virtual_memory().available
+    needed = needed_memory(parameters, trains=learns, low_memory=low_memory, cached=cached)
+    free = psutil.virtual_memory().available
     if needed > free:
         mend = (
             "Free some, or begin nevertheless with --force"

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from calibration.blockwise import Blockwise, drawn
+from calibration.recipes.mse import Mse
+from calibration.replay import CACHE_BYTES
 from calibration.schedules import calibrated_timesteps
 from calibration.student import Teacher
 from calibration.trajectories import Trajectories
@@ -26,6 +28,11 @@ def test_samples_are_drawn_evenly_over_the_timesteps():
 
 def test_every_trajectory_is_seen_at_every_row():
     assert Blockwise(rows=20, calibration_samples=256).samples == 5120
+
+
+def test_the_estimate_of_memory_knows_of_the_cache():
+    assert Blockwise().cached_bytes == CACHE_BYTES
+    assert Mse().cached_bytes == 0
 
 
 @pytest.mark.parametrize(
