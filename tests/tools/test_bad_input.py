@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
 import pytest
+import safetensors.torch
+import torch
 
 # Arguments, where {model}, {artifact}, {onnx}, {engine}, {empty}, {file}, {out} stand for paths, and what the line must say.
 REFUSED = {
@@ -141,3 +148,114 @@ def test_a_fault_of_ours_is_one_line_too(run, chain, monkeypatch):
 
     monkeypatch.setattr("edm_deploy_tools.describe.describe", fault)
     assert "a fault of edm-deploy" in run("inspect", chain.artifact).complaint
+
+
+def edit(path, change) -> None:
+    """Change a json file in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def weights(model):
+    return model / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def with_lora_beside(model):
+    (model / "pytorch_lora_weights.safetensors").write_bytes(b"")
+
+
+def with_lora_inside(model):
+    tensors = safetensors.torch.load_file(weights(model))
+    safetensors.torch.save_file(tensors | {"mid_block.attentions.0.to_q.lora_A.default.weight": torch.zeros(2, 2)}, weights(model))
+
+
+def with_flipped_header(model):
+    content = weights(model).read_bytes()
+    weights(model).write_bytes(b"\xff" * 16 + content[16:])
+
+
+def cut_short(model):
+    weights(model).write_bytes(weights(model).read_bytes()[:-100])
+
+
+def without_a_tensor(model):
+    tensors = safetensors.torch.load_file(weights(model))
+    tensors.pop("conv_in.weight")
+    safetensors.torch.save_file(tensors, weights(model))
+
+
+# What is done to a model's directory, and what the line must say.
+MODELS = {
+    "LoRA beside the weights": (with_lora_beside, "is a LoRA that is not fused into the model. Fuse it first"),
+    "LoRA in the weights": (with_lora_inside, "carries a LoRA that is not fused: it has a tensor 'mid_block"),
+    "SDXL refiner": (lambda m: edit(m / "model_index.json", lambda c: c.update(requires_aesthetics_score=True)), "is an SDXL refiner"),
+    "quantized checkpoint": (
+        lambda m: edit(m / "unet" / "config.json", lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"})),
+        "is quantized already (bitsandbytes); expected float weights",
+    ),
+    "unknown class": (
+        lambda m: edit(m / "model_index.json", lambda c: c.update(unet=["diffusers", "UNet2DConditonModel"])),
+        "Did you mean 'UNet2DConditionModel'? Known:",
+    ),
+    "class without a family": (
+        lambda m: edit(m / "model_index.json", lambda c: c.update(unet=["diffusers", "Kandinsky3UNet"])),
+        "To add one, write edm_deploy/models/<name>.py (CONTRIBUTING.md)",
+    ),
+    "no scheduler": (
+        lambda m: edit(m / "model_index.json", lambda c: c.pop("scheduler")),
+        "is a pipeline without a scheduler; a trajectory needs one. Add scheduler/scheduler_config.json",
+    ),
+    "no denoiser": (lambda m: edit(m / "model_index.json", lambda c: c.pop("unet")), "without a unet or transformer"),
+    "weights with a broken header": (with_flipped_header, "Download or save the model again"),
+    "weights cut short": (cut_short, "Download or save the model again"),
+    "a tensor missing": (without_a_tensor, "'conv_in.weight'"),
+    "another shape than the config says": (
+        lambda m: edit(m / "unet" / "config.json", lambda c: c.update(layers_per_block=2)),
+        "Download or save the model again",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_that_cannot_be_quantized_is_refused_in_one_line(run, chain, copy_of, tmp_path, case):
+    damage, said = MODELS[case]
+    model = copy_of(chain.model)
+    damage(model)
+    ran = run("calibrate", model, "--out", tmp_path / "out", "--rows", 2)
+    assert said in ran.complaint
+    assert not (tmp_path / "out").exists()
+    # As the float model that others are judged against it says the same.
+    assert said in run("evaluate", chain.artifact, "--reference", model, "--out", tmp_path / "out").complaint
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_is_refused_in_one_line(run, chain, tmp_path, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**8))
+    ran = run("calibrate", chain.model, "--out", tmp_path / "out", "--rows", 2)
+    assert re.search(r"needs about 1\.\d GB of memory to be quantized so, 0\.1 GB are free\. Use --low-memory", ran.complaint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_pixels_is_told_nothing(run, chain, tmp_path):
+    (tmp_path / "p").write_text("a cat\n")
+    out = ("--out", tmp_path / "out")
+    assert "takes no text" in run("sample", chain.engine, *out, "--prompt", "a cat").complaint
+    assert "takes no class" in run("sample", chain.engine, *out, "--class-label", 3).complaint
+    assert "is not guided" in run("sample", chain.engine, *out, "--guidance", 3).complaint
+    assert "without text encoders" in run("evaluate", chain.artifact, *out, "--prompts", tmp_path / "p").complaint
+    assert "is not guided" in run("evaluate", chain.artifact, *out, "--guidance", 3).complaint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_text_must_be_told_something(run, prompted, tmp_path):
+    assert "Add --prompt TEXT" in run("sample", prompted.engine, "--out", tmp_path / "out").complaint
+    missing = ("--prompts", tmp_path / "none")
+    assert "cannot be read" in run("sample", prompted.engine, "--out", tmp_path / "out", *missing).complaint
+
+
+def test_a_text_encoder_that_is_gone_is_named_with_the_mend(run, prompted, copy_of, tmp_path):
+    source = copy_of(prompted.model)
+    shutil.rmtree(source / "text_encoder")
+    ran = run("sample", prompted.engine, "--out", tmp_path / "out", "--prompt", "a", "--source", source)
+    assert "has no 'text_encoder', which a StableDiffusionPipeline needs. Name the pipeline with --source" in ran.complaint
