@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from calibration.budget import Budget
 from calibration.memory import peak_memory
@@ -73,9 +74,7 @@ def fit(
     decides |= {"passes": {chosen.name: chosen.settings() for chosen in passes}} if passes else {}
     identity = decides | {"teacher": teacher_hash}
     scene = Scene(source=source, recipe=recipe, conditioner=conditioner, device=device)
-    chosen_timesteps = (chosen.timesteps(scene) for chosen in passes)
-    timesteps = next((found for found in chosen_timesteps if found is not None), None)
-    timesteps = calibrated_timesteps(source.scheduler, recipe.rows, source.family_object.sigmas(recipe.rows)) if timesteps is None else timesteps
+    timesteps = row_timesteps(scene, passes)
     size = recipe.pool_size()
     trajectories = Trajectories(source, timesteps, size=size, eta=recipe.eta, seed=recipe.seed, device=device, conditioner=conditioner)
     teacher = Teacher(source, device)
@@ -105,6 +104,19 @@ def fit(
         "peak_memory_bytes": peak_memory(device),
     }
     return replace(artifact, provenance=provenance | dict(artifact.provenance))
+
+
+def row_timesteps(scene: Scene, passes: Sequence[Pass]) -> Tensor:
+    """int32 [R] ascending, one a table row: those that a pass chooses, else those of a sampling with as many steps.
+
+    Raises:
+        InputError: More rows than the schedule has timesteps.
+    """
+    for chosen in passes:
+        if (found := chosen.timesteps(scene)) is not None:
+            return found
+    rows = scene.recipe.rows
+    return calibrated_timesteps(scene.source.scheduler, rows, scene.source.family_object.sigmas(rows))
 
 
 def folded_layers(source: Source, asked: bool) -> tuple[str, ...]:

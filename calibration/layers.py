@@ -11,7 +11,7 @@ from torch.nn import functional
 from calibration.fake_quant import fake_quantize, round_straight_through
 from calibration.recipe import Range, SiteSpec
 from edm_deploy.activations import ActivationTable
-from edm_deploy.quant import channel_bounds, dequantize_weight, quantize_weight, weight_bounds
+from edm_deploy.quant import channel_bounds, dequantize_weight, per_channel, quantize_weight, weight_bounds
 from edm_deploy.structure import PRE_SCALE, representable, scaled_input
 
 
@@ -29,6 +29,7 @@ class ActivationQuantizer(nn.Module):
         log_scale: float32 [R].
         qmin: float32 [R], the lowest code before rounding; learnable where the spec is not symmetric.
         current: int64 [B], the row of each sample; set before each forward by whoever knows the timesteps.
+        relaxed: bool [B], samples that are left as they are, set likewise; None where there are none.
     """
 
     def __init__(self, spec: SiteSpec, rows: int) -> None:
@@ -39,20 +40,27 @@ class ActivationQuantizer(nn.Module):
         fixed = spec.fixed_qmin
         self.qmin = nn.Parameter(torch.full((rows,), float(fixed or 0)), requires_grad=fixed is None)
         self.current = torch.zeros(0, dtype=torch.int64)
+        self.relaxed: Tensor | None = None
         self._last: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def set_row(self, row: int, range_: Range) -> None:
-        """Set one row of the table."""
+    def set_row(self, row: int | slice, range_: Range) -> None:
+        """Set one row of the table, or several."""
         self.log_scale[row] = math.log(range_.scale)
         self.qmin[row] = range_.qmin
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, ...] rounded to codes and back, in its own dtype. Layers that are fed the same tensor get the same result."""
         if self._last is None or self._last[0] is not x:
-            qmin = round_straight_through(self.qmin.clamp(-self.levels, 0))
-            self._last = x, fake_quantize(x, self.log_scale.exp()[self.current], qmin[self.current], self.levels)
+            self._last = x, self._rounded(x)
         return self._last[1]
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        if self.relaxed is not None and bool(self.relaxed.all()):
+            return x
+        qmin = round_straight_through(self.qmin.clamp(-self.levels, 0))
+        rounded = fake_quantize(x, self.log_scale.exp()[self.current], qmin[self.current], self.levels)
+        return rounded if self.relaxed is None else torch.where(per_channel(self.relaxed, x), x, rounded)
 
     def forget(self) -> None:
         """Drop the last input and result, which would otherwise live until the next forward."""

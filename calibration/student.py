@@ -20,6 +20,7 @@ from edm_deploy.family import SAMPLE, skeleton
 from edm_deploy.pipelines import Source
 from edm_deploy.site import Site
 from edm_deploy.structure import PRE_SCALE, PUBLISHED, Structure, restructure
+from edm_deploy.weights import cast
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,7 +43,7 @@ class Teacher(nn.Module):
         """Compute in `dtype` from now on; in float32 the weights stay those of the source."""
         self.dtype = dtype
         if dtype != torch.float32:
-            self.model.to(dtype)
+            cast(self.model, dtype)
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -66,6 +67,8 @@ class Student(nn.Module):
         layers: Every quantized layer by site name.
         quantizers: Every activation quantizer by the name of the first site that it serves.
         leaders: For each site the first one that is fed the very same tensor.
+        relaxed_rows: bool [R], rows at which activations stay in floating point; None where there are none.
+        shared_row: int32 [R], for each row the one that stands for it; None where each stands for itself.
     """
 
     def __init__(
@@ -86,6 +89,8 @@ class Student(nn.Module):
         self.row_of_timestep = nearest_rows(timesteps, source.num_train_timesteps)
         self.compute_dtype = torch.float32
         self.folded = folded
+        self.relaxed_rows: Tensor | None = None
+        self.shared_row: nn.Parameter | None = None  # a parameter, so that checkpoints hold it
         self.segments = segments
         sites = {name: layer for name, layer in self.family.sites(self.model).items() if name not in folded}
         # On the meta device: who is fed what follows from the graph, and nothing is computed.
@@ -111,8 +116,10 @@ class Student(nn.Module):
     @contextmanager
     def at_rows(self, rows: Tensor, device: torch.device) -> Iterator[None]:
         """Within it the layers quantize by these table rows, int64 [B], and compute in the student's dtype: for whoever runs a part of the model."""
+        relaxed = None if self.relaxed_rows is None else self.relaxed_rows.to(rows.device)[rows]
+        shared = rows if self.shared_row is None else self.shared_row.to(rows.device)[rows].long()
         for quantizer in self.quantizers.values():
-            quantizer.current = rows
+            quantizer.current, quantizer.relaxed = shared, relaxed if relaxed is not None and bool(relaxed.any()) else None
         try:
             with torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
                 yield
@@ -154,7 +161,7 @@ class Student(nn.Module):
     def learnable_or_fixed(self) -> dict[str, nn.Parameter]:
         """What `learnable` gives before a rate of 0 fixes some of it: all that a checkpoint must hold."""
         kept = {id(layer.layer.weight) for layer in self.layers.values()}
-        own = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()} - kept
+        own = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()} - kept | {id(self.shared_row)}
         return {name: value for name, value in self.named_parameters() if id(value) in own}
 
     def _quantizer(self, leader: str, spec: SiteSpec, leading_spec: SiteSpec, name: str) -> ActivationQuantizer:

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from calibration.observe import SAMPLES_PER_BATCH, InputMean, Observer
+from calibration.observe import SAMPLES_PER_BATCH, Extremes, InputMean, Observer
 
 
 def test_extremes_are_those_of_all_values_though_only_some_are_kept():
@@ -39,3 +39,11 @@ def test_batches_weigh_alike():
     for value in (1.0, 4.0):
         mean(nn.Linear(1, 1), (torch.tensor([[value]]),))
     assert mean.take().tolist() == [2.5]
+
+
+def test_extremes_hold_zero_and_start_anew():
+    extremes = Extremes()
+    extremes(nn.Identity(), (torch.tensor([2.0, 3.0]),))
+    extremes(nn.Identity(), (torch.tensor([1.0, 5.0]),))
+    assert extremes.take() == (0.0, 5.0)
+    assert extremes.take() == (0.0, 0.0)

@@ -1,0 +1,80 @@
+"""PCR: each table row is calibrated on samples that the quantized model itself made, and some timesteps leave activations in floating point.
+
+Source: Tang et al., Post-training Quantization for Text-to-Image Diffusion Models with Progressive Calibration and Activation Relaxing, ECCV 2024,
+arXiv 2311.06322; constants from the released code, github.com/tsa18/PCR at 249a6a1.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from calibration.passing import Pass, Scene, needs_quantized_inputs
+from calibration.recipe import Recipe, within
+from calibration.student import Student
+from edm_deploy.artifact import Artifact
+from edm_deploy.errors import InputError
+from edm_deploy.pipelines import Source
+from edm_deploy.sampling import set_steps
+
+GRID = 100  # steps of the sampling that shares are counted in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pcr(Pass):
+    """Progressive calibration, and relaxing of a stretch of the sampling: 0 is its first, noisiest step, 1 its end.
+
+    The released code relaxes to 10-bit activations, for which there is no kernel; here they stay in floating point, in a second engine of the same
+    weights. A model that is sampled in other steps relaxes the same timesteps.
+
+    Attributes:
+        relax_from: Where the relaxed stretch begins. Source: 0.8 for Stable Diffusion, 0.0 for SDXL.
+        relax_to: Where it ends; equal to `relax_from` where none is relaxed. Source: 1.0 for Stable Diffusion, 0.2 for SDXL.
+    """
+
+    name: ClassVar[str] = "pcr"
+    student_leads: ClassVar[bool] = True
+    relax_from: float = 0.8
+    relax_to: float = 1.0
+
+    def __post_init__(self) -> None:
+        within("pcr.relax_from", self.relax_from, 0.0, 1.0)
+        within("pcr.relax_to", self.relax_to, self.relax_from, 1.0)
+
+    def check(self, recipe: Recipe, others: Sequence[Pass]) -> None:
+        """Refuse recipes without ranges, and a run in which no timestep would be quantized."""
+        needs_quantized_inputs(self, recipe)
+        if self.relax_to - self.relax_from == 1.0:
+            raise InputError(
+                "pcr.relax_from 0 with pcr.relax_to 1 leaves activations in floating point everywhere. Relax less, or set act_bits to 16."
+            )
+
+    def before(self, student: Student, scene: Scene) -> None:
+        """The student leaves activations alone at the relaxed timesteps, while it leads and while it is trained."""
+        relaxed = self.relaxed(scene.source)
+        student.relaxed_rows = None if relaxed is None else relaxed[student.timesteps.long()].bool()
+
+    def finish(self, artifact: Artifact, student: Student, scene: Scene) -> Artifact:
+        """The artifact with its relaxed timesteps."""
+        return replace(artifact, relaxed=self.relaxed(scene.source))
+
+    def relaxed(self, source: Source) -> Tensor | None:
+        """uint8 [num_train_timesteps], 1 at the timesteps of the relaxed stretch; None where it is empty."""
+        scheduler, length = copy.deepcopy(source.scheduler), source.num_train_timesteps
+        set_steps(scheduler, GRID, source.family_object.sigmas(GRID))
+        stops = torch.as_tensor(scheduler.timesteps).double()
+        first, last = round(self.relax_from * GRID), round(self.relax_to * GRID)  # of the steps, the noisiest is 0
+        if first == last:
+            return None
+        every = torch.arange(length)
+        within = every >= (stops[last - 1] if last < GRID else 0)
+        within &= every < (stops[first - 1] if first > 0 else length)
+        return within.to(torch.uint8)
+
+
+PASS = Pcr

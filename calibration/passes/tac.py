@@ -1,0 +1,147 @@
+"""TAC: the predicted noise and the sample are corrected by timestep and channel, outside the network, after any recipe.
+
+Source: Yao et al., Timestep-Aware Correction for Quantized Diffusion Models, ECCV 2024, arXiv 2407.03917: noise estimation reconstruction (the
+scale) and input bias correction (the shift). No code was released; the closed form was checked against the re-implementation in SegQuant's
+baselines (github.com/OptiSys-ZJU/segquant at 125659c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from calibration.observe import BATCH
+from calibration.passing import Pass, Scene
+from calibration.recipe import at_least, within
+from calibration.schedules import Schedule, calibrated_timesteps, schedule_of
+from calibration.student import Student, Teacher
+from edm_deploy.activations import nearest_rows
+from edm_deploy.artifact import Artifact
+from edm_deploy.correction import Correction, channel_axis
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # sample float32 [B, ...] and timestep float32 [B] -> prediction float32 [B, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tac(Pass):
+    """Estimated along the corrected trajectory: each timestep is corrected before the next one is reached.
+
+    Attributes:
+        ridge: Weight of (scale - 1)^2 beside the squared error, both in units of the prediction's mean square. Source: lambda_2, 0.1.
+        relative: Share of the element-wise relative error in what the scale minimises. Source: lambda_1.
+        threshold: Elements whose relative error is beyond this are left out of the relative term. Source: 4.
+        shift: Whether the sample is corrected too. Source: yes.
+        samples: Trajectories. Source: 32.
+        steps: Timesteps that are corrected; None is as many as the recipe has table rows.
+    """
+
+    name: ClassVar[str] = "tac"
+    ridge: float = 0.1
+    relative: float = 0.0
+    threshold: float = 4.0
+    shift: bool = True
+    samples: int = 32
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least("tac.ridge", self.ridge, 0.0)
+        within("tac.relative", self.relative, 0.0, 1.0)
+        at_least("tac.threshold", self.threshold, 0.0)
+        at_least("tac.samples", self.samples, 1)
+        if self.steps is not None:
+            at_least("tac.steps", self.steps, 1)
+
+    def finish(self, artifact: Artifact, student: Student, scene: Scene) -> Artifact:
+        """The artifact with its correction."""
+        steps = self.steps or scene.recipe.rows
+        timesteps = calibrated_timesteps(scene.source.scheduler, steps, scene.source.family_object.sigmas(steps))
+        generator = torch.Generator().manual_seed(scene.recipe.seed + 1)  # other samples than those that the ranges were observed on
+        shape = scene.source.family_object.walked_shape(scene.source.config)
+        noise = torch.randn(self.samples, *shape, generator=generator).to(scene.device)
+        given = {name: value.to(scene.device) for name, value in scene.conditioner.draw(self.samples, generator).items()}
+        student.compute_dtype = torch.float32
+        # A teacher of its own: the recipe's may compute in bfloat16 by now.
+        teacher, quantized = (_predict(model, scene, given) for model in (Teacher(scene.source, scene.device), student))
+        scale, input_bias = self.estimate(teacher, quantized, schedule_of(scene.source.scheduler, timesteps), noise)
+        rows = nearest_rows(timesteps, artifact.num_train_timesteps)
+        return replace(artifact, correction=Correction(row_of_timestep=rows, scale=scale, input_bias=input_bias))
+
+    @torch.no_grad()
+    def estimate(self, teacher: Predict, student: Predict, schedule: Schedule, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and input bias, float32 [R, C] each, rows ascending with the timestep.
+
+        Both networks walk from the same noise, without fresh noise, the student as it will be run: corrected at every timestep passed so far.
+
+        Args:
+            teacher: Float.
+            student: Quantized.
+            schedule: Of R timesteps.
+            noise: float32 [B, ...].
+        """
+        sample, led = noise, noise  # the teacher's, and the corrected student's
+        scales, biases = [], []
+        for position, at in enumerate(schedule.timesteps):
+            timestep, positions = at.float().to(noise.device).expand(len(noise)), torch.full((len(noise),), position)
+            bias = _channel_mean(led - sample) if self.shift else torch.zeros_like(_channel_mean(led))
+            target = teacher(sample, timestep)
+            found = student(led - _across(bias, led), timestep)
+            scale = self.scale(found, target)
+            sample = schedule.previous(sample, target, positions, torch.zeros_like(noise), 0.0)
+            led = schedule.previous(led, _across(scale, led) * found, positions, torch.zeros_like(noise), 0.0)
+            scales.append(scale)
+            biases.append(bias)
+        return torch.stack(scales).flip(0).cpu(), torch.stack(biases).flip(0).cpu()
+
+    def scale(self, found: Tensor, target: Tensor) -> Tensor:
+        """The scale K of each channel, in closed form; exactly 1 where q, found, is r, the target.
+
+        With p the mean of r^2 it minimises
+
+            (1 - relative) mean((K q - r)^2) + relative p mean((K q / r - 1)^2) + ridge p (K - 1)^2.
+
+        Args:
+            found: float32 [B, ...].
+            target: float32, the same shape.
+
+        Returns:
+            float32 [C].
+        """
+        power = _channel_mean(target.square())
+        counted = ((found - target).abs() <= self.threshold * target.abs()) & (target != 0)
+        ratio = torch.where(counted, found / target, 0.0)
+        absolute, relative = 1 - self.relative, self.relative * power
+        above = absolute * _channel_mean(found * target) + relative * _channel_mean(ratio) + self.ridge * power
+        below = absolute * _channel_mean(found.square()) + relative * _channel_mean(ratio.square()) + self.ridge * power
+        return torch.where(below > 0, above / below, 1.0)
+
+
+PASS = Tac
+
+
+def _predict(model: Teacher | Student, scene: Scene, given: dict[str, Tensor]) -> Predict:
+    """A network's combined prediction, a few samples at a time."""
+
+    def predict(sample: Tensor, timestep: Tensor) -> Tensor:
+        parts = []
+        for members in torch.split(torch.arange(len(sample)), BATCH):
+            conditioning = scene.conditioner.of({name: value[members] for name, value in given.items()})
+            parts.append(conditioning.combine(model(conditioning.inputs(sample[members], timestep[members])).float()))
+        return torch.cat(parts)
+
+    return predict
+
+
+def _channel_mean(values: Tensor) -> Tensor:
+    """float32 [C] of [B, ...]."""
+    return values.movedim(channel_axis(values), 0).flatten(1).mean(1)
+
+
+def _across(values: Tensor, like: Tensor) -> Tensor:
+    """[C] so that it broadcasts along the channels of `like`."""
+    shape = [1] * like.ndim
+    shape[channel_axis(like)] = -1
+    return values.reshape(shape)

@@ -1,0 +1,95 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from calibration import RunOptions, fit
+from calibration.passes.adp import Adp, keep_rows, select, similarity, uncertainty
+from calibration.passing import check_passes
+from calibration.recipes.minmax import MinMax
+from edm_deploy.errors import InputError
+from edm_deploy.reference import Reference
+from tests.calibration.tiny import tiny_source
+from tests.conftest import artifact_by_hand, tiny_inputs
+
+TIMELINE = torch.tensor([[0.0], [0.1], [5.0], [9.9], [10.0]])
+GROUPS = torch.tensor([0, 0, 1, 1, 1])
+
+
+def test_rows_that_share_become_one_and_every_timestep_finds_its_own():
+    artifact = artifact_by_hand(rows=5)
+    found = keep_rows(artifact, torch.tensor([0, 1, 0, 1, 4]))
+    found.validate()
+    assert found.timesteps.tolist() == [0, 200, 800]
+    assert [int(found.row_of_timestep[timestep]) for timestep in artifact.timesteps] == [0, 1, 0, 1, 2]
+    table = artifact.sites["conv_in"].activation
+    assert torch.equal(found.sites["conv_in"].activation.scale, table.scale[[0, 1, 4]])
+    inputs = tiny_inputs("unet2d", batch=2) | {"timestep": torch.tensor([400.0, 800.0])}
+    shared = Reference(artifact)(inputs | {"timestep": torch.tensor([0.0, 800.0])})
+    # Row 0 stands for row 2; the embedding sees the timestep itself, so only the sample that kept its row is the same.
+    assert torch.equal(Reference(found)(inputs)[1], shared[1])
+    assert not torch.equal(Reference(found)(inputs)[0], Reference(artifact)(inputs)[0])
+
+
+def test_rows_that_share_with_nobody_change_nothing():
+    artifact = artifact_by_hand(rows=3)
+    assert keep_rows(artifact, torch.arange(3)).digest == artifact.digest
+
+
+def test_a_timestep_between_two_groups_is_undecided():
+    found = uncertainty(torch.tensor([[0.0], [2.0], [4.0], [2.0]]), torch.tensor([0, 0, 1, 1]))
+    assert found[1] == pytest.approx(1.0)
+    assert float(found[0]) < 0.5
+
+
+def test_timesteps_are_alike_by_their_distance():
+    alike = similarity(TIMELINE, GROUPS)
+    torch.testing.assert_close(alike.diag(), torch.ones(5))
+    assert alike[0, 1] > alike[0, 2] > alike[0, 4]
+
+
+def test_without_the_structural_term_the_most_undecided_are_picked():
+    gain = torch.tensor([0.1, 0.9, 0.8, 0.2, 0.0])
+    assert select(gain, torch.eye(5), 3, 0.0, 4).tolist() == [1, 2, 4]
+
+
+def test_the_structural_term_picks_what_stands_for_the_others():
+    alike = similarity(TIMELINE, GROUPS)
+    # Beside the last one: a neighbour of it tells nothing new, one of the first two stands for both.
+    assert select(torch.zeros(5), alike, 2, 1.0, 4).tolist() in ([0, 4], [1, 4])
+    assert select(torch.tensor([0.0, 0.0, 0.0, 0.2, 0.0]), alike, 2, 0.0, 4).tolist() == [3, 4]
+    assert select(torch.zeros(5), alike, 5, 1.0, 4).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def grouped():
+    recipe = MinMax(weight_bits=4, act_bits=4, rows=6, calibration_samples=2)
+    return fit(tiny_source(), recipe, RunOptions(), passes=[Adp(groups=2, candidates=12, probes=2)])
+
+
+def test_the_tables_have_one_row_a_group_and_its_timesteps_are_chosen_from_the_candidates(grouped):
+    assert len(grouped.timesteps) == 2
+    assert {len(site.activation.scale) for site in grouped.sites.values()} == {2}
+    assert set(grouped.row_of_timestep.tolist()) == {0, 1}
+    assert bool((grouped.timesteps % 83 == 0).all())  # twelve steps of a thousand timesteps
+    assert grouped.provenance["passes"]["adp"]["groups"] == 2
+    assert Reference(grouped)(tiny_inputs("unet2d")).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "recipe", "message"),
+    [
+        ({}, {"rows": 4}, r"'adp' does not compose with minmax at rows 4: it needs 8 or more"),
+        ({}, {"act_bits": 16}, r"'adp' does not compose with act_bits 16"),
+        ({"candidates": 30}, {"rows": 40}, r"adp\.candidates is 30, fewer than the 40 rows to choose"),
+    ],
+)
+def test_what_it_does_not_compose_with_is_refused(settings, recipe, message):
+    with pytest.raises(InputError, match=message):
+        check_passes([Adp(**settings)], replace(MinMax(), **recipe))
+
+
+@pytest.mark.parametrize("setting", ["groups", "candidates", "probes"])
+def test_settings_out_of_range_are_refused(setting):
+    with pytest.raises(InputError, match=rf"adp\.{setting} is 0; expected at least 1"):
+        Adp(**{setting: 0})

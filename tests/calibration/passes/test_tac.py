@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from calibration.passes.tac import Tac
+from calibration.schedules import DiffusionSchedule
+from edm_deploy.errors import InputError
+
+PLAIN = Tac(ridge=0.0, relative=0.0)
+SCHEDULE = DiffusionSchedule(torch.tensor([900, 500, 100]), torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=torch.float64), "epsilon", None)
+NOISE = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def one_channel(values):
+    return torch.tensor(values).reshape(1, 1, 1, -1)
+
+
+def test_without_ridge_the_scale_is_that_of_least_squares():
+    # q = (1, 2), r = (3, 1): K = (3 + 2) / (1 + 4) = 1.
+    assert PLAIN.scale(one_channel([1.0, 2.0]), one_channel([3.0, 1.0])).tolist() == [1.0]
+    assert PLAIN.scale(one_channel([1.0, 2.0]), one_channel([2.0, 4.0])).tolist() == [2.0]
+
+
+def test_the_ridge_pulls_the_scale_to_one_in_units_of_the_target():
+    # q = 1, r = 2, p = 4: (2 + 0.5 * 4) / (1 + 0.5 * 4) = 4 / 3.
+    assert Tac(ridge=0.5).scale(one_channel([1.0]), one_channel([2.0])).tolist() == pytest.approx([4 / 3])
+
+
+def test_the_relative_term_counts_each_element_alike_but_those_beyond_the_threshold():
+    # q / r is 2 and 0.5: K = (2.5 / 2) / (4.25 / 2); with the third, far off, left out of the sums but not of the mean.
+    found, target = one_channel([2.0, 5.0]), one_channel([1.0, 10.0])
+    assert Tac(ridge=0.0, relative=1.0).scale(found, target).tolist() == pytest.approx([2.5 / 4.25])
+    beyond = Tac(ridge=0.0, relative=1.0).scale(one_channel([2.0, 5.0, 90.0, 1.0]), one_channel([1.0, 10.0, 1.0, 0.0]))
+    assert beyond.tolist() == pytest.approx([2.5 / 4.25])
+
+
+def test_each_channel_has_its_own_scale():
+    target = torch.ones(2, 2, 3, 3)
+    found = target / torch.tensor([2.0, 4.0]).reshape(2, 1, 1)
+    assert PLAIN.scale(found, target).tolist() == [2.0, 4.0]
+    assert PLAIN.scale(found.flatten(2).mT, target.flatten(2).mT).tolist() == [2.0, 4.0]  # tokens: channels last
+
+
+@pytest.mark.parametrize("settings", [{}, {"relative": 0.8}, {"ridge": 0.0}, {"shift": False}])
+def test_zero_error_gives_exactly_the_identity(settings):
+    def teacher(sample, timestep):
+        return torch.sin(sample) + timestep.reshape(-1, 1, 1, 1) / 1000
+
+    scale, input_bias = Tac(**settings).estimate(teacher, teacher, SCHEDULE, NOISE)
+    assert torch.equal(scale, torch.ones(3, 2))
+    assert torch.equal(input_bias, torch.zeros(3, 2))
+
+
+def test_a_channel_without_signal_is_left_alone():
+    assert Tac().scale(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)).tolist() == [1.0]
+
+
+def test_an_error_that_is_a_scale_is_taken_away_and_then_nothing_is_left_to_shift():
+    def teacher(sample, timestep):
+        return sample
+
+    scale, input_bias = PLAIN.estimate(teacher, lambda sample, timestep: sample / 2, SCHEDULE, NOISE)
+    torch.testing.assert_close(scale, torch.full((3, 2), 2.0))
+    torch.testing.assert_close(input_bias, torch.zeros(3, 2), atol=1e-6, rtol=0)
+
+
+def test_each_timestep_is_measured_on_what_the_corrected_student_made_of_those_before():
+    def teacher(sample, timestep):
+        return torch.zeros_like(sample)
+
+    seen = []
+
+    def student(sample, timestep):
+        seen.append(sample)
+        return torch.full_like(sample, 0.3)
+
+    _, input_bias = Tac(ridge=0.0).estimate(teacher, student, SCHEDULE, NOISE)
+    # Against a target of zero the scale is zero: the corrected student walks with the teacher, and is never shifted.
+    assert torch.equal(input_bias, torch.zeros(3, 2))
+    _, input_bias = Tac(ridge=0.0, relative=0.0).estimate(lambda x, t: torch.ones_like(x), lambda x, t: x, SCHEDULE, NOISE)
+    assert bool((input_bias[:2].abs() > 0).all())
+    assert torch.equal(input_bias[2], torch.zeros(2))  # rows ascend with the timestep: the last is the first step, from the same noise
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ridge": -1.0}, r"tac\.ridge is -1\.0; expected at least 0\.0"),
+        ({"relative": 2.0}, r"tac\.relative is 2\.0"),
+        ({"threshold": -1.0}, r"tac\.threshold"),
+        ({"samples": 0}, r"tac\.samples"),
+        ({"steps": 0}, r"tac\.steps"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        Tac(**settings)
