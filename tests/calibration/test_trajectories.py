@@ -68,3 +68,16 @@ def test_a_pool_goes_on_from_its_state_as_if_nothing_had_happened():
     second.load_state(state)
     walk(second, 7)
     assert all(torch.equal(value, second.state()[name]) for name, value in whole.state().items())
+
+
+def test_a_pool_begins_anew_with_other_noise():
+    trajectories = pool(size=4, rows=3, kind="unet2d-classes")
+    for _, batches in trajectories.sweep(4):
+        for batch in batches:
+            trajectories.advance(batch, torch.zeros_like(batch.inputs["sample"]))
+    trajectories.take(3)
+    before = trajectories.sample.clone()
+    trajectories.restart()
+    assert trajectories.position.tolist() == [0, 0, 0, 0]
+    assert trajectories.take(2).members.tolist() == [0, 1]
+    assert not torch.equal(trajectories.sample, before)
