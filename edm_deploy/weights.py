@@ -72,6 +72,14 @@ def _filled(model: nn.Module, directory: Path, keep: bool) -> bool:
     return True
 
 
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in another floating-point type, in place.
+
+    diffusers' own `to` warns that some parts should stay in float32, of models too that name none.
+    """
+    return nn.Module.to(model, dtype=dtype)
+
+
 def widen_while_running(model: nn.Module) -> None:
     """Let each module of the model hold its own parameters in float32 while it runs, and only then: the results are those of a float32 model."""
     for module in model.modules():

@@ -19,6 +19,7 @@ from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.family import SAMPLE, Family, family_named
 from edm_deploy.lookup import suggestion
 from edm_deploy.manifest import Manifest
+from edm_deploy.weights import cast
 from edm_deploy_tools.console import Row
 from edm_deploy_tools.floats import float_engine
 from edm_deploy_tools.machine import machine, versions
@@ -122,7 +123,8 @@ def bench_engines(
         for name in against:
             calls[name] = baseline(name, manifests[0], model, inputs, threads, scratch)
         for path in engines:
-            calls[unused(path.resolve().name, calls)] = engine_call(path, inputs, device)
+            for part, call in engine_calls(path, inputs, device).items():
+                calls[unused(f"{path.resolve().name}{part}", calls)] = call
         timings = in_turns(calls, rounds)
     return Bench(conditions=conditions(batch, rounds, threads), timings=timings, batch=batch)
 
@@ -179,20 +181,34 @@ def baseline(
         path = scratch.enter_context(
             float_engine(manifest, model, backend=backend, precision=precision, threads=threads, batch=len(inputs[SAMPLE]))
         )
-        return engine_call(path, inputs, None)
+        (call,) = engine_calls(path, inputs, None).values()
+        return call
     if name in HALVES:
-        model = random_model(family, manifest.config).to(inputs[SAMPLE].device, HALVES[name])
+        model = cast(random_model(family, manifest.config).to(inputs[SAMPLE].device), HALVES[name])
         inputs = {
             key: value.to(HALVES[name]) if value.is_floating_point() and key != "timestep" else value for key, value in inputs.items()
         }
     return torch.no_grad()(lambda: family.forward(model, inputs))
 
 
-def engine_call(path: Path, inputs: Mapping[str, Tensor], device: str | None) -> Call:
-    """One call of an engine through the drop-in, checks included: what a pipeline pays."""
+def engine_calls(path: Path, inputs: Mapping[str, Tensor], device: str | None) -> dict[str, Call]:
+    """One call of an engine through the drop-in, checks included: what a pipeline pays. By what is added to the engine's name.
+
+    A pipeline's batch stands at one timestep, so an engine with relaxed timesteps is two contestants, each at timesteps of its own.
+    """
     denoiser = load_denoiser(path, device=device)
     given = {name: value.to(denoiser.device) for name, value in inputs.items()}
-    return lambda: denoiser(**given)
+    engine_of_timestep = denoiser.manifest.engine_of_timestep
+    if engine_of_timestep is None:
+        return {"": lambda: denoiser(**given)}
+
+    def call(number: int) -> Call:
+        own = torch.nonzero(engine_of_timestep == number)[:, 0]
+        timesteps = own[torch.linspace(0, len(own) - 1, len(given[SAMPLE])).round().long()].float()
+        placed = given | {"timestep": timesteps.to(denoiser.device)}
+        return lambda: denoiser(**placed)
+
+    return {"": call(0), " relaxed": call(1)}
 
 
 def in_turns(calls: Mapping[str, Call], rounds: int) -> tuple[Timing, ...]:

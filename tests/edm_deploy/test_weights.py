@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edm_deploy.pipelines import load_source
-from edm_deploy.weights import empty_model, fill, widen_while_running
+from edm_deploy.weights import cast, empty_model, fill, widen_while_running
 from tests.conftest import tiny_inputs, tiny_model
 
 
@@ -104,3 +104,10 @@ def test_low_memory_gives_the_same_source(save_tiny_pipeline, tmp_path):
     assert low.model.conv_in.weight.dtype == torch.float16
     assert usual.model.conv_in.weight.dtype == torch.float32
     assert low.digest() == usual.digest()
+
+
+def test_a_cast_says_nothing_of_parts_that_stay_in_float32(capfd):
+    _, _, model = tiny_model("flux")
+    assert cast(model, torch.bfloat16) is model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert "float32" not in capfd.readouterr().err
