@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from calibration.observe import SAMPLES_PER_BATCH, Extremes, InputMean, Observer
+from calibration.observe import SAMPLES_PER_BATCH, Extremes, InputMean, Observation, Observer
 
 
 def test_extremes_are_those_of_all_values_though_only_some_are_kept():
@@ -47,3 +47,11 @@ def test_extremes_hold_zero_and_start_anew():
     extremes(nn.Identity(), (torch.tensor([1.0, 5.0]),))
     assert extremes.take() == (0.0, 5.0)
     assert extremes.take() == (0.0, 0.0)
+
+
+def test_observations_of_two_rows_are_one_and_thinning_keeps_their_extremes():
+    both = Observation(torch.tensor([1.0, 2.0]), -1.0, 2.0) + Observation(torch.tensor([5.0]), 0.0, 7.0)
+    assert (both.values.tolist(), both.low, both.high) == ([1.0, 2.0, 5.0], -1.0, 7.0)
+    few = Observation(torch.arange(100.0), -3.0, 200.0).thinned(8, torch.Generator().manual_seed(0))
+    assert (len(few.values), few.low, few.high) == (13, -3.0, 200.0)
+    assert len(few.values.unique()) > 10
