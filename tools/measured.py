@@ -45,9 +45,14 @@ def run_measured(command: Sequence[str], *, cwd: Path, environment: Mapping[str,
         start = time.perf_counter()
         child = subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
         root = psutil.Process(child.pid)
-        while child.poll() is None:
-            peak = max(peak, _resident(root))
-            time.sleep(INTERVAL)
+        try:
+            while child.poll() is None:
+                peak = max(peak, _resident(root))
+                time.sleep(INTERVAL)
+        except BaseException:  # Ctrl-C above all: nothing runs on behind the caller's back
+            child.terminate()
+            child.wait()
+            raise
         seconds = time.perf_counter() - start
         errors.seek(0)
         lines = errors.read().decode(errors="replace").strip().splitlines()

@@ -66,7 +66,9 @@ Rows = Annotated[int | None, typer.Option("--rows", help="Timesteps to calibrate
 Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
 Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings of the recipe.")]
 Preset = Annotated[str | None, typer.Option("--preset", help="Settings shipped in calibration/presets.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="One setting of the recipe; may be given again.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="K=V", help="One setting of the recipe, or pass.setting=V; may be given again.")
+]
 For = Annotated[str | None, typer.Option("--for", metavar="BACKEND", help="Refuse at once what this backend cannot carry.")]
 EngineDevice = Annotated[
     Device | None,
@@ -89,6 +91,13 @@ LowMemory = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Begin even where memory is expected to run out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print json and nothing else on stdout.")]
+
+
+With = Annotated[list[str] | None, typer.Option("--with", metavar="PASS", help="A pass to compose the recipe with; may be given again.")]
+Budget = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="TIME", help="Wall time of calibration and training, such as 30s, 5m or 1h, in place of steps."),
+]
 
 
 def example(command: str) -> str:

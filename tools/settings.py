@@ -53,6 +53,37 @@ def recipe_with(
     return recipe_class(**settings)
 
 
+def sorted_overrides(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of the recipe, `key=value`, and those of passes, `pass.key=value`."""
+    of_passes = [text for text in texts if "." in text.partition("=")[0]]
+    return [text for text in texts if text not in of_passes], of_passes
+
+
+def passes_with(names: Sequence[str], overrides: Sequence[str] = ()) -> tuple[Any, ...]:
+    """Instances of passes, in the order given.
+
+    Args:
+        names: As `edm-deploy finetune --with` takes them.
+        overrides: `pass.key=value`, the value in TOML.
+
+    Raises:
+        UnsupportedError: No such pass.
+        InputError: A setting of a pass that is not among them, or one that it does not have.
+    """
+    import calibration.passes
+
+    settings: dict[str, dict[str, Any]] = {name.replace("_", "-"): {} for name in names}
+    for text in overrides:
+        owner, _, override = text.partition(".")
+        owner = owner.strip().replace("_", "-")
+        if owner not in settings:
+            raise InputError(f"--set {text}: no pass {owner!r} in this run. Add --with {owner}, or leave the setting out.")
+        settings[owner] |= dict([parse_override(override)])
+    classes = {name: lookup.load(calibration.passes, name, "PASS") for name in settings}
+    given = [name.replace("_", "-") for name in names]  # one that is named twice stands twice, and is refused by name
+    return tuple(classes[name](**checked(classes[name], settings[name], where=f"pass {name}")) for name in given)
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """Key and value of `key=value`; the value is read as TOML, and as a string where it is none.
 

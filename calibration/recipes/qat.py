@@ -79,7 +79,7 @@ class QAT(Mse):
         """What is learned, and how fast. Rates of zero leave their parameters alone."""
         groups = []
         for layer in student.layers.values():
-            weights = [value for value in (layer.layer.weight, layer.layer.bias) if value is not None]
+            weights = list(layer.layer.parameters(recurse=False))
             groups.append(distill.Group(weights, self.weight_rate * float(layer.log_weight_scale.detach().exp().mean())))
         quantizers = student.quantizers.values()
         groups.append(distill.Group([layer.log_weight_scale for layer in student.layers.values()], self.weight_scale_rate))

@@ -5,8 +5,9 @@ from typing import Literal
 
 import pytest
 
+from edm_deploy import lookup
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
-from edm_deploy_tools.settings import checked, fits, parse_override, recipe_with
+from edm_deploy_tools.settings import checked, fits, parse_override, passes_with, recipe_with, sorted_overrides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,3 +90,20 @@ def test_a_broken_config_names_its_line(tmp_path):
     (tmp_path / "a.toml").write_text("rows = = 3")
     with pytest.raises(ArtifactError, match="line 1"):
         recipe_with("mse", config=tmp_path / "a.toml")
+
+
+def test_overrides_of_passes_are_told_apart_by_their_dot():
+    assert sorted_overrides(["steps=6", "tac.ridge=0.1", "relative=0.5"]) == (["steps=6", "relative=0.5"], ["tac.ridge=0.1"])
+
+
+def test_a_pass_takes_its_settings_and_its_place():
+    import calibration.passes
+
+    names = lookup.names(calibration.passes)
+    assert [chosen.name for chosen in passes_with(names)] == names
+    with pytest.raises(UnsupportedError, match=r"No pass 'tca' in calibration.passes. Did you mean 'tac'"):
+        passes_with(["tca"])
+    with pytest.raises(InputError, match="pass tac has no setting 'rigde'"):
+        passes_with(["tac"], ["tac.rigde=1"])
+    with pytest.raises(InputError, match=r"no pass 'tac' in this run. Add --with tac"):
+        passes_with([], ["tac.ridge=1"])
