@@ -12,11 +12,13 @@ from torch import Tensor
 from edm_deploy import artifact as artifact_module
 from edm_deploy import manifest as manifest_module
 from edm_deploy.artifact import Artifact
+from edm_deploy.correction import Correction
 from edm_deploy.errors import ArtifactError
 from edm_deploy.family import family_named
 from edm_deploy.files import SOURCE_KEY, other_components, read_json
 from edm_deploy.manifest import Manifest
 from edm_deploy.outline import INDEX
+from edm_deploy.relaxing import Spans, span_words, spans_of
 from edm_deploy.target import TARGETS, plan, summary
 from edm_deploy.work import model_work
 from edm_deploy_tools import describe_model as model
@@ -107,6 +109,8 @@ def describe_artifact(path: Path) -> Description:
         "rows": f"{len(timesteps)}, timesteps {int(timesteps[0])} to {int(timesteps[-1])} of {artifact.num_train_timesteps}",
         "sites": len(artifact.sites),
         "folded": folded_words(artifact.folded),
+        "correction": artifact.correction.summary() if artifact.correction else "none",
+        "relaxed": relaxed_words(() if artifact.relaxed is None else spans_of(artifact.relaxed)),
         "guidance": guidance_words(artifact),
         "conditioning": conditioning_words(artifact),
         "size": size_words(bytes_of(path)),
@@ -123,6 +127,11 @@ def folded_words(folded: Sequence[str]) -> str:
     if not folded:
         return "none"
     return f"{len(folded)} layers that see the timestep alone, in floating point: {', '.join(folded[:3])}{', ...' if folded[3:] else ''}"
+
+
+def relaxed_words(spans: Spans) -> str:
+    """At which timesteps activations stay in floating point."""
+    return f"{span_words(spans)}: activations in floating point, in a second graph of the same weights" if spans else "none"
 
 
 def guidance_words(artifact: Artifact) -> str:
@@ -172,6 +181,8 @@ def describe_manifest(path: Path, kind: Literal["onnx", "engine"]) -> Descriptio
         "inputs": ", ".join(f"{entry.name} [{', '.join(map(str, entry.dims))}]" for entry in manifest.inputs),
         "sites": len(manifest.sites),
         "folded": table_words(manifest),
+        "correction": Correction.from_json(manifest.correction).summary() if manifest.correction else "none",
+        "relaxed": relaxed_words(manifest.relaxed),
         "guidance": families_guidance(manifest),
         "size": size_words(bytes_of(path)),
         "artifact": manifest.artifact,
@@ -241,8 +252,10 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def longest(title: str, rows: Sequence[Row], top: int) -> tuple[str, list[Row]]:
-    """Title and rows of a table as it is printed: of many sites those with the most work, in the model's order."""
-    if len(rows) <= top or not {"site", "MACs %"} <= rows[0].keys():
+    """Title and rows of a table as it is printed: of many sites those with the most work, or where that is not known the first, in the model's order."""
+    if len(rows) <= top or "site" not in rows[0]:
         return title, list(rows)
+    if "MACs %" not in rows[0]:
+        return f"{title}: the first {top} of {len(rows)}; --json has all", list(rows[:top])
     kept = sorted(range(len(rows)), key=lambda index: -(rows[index]["MACs %"] or 0))[:top]
     return f"{title}: the {top} with the most work of {len(rows)}; --json has all", [rows[index] for index in sorted(kept)]

@@ -21,7 +21,7 @@ from edm_deploy.errors import InputError
 from edm_deploy.family import SAMPLE
 from edm_deploy.manifest import Range
 from edm_deploy.pipelines import Source, scheduler_named, schedulers_for
-from edm_deploy.reference import Reference
+from edm_deploy.relaxing import whole_reference
 from edm_deploy.sampling import Denoise, Step, last_sample, trajectory
 from edm_deploy_tools.decoding import Decoder, decoder_of
 from edm_deploy_tools.sample import batch_sizes
@@ -184,8 +184,8 @@ def denoise_of_source(source: Source, conditioning: Conditioning) -> Denoise:
 
 
 def denoise_of_artifact(artifact: Artifact, conditioning: Conditioning) -> Denoise:
-    """An artifact, computed by the reference executor, guided likewise."""
-    reference = Reference(artifact)
+    """An artifact, computed by the reference executor with all that a runtime does around it, guided likewise."""
+    reference = whole_reference(artifact)
 
     def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
         output = reference(conditioning.inputs(sample, timestep))

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy_tools.bench import Bench, Timing, bench_engines, in_turns, unused
+from edm_deploy.relaxing import engines_of
+from edm_deploy_tools.bench import Bench, Timing, bench_engines, engine_calls, in_turns, unused
 
 
 def test_contestants_take_turns():
@@ -39,3 +44,21 @@ def test_no_engine_is_refused():
 
 def test_equal_names_are_told_apart():
     assert unused("engine", {"engine": 1}) == "engine 2"
+
+
+def test_an_engine_with_relaxed_timesteps_is_two_contestants_each_at_its_own(monkeypatch):
+    seen = []
+
+    class Denoiser:
+        device = torch.device("cpu")
+        manifest = SimpleNamespace(engine_of_timestep=engines_of([(0, 199)], 1000))
+
+        def __call__(self, sample, timestep):
+            seen.append(timestep.tolist())
+
+    monkeypatch.setattr("edm_deploy_tools.bench.load_denoiser", lambda path, device: Denoiser())
+    calls = engine_calls(Path("engine"), {"sample": torch.zeros(3, 1), "timestep": torch.zeros(3)}, None)
+    for call in calls.values():
+        call()
+    assert list(calls) == ["", " relaxed"]
+    assert seen == [[200.0, 600.0, 999.0], [0.0, 100.0, 199.0]]

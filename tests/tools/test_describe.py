@@ -8,7 +8,7 @@ import pytest
 
 from edm_deploy.errors import ArtifactError
 from edm_deploy.manifest import Manifest
-from edm_deploy_tools.describe import describe, folded_words, guidance_words, kind_of, longest, pipeline_words
+from edm_deploy_tools.describe import describe, folded_words, guidance_words, kind_of, longest, pipeline_words, relaxed_words
 from tests.conftest import artifact_by_hand
 
 
@@ -48,6 +48,9 @@ def test_of_many_sites_those_with_the_most_work_are_printed_in_the_models_order(
     assert [row["site"] for row in kept] == ["a", "c"]
     assert title == "Sites: the 2 with the most work of 3; --json has all"
     assert longest("Sites", rows, 3) == ("Sites", rows)
+    plans = [{"site": name, "stored": "W4A4"} for name in "abc"]
+    assert longest("Sites", plans, 2) == ("Sites: the first 2 of 3; --json has all", plans[:2])
+    assert longest("Plan", [{"backend": "ort"}, {"backend": "trt"}], 1)[0] == "Plan"
 
 
 def test_what_a_model_was_told_while_it_was_calibrated_is_said(prompted, chain):
@@ -85,3 +88,25 @@ def test_guidance_that_was_off_or_not_recorded_is_said():
 
     assert words(guidance=1.0) == "classifier-free, calibrated with 1 (off), usually 4"
     assert words() == "classifier-free, usually 4; not recorded for this artifact"
+
+
+def test_relaxed_timesteps_are_named():
+    assert relaxed_words(()) == "none"
+    assert relaxed_words(((0, 199), (900, 999))).startswith("timesteps 0 to 199, 900 to 999: activations in floating point")
+
+
+def test_what_a_runtime_does_by_timestep_is_said_of_an_artifact(artifact_w4a4, tmp_path):
+    from dataclasses import replace
+
+    import torch
+
+    from edm_deploy.correction import Correction
+    from edm_deploy.relaxing import engines_of
+
+    correction = Correction(
+        row_of_timestep=artifact_w4a4.row_of_timestep, scale=torch.full((5, 3), 1.25), input_bias=torch.full((5, 3), -0.5)
+    )
+    replace(artifact_w4a4, correction=correction, relaxed=engines_of([(0, 99)], 1000)).save(tmp_path / "a")
+    facts = describe(str(tmp_path / "a")).facts
+    assert facts["correction"] == "prediction times 1.2500 to 1.2500, sample shifted by up to 0.5000, 5 rows"
+    assert facts["relaxed"].startswith("timesteps 0 to 99")
