@@ -93,3 +93,18 @@ def test_each_limit_is_compared_with_what_was_found():
         "export fp16: peak memory / float16 weights": "NO",
         "artifact / float16 weights": "yes",
     }
+
+
+@pytest.mark.parametrize(("layers", "limits"), [(None, True), (2, False)])
+def test_limits_are_those_of_a_whole_model(layers, limits, commands, monkeypatch, tmp_path, capsys):
+    written = []
+    monkeypatch.setattr(
+        "edm_deploy_tools.random_model.write_random_model", lambda chosen, out, size: (written.append(chosen), out.mkdir(parents=True))
+    )
+    monkeypatch.setattr("edm_deploy_tools.random_model.weight_bytes", lambda model: 10**9)
+    bench_scale.main("dit-xl-2-256", "W4A8", 2, 2, 16, layers, "trt-rtx,cuda", "sm_86", False, tmp_path)
+    printed = capsys.readouterr().out
+    assert ("artifact / float16 weights" in printed) == limits
+    assert "3 int8" in printed
+    assert written[0].config["num_layers"] == (layers or 28)
+    assert (tmp_path / ("dit-xl-2-256-16" + ("-2-layers" if layers else "")) / RESULTS).is_file()
