@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from edm_deploy.family import SAMPLE, Config, Family, skeleton
+from edm_deploy.structure import PUBLISHED, Structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +72,18 @@ class ModelWork:
         return sum(site.macs for site in self.sites.values()) + self.other_macs
 
 
-def model_work(family: Family, config: Config) -> ModelWork:
+def model_work(family: Family, config: Config, structure: Structure = PUBLISHED) -> ModelWork:
     """Run the model once on the meta device, which costs neither memory nor arithmetic, and write down what each layer saw.
+
+    Args:
+        family: The model family.
+        config: Its config.
+        structure: What the network computes otherwise. Pre-scales are left out: q, k and v still read one tensor, and a Mul has no work to speak of.
 
     Raises:
         UnsupportedError: The family cannot build this config.
     """
-    model = skeleton(family, config)
+    model = skeleton(family, config, Structure(structure.segments))
     seen: dict[str, list[SiteWork]] = {}
     fed: list[tuple[Hashable, str]] = []
     counter, attention, live = FlopCounterMode(display=False), _Attention(), _LiveBytes()

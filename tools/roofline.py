@@ -97,7 +97,7 @@ def layers_of(path_or_name: str) -> Layers:
     kind = kind_of(path_or_name)
     if kind == "artifact":
         artifact = Artifact.load(Path(path_or_name))
-        work = _sites_only(model_work(artifact.family_object, artifact.config), artifact.sites)
+        work = _sites_only(model_work(artifact.family_object, artifact.config, artifact.structure), artifact.sites)
         four = frozenset(name for name, site in artifact.sites.items() if site.activation and codes_of(site) != "s8")
         return Layers(name=path_or_name, work=work, four_bit=four)
     if kind != "model":

@@ -57,7 +57,7 @@ def int4_where_faster(plans: Mapping[str, SitePlan], artifact: Artifact, gpu: Gp
         batch: Samples a call.
     """
     narrow = {name for name, plan in plans.items() if plan.executed == "int4"}
-    work = model_work(artifact.family_object, artifact.config)
+    work = model_work(artifact.family_object, artifact.config, artifact.structure)
     as_int8 = faster_as_int8({name: site for name, site in work.sites.items() if name in narrow}, gpu, batch)
     chosen = {name: replace(plan, executed="int8", codes="s8") if name in as_int8 else plan for name, plan in plans.items()}
     reason = (

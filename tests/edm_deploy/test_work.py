@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from edm_deploy.family import family_named
+from edm_deploy.structure import Structure
 from edm_deploy.work import model_work
 from tests.conftest import TINY_UNET
 
@@ -50,6 +51,15 @@ def test_projections_of_one_tensor_share_their_input(work):
     assert {work.leaders[name].rsplit(".", 1)[-1] for name in attention} == {"to_q"}
     assert work.leaders["conv_in"] == "conv_in"
     assert set(work.leaders) == set(work.sites)
+
+
+def test_the_parts_of_a_cut_layer_do_its_work_and_pre_scales_none(work):
+    layer, query = "up_blocks.0.resnets.0.conv_shortcut", "up_blocks.0.attentions.0.to_q"
+    found = model_work(family_named("unet2d"), TINY_UNET, Structure({layer: (20, 12)}, (query, query.replace("to_q", "to_k"))))
+    assert [found.sites[f"{layer}.segment{index}"].channels for index in (0, 1)] == [20, 12]
+    assert layer not in found.sites
+    assert found.macs == work.macs
+    assert found.leaders[query.replace("to_q", "to_k")] == query
 
 
 def test_the_memory_of_values_is_that_of_the_largest_moment(monkeypatch):
