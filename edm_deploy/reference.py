@@ -15,6 +15,8 @@ from edm_deploy.quant import dequantize_weight, per_channel
 from edm_deploy.site import Site
 from edm_deploy.structure import PRE_SCALE, scaled_input
 
+ROWS_SUMMED_AT_ONCE = 128
+
 
 @dataclass(frozen=True)
 class SiteRecord:
@@ -152,7 +154,8 @@ def exact_dtype(table: ActivationTable, codes: Tensor) -> torch.dtype:
         codes: int8 [Cout, ...], the weight codes; one output sums over all axes but the first.
     """
     largest = max(abs(int(table.qmin.min())), int(table.qmax.max()))
-    heaviest_row = int(codes.to(torch.int64).abs().flatten(1).sum(dim=1).max())
+    # Some rows at a time: summing widens every code to four bytes first, which at the size of real models is gigabytes. No code is -128.
+    heaviest_row = max(int(rows.abs().sum(dim=1, dtype=torch.int32).max()) for rows in torch.split(codes.flatten(1), ROWS_SUMMED_AT_ONCE))
     return torch.float32 if largest * heaviest_row < 2**24 else torch.float64
 
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from edm_deploy.activations import ActivationTable
 from edm_deploy.quant import dequantize_weight
-from edm_deploy.reference import Reference, ReferenceSite, exact_dtype
+from edm_deploy.reference import ROWS_SUMMED_AT_ONCE, Reference, ReferenceSite, exact_dtype
 from edm_deploy.site import Site
 from tests.conftest import TINY, artifact_by_hand, tiny_inputs, tiny_model
 
@@ -66,6 +66,8 @@ def test_sums_that_float32_cannot_hold_are_carried_in_float64():
     )
     assert exact_dtype(site.activation, site.codes) == torch.float64
     assert exact_dtype(table([1.0]), torch.full((1, 1042), 7, dtype=torch.int8)) == torch.float32
+    light = torch.zeros(2 * ROWS_SUMMED_AT_ONCE, 1042, dtype=torch.int8)
+    assert exact_dtype(site.activation, torch.cat([light, -site.codes])) == torch.float64, "the last of many rows counts too"
 
 
 @pytest.mark.parametrize("kind", TINY)
