@@ -110,6 +110,7 @@ class Training:
     def state(self) -> dict[str, Tensor]:
         """Everything that decides what comes next, by name."""
         state = {f"parameter.{name}": value.detach() for name, value in self._kept().items()}
+        state["rates"] = torch.tensor(self.rates, dtype=torch.float64)  # where they follow scales, training has moved those since
         for name, parameter in self.names.items():
             state |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
         return state | {f"trajectories.{name}": value for name, value in self.trajectories.state().items()}
@@ -120,6 +121,7 @@ class Training:
         self.student.make_room(name.removeprefix("parameter.") for name in state)
         for name, value in self._kept().items():
             value.copy_(state[f"parameter.{name}"])
+        self.rates = state["rates"].tolist()
         for name, parameter in self.names.items():
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if (found := state.get(f"optimizer.{key}.{name}")) is not None:
@@ -132,9 +134,6 @@ class Training:
 
     def _kept(self) -> dict[str, nn.Parameter]:
         return self.student.learnable_or_fixed() | self.names  # float weights are there only where they are learned
-
-    def _kept(self) -> dict[str, nn.Parameter]:
-        return self.student.learnable_or_fixed() | self.names
 
     def _loss(self, batch: Batch, target: Tensor) -> Tensor:
         # Source: EfficientDM, arXiv 2310.03270: a guided model is trained on the combined prediction, which its samples are made of.
