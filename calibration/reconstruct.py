@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.blocks import Partition, blocks_of
+from calibration.budget import Budget
 from calibration.checkpoint import load_checkpoint, save_checkpoint
 from calibration.distill import Group
 from calibration.interrupt import CtrlC
@@ -77,8 +78,6 @@ def reconstruct(
     """
     teacher.lead_in(DTYPES[run.options.teacher_dtype])
     work = _Work(student, teacher, trajectories, partition, stages, run, seed)
-    if run.budget is not None:
-        run.budget.check_left("calibration")
     done = work.resume() if run.options.resume else work.begin()
     with CtrlC() as interrupt:
         for number in range(done, work.count):
@@ -89,7 +88,9 @@ def reconstruct(
                 raise Interrupted(_interrupted(done, work.count, run))
             if done == work.count or work.saving_pays():
                 work.save(done)
-    run.notes.update(reconstruction_steps=work.steps, reconstruction_blocks=len(work.blocks), reconstruction_samples=len(work.samples))
+    if work.budget is not None and not work.steps:
+        work.budget.check_left("calibration with the walks over the network that reconstruction needs")
+    run.notes.update(steps_done=work.steps, blocks=len(work.blocks), samples=len(work.samples))
 
 
 class _Work:
@@ -109,7 +110,9 @@ class _Work:
         self.stages, self.run, self.seed = stages, run, seed
         self.float_weights = {name: layer.layer.weight for name, layer in student.layers.items()}
         self.samples, self.drawn = Inputs({}), -1  # for the stage of this number
-        self.steps = 0
+        self.budget = run.budget
+        self.steps = self.steps_before = 0
+        self.share_before = 0.0  # of all training, at a resumed run's start
         self.started = self.saved = time.perf_counter()
         self.saving = 0.0
         self.sample_seconds = 0.0  # of student and teacher together, for one sample; known where a budget asks for it
@@ -121,6 +124,8 @@ class _Work:
 
     def begin(self) -> int:
         """Part the model and draw the first samples; blocks done."""
+        if self.budget is not None:
+            self.budget.check_left("calibration")
         assert self.stages[0].draw is not None
         few = self.stages[0].draw(PASS)
         self._part(entropies_of(self.teacher, few, self.student.layers) if self.partition == "entropy" else {})
@@ -137,7 +142,7 @@ class _Work:
 
     @torch.no_grad()
     def _time(self, few: Inputs) -> None:
-        if self.run.budget is not None:
+        if self.budget is not None:
             begun = time.perf_counter()
             for network in (self.student, self.teacher):
                 network(few.values)
@@ -146,9 +151,9 @@ class _Work:
     def _draw(self, at: int) -> None:
         stage = self.stages[at]
         count = min(stage.samples, stage.steps * stage.batch)
-        if self.run.budget is not None:
+        if self.budget is not None:
             passes = self.plan.passes(at * len(self.blocks))
-            count = min(count, max(PASS, int(FILLING * self.run.budget.left() / (self.sample_seconds * passes))))
+            count = min(count, max(PASS, int(FILLING * self.budget.left() / (self.sample_seconds * passes))))
         if stage.draw is not None:
             self.samples = stage.draw(count)
         self.drawn = at
@@ -194,7 +199,10 @@ class _Work:
         for name, layer in self.student.layers.items():
             if layer.layer.weight is not self.float_weights[name]:
                 tensors[f"weight.{name}"] = layer.layer.weight
-        tensors |= {f"samples.{name}": value for name, value in self.samples.values.items()} | {"drawn": torch.tensor(self.drawn)}
+        tensors |= {f"samples.{name}": value for name, value in self.samples.values.items()}
+        tensors |= {"drawn": torch.tensor(self.drawn), "steps": torch.tensor(self.steps)}
+        if self.budget is not None:
+            tensors["budget"] = torch.tensor([self.budget.seconds, self.budget.used()], dtype=torch.float64)
         tensors |= {f"entropy.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.entropies.items()}
         tensors |= {f"trajectories.{name}": value for name, value in self.trajectories.state().items()}
         save_checkpoint(self.run.options.checkpoint, step=done, identity=self.run.identity, tensors=tensors)
@@ -215,26 +223,31 @@ class _Work:
                 layer.layer.weight = nn.Parameter(weight, requires_grad=False)
         self.trajectories.load_state(_under("trajectories.", tensors))
         self.samples = Inputs({name: value.to(self.trajectories.device) for name, value in _under("samples.", tensors).items()})
-        self.drawn = int(tensors["drawn"])
+        self.drawn, self.steps = int(tensors["drawn"]), int(tensors["steps"])
+        self.steps_before = self.steps
+        if self.budget is not None:
+            seconds, used = tensors["budget"].tolist()
+            self.budget = Budget(seconds, used=used)
         self._time(self.samples.spread(PASS))
         self._part({name: float(value) for name, value in _under("entropy.", tensors).items()})
+        self.share_before = self.plan.done(done, 0.0) if done < self.count else 0.0
         return done
 
     def _pace(self, number: int) -> Iterator[tuple[float, float]]:
         steps = self.stages[number // len(self.blocks)].steps
-        return pace(steps, self.run.budget.part(self.plan.part(number, self.run.budget.left())) if self.run.budget else None)
+        return pace(steps, None if self.budget is None else self.budget.part(self.plan.part(number, self.budget.left())))
 
     def _report(self, number: int, share: float, loss: float) -> None:
         done = self.plan.done(number, share)
         passed = time.perf_counter() - self.started
-        left = self.run.budget.left() if self.run.budget else passed * (1 - done) / max(done, 1e-9)
+        left = self.budget.left() if self.budget is not None else passed * (1 - done) / max(done - self.share_before, 1e-9)
         self.run.on_progress(
             Progress(
                 stage="reconstruct",
                 step=int(done * TOTAL),
                 total=TOTAL,
                 loss=loss,
-                rate=self.steps / passed,
+                rate=(self.steps - self.steps_before) / passed,
                 eta_seconds=left,
                 memory_bytes=peak_memory(self.trajectories.device),
             )

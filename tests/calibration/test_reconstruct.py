@@ -1,4 +1,5 @@
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,8 +7,10 @@ import torch
 from calibration import Interrupted, RunOptions, fit
 from calibration.blocks import blocks_of
 from calibration.blockwise import drawn
+from calibration.budget import Budget
 from calibration.learners import LearnRounding, LearnScales
 from calibration.observe import calibrate
+from calibration.pace import Plan
 from calibration.recipe import Run
 from calibration.recipes.mse import Mse
 from calibration.recipes.tcaq import Tcaq
@@ -56,7 +59,7 @@ def test_every_block_comes_nearer_to_the_teachers():
     # 0.35 to 0.94 of what it was where this was written. The first block is one layer at 8 bit, whose error is a hundredth of the others'.
     assert all(now < 0.97 * then for now, then in zip(after[1:], before[1:], strict=True))
     assert after[0] < 1.2 * before[0]
-    assert run.notes["reconstruction_steps"] == 60 * len(blocks)
+    assert run.notes["steps_done"] == 60 * len(blocks)
     assert all(layer.rounding is None for layer in student.layers.values())
     assert all(parameter.grad is None for parameter in student.parameters())
 
@@ -94,7 +97,7 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_artifact(partition, tmp
     # In the third block of the first round; then in the first block of the second, whose samples are the student's own.
     with pytest.raises(Interrupted, match=r"after block 2 of \d+; the state is in .*--resume"):
         fit(source, recipe, RunOptions(**options), on_progress=interrupted_at(5))
-    left = whole.provenance["reconstruction_blocks"] - 2
+    left = whole.provenance["blocks"] - 2
     with pytest.raises(Interrupted, match="the state is in"):
         fit(source, recipe, RunOptions(**options, resume=True), on_progress=interrupted_at(2 * left + 1))
     assert fit(source, recipe, RunOptions(**options, resume=True)).digest == whole.digest
@@ -119,8 +122,33 @@ def test_a_budget_that_calibration_uses_up_is_refused():
 
 def test_a_budget_trains_by_the_clock_and_says_how_many_steps_that_were():
     artifact = fit(tiny_source("dit"), Tcaq(**SETTINGS | {"steps": 10**6}), RunOptions(budget_seconds=3.0))
-    assert artifact.provenance["reconstruction_steps"] >= 1
-    assert artifact.provenance["reconstruction_blocks"] == 5
+    assert artifact.provenance["steps_done"] >= 1
+    assert artifact.provenance["blocks"] == 5
+
+
+def test_a_resumed_run_has_what_is_left_of_its_budget(tmp_path):
+    recipe, options = Tcaq(**SETTINGS | {"steps": 10**6}), {"checkpoint": tmp_path / "ck", "budget_seconds": 3.0}
+    left = []
+
+    def show(progress):
+        if progress.stage == "reconstruct":
+            left.append(progress.eta_seconds)
+            if len(left) == 4:
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        fit(tiny_source("dit"), recipe, RunOptions(**options), on_progress=show)
+    fit(tiny_source("dit"), recipe, RunOptions(**options, resume=True), on_progress=show)
+    assert left[4] <= left[3] < 3.0
+
+
+def test_a_budget_that_leaves_no_step_is_refused(monkeypatch):
+    monkeypatch.setattr(Plan, "part", lambda self, number, left: 0.0)
+    budget = Budget(100.0, clock=iter([0.0, *[50.0] * 5, *[200.0] * 10**6]).__next__)
+    teacher, student, pool, run = calibrated("dit", weight_bits=4, act_bits=8)
+    stage = Stage(learners=[LearnScales(travel=0.1)], steps=3, batch=4, samples=8, draw=lambda count: drawn(pool, teacher, count))
+    with pytest.raises(InputError, match="leaves no step to train: calibration with the walks"):
+        reconstruct(student, teacher, pool, "block", [stage], replace(run, budget=budget), seed=0)
 
 
 def test_progress_rises_to_the_end_and_names_its_stage():
