@@ -1,12 +1,19 @@
 import pytest
 import torch
-from diffusers import PixArtSigmaPipeline
+from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 
+from edm_deploy import load_pipeline
 from edm_deploy.encoding import conditioner_of
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.pipelines import schedulers_for
-from tests.conftest import SCHEDULER, tiny_model
+from edm_deploy.export.onnx import onnx_from_artifact
+from edm_deploy.family import family_named
+from edm_deploy.manifest import Range
+from edm_deploy.pipelines import float_artifact, load_source, schedulers_for
+from edm_deploy.session import BuildOptions
+from engines import build_engine
+from tests.conftest import SCHEDULER, TINY, tiny_model
 from tests.edm_deploy.models.chain import (
+    FLOAT_TOLERANCE,
     PROMPTS,
     chain,
     check_components,
@@ -57,6 +64,24 @@ def test_sigma_takes_as_many_tokens_as_its_own_pipeline():
     assert given["encoder_hidden_states"].shape == (2, 300, 12)
     torch.testing.assert_close(given["encoder_hidden_states"], sigma.encode_prompt(list(PROMPTS))[0])
     assert without["encoder_attention_mask"].shape == (1, 300)
+
+
+def test_the_model_of_1024_pixels_is_told_the_size_of_the_image(tmp_path):
+    """diffusers' pipeline tells it where the model's own size is 128 latents; smaller images of it take less time."""
+    parts = chain("pixart").original.components
+    torch.manual_seed(0)
+    family, config = family_named(TINY["pixart-1024"][0]), TINY["pixart-1024"][1] | {"sample_size": 128}
+    original = PixArtAlphaPipeline(**parts | {"transformer": family.model_class.from_config(config).eval()})
+    original.set_progress_bar_config(disable=True)
+    original.save_pretrained(tmp_path / "p")
+    onnx_from_artifact(float_artifact(load_source(tmp_path / "p")), tmp_path / "onnx")
+    sizes = {"batch": Range(1, 2, 2), "height": Range(8, 8, 16), "width": Range(8, 8, 16)}
+    build_engine(tmp_path / "onnx", tmp_path / "engine", backend="ort", options=BuildOptions(profile=sizes))
+    pipeline = load_pipeline(tmp_path / "engine")
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = {"height": 64, "width": 128, "use_resolution_binning": False, "output_type": "latent", "num_inference_steps": 2}
+    found, expected = (made(PROMPTS[0], **arguments, generator=torch.Generator().manual_seed(0)).images for made in (pipeline, original))
+    torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT_TOLERANCE * max(1.0, float(expected.square().mean().sqrt())))
 
 
 def test_layers_whose_rows_are_not_the_samples_stay_float():
