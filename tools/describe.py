@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from edm_deploy import artifact as artifact_module
@@ -19,6 +20,8 @@ from edm_deploy.files import SOURCE_KEY, other_components, read_json
 from edm_deploy.manifest import Manifest
 from edm_deploy.outline import INDEX
 from edm_deploy.relaxing import Spans, span_words, spans_of
+from edm_deploy.site import Site
+from edm_deploy.structure import Structure
 from edm_deploy.target import TARGETS, plan, summary
 from edm_deploy.work import model_work
 from edm_deploy_tools import describe_model as model
@@ -108,6 +111,8 @@ def describe_artifact(path: Path) -> Description:
         "family": artifact.family,
         "rows": f"{len(timesteps)}, timesteps {int(timesteps[0])} to {int(timesteps[-1])} of {artifact.num_train_timesteps}",
         "sites": len(artifact.sites),
+        "structure": artifact.structure.summary(),
+        "bits by channel": channel_bits_words(list(artifact.sites.values())),
         "folded": folded_words(artifact.folded),
         "correction": artifact.correction.summary() if artifact.correction else "none",
         "relaxed": relaxed_words(() if artifact.relaxed is None else spans_of(artifact.relaxed)),
@@ -116,10 +121,21 @@ def describe_artifact(path: Path) -> Description:
         "size": size_words(bytes_of(path)),
         "digest": artifact.digest,
     } | {name: provenance_words(name, value) for name, value in artifact.provenance.items() if name not in TOLD}
-    share = by_site(model_work(artifact.family_object, artifact.config).sites)
+    share = by_site(model_work(artifact.family_object, artifact.config, artifact.structure).sites)
     rows = [{**site_row(name, site), "MACs %": share.get(name)} for name, site in artifact.sites.items()]
     plans = [{"backend": target.backend, "plan": summary(plan(artifact, target))} for target in TARGETS.values()]
     return Description(kind="artifact", facts=facts, tables={"Sites": rows, "Plan": plans})
+
+
+def channel_bits_words(sites: Sequence[Site]) -> str:
+    """How many output channels have which bits, of the sites where they differ."""
+    mixed = [site.channel_bits for site in sites if site.channel_bits is not None]
+    if not mixed:
+        return "none"
+    bits = torch.cat(mixed)
+    found, counts = bits.unique(return_counts=True)
+    histogram = ", ".join(f"{count} of {width}" for width, count in zip(found.tolist(), counts.tolist(), strict=True))
+    return f"{len(mixed)} sites; channels: {histogram} bits, {float(bits.float().mean()):.2f} on average"
 
 
 def folded_words(folded: Sequence[str]) -> str:
@@ -154,7 +170,7 @@ def conditioning_words(artifact: Artifact) -> str:
     return f"{artifact.provenance.get('conditioning', 'not recorded')}, for {', '.join(inputs)}"
 
 
-def site_row(name: str, site: artifact_module.Site) -> Row:
+def site_row(name: str, site: Site) -> Row:
     """One line of an artifact's site table."""
     table = site.activation
     return {
@@ -180,6 +196,7 @@ def describe_manifest(path: Path, kind: Literal["onnx", "engine"]) -> Descriptio
         "weight storage": manifest.weight_storage,
         "inputs": ", ".join(f"{entry.name} [{', '.join(map(str, entry.dims))}]" for entry in manifest.inputs),
         "sites": len(manifest.sites),
+        "structure": Structure.from_json(manifest.structure).summary(),
         "folded": table_words(manifest),
         "correction": Correction.from_json(manifest.correction).summary() if manifest.correction else "none",
         "relaxed": relaxed_words(manifest.relaxed),

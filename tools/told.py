@@ -45,7 +45,7 @@ class Telling:
 
     Raises:
         InputError: Something that this pipeline does not take, or nothing where it must be told.
-        UnsupportedError: It should read prompts and was saved without text encoders.
+        UnsupportedError: It should read prompts and was saved without text encoders, or it starts from pictures.
     """
 
     def __init__(self, pipe: Any, denoiser: EngineDenoiser, told: Told) -> None:
@@ -54,6 +54,7 @@ class Telling:
         self.takes = inspect.signature(pipe.__call__).parameters
         self.family, self.config = denoiser.family, denoiser.manifest.config
         self.classes = self._classes()
+        self._check_pictures()
         self._check_prompts()
         self._check_labels()
         self._check_guidance()
@@ -128,6 +129,13 @@ class Telling:
             return {"class_labels": torch.tensor(in_turn(self.told.labels, start, count), device=self.denoiser.device)}
         drawn = self.family.random_conditioning(self.config, count, generator)
         return {name: value.to(self.denoiser.device) for name, value in drawn.items()}
+
+    def _check_pictures(self) -> None:
+        if needed := [name for name in ("image", "mask_image") if name in self.takes]:
+            raise UnsupportedError(
+                f"A {self.name} starts from pictures ({', '.join(needed)}), which are not given here. "
+                f"Draw in Python: edm_deploy.load_pipeline(...)(prompt=..., {', '.join(f'{name}=...' for name in needed)})."
+            )
 
     def _check_prompts(self) -> None:
         if "prompt" not in self.takes:

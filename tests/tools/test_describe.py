@@ -10,6 +10,7 @@ from edm_deploy.errors import ArtifactError
 from edm_deploy.manifest import Manifest
 from edm_deploy_tools.describe import describe, folded_words, guidance_words, kind_of, longest, pipeline_words, relaxed_words
 from tests.conftest import artifact_by_hand
+from tests.edm_deploy.test_older_artifacts import ARTIFACTS
 
 
 def test_each_kind_is_told_by_the_file_that_marks_it(chain):
@@ -88,6 +89,17 @@ def test_guidance_that_was_off_or_not_recorded_is_said():
 
     assert words(guidance=1.0) == "classifier-free, calibrated with 1 (off), usually 4"
     assert words() == "classifier-free, usually 4; not recorded for this artifact"
+
+
+def test_what_is_restructured_is_said_of_an_artifact():
+    facts = describe(str(ARTIFACTS / "schema3")).facts
+    block = "transformer_blocks.0"
+    assert facts["structure"] == (
+        f"1 layers cut: {block}.ff.net.2 into 6 + 10 channels; 1 inputs multiplied by channel, of {block}.attn1.to_out.0"
+    )
+    assert facts["bits by channel"] == "1 sites; channels: 3 of 4, 1 of 5 bits, 4.25 on average"
+    plain = describe(str(ARTIFACTS / "schema1")).facts
+    assert (plain["structure"], plain["bits by channel"]) == ("as published", "none")
 
 
 def test_relaxed_timesteps_are_named():

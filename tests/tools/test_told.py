@@ -94,3 +94,13 @@ def test_a_pipeline_without_text_encoders_says_where_they_may_come_from(prompted
     pipe.text_encoder = None
     with pytest.raises(UnsupportedError, match=r"without text encoders, .* --source"):
         telling(pipe, prompts=("a cat",))
+
+
+def test_a_pipeline_that_starts_from_pictures_is_for_python(prompted_pipe):
+    from diffusers import StableDiffusionInpaintPipeline
+
+    inpainting = StableDiffusionInpaintPipeline(**prompted_pipe.components, requires_safety_checker=False)
+    with pytest.raises(
+        UnsupportedError, match=r"starts from pictures \(image, mask_image\), .*load_pipeline\(\.\.\.\)\(prompt=\.\.\., image="
+    ):
+        telling(inpainting, prompts=("a cat",))
