@@ -40,6 +40,15 @@ class Structure:
         segments = {"segments": {name: list(sizes) for name, sizes in self.segments.items()}} if self.segments else {}
         return segments | ({"pre_scaled": list(self.pre_scaled)} if self.pre_scaled else {})
 
+    def summary(self) -> str:
+        """As people read it."""
+        cut = [f"{name} into {' + '.join(map(str, sizes))} channels" for name, sizes in self.segments.items()]
+        phrases = [f"{len(cut)} layers cut: {', '.join(cut[:3])}{', ...' if cut[3:] else ''}"] if cut else []
+        if named := self.pre_scaled[:3]:
+            more = ", ..." if self.pre_scaled[3:] else ""
+            phrases.append(f"{len(self.pre_scaled)} inputs multiplied by channel, of {', '.join(named)}{more}")
+        return "; ".join(phrases) or "as published"
+
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Structure:
         """Raises ValueError, TypeError or AttributeError where `to_json` did not write this."""

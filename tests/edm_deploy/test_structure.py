@@ -12,7 +12,9 @@ from tests.conftest import tiny_inputs, tiny_model
 
 def block():
     torch.manual_seed(0)
-    return nn.ModuleDict({"conv": nn.Conv2d(5, 4, 3, stride=2, padding=1), "linear": nn.Linear(6, 3), "grouped": nn.Conv2d(4, 4, 3, groups=2)})
+    return nn.ModuleDict(
+        {"conv": nn.Conv2d(5, 4, 3, stride=2, padding=1), "linear": nn.Linear(6, 3), "grouped": nn.Conv2d(4, 4, 3, groups=2)}
+    )
 
 
 @pytest.mark.parametrize(("name", "sizes", "shape"), [("conv", (2, 3), (2, 5, 8, 8)), ("linear", (1, 2, 3), (2, 7, 6))])
@@ -98,3 +100,10 @@ def test_pre_scales_are_what_float16_holds():
 def test_what_the_model_cannot_be_is_refused(structure, message):
     with pytest.raises(ArtifactError, match=message):
         restructure(block(), structure)
+
+
+def test_a_summary_names_the_first_three():
+    cut = dict.fromkeys("abcd", (2, 3))
+    assert Structure(cut).summary() == "4 layers cut: a into 2 + 3 channels, b into 2 + 3 channels, c into 2 + 3 channels, ..."
+    assert Structure({}, ("q", "k")).summary() == "2 inputs multiplied by channel, of q, k"
+    assert PUBLISHED.summary() == "as published"
