@@ -23,7 +23,7 @@ Predict = Callable[[Mapping[str, Tensor]], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Blockwise(Mse):
-    """Starts from the MSE calibration. Rates are those at the named number of steps: a training of fewer takes longer steps, up to 0.05.
+    """Starts from the MSE calibration. Rates are those at the named number of steps: a training of fewer takes longer steps, up to 0.1.
 
     Attributes:
         steps: Training steps of a block. Source: BRECQ and Q-Diffusion, 20000.
