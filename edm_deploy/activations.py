@@ -46,7 +46,9 @@ class ActivationTable:
         """What breaks the invariants, as a phrase, or None. `rows` is the number of rows that the artifact has."""
         for name, column in (("act_scale", self.scale), ("act_qmin", self.qmin), ("act_qmax", self.qmax)):
             if tuple(column.shape) != (rows,):
-                return f"{name} has shape {list(column.shape)}, expected [{rows}] (a scale per input channel fits no integer kernel)"
+                shapes = f"{name} has shape {list(column.shape)}, expected [{rows}]"
+                per_channel = "; a scale for each input channel fits no integer kernel, put what they differ by into the layer's pre_scale"
+                return shapes + (per_channel if column.ndim > 1 else "")
         if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
             return "act_scale holds a value that is not finite and positive"
         qmin, qmax = self.qmin.int(), self.qmax.int()

@@ -106,6 +106,8 @@ def restructure(model: nn.Module, structure: Structure) -> None:
         setattr(model.get_submodule(parent), leaf, Segmented(layer, sizes))
     for name in structure.pre_scaled:
         layer = _layer(model, name)
+        if hasattr(layer, PRE_SCALE):
+            raise ArtifactError(f"Layer {name!r} is named twice among those whose input is scaled.")
         if isinstance(layer, nn.Conv2d) and layer.groups != 1:
             raise ArtifactError(f"Layer {name!r} is a grouped convolution; its input cannot be scaled channel by channel.")
         layer.register_parameter(

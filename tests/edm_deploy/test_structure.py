@@ -94,6 +94,7 @@ def test_pre_scales_are_what_float16_holds():
         (Structure({"grouped": (1, 1)}), "it is a grouped convolution"),
         (Structure({"nothing": (1, 1)}), "'nothing' is no convolution or linear layer of this model"),
         (Structure(pre_scaled=("grouped",)), "'grouped' is a grouped convolution; its input cannot be scaled"),
+        (Structure(pre_scaled=("conv", "conv")), "'conv' is named twice"),
         (Structure(pre_scaled=("",)), "is no convolution or linear layer"),
     ],
 )
