@@ -47,7 +47,7 @@ def mixed_bits(score: Tensor, bits: int, share: float) -> Tensor | None:
 def scales_of(recipe: Recipe, weight: Tensor, bits: Tensor) -> Tensor:
     """The recipe's scale of each output channel at its own bits: float32 [Cout], of [Cout, ...] and uint8 [Cout]."""
     scale = torch.empty(len(bits), device=weight.device)
-    for each in bits.unique().tolist():
+    for each in sorted(set(bits.tolist())):
         chosen = bits == each
         scale[chosen] = recipe.weight_scale(weight[chosen], each)
     return scale
