@@ -93,3 +93,21 @@ def test_what_it_does_not_compose_with_is_refused(settings, recipe, message):
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(InputError, match=rf"adp\.{setting} is 0; expected at least 1"):
         Adp(**{setting: 0})
+
+
+def test_the_groups_are_in_every_checkpoint_and_decide_which_row_a_sample_takes():
+    from calibration.student import Student
+
+    student = Student(tiny_source(), MinMax(rows=3), torch.tensor([0, 400, 800], dtype=torch.int32), torch.device("cpu"))
+    assert "shared_row" not in student.learnable_or_fixed()
+    Adp(groups=2).before(student, None)
+    assert student.learnable_or_fixed()["shared_row"].tolist() == [0, 1, 2]
+    assert "shared_row" not in student.learnable()
+    for quantizer in student.quantizers.values():
+        quantizer.log_scale.data = torch.tensor([0.0, 2.0, 0.2])
+    Adp(groups=2).calibrated(student, None)
+    assert student.shared_row.tolist() == [0, 1, 0]
+    quantizer = next(iter(student.quantizers.values()))
+    torch.testing.assert_close(quantizer.log_scale.detach(), torch.tensor([0.1, 2.0, 0.1]))
+    with student.at_rows(torch.tensor([0, 1, 2]), torch.device("cpu")):
+        assert quantizer.current.tolist() == [0, 1, 0]
