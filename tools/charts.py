@@ -15,7 +15,7 @@ from PIL import Image
 
 # Anchors of viridis, evenly spaced: dark is small, light is large, and it reads in grey too.
 COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-SERIES = 5  # line colours that report.css defines, --series-0 to --series-4
+SERIES = 12  # line colours that report.css defines, --series-0 to --series-11
 CELL = 11  # pixels, height of a heat map's row
 
 

@@ -11,6 +11,7 @@ import typer
 
 from edm_deploy_tools import console, entry
 from edm_deploy_tools import options as opt
+from edm_deploy_tools._comparing import compare
 from edm_deploy_tools._quantizing import calibrate, finetune
 from edm_deploy_tools._showing import evaluate, sample
 
@@ -37,6 +38,11 @@ def before(context: typer.Context) -> None:
 
 app.command(epilog=opt.example("calibrate google/ddpm-cifar10-32 --out ddpm-w8a8"))(calibrate)
 app.command(epilog=opt.example("finetune google/ddpm-cifar10-32 --out ddpm-w4a4 --set steps=2000 --for openvino"))(finetune)
+
+
+app.command(epilog=opt.example("compare google/ddpm-cifar10-32 --recipes static,mse,efficientdm --bits W4A4 --budget 5m --out compared"))(
+    compare
+)
 
 
 @app.command(epilog=opt.example("export ddpm-w4a4 --out ddpm-w4a4-onnx --weight-storage int4"))

@@ -37,6 +37,11 @@ def say(text: str) -> None:
     out().print(text, markup=False)
 
 
+def note(text: str) -> None:
+    """A line on stderr as it stands: what a long command is doing now."""
+    err().print(text, markup=False)
+
+
 def wrote(path: Path, note: str = "") -> None:
     """Say which file or directory now stands there, how large it is, and what it is."""
     out().print(f"Wrote [bold]{escape(str(path))}[/bold] ({size_words(bytes_of(path))}){': ' + escape(note) if note else ''}")

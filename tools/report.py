@@ -88,12 +88,13 @@ def _images(report: Report) -> str:
         result = by_label.get(label)
         words = f"{result.subject.scheme}, {result.distance.psnr:.1f} dB" if result else "the model that it all starts from"
         figures.append(
-            f'<figure><img alt="samples, {escape(label)}" src="{_grid_uri(samples)}"><figcaption><b>{escape(label)}</b>{words}</figcaption></figure>'
+            f'<figure><img alt="samples, {escape(label)}" src="{grid_uri(samples)}"><figcaption><b>{escape(label)}</b>{words}</figcaption></figure>'
         )
     return f'<h2>Images from the same noise</h2><div class="images">{"".join(figures)}</div>'
 
 
-def _grid_uri(samples: torch.Tensor) -> str:
+def grid_uri(samples: torch.Tensor) -> str:
+    """Samples, float [n, C, H, W] in [-1, 1], as one picture in a data URI."""
     pixels = (images_from_sample(samples) * 255).round().astype(np.uint8)
     images = [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image[..., :3]) for image in pixels]
     return png_uri(grid_of(images, columns=min(COLUMNS, len(images))))
@@ -191,14 +192,14 @@ def _sites(report: Report) -> str:
 
 
 def _conditions(report: Report) -> str:
-    parts = [_definitions({**report.machine, **report.versions})]
+    parts = [definitions({**report.machine, **report.versions})]
     for result in report.results:
         facts = {"path": str(result.subject.path)}
         if result.subject.artifact and not result.subject.engine:
             facts |= {name: _words(name, value) for name, value in result.subject.artifact.provenance.items()}
         if result.subject.engine:
             facts |= {f"build {name}": _words(name, value) for name, value in result.subject.engine.build.items()}
-        parts.append(f"<details><summary>{escape(result.subject.label)}: how it was made</summary>{_definitions(facts)}</details>")
+        parts.append(f"<details><summary>{escape(result.subject.label)}: how it was made</summary>{definitions(facts)}</details>")
     return f"<h2>Machine, versions, provenance</h2>{''.join(parts)}"
 
 
@@ -212,7 +213,8 @@ def _words(name: str, value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _definitions(facts: Mapping[str, Any]) -> str:
+def definitions(facts: Mapping[str, Any]) -> str:
+    """Names and values, one under the other."""
     return "<dl>" + "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items()) + "</dl>"
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-COMMANDS = ("calibrate", "finetune", "export", "build-engine", "sample", "evaluate", "bench", "inspect", "demo")
+COMMANDS = ("calibrate", "finetune", "export", "build-engine", "sample", "evaluate", "compare", "bench", "inspect", "demo")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
