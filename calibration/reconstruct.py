@@ -127,7 +127,7 @@ class _Work:
         if self.budget is not None:
             self.budget.check_left("calibration")
         assert self.stages[0].draw is not None
-        few = self.stages[0].draw(PASS)
+        few = self.stages[0].draw(PASS) if self.partition == "entropy" or self.budget is not None else Inputs({})
         self._part(entropies_of(self.teacher, few, self.student.layers) if self.partition == "entropy" else {})
         self._time(few)
         self._draw(0)
