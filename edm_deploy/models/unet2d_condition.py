@@ -129,7 +129,7 @@ class UNet2DCondition(UNetFamily):
         if _is_sdxl(config):
             _, height, width = (PIXELS_PER_LATENT * size for size in self.sample_shape(config))
             sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
-            drawn |= {POOLED: torch.randn(batch, _pooled_width(config), generator=generator), TIME_IDS: sizes.expand(batch, NUM_TIME_IDS)}
+            drawn |= {POOLED: torch.randn(batch, _pooled_width(config), generator=generator), TIME_IDS: sizes.repeat(batch, 1)}
         return drawn
 
     def beside_sample(self, config: Config, batch: int, generator: torch.Generator) -> Tensor | None:
