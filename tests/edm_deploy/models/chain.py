@@ -1,4 +1,4 @@
-"""A tiny transformer's whole way: its diffusers pipeline in a directory, calibrated on prompts, exported, built, and a pipeline again."""
+"""A tiny latent model's whole way: its diffusers pipeline in a directory, calibrated on prompts, exported, built, and a pipeline again."""
 
 import json
 from dataclasses import dataclass
@@ -24,8 +24,9 @@ from edm_deploy.pipelines import Source, float_artifact, load_source, scheduler_
 from edm_deploy.reference import Reference
 from edm_deploy.session import BuildOptions
 from engines import build_engine
+from tests import tiny_transformers, tiny_unets
 from tests.conftest import tiny_inputs
-from tests.tiny_transformers import LABELS, tiny_pipeline
+from tests.tiny_transformers import LABELS
 
 # float32 sums in another order, 1e-6 a step; a wrong layer would be off by its whole output.
 FLOAT_TOLERANCE = 1e-4
@@ -53,7 +54,17 @@ class Chain:
     @property
     def denoiser(self) -> EngineDenoiser:
         """The drop-in of the float model."""
-        return self.exact.transformer
+        return getattr(self.exact, self.component)
+
+    @property
+    def component(self) -> str:
+        """The denoiser's name in the pipeline."""
+        return self.source.family_object.component
+
+
+def tiny_pipeline(kind: str) -> DiffusionPipeline:
+    """The diffusers pipeline of a kind, as it was before it was saved."""
+    return (tiny_unets if kind in tiny_unets.MAKERS else tiny_transformers).tiny_pipeline(kind)
 
 
 @cache
@@ -87,7 +98,7 @@ def chain(kind: str) -> Chain:
         build_engine(place / "onnx", place / "engine", backend="ort", options=options)
         engines.append(load_pipeline(place / "engine"))
         engines[-1].set_progress_bar_config(disable=True)
-    return Chain(tiny_pipeline(kind), source, artifact, engines[0], engines[1].transformer)
+    return Chain(tiny_pipeline(kind), source, artifact, engines[0], getattr(engines[1], source.family_object.component))
 
 
 def check_float_engine(kind: str) -> None:
@@ -133,11 +144,11 @@ def check_components(kind: str) -> None:
     """The pipeline is of the class that went in; its other components hold the very same weights, the denoiser is the engine."""
     made = chain(kind)
     assert type(made.exact) is type(made.original)
-    assert isinstance(made.exact.transformer, EngineDenoiser)
+    assert isinstance(made.denoiser, EngineDenoiser)
     assert set(made.exact.components) == set(made.original.components)
     for name, part in made.original.components.items():
         back = made.exact.components[name]
-        if name == "transformer":
+        if name == made.component:
             continue
         assert type(back) is type(part), name
         if isinstance(part, torch.nn.Module):
