@@ -120,26 +120,45 @@ def test_a_budget_that_calibration_uses_up_is_refused():
         fit(tiny_source("dit"), Tcaq(**SETTINGS), RunOptions(budget_seconds=0.001))
 
 
+class Clock:
+    """Half a second later whenever it is asked."""
+
+    now = 0.0
+
+    def __call__(self):
+        self.now += 0.5
+        return self.now
+
+
+def scales_of(pool, teacher):
+    return Stage(learners=[LearnScales(travel=0.1)], steps=10**6, batch=4, samples=8, draw=lambda count: drawn(pool, teacher, count))
+
+
 def test_a_budget_trains_by_the_clock_and_says_how_many_steps_that_were():
-    artifact = fit(tiny_source("dit"), Tcaq(**SETTINGS | {"steps": 10**6}), RunOptions(budget_seconds=3.0))
-    assert artifact.provenance["steps_done"] >= 1
-    assert artifact.provenance["blocks"] == 5
+    teacher, student, pool, run = calibrated("dit", weight_bits=4, act_bits=8)
+    clock = Clock()
+    reconstruct(student, teacher, pool, "block", [scales_of(pool, teacher)], replace(run, budget=Budget(60.0, clock=clock)), seed=0)
+    assert 10 < run.notes["steps_done"] < 120
+    assert clock.now < 90
 
 
 def test_a_resumed_run_has_what_is_left_of_its_budget(tmp_path):
-    recipe, options = Tcaq(**SETTINGS | {"steps": 10**6}), {"checkpoint": tmp_path / "ck", "budget_seconds": 3.0}
-    left = []
+    teacher, student, pool, run = calibrated("dit", weight_bits=4, act_bits=8)
+    stage, clock, seen = scales_of(pool, teacher), Clock(), []
 
     def show(progress):
-        if progress.stage == "reconstruct":
-            left.append(progress.eta_seconds)
-            if len(left) == 4:
-                signal.raise_signal(signal.SIGINT)
+        seen.append(progress)
+        if len(seen) == 3:
+            clock.now += 1000  # the budget is used up,
+            signal.raise_signal(signal.SIGINT)  # and the run ends
 
+    options = {"teacher_dtype": "fp32", "checkpoint": tmp_path / "ck"}
+    run = replace(run, options=RunOptions(**options), on_progress=show, budget=Budget(60.0, clock=clock))
     with pytest.raises(Interrupted):
-        fit(tiny_source("dit"), recipe, RunOptions(**options), on_progress=show)
-    fit(tiny_source("dit"), recipe, RunOptions(**options, resume=True), on_progress=show)
-    assert left[4] <= left[3] < 3.0
+        reconstruct(student, teacher, pool, "block", [stage], run, seed=0)
+    run = replace(run, options=RunOptions(**options, resume=True), budget=Budget(60.0))
+    reconstruct(student, teacher, pool, "block", [stage], run, seed=0)
+    assert run.notes["steps_done"] == 3  # those of before: nothing was left
 
 
 def test_a_budget_that_leaves_no_step_is_refused(monkeypatch):
