@@ -29,9 +29,13 @@ class ChannelRanges:
     low: Tensor
     high: Tensor
 
+    def magnitude(self) -> Tensor:
+        """The largest magnitude of each channel at each row, float32 [R, Cin]."""
+        return torch.maximum(-self.low, self.high)
+
     def amax(self) -> Tensor:
         """The largest magnitude of each channel at any row, float32 [Cin]."""
-        return torch.maximum(-self.low, self.high).amax(0)
+        return self.magnitude().amax(0)
 
 
 def scalable(student: Student) -> list[str]:

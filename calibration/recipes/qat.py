@@ -9,14 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
 from calibration import distill
-from calibration.layers import StudentLayer
 from calibration.recipe import Run, at_least
 from calibration.recipes.mse import Mse
 from calibration.student import DTYPES, Student, Teacher
 from calibration.trajectories import Trajectories
+from calibration.weights import mean_scale, own_bias, own_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,30 +67,21 @@ class QAT(Mse):
         """Calibrate, unless a checkpoint is resumed, then train."""
         if not run.options.resume:
             super().fit(student, teacher, trajectories, run)
-        for layer in student.layers.values():
-            own_weights(layer)
         student.compute_dtype = DTYPES[self.compute]
         schedule = distill.Schedule(self.steps, self.batch, self.warmup, self.relative)
         distill.distill(student, teacher, trajectories, self.groups(student), schedule, run)
 
     def groups(self, student: Student) -> list[distill.Group]:
-        """What is learned, and how fast. Rates of zero leave their parameters alone."""
+        """What is learned, weights and biases as parameters of the student's own, and how fast. Rates of zero leave theirs alone."""
         groups = []
         for layer in student.layers.values():
-            weights = list(layer.layer.parameters(recurse=False))
-            groups.append(distill.Group(weights, self.weight_rate * float(layer.log_weight_scale.detach().exp().mean())))
+            own = [parameter for parameter in (own_weight(layer), own_bias(layer)) if parameter is not None]
+            groups.append(distill.Group(own, self.weight_rate * mean_scale(layer)))
         quantizers = student.quantizers.values()
         groups.append(distill.Group([layer.log_weight_scale for layer in student.layers.values()], self.weight_scale_rate))
         groups.append(distill.Group([quantizer.log_scale for quantizer in quantizers], self.scale_rate))
         groups.append(distill.Group([quantizer.qmin for quantizer in quantizers if quantizer.qmin.requires_grad], self.bound_rate))
         return groups
-
-
-def own_weights(layer: StudentLayer) -> None:
-    """Give a student's layer a weight and a bias of its own, learnable; the teacher's stay what they are."""
-    layer.layer.weight = nn.Parameter(layer.layer.weight.detach().clone())
-    if layer.layer.bias is not None:
-        layer.layer.bias = nn.Parameter(layer.layer.bias.detach().clone())
 
 
 RECIPE = QAT

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calibration.blockwise import Blockwise, drawn
+from calibration.channels import channel_ranges, scalable, set_pre_scales
 from calibration.learners import LearnScales
 from calibration.observe import BATCH
 from calibration.recipe import Run, at_least, within
 from calibration.reconstruct import Stage, reconstruct
 from calibration.replay import Inputs
 from calibration.student import DTYPES, Student, Teacher
-from calibration.threads import each_in_a_thread
 from calibration.trajectories import Trajectories
 
 
@@ -85,14 +84,9 @@ class Tcaq(Blockwise):
 
     def reparameterize(self, student: Student, teacher: Teacher, trajectories: Trajectories) -> None:
         """TCR: divide the input of every quantized convolution by what its channels reach over the timesteps, and search its weight scales anew."""
-        maxima = channel_maxima(student, teacher, trajectories)
-        trajectories.restart()
-        for name, rows in maxima.items():
-            student.set_pre_scale(name, reach(rows, self.groups).pow(-self.strength))
-        layers = [student.layers[sibling] for name in maxima for sibling in student.siblings(name)]
-        scales = each_in_a_thread(lambda layer: self.weight_scale(layer.merged_weight(), layer.bits), layers)
-        for layer, scale in zip(layers, scales, strict=True):
-            layer.set_weight_scale(scale)
+        names = [name for name in scalable(student) if isinstance(student.layers[name].layer, nn.Conv2d) and student.layers[name].quantizer]
+        seen = channel_ranges(student, teacher, trajectories, names)
+        set_pre_scales(student, self, {name: reach(ranges.magnitude(), self.groups).pow(-self.strength) for name, ranges in seen.items()})
 
 
 def reach(maxima: Tensor, groups: int) -> Tensor:
@@ -113,42 +107,6 @@ def reach(maxima: Tensor, groups: int) -> Tensor:
 
 
 @torch.no_grad()
-def channel_maxima(student: Student, teacher: Teacher, trajectories: Trajectories) -> dict[str, Tensor]:
-    """The largest magnitude of each input channel at each row, float32 [R, Cin], of the convolutions at the recipe's bits, one for each input.
-
-    Args:
-        student: Says which layers round their input, and which are fed the same.
-        teacher: Leads, and is observed.
-        trajectories: A fresh pool; it is led once through the whole schedule.
-    """
-    largest: dict[str, Tensor] = {}
-
-    def look(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            now = args[0].detach().float().abs().amax((0, 2, 3))
-            largest[name] = torch.maximum(largest[name], now) if name in largest else now
-
-        return hook
-
-    chosen = [
-        name for name, layer in student.layers.items() if layer.quantizer and _scales(layer.layer) and student.siblings(name)[0] == name
-    ]
-    chosen = [name for name in chosen if student.family.placement(name) == "quantize"]
-    rows: dict[str, list[Tensor]] = {name: [] for name in chosen}
-    handles = [teacher.model.get_submodule(name).register_forward_pre_hook(look(name)) for name in chosen]
-    try:
-        for _, batches in trajectories.sweep(BATCH):
-            for batch in batches:
-                trajectories.advance(batch, batch.conditioning.combine(teacher(batch.inputs)))
-            for name in chosen:
-                rows[name].append(largest.pop(name))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: torch.stack(values) for name, values in rows.items()}
-
-
-@torch.no_grad()
 def lead_anew(trajectories: Trajectories, student: Student) -> None:
     """PAR: samples that the quantized model itself has led from noise to where they stand."""
     trajectories.restart()
@@ -156,10 +114,6 @@ def lead_anew(trajectories: Trajectories, student: Student) -> None:
         for batch in batches:
             inputs: Mapping[str, Tensor] = batch.inputs
             trajectories.advance(batch, batch.conditioning.combine(student(inputs).float()))
-
-
-def _scales(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and layer.groups == 1
 
 
 RECIPE = Tcaq
