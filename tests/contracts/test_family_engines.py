@@ -17,7 +17,10 @@ from edm_deploy_tools.sites import agreement, cut_from_inputs
 from tests.conftest import artifact_by_hand, tiny_inputs, tiny_model
 
 KINDS = ["sdxl", "dit", "pixart", "sd3", "flux"]
-HALF = ("sd3", "sdxl")  # built for a GPU in float16, as one would; the others from the graph that is there already: drawing one takes seconds
+HALF = (
+    "sd3",
+    "sdxl",
+)  # built for a GPU in float16, as one would; the others from the graph that is there already: drawing one takes seconds
 SIZES = {"batch": Range(1, 2, 4), "tokens": Range(1, 512, 512), "image_tokens": Range(16, 16, 64)}
 
 

@@ -12,7 +12,7 @@ from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
 MODELS = "tests/edm_deploy/models/test_{}.py::"
-SITES_OF_TRANSFORMERS = "tests/contracts/test_family_engines.py::test_at_every_site_the_codes_are_those_of_the_reference"
+SITES_IN_CONTRACTS = "tests/contracts/test_family_engines.py::test_at_every_site_the_codes_are_those_of_the_reference"
 WITH_EVERY_SCHEDULER = "test_its_pipeline_comes_back_with_every_scheduler"
 THROUGH_ENCODERS = "test_prompts_become_what_the_pipeline_itself_makes_of_them"
 NOTHING_TO_TELL = "takes none"
@@ -20,7 +20,13 @@ NOTHING_TO_TELL = "takes none"
 
 def transformer(name: str, kind: str, *, pipeline: str = WITH_EVERY_SCHEDULER, prompts: bool = True) -> tuple[str, ...]:
     tests = MODELS.format(name)
-    return kind, SITES_OF_TRANSFORMERS, tests + pipeline, tests + THROUGH_ENCODERS if prompts else NOTHING_TO_TELL
+    return kind, SITES_IN_CONTRACTS, tests + pipeline, tests + THROUGH_ENCODERS if prompts else NOTHING_TO_TELL
+
+
+def variant() -> tuple[str, ...]:
+    """A variant of the UNet with conditioning; its engine is held against the reference whole, not site by site."""
+    tests = MODELS.format("unet2d_condition")
+    return tests + "test_it_is_fine_tuned", "", tests + WITH_EVERY_SCHEDULER, tests + THROUGH_ENCODERS
 
 
 # README's table of what has run, with tiny random models: its rows, each with its kind in TINY, on which tests/contracts calibrate and
@@ -39,9 +45,10 @@ RAN: dict[str, tuple[str, ...]] = {
         "tests/edm_deploy/test_assembly.py::test_a_pipeline_around_a_float_engine_is_the_original",
         "tests/edm_deploy/test_encoding.py::test_prompts_become_what_the_pipeline_itself_makes_of_them",
     ),
-    "`UNet2DConditionModel`: SDXL": ("sdxl", "", "", ""),
-    "`UNet2DConditionModel`: inpainting": ("", "", "", ""),
-    "`UNet2DConditionModel`: LDM-4, a label as token": ("", "", "", NOTHING_TO_TELL),
+    "`UNet2DConditionModel`: Stable Diffusion 2": variant(),
+    "`UNet2DConditionModel`: SDXL": ("sdxl", SITES_IN_CONTRACTS, *variant()[2:]),
+    "`UNet2DConditionModel`: inpainting": variant(),
+    "`UNet2DConditionModel`: LDM-4, a label as token": (*variant()[:3], NOTHING_TO_TELL),
     "`DiTTransformer2DModel`": transformer("dit_transformer_2d", "dit", prompts=False),
     "`PixArtTransformer2DModel`": transformer("pixart_transformer_2d", "pixart"),
     "`SD3Transformer2DModel`": transformer("sd3_transformer_2d", "sd3"),

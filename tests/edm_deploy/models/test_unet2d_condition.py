@@ -1,11 +1,13 @@
 import pytest
 import torch
 
+from calibration import RunOptions, fit
+from calibration.recipes.efficientdm import EfficientDM
 from edm_deploy.encoding import conditioner_of, encode
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.family import family_named, skeleton
 from edm_deploy.pipelines import schedulers_for
-from tests.conftest import SCHEDULER, TINY_CONDITION_UNET, TINY_SDXL, tiny_inputs
+from tests.conftest import SCHEDULER, TINY, TINY_CONDITION_UNET, TINY_SDXL, tiny_inputs
 from tests.edm_deploy.models.chain import (
     PROMPTS,
     chain,
@@ -125,6 +127,17 @@ def test_a_calibration_is_told_prompts(kind):
     provenance = chain(kind).artifact.provenance
     assert provenance["conditioning"].startswith("2 prompts")
     assert provenance["guidance"] == {"sdxl": 5.0}.get(kind, 7.5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in VARIANTS if kind not in TINY])
+def test_it_is_fine_tuned(kind, tmp_path):
+    """Those of TINY are so in the contracts."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    recipe = EfficientDM(rows=2, steps=2, batch=2, calibration_samples=2, rank=2)
+    artifact = fit(chain(kind).source, recipe, RunOptions(prompts=None if kind == "ldm" else prompts))
+    assert artifact.scheme == "W4A4"
+    assert all(site.codes.any() for site in artifact.sites.values())
 
 
 def test_sdxl_stands_for_no_prompt_by_zeros():
