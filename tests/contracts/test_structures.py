@@ -1,6 +1,6 @@
 """What holds for every backend on a network with segments, pre-scales and bits by channel: the reference's codes at every site."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 import pytest
@@ -11,10 +11,11 @@ import engines
 from calibration.recipe import RunOptions
 from calibration.recipes.minmax import MinMax
 from edm_deploy import Artifact
+from edm_deploy.denoiser import open_session
 from edm_deploy.export.onnx import onnx_from_artifact
 from edm_deploy.reference import Reference
 from edm_deploy.session import BuildOptions
-from edm_deploy.structure import Structure
+from edm_deploy.structure import PRE_SCALE, Structure
 from edm_deploy.target import TARGETS, plan
 from edm_deploy_tools.sites import agreement, cut_from_inputs
 from tests.calibration.tiny import tiny_source
@@ -48,12 +49,16 @@ class Restructuring(MinMax):
         super().fit(student, teacher, trajectories, run)
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory):
+def restructured(bits):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "fold_pre_scales", lambda artifact: artifact)  # so that backends meet the Mul of q, k and v
-        made = calibration.fit(tiny_source(), Restructuring(rows=3, calibration_samples=2, weight_bits=4, act_bits=4), RunOptions())
-    return Artifact.load(made.save(tmp_path_factory.mktemp("structured") / "a"))
+        recipe = Restructuring(rows=3, calibration_samples=2, weight_bits=bits, act_bits=bits)
+        return calibration.fit(tiny_source(), recipe, RunOptions())
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    return Artifact.load(restructured(4).save(tmp_path_factory.mktemp("structured") / "a"))
 
 
 def test_an_artifact_keeps_its_structure(artifact):
@@ -110,15 +115,27 @@ def test_the_graph_splits_scales_and_adds(artifact, graph):
     assert len(quantizers) == 1, "siblings that are scaled alike share one quantizer"
 
 
+def relative(found, expected):
+    return float((found - expected).square().mean() / expected.square().mean())
+
+
 def test_a_whole_engine_computes_what_the_reference_does(artifact, graph, tmp_path):
     engines.build_engine(graph, tmp_path / "engine", backend="ort")
-    from edm_deploy.denoiser import open_session
-
     _, session = open_session(tmp_path / "engine")
     inputs = tiny_inputs("unet2d")
+    assert relative(session.run(inputs)["prediction"], Reference(artifact)(inputs)) < 1e-2  # a tie may cascade
+
+
+def test_fusing_norms_and_activations_into_quantizers_leaves_pre_scales_where_they_are(tmp_path):
+    artifact = restructured(8)
+    engines.build_engine(artifact.save(tmp_path / "a"), tmp_path / "engine", backend="cuda", options=BuildOptions(gpu="sm_86"))
+    _, session = open_session(tmp_path / "engine", device="cpu")
+    inputs = tiny_inputs("unet2d")
     expected = Reference(artifact)(inputs)
-    found = session.run(inputs)["prediction"]
-    assert float((found - expected).square().mean() / expected.square().mean()) < 1e-2  # a tie may cascade
+    lost = {name: torch.ones_like(value) if name.endswith(PRE_SCALE) else value for name, value in artifact.params.items()}
+    without = relative(Reference(replace(artifact, params=lost))(inputs), expected)
+    # Float16 between the sites flips codes; losing the pre-scales is another matter.
+    assert relative(session.run(inputs)["prediction"], expected) < without / 4
 
 
 def test_tensorrt_rtx_puts_every_part_in_an_integer_layer(artifact, graph, tmp_path):
