@@ -168,6 +168,10 @@ class StudentLayer(nn.Module):
         if self.rounding is not None:
             learned: Tensor = self.rounding()
             return learned
+        return self.nearest_weight()
+
+    def nearest_weight(self) -> Tensor:
+        """The weight rounded to the nearest codes: float32, the shape of the layer's weight."""
         lowest, highest = self.code_bounds()
         levels = weight_bounds(self.bits)[1] - weight_bounds(self.bits)[0] if self.channel_bits is None else highest - lowest
         return fake_quantize(self.merged_weight(), self.log_weight_scale.exp(), lowest, levels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,13 @@ def kurtosis(weight: Tensor) -> Tensor:
     centred = weight.flatten(1) - weight.flatten(1).mean(1, keepdim=True)
     variance = centred.square().mean(1)
     return torch.where(variance > 0, centred.pow(4).mean(1) / variance.square(), 0.0)
+
+
+def heaviest(score: Tensor, share: float) -> Tensor:
+    """Which channels are among the `share`, rounded up, of the highest score: bool [C], of float32 [C]."""
+    chosen = torch.zeros_like(score, dtype=torch.bool)
+    chosen[score.argsort(stable=True, descending=True)[: math.ceil(len(score) * share)]] = True
+    return chosen
 
 
 def mixed_bits(score: Tensor, bits: int, share: float) -> Tensor | None:

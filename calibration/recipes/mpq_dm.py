@@ -18,7 +18,8 @@ from calibration.channels import channel_ranges, scalable, set_pre_scales, stack
 from calibration.layers import StudentLayer
 from calibration.recipe import Run, at_least, within
 from calibration.recipes.efficientdm import EfficientDM
-from calibration.salience import mix_channel_bits
+from calibration.residual import FIRST_BITS, BinaryResidual, commit
+from calibration.salience import heaviest, kurtosis, mix_channel_bits
 from calibration.student import DTYPES, Student, Teacher
 from calibration.terms import Relations
 from calibration.trajectories import Trajectories
@@ -36,12 +37,15 @@ class MPQDM(EfficientDM):
     over samples of mixed timesteps, instead of at every second one as a mean over two neighbouring timesteps; weights stay symmetric; smoothing looks
     at all timesteps, not at one batch. At 2 and at 8 bits no channel can have a bit less and another a bit more, so all keep theirs.
 
-    Version 2's binary residual branch is not there: a second term of the weight for which this file has no place yet.
+    Version 2's binary residual branch is not a second convolution: both terms lie on one grid of int8 codes (`calibration/residual.py`), so a layer
+    that has it is an INT8 layer. Where 4-bit kernels are what counts, leave it at 0.
 
     Attributes:
         smoothing: Power of `max|X_c| / max|W_c|` that inputs are divided by. Source: 0.5, SmoothQuant's. 0 leaves them.
         mixed_share: Of each layer's output channels that get a bit more, and as many a bit less, where that lowers its output's error. Source: 0.1.
         relation_weight: Of the divergence of pixel relations. Source: 100.
+        residual_share: Of each layer's output channels, those with the heaviest tails, that get a binary residual (version 2). Source: salient
+            channels, without their number. 0 is version 1.
         update_init: Where the low-rank update's rows begin: `zero` as EfficientDM has it; `error` along the leading right singular vectors of the
             weight's rounding error (version 2). The update itself begins at zero either way: the float weight that it is added to holds that error.
     """
@@ -52,12 +56,14 @@ class MPQDM(EfficientDM):
     smoothing: float = 0.5
     mixed_share: float = 0.1
     relation_weight: float = 100.0
+    residual_share: float = 0.0
     update_init: UpdateInit = "zero"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         within("smoothing", self.smoothing, 0.0, 1.0)
         within("mixed_share", self.mixed_share, 0.0, 0.5)
+        within("residual_share", self.residual_share, 0.0, 1.0)
         at_least("relation_weight", self.relation_weight, 0.0)
         if self.update_init not in get_args(UpdateInit):
             raise InputError(
@@ -77,8 +83,18 @@ class MPQDM(EfficientDM):
                 for layer in student.layers.values():
                     begin_along_error(layer)
             student.compute_dtype = DTYPES[self.compute]
+        if self.residual_share:
+            self.add_residuals(student)
         terms = [Relations(last_block(student), self.relation_weight)] if self.relation_weight else []
         distill.distill(student, teacher, trajectories, self.groups(student), self.schedule, run, terms=terms)
+        if self.residual_share:
+            run.notes.update(residual_channels=commit(student.layers.values()))
+
+    def add_residuals(self, student: Student) -> None:
+        """Give the channels with the heaviest tails a second term; a checkpoint that is resumed brings its own choice of them."""
+        for name, layer in student.layers.items():
+            if student.family.placement(name) == "quantize" and layer.bits in FIRST_BITS:
+                layer.rounding = BinaryResidual(layer, heaviest(kurtosis(layer.merged_weight().detach()), self.residual_share))
 
     def smooth(self, student: Student, teacher: Teacher, trajectories: Trajectories) -> None:
         """Divide the input of every layer by `s_c = (max|X_c| / max|W_c|)^smoothing`; the layers that are fed the same share it."""
