@@ -190,7 +190,7 @@ class Family(ABC):
     def time_layers(self, model: nn.Module, config: Config) -> tuple[str, ...]:
         """Names of the sites that `time_only` matches, in the model's order."""
         pattern = self.time_only(config)
-        return tuple(name for name in self.sites(model) if pattern and re.search(pattern, name))
+        return tuple(name for name in self.sites(model) if pattern and re.search(pattern, layer_of(name)))
 
     def guidance(self, config: Config) -> Guidance:
         """How its samples are usually drawn."""

@@ -6,21 +6,19 @@ Source: He et al., EfficientDM, ICLR 2024, arXiv 2310.03270; constants from the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import nn
 
 from calibration import distill
+from calibration.predicting import Predicting
 from calibration.recipe import Run, at_least
-from calibration.recipes.mse import Mse
 from calibration.student import DTYPES, Student, Teacher
 from calibration.trajectories import Trajectories
 
 
 @dataclass(frozen=True, kw_only=True)
-class EfficientDM(Mse):
-    """Starts from the MSE calibration. Rates fall linearly to 0; nothing decays.
+class EfficientDM(Predicting):
+    """Low-rank updates, weight scales and tables are learned together.
 
     Unlike the released code: bounds are integers while training, no weight decay (it shrank every row of every table), one parameter a scale, rows
     looked up by timestep; the update is added to the float weight, as the paper has it, not to the rounded one.
@@ -34,39 +32,19 @@ class EfficientDM(Mse):
         weight_scale_rate: Relative rate of the weight scales. Source: 1e-6 absolute, about this much of a usual scale of 0.01.
         scale_rate: Relative rate of the activation scales. Source: 5e-4, absolute there.
         bound_rate: Rate of the activation bounds, in codes. Source: 5e-4.
-        warmup: Share of the steps in which the rates rise from 0. Source: none.
-        relative: Power of the teacher's mean square that each sample's loss is divided by; 1 counts relative errors. Source: 0.
-        compute: What the student computes in. Its scales, rounding and updates are float32 always.
     """
 
     name = "efficientdm"
-    weight_bits: int = 4
-    act_bits: int = 4
-    bias_correction: bool = False
     eta: float = 1.0
-    steps: int = 16000
-    batch: int = 4
     rank: int = 32
     update_rate: float = 1 / 2500
     weight_scale_rate: float = 1e-4
-    scale_rate: float = 5e-4
-    bound_rate: float = 5e-4
-    warmup: float = 0.0
-    relative: float = 0.0
-    compute: Literal["bf16", "fp32"] = "bf16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "batch", "rank"):
-            at_least(name, getattr(self, name), 1)
-        for name in ("update_rate", "weight_scale_rate", "scale_rate", "bound_rate", "warmup", "relative"):
+        at_least("rank", self.rank, 1)
+        for name in ("update_rate", "weight_scale_rate"):
             at_least(name, getattr(self, name), 0.0)
-        if self.compute not in DTYPES:
-            distill.refuse_compute(self.compute)
-
-    def pool_size(self) -> int:
-        """Enough for a batch."""
-        return max(self.calibration_samples, self.batch)
 
     def fit(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
         """Calibrate, unless a checkpoint is resumed, then train."""
@@ -82,11 +60,6 @@ class EfficientDM(Mse):
             super().fit(student, teacher, trajectories, run)
         student.compute_dtype = DTYPES[self.compute]
 
-    @property
-    def schedule(self) -> distill.Schedule:
-        """Steps, batch and how rates change over them."""
-        return distill.Schedule(self.steps, self.batch, self.warmup, self.relative)
-
     def groups(self, student: Student) -> list[distill.Group]:
         """What is learned, and how fast. Rates of zero leave their parameters alone."""
         groups = []
@@ -94,10 +67,7 @@ class EfficientDM(Mse):
             update = [parameter for parameter in (layer.lora_a, layer.lora_b) if parameter is not None]
             groups.append(distill.Group(update, self.update_rate * float(layer.log_weight_scale.detach().exp().mean())))
         groups.append(distill.Group([layer.log_weight_scale for layer in student.layers.values()], self.weight_scale_rate))
-        groups.append(distill.Group([quantizer.log_scale for quantizer in student.quantizers.values()], self.scale_rate))
-        bounds: list[nn.Parameter] = [quantizer.qmin for quantizer in student.quantizers.values() if quantizer.qmin.requires_grad]
-        groups.append(distill.Group(bounds, self.bound_rate))
-        return groups
+        return groups + self.table_groups(student)
 
 
 RECIPE = EfficientDM

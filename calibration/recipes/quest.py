@@ -16,9 +16,9 @@ from torch import Tensor
 
 from calibration import distill
 from calibration.channels import ChannelRanges, channel_ranges, scalable, set_pre_scales
+from calibration.predicting import Predicting
 from calibration.ranges import SMALLEST_SCALE
 from calibration.recipe import Run, at_least, within
-from calibration.recipes.mse import Mse
 from calibration.student import DTYPES, Student, Teacher
 from calibration.terms import LayerOutputs
 from calibration.trajectories import Trajectories
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quest(Mse):
+class Quest(Predicting):
     """Calibrates, then trains weights and biases of the tuned groups, and every activation table, together.
 
     The paper's published 4-bit results rest on a scale for each timestep and each input channel. No integer kernel can compute that: the scale would
@@ -58,35 +58,23 @@ class Quest(Mse):
         bias_rate: Rate of biases. Source: 1e-5.
         scale_rate: Relative rate of the activation scales. Source: 1e-4, absolute there.
         bound_rate: Rate of the activation bounds, in codes. Source: none, zero-points stay.
-        warmup: Share of the steps in which the rates rise from 0. Source: none.
-        relative: Power of the teacher's mean square that each sample's loss is divided by. Source: 0.
-        compute: What the student computes in. Its scales and rounding are float32 always.
     """
 
     name = "quest"
-    weight_bits: int = 4
-    act_bits: int = 4
     rows: int = 20
-    bias_correction: bool = False
     tuned: str = "time_embedding+attention+feed_forward"
     per_channel: PerChannel = "split"
     strength: float = 1.0
     steps: int = 6400
-    batch: int = 4
     local_weight: float = 1.0
     weight_rate: float = 1e-3
     bias_rate: float = 1e-5
     scale_rate: float = 1e-4
     bound_rate: float = 0.0
-    warmup: float = 0.0
-    relative: float = 0.0
-    compute: Literal["bf16", "fp32"] = "bf16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "batch"):
-            at_least(name, getattr(self, name), 1)
-        for name in ("local_weight", "weight_rate", "bias_rate", "scale_rate", "bound_rate", "warmup", "relative"):
+        for name in ("local_weight", "weight_rate", "bias_rate"):
             at_least(name, getattr(self, name), 0.0)
         within("strength", self.strength, 0.0, 1.0)
         if unknown := [group for group in self.groups_tuned if group not in GROUPS]:
@@ -98,17 +86,11 @@ class Quest(Mse):
             )
         if self.per_channel not in get_args(PerChannel):
             raise InputError(f"per_channel is {self.per_channel!r}; expected split or off. Set another per_channel.")
-        if self.compute not in DTYPES:
-            distill.refuse_compute(self.compute)
 
     @property
     def groups_tuned(self) -> tuple[str, ...]:
         """Names of the groups whose weights are trained."""
         return tuple(self.tuned.split("+")) if self.tuned else ()
-
-    def pool_size(self) -> int:
-        """Enough for a batch."""
-        return max(self.calibration_samples, self.batch)
 
     def fit(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
         """Split and calibrate, unless a checkpoint is resumed; then tune."""
@@ -123,10 +105,9 @@ class Quest(Mse):
             super().fit(student, teacher, trajectories, run)
         student.compute_dtype = DTYPES[self.compute]
         groups = self.groups(student, tuned)
-        schedule = distill.Schedule(self.steps, self.batch, self.warmup, self.relative)
         # The distance counts every element of the prediction, and so does the term.
         local = LayerOutputs(tuned, self.local_weight * math.prod(trajectories.shape) / max(len(tuned), 1))
-        distill.distill(student, teacher, trajectories, groups, schedule, run, terms=[local] if tuned and self.local_weight else [])
+        distill.distill(student, teacher, trajectories, groups, self.schedule, run, terms=[local] if tuned and self.local_weight else [])
 
     def split(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
         """Observe the scale of every input channel at every timestep, and give the static part to the pre-scales."""
@@ -150,10 +131,7 @@ class Quest(Mse):
         groups = [distill.Group([own_weight(layer)], self.weight_rate * mean_scale(layer)) for layer in layers]
         biases = [bias for bias in map(own_bias, layers) if bias is not None]
         groups.append(distill.Group(biases, self.bias_rate))
-        groups.append(distill.Group([quantizer.log_scale for quantizer in student.quantizers.values()], self.scale_rate))
-        bounds = [quantizer.qmin for quantizer in student.quantizers.values() if quantizer.qmin.requires_grad]
-        groups.append(distill.Group(bounds, self.bound_rate))
-        return groups
+        return groups + self.table_groups(student)
 
 
 @dataclass(frozen=True)
