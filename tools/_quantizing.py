@@ -14,7 +14,7 @@ from edm_deploy_tools import options as opt
 def calibrate(
     model: opt.Model,
     out: opt.Out,
-    recipe: Annotated[str, typer.Option(help="minmax, percentile or mse.")] = "mse",
+    recipe: Annotated[str, typer.Option(help="minmax, percentile, mse or static.")] = "mse",
     weight_bits: opt.WeightBits = None,
     act_bits: opt.ActBits = None,
     rows: opt.Rows = None,
@@ -40,7 +40,7 @@ def calibrate(
 def finetune(
     model: opt.Model,
     out: opt.Out,
-    recipe: Annotated[str, typer.Option(help="A recipe that trains.")] = "efficientdm",
+    recipe: Annotated[str, typer.Option(help="efficientdm, quest, qdiff, dilate, mpq-dm, tcaq or qat.")] = "efficientdm",
     weight_bits: opt.WeightBits = None,
     act_bits: opt.ActBits = None,
     rows: opt.Rows = None,
