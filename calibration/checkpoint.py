@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from edm_deploy.errors import ArtifactError
 from edm_deploy.files import new_directory, read_json, sha256_of, write_json
@@ -76,3 +77,8 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in tree.items():
         flat |= value if isinstance(value, dict) else {key: value}
     return flat
+
+
+def restore(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter a loaded value in memory of its own, in the layout that it had: until now it may have been the teacher's too."""
+    parameter.data = torch.empty_like(parameter).copy_(value)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.budget import Budget
-from calibration.checkpoint import load_checkpoint, save_checkpoint
+from calibration.checkpoint import load_checkpoint, restore, save_checkpoint
 from calibration.interrupt import CtrlC
 from calibration.memory import peak_memory
 from calibration.recipe import Interrupted, Progress, Run
@@ -120,7 +120,7 @@ class Training:
         """Go on from what `state` gave."""
         self.student.make_room(name.removeprefix("parameter.") for name in state)
         for name, value in self._kept().items():
-            value.copy_(state[f"parameter.{name}"])
+            restore(value, state[f"parameter.{name}"])
         self.rates = state["rates"].tolist()
         for name, parameter in self.names.items():
             for key in ("step", "exp_avg", "exp_avg_sq"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from calibration.blocks import Partition, blocks_of
 from calibration.budget import Budget
-from calibration.checkpoint import load_checkpoint, save_checkpoint
+from calibration.checkpoint import load_checkpoint, restore, save_checkpoint
 from calibration.distill import Group
 from calibration.interrupt import CtrlC
 from calibration.learners import Learner, learning, quantizers_inside
@@ -216,7 +216,7 @@ class _Work:
         done, tensors = load_checkpoint(self.run.options.checkpoint, self.run.identity)
         self.student.make_room(_under("parameter.", tensors))
         for name, value in self.student.learnable_or_fixed().items():
-            value.copy_(tensors[f"parameter.{name}"])
+            restore(value, tensors[f"parameter.{name}"])
         for name, layer in self.student.layers.items():
             if f"weight.{name}" in tensors:
                 weight = torch.empty_like(layer.layer.weight, dtype=torch.float32).copy_(tensors[f"weight.{name}"])

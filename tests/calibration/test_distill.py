@@ -42,6 +42,18 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_artifact(kind, tmp_path
     assert resumed.digest == whole.digest
 
 
+def test_resuming_leaves_the_float_model_as_it_is(tmp_path):
+    """Calibration moves biases; what a checkpoint brings back must not land in the teacher's, which are the student's until then."""
+    recipe, source = EfficientDM(**SETTINGS, bias_correction=True), tiny_source()
+    before = {name: value.clone() for name, value in source.model.state_dict().items()}
+    options = {"checkpoint": tmp_path / "ck", "teacher_dtype": "fp32"}
+    whole = fit(source, recipe, RunOptions(teacher_dtype="fp32"))
+    with pytest.raises(Interrupted):
+        fit(source, recipe, RunOptions(**options), on_progress=interrupted_at(3))
+    assert fit(source, recipe, RunOptions(**options, resume=True)).digest == whole.digest
+    assert all(torch.equal(value, before[name]) for name, value in source.model.state_dict().items())
+
+
 def test_a_finished_run_can_be_resumed_and_ends_at_once_in_the_same_artifact(tmp_path):
     recipe, source = EfficientDM(**SETTINGS | {"steps": 2}), tiny_source()
     whole = fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck"))
