@@ -77,8 +77,9 @@ def _quiet() -> None:
     """Keep libraries' chatter out of the output; their errors still come."""
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
-    if "diffusers" in sys.modules:  # it reads the variable when it is imported
-        sys.modules["diffusers"].utils.logging.set_verbosity_error()
+    for library in ("diffusers", "transformers"):  # they read the variables when they are imported
+        if library in sys.modules:
+            sys.modules[library].utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.ERROR, handlers=[Lines()])
     notes = Lines("Note: ")
