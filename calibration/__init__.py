@@ -20,7 +20,7 @@ from calibration.schedules import calibrated_timesteps
 from calibration.student import Student, Teacher, artifact_from_student, restructured
 from calibration.trajectories import Trajectories
 from edm_deploy import Artifact
-from edm_deploy.encoding import conditioner_of
+from edm_deploy.encoding import check_takes_prompts, conditioner_of
 from edm_deploy.errors import InputError
 from edm_deploy.folding import fold_pre_scales
 from edm_deploy.pipelines import Source
@@ -50,7 +50,7 @@ def fit(
 
     Raises:
         Interrupted: Ctrl-C was heeded.
-        InputError: The recipe does not fit the model, or a pass not the recipe.
+        InputError: The recipe does not fit the model, or a pass not the recipe, or prompts are given for a model that takes none.
         UnsupportedError: The model's scheduler gives no trajectory.
         ArtifactError: A checkpoint to resume is missing, damaged or of another run.
     """
@@ -58,6 +58,8 @@ def fit(
     budget = None if options.budget_seconds is None else Budget(options.budget_seconds)
     check_passes(passes, recipe)
     device = torch.device(options.device)
+    if options.prompts is not None:
+        check_takes_prompts(source)
     teacher_hash = source.digest()
     structure = recipe.structure(source)
     source = restructured(source, structure)

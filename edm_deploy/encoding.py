@@ -88,6 +88,16 @@ def takes_prompts(source: Source) -> bool:
     return home is not None and any(name.startswith("text_encoder") and (home / name).is_dir() for name in index)
 
 
+def check_takes_prompts(source: Source) -> None:
+    """Refuse a user's own prompts where nothing could encode them.
+
+    Raises:
+        InputError: The source holds no text encoders.
+    """
+    if not takes_prompts(source):
+        raise InputError(f"--prompts: {source.name} is a {source.family} model without text encoders. Leave the prompts out.")
+
+
 def _plain(value: Tensor) -> Tensor:
     value = value.detach().cpu()
     return value.float().contiguous() if value.is_floating_point() else value.contiguous()

@@ -80,15 +80,17 @@ class Cell:
         name = re.sub(r"[^\w.+=-]", "_", self.entry.label) + (f"-seed{self.seed}" if self.seed else "")
         return Path("cells") / self.scheme / name
 
-    def identity(self, model: str) -> dict[str, Any]:
+    def identity(self, model: str, prompts: Sequence[str] = ()) -> dict[str, Any]:
         """All that decides what the artifact is, but the machine; json.
 
         Args:
             model: The float model's digest.
+            prompts: The user's own, if any.
         """
         passes = {chosen.name: chosen.settings() for chosen in self.passes}
         settings = self.made.settings()
-        return {"model": model, "recipe": self.made.name, "settings": settings, "passes": passes, "budget_seconds": self.budget}
+        decides = {"model": model, "recipe": self.made.name, "settings": settings, "passes": passes, "budget_seconds": self.budget}
+        return decides | ({"prompts": list(prompts)} if prompts else {})
 
     def command(self, model: str, out: Path, *, prompts: Path | None = None) -> list[str]:
         """The process that makes its artifact."""

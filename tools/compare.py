@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from calibration.prompts import prompts_of
 from edm_deploy.artifact import Artifact
+from edm_deploy.encoding import check_takes_prompts
 from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.family import SAMPLE, skeleton
 from edm_deploy.files import check_replaceable, new_directory, read_json, write_json
@@ -92,6 +94,9 @@ def compare(model: str, out: Path, asked: Asked, *, say: Say | None = None) -> d
     entries = entries_of(asked.recipes, asked.presets)
     cells = cells_of(entries, schemes_of(asked.bits), rows=asked.rows, seeds=asked.seeds, budget=asked.budget)
     source = load_source(model)
+    prompts = () if asked.prompts is None else prompts_of(asked.prompts)
+    if prompts:
+        check_takes_prompts(source)
     digest = source.digest()
     say(f"float model: {asked.setup.samples} samples in {asked.setup.steps} steps, twice")
     reference = walk(source, asked.setup)
@@ -103,7 +108,7 @@ def compare(model: str, out: Path, asked: Asked, *, say: Say | None = None) -> d
     for number, cell in enumerate(cells, start=1):
         say(f"{number}/{len(cells)} {cell.scheme} {cell.entry.label}" + (f", seed {cell.seed}" if cell.seed else ""))
         place = out / cell.folder
-        made = make(cell, model, place, cell.identity(digest), asked, say)
+        made = make(cell, model, place, cell.identity(digest, prompts), asked, say)
         figures[cell.folder] = made if "failed" in made else made | judge.figures(place, say)
         results = _results(model, digest, asked, reference, judge, cells[:number], figures)
         write(results, judge, out, cells[:number])

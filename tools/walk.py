@@ -16,7 +16,7 @@ from calibration.prompts import prompts_of
 from edm_deploy.artifact import Artifact
 from edm_deploy.conditioning import SCALE_INPUT, Conditioning
 from edm_deploy.denoiser import EngineDenoiser, load_denoiser
-from edm_deploy.encoding import conditioner_of, takes_prompts
+from edm_deploy.encoding import check_takes_prompts, conditioner_of, takes_prompts
 from edm_deploy.errors import InputError
 from edm_deploy.family import SAMPLE
 from edm_deploy.manifest import Range
@@ -130,8 +130,8 @@ def walk(source: Source, setup: Setup) -> FloatWalk:
         InputError: Prompts or a guidance scale for a model that takes none.
         ArtifactError: A text encoder or the VAE cannot be read.
     """
-    if setup.prompts and not takes_prompts(source):
-        raise InputError(f"--prompts: {source.name} is a {source.family} model without text encoders. Leave the prompts out.")
+    if setup.prompts:
+        check_takes_prompts(source)
     conditioner = conditioner_of(source, scale=setup.guidance, prompts=(setup.prompts or prompts_of(PROMPTS))[: setup.samples])
     generator = torch.Generator().manual_seed(setup.seed)
     noise = torch.randn(setup.samples, *source.family_object.walked_shape(source.config), generator=generator)

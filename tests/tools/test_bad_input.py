@@ -244,6 +244,7 @@ def test_a_model_of_pixels_is_told_nothing(run, chain, tmp_path):
     assert "takes no class" in run("sample", chain.engine, *out, "--class-label", 3).complaint
     assert "is not guided" in run("sample", chain.engine, *out, "--guidance", 3).complaint
     assert "without text encoders" in run("evaluate", chain.artifact, *out, "--prompts", tmp_path / "p").complaint
+    assert "without text encoders" in run("calibrate", chain.model, *out, "--prompts", tmp_path / "p").complaint
     assert "is not guided" in run("evaluate", chain.artifact, *out, "--guidance", 3).complaint
     assert not (tmp_path / "out").exists()
 

@@ -60,6 +60,7 @@ def test_what_decides_the_artifact_is_in_its_identity():
     assert one.identity("a") == cells("efficientdm")[0].identity("a")
     assert one.identity("a") != one.identity("b")
     assert one.identity("a") != other.identity("a")
+    assert one.identity("a") != one.identity("a", ["a car"]) != one.identity("a", ["a cat"])
     assert one.identity("a") != cells("efficientdm+tac")[0].identity("a")
 
 

@@ -102,6 +102,11 @@ def test_one_sample_is_refused_and_so_is_a_directory_of_something_else(tiny_mode
 def test_prompts_for_a_model_that_takes_none_are_refused_before_anything_is_made(tiny_model_dir, tmp_path):
     with pytest.raises(InputError, match="without text encoders"):
         compare(str(tiny_model_dir), tmp_path / "compared", asked(tmp_path, setup=Setup(samples=2, prompts=("a car",))))
+    (tmp_path / "prompts.txt").write_text("a car\n")
+    for given, message in (("prompts.txt", "without text encoders"), ("none.txt", "cannot be read")):
+        with pytest.raises(InputError, match=message):
+            compare(str(tiny_model_dir), tmp_path / "compared", asked(tmp_path, prompts=tmp_path / given))
+    assert not (tmp_path / "compared").exists()
 
 
 def test_integer_work_counts_multiply_accumulates_and_timesteps(chain):
