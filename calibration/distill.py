@@ -15,11 +15,13 @@ from calibration.budget import Budget
 from calibration.checkpoint import load_checkpoint, restore, save_checkpoint
 from calibration.interrupt import CtrlC
 from calibration.memory import peak_memory
-from calibration.recipe import Interrupted, Progress, Run
+from calibration.recipe import Progress, Run, interrupted
 from calibration.student import DTYPES, Student, Teacher
 from calibration.terms import Term, tapped
 from calibration.trajectories import Batch, Trajectories
 from edm_deploy.errors import InputError
+
+EXACT = {int: torch.int64, float: torch.float64}  # what holds Python's numbers as they are
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def distill(
     if options.resume and options.checkpoint is not None:
         done, state = load_checkpoint(options.checkpoint, run.identity)
         training.load_state(state)
-        run.notes.update({name.removeprefix("note."): float(value) for name, value in state.items() if name.startswith("note.")})
+        run.notes.update({name.removeprefix("note."): value.item() for name, value in state.items() if name.startswith("note.")})
         if run.budget is not None:
             seconds, used = state["budget"].tolist()
             budget = Budget(seconds, used=used)
@@ -180,9 +182,8 @@ def distill(
     def save() -> None:
         if options.checkpoint is not None:
             spent = {} if budget is None else {"budget": torch.tensor([budget.seconds, budget.used()], dtype=torch.float64)}
-            noted = {
-                f"note.{name}": torch.tensor(value, dtype=torch.float64) for name, value in run.notes.items() if isinstance(value, float)
-            }
+            numbers = {name: value for name, value in run.notes.items() if isinstance(value, int | float)}
+            noted = {f"note.{name}": torch.tensor(value, dtype=EXACT[type(value)]) for name, value in numbers.items()}
             save_checkpoint(options.checkpoint, step=done, identity=run.identity, tensors=training.state() | noted | spent)
 
     start, first = time.perf_counter(), done
@@ -207,7 +208,7 @@ def distill(
             if interrupt.seen or done % options.checkpoint_every == 0 or finished:
                 save()
             if interrupt.seen and not finished:
-                raise Interrupted(_interrupted(done, run))
+                raise interrupted(run, f"step {done}")
     if budget is not None:
         run.notes["steps_done"] = done
 
@@ -215,9 +216,3 @@ def distill(
 def refuse_compute(found: str) -> NoReturn:
     """Raises InputError for a dtype that the student cannot compute in."""
     raise InputError(f"compute is {found!r}; expected {' or '.join(DTYPES)}. Set another compute.")
-
-
-def _interrupted(done: int, run: Run) -> str:
-    if run.options.checkpoint is None:
-        return f"Interrupted after step {done}; nothing was saved, because the run has no checkpoint directory."
-    return f"Interrupted after step {done}; the state is in {run.options.checkpoint}. Run the same command with --resume to go on."

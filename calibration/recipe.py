@@ -249,3 +249,10 @@ def within(name: str, value: float, lowest: float, highest: float) -> None:
     """Raises InputError where a setting is outside its legal range."""
     if not lowest <= value <= highest:
         raise InputError(f"{name} is {value}; expected {lowest} to {highest}. Set another {name}.")
+
+
+def interrupted(run: Run, after: str) -> Interrupted:
+    """What a run raises that heeds Ctrl-C, `after` what: it says where the state is and how to go on."""
+    if run.options.checkpoint is None:
+        return Interrupted(f"Interrupted after {after}; nothing was saved, because the run has no checkpoint directory.")
+    return Interrupted(f"Interrupted after {after}; the state is in {run.options.checkpoint}. Run the same command with --resume to go on.")

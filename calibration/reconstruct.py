@@ -22,7 +22,7 @@ from calibration.interrupt import CtrlC
 from calibration.learners import Learner, learning, quantizers_inside
 from calibration.memory import peak_memory
 from calibration.pace import Plan, pace
-from calibration.recipe import Interrupted, Progress, Run
+from calibration.recipe import Progress, Run, interrupted
 from calibration.replay import PASS, Inputs, Replay, cached, entropies_of, unrounded
 from calibration.student import DTYPES, Student, Teacher
 from calibration.trajectories import Trajectories
@@ -85,7 +85,7 @@ def reconstruct(
             done += finished
             if interrupt.seen and done < work.count:
                 work.save(done)
-                raise Interrupted(_interrupted(done, work.count, run))
+                raise interrupted(run, f"block {done} of {work.count}")
             if done == work.count or work.saving_pays():
                 work.save(done)
     if work.budget is not None and not work.steps:
@@ -158,7 +158,7 @@ class _Work:
             self.samples = stage.draw(count)
         self.drawn = at
 
-    def take(self, number: int, interrupted: Callable[[], bool]) -> bool:
+    def take(self, number: int, stopped: Callable[[], bool]) -> bool:
         """One block of one stage; False, and all of it as it was, where it was interrupted."""
         at, index = divmod(number, len(self.blocks))
         stage, block = self.stages[at], self.blocks[index]
@@ -174,11 +174,13 @@ class _Work:
             learned = [(learner, group) for learner in stage.learners for group in learner.begin(layers, quantizers) if group.rate > 0]
             with learning(layers, quantizers, [group for _, group in learned]) as undo:
                 generator = torch.Generator().manual_seed(1_000_003 * self.seed + number)
-                for loss, share in _trained(replay, self.student, stage, learned, self._pace(number), generator):
+                trained = _trained(replay, self.student, stage, learned, self._pace(number), generator)
+                for count, (loss, share) in enumerate(trained, start=1):
                     self.steps += 1
                     self._report(number, share, loss)
-                    if interrupted():
+                    if stopped():
                         undo()
+                        self.steps -= count
                         for layer, weight in zip(layers, weights, strict=True):
                             layer.layer.weight, layer.rounding = weight, None
                         return False
@@ -290,11 +292,3 @@ def _batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Ten
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _interrupted(done: int, count: int, run: Run) -> str:
-    if run.options.checkpoint is None:
-        return f"Interrupted after block {done} of {count}; nothing was saved, because the run has no checkpoint directory."
-    return (
-        f"Interrupted after block {done} of {count}; the state is in {run.options.checkpoint}. Run the same command with --resume to go on."
-    )

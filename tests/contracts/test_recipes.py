@@ -1,15 +1,17 @@
 """What holds for every recipe that the folder has: a valid artifact that the reference runs, whatever the family and the bits."""
 
+import signal
 from dataclasses import fields
 
 import pytest
 
 import calibration
 from calibration import recipes
-from calibration.recipe import RunOptions
+from calibration.recipe import Interrupted, RunOptions
 from edm_deploy import Artifact, lookup
 from edm_deploy.pipelines import load_source, scheduler_from_config
 from edm_deploy.reference import Reference
+from edm_deploy_tools.quantize import trains
 from tests.conftest import TINY, tiny_inputs
 
 NAMES = lookup.names(recipes)
@@ -67,6 +69,26 @@ def test_the_same_settings_give_the_same_artifact(name, source):
     model = source("unet2d")
     digests = {calibration.fit(model, quick(name, weight_bits=4, act_bits=4), RunOptions()).digest for _ in range(2)}
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if trains(quick(name))])
+def test_one_that_trains_can_be_interrupted_and_resumed(name, source, tmp_path):
+    model, recipe, steps = source("unet2d"), quick(name, weight_bits=4, act_bits=4), []
+
+    def interrupt(progress):
+        if progress.stage in ("finetune", "reconstruct"):
+            steps.append(progress.step)
+            if len(steps) == (1 if progress.stage == "finetune" else 4):  # the middle of a run of two steps; of the second block
+                signal.raise_signal(signal.SIGINT)
+
+    whole = calibration.fit(model, recipe, RunOptions())
+    with pytest.raises(Interrupted):
+        calibration.fit(model, recipe, RunOptions(checkpoint=tmp_path / "ck"), on_progress=interrupt)
+    resumed = calibration.fit(model, recipe, RunOptions(checkpoint=tmp_path / "ck", resume=True))
+    assert resumed.digest == whole.digest
+    measured = ("wall_seconds", "peak_memory_bytes")
+    told = [{key: value for key, value in one.provenance.items() if key not in measured} for one in (whole, resumed)]
+    assert told[0] == told[1], "what the notes say is in the checkpoint too"
 
 
 @pytest.mark.parametrize("name", NAMES)
