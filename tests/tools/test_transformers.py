@@ -36,7 +36,8 @@ def test_folded_time_goes_from_calibration_to_every_kind_of_engine(run, tmp_path
     [("dit", "the class label"), ("sd3", "the pooled prompt"), ("flux", "the pooled prompt with the guidance scale")],
 )
 def test_time_that_cannot_be_folded_is_said_with_the_reason(kind, beside, run, tmp_path):
-    asked = run("calibrate", home(kind), "--out", tmp_path / "a", *FAST, "--fold-time", "--prompts", _prompts(tmp_path, "a cat"))
+    prompts = () if kind == "dit" else ("--prompts", _prompts(tmp_path, "a cat"))
+    asked = run("calibrate", home(kind), "--out", tmp_path / "a", *FAST, "--fold-time", *prompts)
     assert f"can be a table of the timestep alone: {beside} enters the embedding that shapes every block. Leave it out." in asked.complaint
     assert not (tmp_path / "a").exists()
 

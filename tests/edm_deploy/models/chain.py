@@ -16,7 +16,7 @@ from edm_deploy import load_pipeline
 from edm_deploy.artifact import Artifact
 from edm_deploy.assembly import quiet
 from edm_deploy.denoiser import EngineDenoiser
-from edm_deploy.encoding import encode
+from edm_deploy.encoding import encode, takes_prompts
 from edm_deploy.export.onnx import onnx_from_artifact
 from edm_deploy.manifest import Range
 from edm_deploy.outline import INDEX
@@ -86,7 +86,7 @@ def chain(kind: str) -> Chain:
     prompts = home(kind) / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     recipe = Mse(weight_bits=4, act_bits=8, rows=3, calibration_samples=2)
-    artifact = calibration.fit(source, recipe, RunOptions(prompts=prompts))
+    artifact = calibration.fit(source, recipe, RunOptions(prompts=prompts if takes_prompts(source) else None))
     dims = {declared for inputs in source.family_object.inputs(source.config) for declared in inputs.dims}
     sizes = {"batch": Range(1, 2, 4), "tokens": Range(1, 8, 512), "image_tokens": Range(16, 16, 64)}
     sizes |= {"height": Range(8, 8, 16), "width": Range(8, 8, 16)}
