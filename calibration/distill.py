@@ -21,8 +21,6 @@ from calibration.terms import Term, tapped
 from calibration.trajectories import Batch, Trajectories
 from edm_deploy.errors import InputError
 
-EXACT = {int: torch.int64, float: torch.float64}  # what holds Python's numbers as they are
-
 
 @dataclass(frozen=True)
 class Group:
@@ -183,7 +181,11 @@ def distill(
         if options.checkpoint is not None:
             spent = {} if budget is None else {"budget": torch.tensor([budget.seconds, budget.used()], dtype=torch.float64)}
             numbers = {name: value for name, value in run.notes.items() if isinstance(value, int | float)}
-            noted = {f"note.{name}": torch.tensor(value, dtype=EXACT[type(value)]) for name, value in numbers.items()}
+            # In float64, so that a float comes back as it was; integers are int64 by themselves.
+            noted = {
+                f"note.{name}": torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+                for name, value in numbers.items()
+            }
             save_checkpoint(options.checkpoint, step=done, identity=run.identity, tensors=training.state() | noted | spent)
 
     start, first = time.perf_counter(), done
