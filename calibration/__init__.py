@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration.budget import Budget
-from calibration.memory import peak_memory
-from calibration.passing import Pass, Scene, check_passes
-from calibration.prompts import prompts_of
-from calibration.recipe import Interrupted, Progress, Recipe, Run, RunOptions
-from calibration.schedules import calibrated_timesteps
-from calibration.student import Student, Teacher, artifact_from_student, restructured
-from calibration.trajectories import Trajectories
+from calibration.base_pass import Pass, PassContext, check_passes
+from calibration.data.noise_schedules import calibrated_timesteps
+from calibration.data.prompts import prompts_of
+from calibration.data.trajectory_pool import Trajectories
+from calibration.recipe import Recipe
+from calibration.run.memory import peak_memory
+from calibration.run.options import Interrupted, Progress, Run, RunOptions
+from calibration.run.time_budget import Budget
+from calibration.student.teacher import Teacher, restructured
+from calibration.student.to_artifact import artifact_from_student
 from edm_deploy import Artifact
-from edm_deploy.encoding import check_takes_prompts, conditioner_of
+from edm_deploy.artifact.fold_pre_scales import fold_pre_scales
 from edm_deploy.errors import InputError
-from edm_deploy.folding import fold_pre_scales
-from edm_deploy.pipelines import Source
+from edm_deploy.pipelines.prompt_encoding import check_takes_prompts, conditioner_of
+from edm_deploy.pipelines.source import Source
 
 __all__ = ["Interrupted", "Pass", "Progress", "Recipe", "RunOptions", "fit"]
 
@@ -75,20 +77,32 @@ def fit(
     decides |= {"budget_seconds": options.budget_seconds} if budget is not None else {}
     decides |= {"passes": {chosen.name: chosen.settings() for chosen in passes}} if passes else {}
     identity = decides | {"teacher": teacher_hash}
-    scene = Scene(source=source, recipe=recipe, conditioner=conditioner, device=device)
-    timesteps = row_timesteps(scene, passes)
+    context = PassContext(source=source, recipe=recipe, conditioner=conditioner, device=device)
+    timesteps = row_timesteps(context, passes)
     size = recipe.pool_size()
     trajectories = Trajectories(source, timesteps, size=size, eta=recipe.eta, seed=recipe.seed, device=device, conditioner=conditioner)
     teacher = Teacher(source, device)
-    student = Student(source, recipe, timesteps, device, teacher=teacher, folded=folded, segments=structure.segments)
+    student = recipe.student(source, timesteps, device, teacher=teacher, folded=folded, segments=structure.segments)
     for chosen in passes:
-        chosen.before(student, scene)
+        chosen.before(student, context)
     progress = on_progress or (lambda _: None)
-    run = Run(options=options, identity=identity, on_progress=progress, passes=tuple(passes), scene=scene, budget=budget)
+
+    def after_calibration() -> None:
+        for chosen in passes:
+            chosen.calibrated(student, context)
+
+    run = Run(
+        options=options,
+        identity=identity,
+        on_progress=progress,
+        student_leads=any(chosen.student_leads for chosen in passes),
+        after_calibration=after_calibration,
+        budget=budget,
+    )
     recipe.fit(student, teacher, trajectories, run)
     artifact = artifact_from_student(student, source, {})
     for chosen in passes:
-        artifact = chosen.finish(artifact, student, scene)
+        artifact = chosen.finish(artifact, student, context)
     scaled = len(artifact.structure.pre_scaled)
     artifact = fold_pre_scales(artifact)
     artifact.validate()
@@ -108,17 +122,17 @@ def fit(
     return replace(artifact, provenance=provenance | dict(artifact.provenance))
 
 
-def row_timesteps(scene: Scene, passes: Sequence[Pass]) -> Tensor:
+def row_timesteps(context: PassContext, passes: Sequence[Pass]) -> Tensor:
     """int32 [R] ascending, one a table row: those that a pass chooses, else those of a sampling with as many steps.
 
     Raises:
         InputError: More rows than the schedule has timesteps.
     """
     for chosen in passes:
-        if (found := chosen.timesteps(scene)) is not None:
+        if (found := chosen.timesteps(context)) is not None:
             return found
-    rows = scene.recipe.rows
-    return calibrated_timesteps(scene.source.scheduler, rows, scene.source.family_object.sigmas(rows))
+    rows = context.recipe.rows
+    return calibrated_timesteps(context.source.scheduler, rows, context.source.family_object.sigmas(rows))
 
 
 def folded_layers(source: Source, asked: bool) -> tuple[str, ...]:
@@ -132,7 +146,7 @@ def folded_layers(source: Source, asked: bool) -> tuple[str, ...]:
         return ()
     layers = family.time_layers(source.model, source.config)
     if not layers:
-        beside = family.beside_time(source.config)
+        beside = family.other_embedding_inputs(source.config)
         why = f": {beside} enters the embedding that shapes every block" if beside else ""
         raise InputError(f"--fold-time: no layer of this {family.class_name} can be a table of the timestep alone{why}. Leave it out.")
     return layers

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from edm_deploy.artifact import Artifact
-from edm_deploy.denoiser import EngineDenoiser, load_denoiser, load_pipeline
+from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError, EdmDeployError, InputError, UnsupportedError
-from edm_deploy.manifest import Manifest
+from edm_deploy.runtime.denoiser import EngineDenoiser
+from edm_deploy.runtime.load import load_denoiser, load_pipeline
+from edm_deploy.runtime.manifest import Manifest
 
 __version__ = "0.1.0"
 

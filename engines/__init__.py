@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edm_deploy import lookup
+from edm_deploy import registry
+from edm_deploy.artifact.float_timesteps import FOLDER
 from edm_deploy.errors import InputError, flag
-from edm_deploy.family import family_named
-from edm_deploy.files import PIPELINE_FILES, components_at, copy_components, new_directory, read_json
-from edm_deploy.manifest import NAME, Manifest, Range
-from edm_deploy.relaxing import FOLDER
-from edm_deploy.session import Backend, BuildOptions, Built
-from edm_deploy.target import SitePlan, execution
+from edm_deploy.models import family_named
+from edm_deploy.runtime.backend import Backend, BuildOptions, BuildResult
+from edm_deploy.runtime.capabilities import SitePlan, execution
+from edm_deploy.runtime.manifest import NAME, Manifest, ShapeRange
+from edm_deploy.storage.directories import PIPELINE_FILES, components_at, copy_components, new_directory, read_json
 
-DEFAULT_BATCH = Range(1, 16, 64)
+DEFAULT_BATCH = ShapeRange(1, 16, 64)
 
 
 def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions | None = None, pipeline: Path | None = None) -> Manifest:
@@ -80,11 +80,11 @@ def _built(builder: Backend[Any], content: Any, manifest: Manifest, options: Bui
 
 def backend_named(name: str) -> Backend[Any]:
     """The backend in `engines/<name>.py`; UnsupportedError lists the known ones otherwise."""
-    backend: Backend[Any] = lookup.load(sys.modules[__name__], name, "BACKEND")
+    backend: Backend[Any] = registry.load(sys.modules[__name__], name, "BACKEND")
     return backend
 
 
-def complete_profile(manifest: Manifest, asked: Mapping[str, Range]) -> dict[str, Range]:
+def complete_profile(manifest: Manifest, asked: Mapping[str, ShapeRange]) -> dict[str, ShapeRange]:
     """A Range for every dynamic dimension: the one asked for, or batch 1:16:64, the model's own size.
 
     Raises:
@@ -94,7 +94,7 @@ def complete_profile(manifest: Manifest, asked: Mapping[str, Range]) -> dict[str
     if unknown := sorted(set(asked) - set(dims)):
         raise InputError(f"{flag(unknown[0])}: the graph has no dynamic dimension of this name. It has {', '.join(dims)}.")
     family = family_named(manifest.family)
-    own = {dim: Range(size, size, size) for dim, size in family.sizes(manifest.config).items()} | {"batch": DEFAULT_BATCH}
+    own = {dim: ShapeRange(size, size, size) for dim, size in family.sizes(manifest.config).items()} | {"batch": DEFAULT_BATCH}
     profile = {dim: asked.get(dim) or own[dim] for dim in dims}
     multiple = family.size_multiple(manifest.config)
     for dim in {"height", "width"} & set(profile):
@@ -107,7 +107,7 @@ def complete_profile(manifest: Manifest, asked: Mapping[str, Range]) -> dict[str
     return profile
 
 
-def plan(manifest: Manifest, builder: Backend[Any], built: Built) -> dict[str, SitePlan]:
+def plan(manifest: Manifest, builder: Backend[Any], built: BuildResult) -> dict[str, SitePlan]:
     """What each site became: what the target promises, corrected by what the build saw."""
     return {
         name: SitePlan(
@@ -119,7 +119,7 @@ def plan(manifest: Manifest, builder: Backend[Any], built: Built) -> dict[str, S
     }
 
 
-def _description(built: Built, seconds: float, size: int) -> dict[str, object]:
+def _description(built: BuildResult, seconds: float, size: int) -> dict[str, object]:
     return {
         "versions": dict(built.versions),
         "options": dict(built.options),

@@ -11,22 +11,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from edm_deploy.activations import rows_of
-from edm_deploy.artifact import Artifact
+from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
-from edm_deploy.family import family_named, skeleton
-from edm_deploy.lookup import suggestion
-from edm_deploy.manifest import Manifest
-from edm_deploy.program import exported_program
-from edm_deploy.session import BuildOptions, Built, Cut, Session
-from edm_deploy.structure import Structure
-from edm_deploy.target import Kind, SitePlan, Target, obstacle, site_plan
-from engines._source import ArtifactBackend
-from engines.kernels.choice import choose
-from engines.kernels.gpus import capabilities
+from edm_deploy.models import family_named
+from edm_deploy.network.family import meta_model
+from edm_deploy.network.float_program import exported_program
+from edm_deploy.network.restructure import NetworkRewrite
+from edm_deploy.numerics.activation_table import table_rows
+from edm_deploy.numerics.kernel_layout import CodeFormat
+from edm_deploy.registry import suggestion
+from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session, SiteTestCase
+from edm_deploy.runtime.capabilities import BackendCapabilities, SitePlan, site_plan, unsupported_reason
+from edm_deploy.runtime.manifest import Manifest
+from engines.common.source_backends import ArtifactBackend
+from engines.performance.gpus import capabilities
+from engines.performance.int4_selection import choose
 
 if TYPE_CHECKING:
-    from engines.kernels.graph import Draft
+    from engines.torch_graph.rewrite import GraphRewrite
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ class CudaBackend(ArtifactBackend):
     options: ClassVar[frozenset[str]] = frozenset({"gpu", "precision", "int4_where"})
     device: ClassVar[str] = "cuda"
 
-    def build(self, content: Artifact, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
+    def build(self, content: Artifact, manifest: Manifest, options: BuildOptions, out: Path) -> BuildResult:
         gpu, precision = _gpu(options.gpu), self._precision(options.precision)
         plans, reasons = plan_of(content, self.target)
         if reasons and not options.allow_float_sites:
@@ -58,7 +60,7 @@ class CudaBackend(ArtifactBackend):
         plans = dict(choice.plans)
         save_file(_stored(content, plans, DTYPES[precision]), out / ENGINE_NAME)
         executed = {name: "int8" if plan.executed == "int4" and not has_int4(gpu) else plan.executed for name, plan in plans.items()}
-        return Built(
+        return BuildResult(
             versions={},
             options={"gpu": gpu, "precision": precision},
             executed=executed,
@@ -69,7 +71,7 @@ class CudaBackend(ArtifactBackend):
 
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
         from engines.kernels import driver
-        from engines.kernels.graphs import CudaSession  # defines operators: only where they are used
+        from engines.torch_graph.cuda_graph_session import CudaSession  # defines operators: only where they are used
 
         _refuse_foreign(manifest)
         kinds = kinds_on(manifest, device)
@@ -78,10 +80,10 @@ class CudaBackend(ArtifactBackend):
         module = _graph(manifest, load_file(directory / ENGINE_NAME, device=str(device)), kinds).module()
         return CudaSession(module, [declared.name for declared in manifest.inputs], manifest.outputs, device)
 
-    def at_sites(self, cut: Cut, engine: Manifest, device: torch.device) -> dict[str, Tensor]:
+    def at_sites(self, cut: SiteTestCase, engine: Manifest, device: torch.device) -> dict[str, Tensor]:
         """The unfused graph, every site in it alone."""
-        from engines.kernels import graph as rewriting
-        from engines.kernels.sites import integers
+        from engines.torch_graph import rewrite as rewriting
+        from engines.torch_graph.packed_layer import integers
 
         kinds = kinds_on(engine, device)
         tensors = _stored(cut.artifact, engine.plan, self.site_dtype(engine))
@@ -89,7 +91,7 @@ class CudaBackend(ArtifactBackend):
         dtype = self.site_dtype(engine)
         given = {placeholder: cut.records[name].x.to(device, dtype) for name, placeholder in rewriting.cut(draft).items()}
         codes, outputs = draft.module()(cut.timestep.to(device), *given.values())
-        rows = rows_of(cut.artifact.row_of_timestep, cut.timestep).to(device)
+        rows = table_rows(cut.artifact.row_of_timestep, cut.timestep).to(device)
         found = {f"{name}.y": value for name, value in outputs.items()}
         for name, value in codes.items():
             table = cut.artifact.sites[name].activation
@@ -102,7 +104,7 @@ class CudaBackend(ArtifactBackend):
         return DTYPES[engine.build["options"]["precision"]]
 
     def _precision(self, asked: str | None) -> str:
-        known = self.target.rest
+        known = self.target.float_dtypes
         if asked is not None and asked not in known:
             raise InputError(f"--precision {asked!r}: cuda has {' and '.join(known)}.{suggestion(asked, known)}")
         return asked or known[0]
@@ -111,12 +113,12 @@ class CudaBackend(ArtifactBackend):
 BACKEND = CudaBackend()
 
 
-def plan_of(artifact: Artifact, target: Target) -> tuple[dict[str, SitePlan], dict[str, str]]:
+def plan_of(artifact: Artifact, target: BackendCapabilities) -> tuple[dict[str, SitePlan], dict[str, str]]:
     """What each site becomes where there are INT4 tensor cores, and why those sites that no kernel computes are none."""
     layers = artifact.family_object.sites(artifact.skeleton())
     plans = {name: site_plan(site, layers[name], target) for name, site in artifact.sites.items()}
     refused = {name for name, plan in plans.items() if plan.executed == "float" and artifact.sites[name].activation is not None}
-    return plans, {name: str(obstacle(layers[name], target.filters or ())) for name in plans if name in refused}
+    return plans, {name: str(unsupported_reason(layers[name], target.filters or ())) for name in plans if name in refused}
 
 
 def has_int4(gpu: str) -> bool:
@@ -124,7 +126,7 @@ def has_int4(gpu: str) -> bool:
     return OLDEST <= int(gpu.removeprefix("sm_")) < WITHOUT_INT4
 
 
-def kinds_on(manifest: Manifest, device: torch.device) -> dict[str, Kind | None]:
+def kinds_on(manifest: Manifest, device: torch.device) -> dict[str, CodeFormat | None]:
     """The kernels that run each site on a device: those that the engine was packed for, or INT8 ones where there are no INT4 tensor cores.
 
     Weights are widened when the engine is opened, and every code stays the same, so an engine opens on any GPU that the kernels run on.
@@ -192,7 +194,7 @@ def _warnings(plans: Mapping[str, SitePlan], reasons: Mapping[str, str], gpu: st
 
 def _stored(artifact: Artifact, plans: Mapping[str, SitePlan], dtype: torch.dtype) -> dict[str, Tensor]:
     """The engine's file: packed sites, and every other parameter; one-dimensional ones stay float32, as norms and epilogues take them."""
-    from engines.kernels.sites import stored
+    from engines.torch_graph.packed_layer import stored
 
     floats = {name for name, value in artifact.skeleton().state_dict().items() if value.ndim > 1 and value.is_floating_point()}
     tensors = {f"params.{name}": value.to(dtype if name in floats else value.dtype) for name, value in artifact.params.items()}
@@ -201,15 +203,17 @@ def _stored(artifact: Artifact, plans: Mapping[str, SitePlan], dtype: torch.dtyp
     return {"row_of_timestep": artifact.row_of_timestep} | {name: value.contiguous() for name, value in tensors.items()}
 
 
-def _graph(manifest: Manifest, tensors: Mapping[str, Tensor], kinds: Mapping[str, Kind | None], *, fused: bool = True) -> Draft:
+def _graph(
+    manifest: Manifest, tensors: Mapping[str, Tensor], kinds: Mapping[str, CodeFormat | None], *, fused: bool = True
+) -> GraphRewrite:
     """The engine's graph with its tensors, on the device that these are on."""
-    from engines.kernels import fusions
-    from engines.kernels import graph as rewriting
-    from engines.kernels.sites import read
+    from engines.torch_graph import fusions
+    from engines.torch_graph import rewrite as rewriting
+    from engines.torch_graph.packed_layer import read
 
     family, dtype = family_named(manifest.family), DTYPES[manifest.build["options"]["precision"]]
-    structure = Structure.from_json(manifest.structure)
-    layers = family.sites(skeleton(family, manifest.config, structure))
+    structure = NetworkRewrite.from_json(manifest.structure)
+    layers = family.sites(meta_model(family, manifest.config, structure))
     params = {name.removeprefix("params."): value for name, value in tensors.items() if name.startswith("params.")}
     by_site: dict[str, dict[str, Tensor]] = {name: {} for name in manifest.sites}
     for name, value in tensors.items():

@@ -13,17 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from edm_deploy.activations import rows_of
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
-from edm_deploy.family import TIMESTEP
-from edm_deploy.lookup import suggestion
-from edm_deploy.manifest import ROW_NAME, Manifest, Range
-from edm_deploy.session import BuildOptions, Built, Session
-from edm_deploy.target import Execution
-from engines._ovgraph import keep_float32, lift_tables, timestep_path, widen_int4
-from engines._ovnorm import split_group_norms
-from engines._source import GraphBackend
-from engines._vendor import refuse_other_build, vendor
+from edm_deploy.network.family import TIMESTEP
+from edm_deploy.network.graph_names import ROW_NAME
+from edm_deploy.numerics.activation_table import table_rows
+from edm_deploy.registry import suggestion
+from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session
+from edm_deploy.runtime.capabilities import Execution
+from edm_deploy.runtime.manifest import Manifest, ShapeRange
+from engines.common.source_backends import GraphBackend
+from engines.common.vendor_package import refuse_other_build, vendor
+from engines.openvino_graph.group_norm import split_group_norms
+from engines.openvino_graph.scale_inputs import keep_float32, scales_to_inputs, timestep_path, widen_int4
 
 PACKAGE = "openvino"
 ENGINE_NAME = "engine.xml"
@@ -44,13 +45,13 @@ class OpenvinoBackend(GraphBackend):
     name: ClassVar[str] = "openvino"
     options: ClassVar[frozenset[str]] = frozenset({"precision", "threads"})
 
-    def build(self, content: Path, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
+    def build(self, content: Path, manifest: Manifest, options: BuildOptions, out: Path) -> BuildResult:
         ov = _openvino()
         effective = {"precision": self._precision(options.precision), "threads": options.threads}
         with _refusals(ov):
             model = ov.Core().read_model(content)
             model.reshape({declared.name: _partial_shape(ov, declared.dims, options.profile) for declared in manifest.inputs})
-        save_file(lift_tables(ov, model), out / TABLES_NAME)
+        save_file(scales_to_inputs(ov, model), out / TABLES_NAME)
         kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model)
         try:
             ov.save_model(model, out / ENGINE_NAME, compress_to_fp16=False)
@@ -59,7 +60,7 @@ class OpenvinoBackend(GraphBackend):
                 f"OpenVINO cannot write {ENGINE_NAME}. Nothing was left behind; free space or choose another path."
             ) from err
         keep_float32(out / ENGINE_NAME, kept)
-        return Built(
+        return BuildResult(
             versions={PACKAGE: _version(ov)},
             options=effective,
             executed=_executed(ov, out / ENGINE_NAME, effective, manifest),
@@ -74,7 +75,7 @@ class OpenvinoBackend(GraphBackend):
         return OpenvinoSession(ov, directory, manifest, device)
 
     def _precision(self, asked: str | None) -> str:
-        known = self.target.rest
+        known = self.target.float_dtypes
         if asked is not None and asked not in known:
             raise InputError(f"--precision {asked!r}: openvino has {' and '.join(known)}.{suggestion(asked, known)}")
         return asked or known[0]
@@ -100,7 +101,7 @@ class OpenvinoSession:
         """Outputs by name for inputs by name, on the CPU."""
         compiled = self._for_shapes({name: tuple(value.shape) for name, value in inputs.items()})
         if self._tables:
-            rows = rows_of(self._row_of_timestep, inputs[TIMESTEP.name])
+            rows = table_rows(self._row_of_timestep, inputs[TIMESTEP.name])
             torch.index_select(compiled.tables, 1, rows, out=compiled.looked_up)
         results = compiled.request.infer({name: value.numpy() for name, value in inputs.items()}, share_inputs=True)
         return {name: torch.from_numpy(results[name].copy()) for name in self.outputs}
@@ -198,5 +199,5 @@ def _version(ov: Any) -> str:
     return str(ov.__version__).split("-")[0]
 
 
-def _partial_shape(ov: Any, dims: tuple[str | int, ...], profile: Mapping[str, Range]) -> Any:
+def _partial_shape(ov: Any, dims: tuple[str | int, ...], profile: Mapping[str, ShapeRange]) -> Any:
     return ov.PartialShape([dim if isinstance(dim, int) else ov.Dimension(profile[dim].min, profile[dim].max) for dim in dims])

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from edm_deploy.errors import UnsupportedError, first_line
-from edm_deploy.family import family_named
-from edm_deploy.manifest import GRAPH_NAME, Manifest
-from edm_deploy.session import BuildOptions, Built, Session
-from edm_deploy.target import Execution
-from engines._source import GraphBackend
-from engines._vendor import refuse_other_build, vendor
+from edm_deploy.models import family_named
+from edm_deploy.network.graph_names import GRAPH_NAME
+from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session
+from edm_deploy.runtime.capabilities import Execution
+from edm_deploy.runtime.manifest import Manifest
+from engines.common.source_backends import GraphBackend
+from engines.common.vendor_package import refuse_other_build, vendor
 
 PACKAGE = "onnxruntime"
 INTEGER_KERNELS = ("QLinearConv", "ConvInteger", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul")
@@ -36,12 +37,12 @@ class OrtBackend(GraphBackend):
     name: ClassVar[str] = "ort"
     options: ClassVar[frozenset[str]] = frozenset({"threads"})
 
-    def build(self, content: Path, manifest: Manifest, options: BuildOptions, out: Path) -> Built:
+    def build(self, content: Path, manifest: Manifest, options: BuildOptions, out: Path) -> BuildResult:
         ort = _onnxruntime()
         for name in manifest.files:
             if name.startswith(GRAPH_NAME):  # the graph, and its weights where they stand beside it
                 shutil.copyfile(content.parent / name, out / name)
-        return Built(
+        return BuildResult(
             versions={PACKAGE: ort.__version__},
             options={"threads": options.threads},
             executed=_executed(ort, out / GRAPH_NAME, manifest),

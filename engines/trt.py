@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from engines._nvbuild import main
-from engines._nvinfer import Nvinfer
+from engines.nvidia.build_process import main
+from engines.nvidia.tensorrt_backend import Nvinfer
 
 PACKAGE = "tensorrt"
 
@@ -29,6 +29,6 @@ class TrtBackend(Nvinfer):
 BACKEND = TrtBackend()
 
 if __name__ == "__main__":
-    from engines.kernels.plugin import register
+    from engines.kernels.tensorrt_plugin import register
 
     main(BACKEND.package, BACKEND.install, register)

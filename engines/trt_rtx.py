@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from engines._nvbuild import main
-from engines._nvinfer import Nvinfer
+from engines.nvidia.build_process import main
+from engines.nvidia.tensorrt_backend import Nvinfer
 
 PACKAGE = "tensorrt_rtx"
 

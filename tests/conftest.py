@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from edm_deploy.activations import ActivationTable, nearest_rows
-from edm_deploy.artifact import Artifact
-from edm_deploy.family import Family, family_named
-from edm_deploy.quant import quantize_weight, symmetric_bounds, weight_bounds
-from edm_deploy.site import Site
-from edm_deploy.structure import PUBLISHED
+from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.artifact.quantized_layer import QuantizedLayer
+from edm_deploy.models import family_named
+from edm_deploy.network.family import Family
+from edm_deploy.network.restructure import PUBLISHED
+from edm_deploy.numerics.activation_table import ActivationTable, nearest_rows
+from edm_deploy.numerics.codes import quantize_weight, symmetric_bounds, weight_bounds
 
 torch.set_num_threads(2)
 
@@ -153,10 +154,10 @@ def artifact_by_hand(kind: str = "unet2d", weight_bits: int = 4, act_bits: int =
         hook.remove()
     sites = {}
     for name, layer in layers.items():
-        bits, activation_bits = (8, 8) if family.placement(name) == "keep8" else (weight_bits, act_bits)
+        bits, activation_bits = (8, 8) if family.placement(name) == "w8a8" else (weight_bits, act_bits)
         weight = layer.weight.detach()
         scale = weight.flatten(1).abs().amax(1).clamp(min=1e-6) / weight_bounds(bits)[1]
-        sites[name] = Site(
+        sites[name] = QuantizedLayer(
             op="conv2d" if weight.ndim == 4 else "linear",
             codes=quantize_weight(weight, scale, bits),
             weight_scale=scale,
@@ -191,9 +192,9 @@ def table_by_hand(bits: int, largest: float, rows: int) -> ActivationTable:
 def _one_trace_each():
     """A float graph is drawn once for each model and float type, and copied for each export: drawing takes most of an export's time."""
     import engines.cuda
-    from edm_deploy import folding
+    from edm_deploy.artifact import fold_pre_scales
     from edm_deploy.export import onnx, trace
-    from edm_deploy.program import exported_program
+    from edm_deploy.network.float_program import exported_program
 
     graphs, programs = {}, {}
 
@@ -215,7 +216,7 @@ def _one_trace_each():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx, "trace", graph)
         patch.setattr(engines.cuda, "exported_program", program)
-        patch.setattr(folding, "exported_program", program)
+        patch.setattr(fold_pre_scales, "exported_program", program)
         yield
 
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 import calibration
-from calibration.recipe import RunOptions
 from calibration.recipes.minmax import RECIPE
+from calibration.run.options import RunOptions
 from edm_deploy import load_denoiser, models
+from edm_deploy.artifact.reference import Reference
 from edm_deploy.export.onnx import onnx_from_artifact
-from edm_deploy.family import family_named, name_of_family
-from edm_deploy.manifest import Range
-from edm_deploy.pipelines import Source, scheduler_from_config
-from edm_deploy.reference import Reference
-from edm_deploy.session import BuildOptions
+from edm_deploy.models import family_named, name_of_family
+from edm_deploy.pipelines.schedulers import scheduler_from_config
+from edm_deploy.pipelines.source import Source
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.manifest import ShapeRange
 from engines import build_engine
 from tests.conftest import FLOW_SCHEDULER
 
@@ -67,7 +68,7 @@ def test_the_example_goes_from_a_float_model_to_an_engine(family, tmp_path):
     source = Source(name="tiny", family=name, config=config, model=model, scheduler=scheduler, pipeline={})
     artifact = calibration.fit(source, RECIPE(rows=3, calibration_samples=2), RunOptions())
     onnx_from_artifact(artifact, tmp_path / "onnx")
-    sizes = {"batch": Range(1, 2, 2), "height": Range(8, 8, 16), "width": Range(8, 8, 16), "tokens": Range(1, 9, 256)}
+    sizes = {"batch": ShapeRange(1, 2, 2), "height": ShapeRange(8, 8, 16), "width": ShapeRange(8, 8, 16), "tokens": ShapeRange(1, 9, 256)}
     build_engine(tmp_path / "onnx", tmp_path / "engine", backend="ort", options=BuildOptions(profile=sizes))
     engine, reference = load_denoiser(tmp_path / "engine"), Reference(artifact)
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
-from edm_deploy.family import family_named
+from edm_deploy.models import family_named
 from tests.conftest import TINY
 from tests.tiny_pipelines import LETTERS, VOCABULARY, tiny_tokenizer
 

@@ -15,7 +15,7 @@ from diffusers import (
     VQModel,
 )
 
-from edm_deploy.own_pipelines import ClassConditionalPipeline, ClassEmbedder
+from edm_deploy.pipelines.custom import ClassConditionalPipeline, ClassEmbedder
 from tests.conftest import TINY, VARIANTS
 from tests.tiny_pipelines import tiny_text_encoder, tiny_tokenizer, tiny_vae
 from tests.tiny_transformers import tiny_clip

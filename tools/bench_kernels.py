@@ -24,8 +24,7 @@ import torch
 import typer
 
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy_tools import console, entry
-from edm_deploy_tools.kernel_problems import (
+from edm_deploy_tools.benchmarks.kernel_problems import (
     BOUNDS,
     CALLS,
     Call,
@@ -36,8 +35,9 @@ from edm_deploy_tools.kernel_problems import (
     graph_seconds,
     int_mm_call,
 )
-from edm_deploy_tools.layer_shapes import BATCHES, LAYERS, Layer
-from edm_deploy_tools.machine import machine, versions
+from edm_deploy_tools.benchmarks.layer_shapes import BATCHES, LAYERS, Layer
+from edm_deploy_tools.common import console, run_app
+from edm_deploy_tools.common.machine import machine, versions
 from engines.kernels import build, driver
 
 COPIES = 64  # of an operator's operands, at most
@@ -251,7 +251,7 @@ def words(row: Row) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, 0 or 2."""
-    return entry.run(app, "python -m edm_deploy_tools.bench_kernels", arguments)
+    return run_app.run(app, "python -m edm_deploy_tools.bench_kernels", arguments)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edm_deploy_tools import console, entry
+from edm_deploy_tools.common import console, run_app
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 RESULTS = "results.json"
@@ -85,7 +85,7 @@ def run_steps(steps: Sequence[Step], work: Path) -> dict[str, dict[str, Any]]:
         EdmDeployError: A step failed; the message holds its last line.
     """
     from edm_deploy.errors import EdmDeployError
-    from edm_deploy_tools.measured import run_measured
+    from edm_deploy_tools.common.child_process import run_measured
 
     path = work / RESULTS
     records: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
@@ -114,7 +114,7 @@ def sites_of(engine: Path) -> dict[str, int]:
     """How many sites an engine computes in each way, `int8`, `int4` or `float`, by its own manifest."""
     from collections import Counter
 
-    from edm_deploy.manifest import Manifest
+    from edm_deploy.runtime.manifest import Manifest
 
     manifest = Manifest.read(engine, kind="engine")
     return dict(sorted(Counter(plan.executed for plan in manifest.plan.values()).items()))
@@ -161,10 +161,10 @@ def main(
     """Quantize, export and build a published architecture with random weights; print time and peak memory of each step."""
     import datetime
 
-    from edm_deploy_tools.architectures import architecture as architecture_named
-    from edm_deploy_tools.architectures import with_layers
-    from edm_deploy_tools.machine import machine, versions
-    from edm_deploy_tools.random_model import weight_bytes, write_random_model
+    from edm_deploy_tools.common.machine import machine, versions
+    from edm_deploy_tools.inspection.architectures import architecture as architecture_named
+    from edm_deploy_tools.inspection.architectures import with_layers
+    from edm_deploy_tools.inspection.random_model import weight_bytes, write_random_model
 
     chosen = architecture_named(architecture)
     chosen = chosen if layers is None else with_layers(chosen, layers)
@@ -208,5 +208,5 @@ def _rows(records: Mapping[str, Mapping[str, Any]], float_bytes: int) -> list[co
 
 
 if __name__ == "__main__":
-    entry.wait_patiently()
-    sys.exit(entry.run(app, "bench_scale"))
+    run_app.set_passive_openmp()
+    sys.exit(run_app.run(app, "bench_scale"))

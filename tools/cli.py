@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edm_deploy_tools import console, entry
-from edm_deploy_tools import options as opt
-from edm_deploy_tools._comparing import compare
-from edm_deploy_tools._quantizing import calibrate, finetune
-from edm_deploy_tools._showing import evaluate, sample
+from edm_deploy_tools.commands import options as opt
+from edm_deploy_tools.commands.compare import compare
+from edm_deploy_tools.commands.quantize import calibrate, finetune
+from edm_deploy_tools.commands.sample_evaluate import evaluate, sample
+from edm_deploy_tools.common import console, run_app
 
 if TYPE_CHECKING:
-    from edm_deploy_tools.bench import Bench
-    from edm_deploy_tools.training_cost import TrainingCost
+    from edm_deploy_tools.benchmarks.engines import Bench
+    from edm_deploy_tools.benchmarks.finetune_step import TrainingCost
 
 # Nothing of torch, diffusers or a backend is imported above the commands: `--help` answers at once.
 
@@ -33,7 +33,7 @@ app = typer.Typer(
 def before(context: typer.Context) -> None:
     """Low-bit diffusion models that really run: quantize, export, build, sample, measure."""
     if context.invoked_subcommand != "bench":  # a float baseline is timed as torch comes
-        entry.wait_patiently()
+        run_app.set_passive_openmp()
 
 
 app.command(epilog=opt.example("calibrate google/ddpm-cifar10-32 --out ddpm-w8a8"))(calibrate)
@@ -59,10 +59,10 @@ def export(
 ) -> None:
     """Write ARTIFACT as a standard ONNX graph (opset 21) with its tables inside."""
     from edm_deploy.export.onnx import onnx_from_artifact
-    from edm_deploy.target import check_plugins, check_storage, target_named
-    from edm_deploy_tools.floats import artifact_or_float
+    from edm_deploy.runtime.capabilities import capabilities_of, check_plugins, check_storage
+    from edm_deploy_tools.benchmarks.float_engine import artifact_or_float
 
-    target = target_named(backend) if backend else None
+    target = capabilities_of(backend) if backend else None
     check_plugins(target, int4 is opt.Int4.PLUGIN)
     if target is not None:
         check_storage(target, weight_storage.value)
@@ -113,8 +113,8 @@ def build_engine(
     ] = None,
 ) -> None:
     """Build an engine for one backend. trt-rtx and cuda build for a named GPU on a machine without one."""
-    from edm_deploy.target import summary
-    from edm_deploy_tools.profiles import build, build_options, pipeline_home
+    from edm_deploy.runtime.capabilities import summary
+    from edm_deploy_tools.common.build_options import build, build_options, pipeline_home
 
     sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens, "image_tokens": image_tokens}
     asked = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": optimization_level}
@@ -146,8 +146,8 @@ def bench(
     as_json: opt.Json = False,
 ) -> None:
     """Time engines against float baselines, in turns in one process; medians and ratios."""
-    from edm_deploy_tools.bench import bench_engines
-    from edm_deploy_tools.training_cost import bench_finetune_step
+    from edm_deploy_tools.benchmarks.engines import bench_engines
+    from edm_deploy_tools.benchmarks.finetune_step import bench_finetune_step
 
     result: Bench | TrainingCost
     if finetune_step:
@@ -180,7 +180,7 @@ def inspect(
     as_json: opt.Json = False,
 ) -> None:
     """Say what PATH is and what is in it; of a model also what it would become, without reading its weights."""
-    from edm_deploy_tools.describe import describe, longest
+    from edm_deploy_tools.inspection.describe import describe, longest
 
     description, rooflines = describe(path), []
     if gpu:
@@ -203,14 +203,14 @@ def demo(
     bits: Annotated[str, typer.Option(help="Scheme, W4A4 or another.")] = "W4A4",
 ) -> None:
     """The whole way once with the shipped model, in at most ten minutes on two cores; run it again to go on after an interruption."""
-    from edm_deploy_tools.demo import run_demo
+    from edm_deploy_tools.commands.demo import run_demo
 
     run_demo(out, bits)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, 0 or 2."""
-    return entry.run(app, "edm-deploy", arguments)
+    return run_app.run(app, "edm-deploy", arguments)
 
 
 if __name__ == "__main__":

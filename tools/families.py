@@ -12,10 +12,12 @@ from pathlib import Path
 
 from torch import nn
 
-from edm_deploy import lookup, models
-from edm_deploy.family import GROUPS, Config, Family, Rule, family_named, skeleton
-from edm_deploy.outline import INDEX, read_outline
-from edm_deploy_tools import architectures
+from edm_deploy import models, registry
+from edm_deploy.models import family_named
+from edm_deploy.network.family import LAYER_GROUPS, Config, Family, PlacementRule, meta_model
+from edm_deploy.pipelines.model_index import INDEX, read_pipeline_config
+from edm_deploy_tools.common.assets import REFERENCE_MODEL
+from edm_deploy_tools.inspection import architectures
 
 COMMAND = "python -m edm_deploy_tools.families docs/families.md"
 HEAD = f"""# Model families
@@ -23,14 +25,13 @@ HEAD = f"""# Model families
 Written by `{COMMAND}` from the families themselves and from the published configs in `tools/assets/architectures/`;
 a test keeps it so. What has run with each is in the [README](../README.md#use-it-on-your-model); how to add one, in [CONTRIBUTING](../CONTRIBUTING.md).
 `edm-deploy inspect NAME` says more of any architecture named here: every layer, its work, and what each backend makes of it."""
-MODEL = Path(__file__).parent / "assets" / "ddpm-cifar10-automobile-32"
 LAYERS = (nn.Conv2d, nn.Linear)
-PLACED = {"keep8": "W8A8", "float": "float"}
+PLACED = {"w8a8": "W8A8", "float": "float"}
 
 
 def page() -> str:
     """The whole page, as markdown."""
-    families = {name: family_named(name) for name in lookup.names(models)}
+    families = {name: family_named(name) for name in registry.names(models)}
     known = [*(architectures.architecture(name) for name in architectures.names()), shipped()]
     published = {name: [found for found in known if found.class_name == family.class_name] for name, family in families.items()}
     overview = table(
@@ -46,7 +47,7 @@ def page() -> str:
 def section(name: str, family: Family, published: Sequence[architectures.Architecture]) -> str:
     """One family: its inputs, its layers that are not quantized like the rest, its groups, its published models."""
     parts = [f"## {family.class_name}", f"`edm_deploy/models/{name.replace('-', '_')}.py`. {first_paragraph(family)}"]
-    skeletons = [skeleton(family, described.config) for described in published]
+    skeletons = [meta_model(family, described.config) for described in published]
     return "\n\n".join(
         [*parts, published_table(family, published, skeletons), inputs_table(family, published), rules_table(family, skeletons)]
     )
@@ -63,8 +64,8 @@ def published_table(family: Family, published: Sequence[architectures.Architectu
             [
                 f"`{described.name}`: {described.title}",
                 f"{described.parameters / 1e6:,.1f} M",
-                f"{placed.count('quantize')} + {placed.count('keep8')} at W8A8",
-                ", ".join(f"{group} {groups.count(group)}" for group in GROUPS if group in groups),
+                f"{placed.count('quantize')} + {placed.count('w8a8')} at W8A8",
+                ", ".join(f"{group} {groups.count(group)}" for group in LAYER_GROUPS if group in groups),
                 str(len(family.time_layers(model, described.config)) or "-"),
                 f"multiples of {family.size_multiple(described.config)}{limits_of(family, described.config)}",
             ]
@@ -90,7 +91,7 @@ def rules_table(family: Family, skeletons: Sequence[nn.Module]) -> str:
     """The layers that do not get the recipe's bits, and why; their number in each published model."""
     names = [[name for name, layer in model.named_modules() if isinstance(layer, LAYERS)] for model in skeletons]
 
-    def counts(rule: Rule) -> str:
+    def counts(rule: PlacementRule) -> str:
         return ", ".join(str(sum(family.rule(name) is rule for name in model)) for model in names) or "-"
 
     rows = [[f"`{escaped(rule.pattern)}`", PLACED[rule.placement], counts(rule), rule.reason] for rule in family.rules]
@@ -104,10 +105,10 @@ def first_paragraph(family: Family) -> str:
 
 def shipped() -> architectures.Architecture:
     """The reference model, which lies in assets with its weights."""
-    outline = read_outline(MODEL)
-    model = skeleton(outline.family_object, outline.config)
+    outline = read_pipeline_config(REFERENCE_MODEL)
+    model = meta_model(outline.family_object, outline.config)
     return architectures.Architecture(
-        name=f"tools/assets/{MODEL.name}",
+        name=f"tools/assets/{REFERENCE_MODEL.name}",
         title="the reference model that is shipped here",
         class_name=outline.family_object.class_name,
         config=outline.config,

@@ -1,6 +1,6 @@
 """Expected time of a model's layers on a GPU in float16, INT8 and INT4: what bounds each, where 4 bits pay, and where INT8 is the better choice.
 
-Everything here is expected, from engines/kernels/roofline.py; nothing is measured.
+Everything here is expected, from engines/performance/roofline.py; nothing is measured.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Annotated, Any
 
 import typer
 
-from edm_deploy.artifact import Artifact
+from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import InputError
-from edm_deploy.family import Family
-from edm_deploy.target import kind_of as codes_of
-from edm_deploy.work import ModelWork, SiteWork, model_work
-from edm_deploy_tools import console, entry
-from edm_deploy_tools.console import Row
-from edm_deploy_tools.describe import kind_of
-from edm_deploy_tools.describe_model import outline_of
-from engines.kernels.gpus import Gpu, gpu_named
-from engines.kernels.roofline import MAIN_LOOP, Expected, Matmul, Precision, expected, faster_as_int8
+from edm_deploy.network.family import Family
+from edm_deploy.network.layer_costs import ModelWork, SiteWork, model_work
+from edm_deploy.runtime.capabilities import code_format as codes_of
+from edm_deploy_tools.common import console, run_app
+from edm_deploy_tools.common.console import Row
+from edm_deploy_tools.inspection.describe import kind_of
+from edm_deploy_tools.inspection.describe_model import outline_of
+from engines.performance.gpus import Gpu, gpu_named
+from engines.performance.roofline import MAIN_LOOP, Expected, Matmul, Precision, expected, faster_as_int8
 
 NOTE = (
     "Expected, not measured. Layers and attention's matmuls only: norms, additions and data movement come on top. "
@@ -119,7 +119,7 @@ def roofline(layers: Layers, gpu: Gpu, batch: int, *, fused: bool = False) -> Ro
 
     def times(name: str, site: SiteWork) -> dict[Precision, Expected]:
         precisions: tuple[Precision, ...] = ("float16", "int8", "int4") if name in layers.four_bit and gpu.has_int4 else ("float16", "int8")
-        matmul, first = Matmul.of(site, batch), layers.work.leaders[name] == name
+        matmul, first = Matmul.of(site, batch), layers.work.shared_input[name] == name
         return {precision: expected(matmul, precision, gpu, fused_quantize=fused, quantize=first) for precision in precisions}
 
     four = {name: site for name, site in layers.work.sites.items() if name in layers.four_bit}
@@ -261,4 +261,4 @@ def command(
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(app, "python -m edm_deploy_tools.roofline"))
+    sys.exit(run_app.run(app, "python -m edm_deploy_tools.roofline"))

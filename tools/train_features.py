@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from calibration.memory import peak_memory
-from calibration.recipe import Progress
+from calibration.run.memory import peak_memory
+from calibration.run.options import Progress
 from edm_deploy.errors import InputError
-from edm_deploy.files import check_replaceable, new_directory
-from edm_deploy_tools import console, entry
-from edm_deploy_tools.features import BATCH, CLASSES, SIZE, WEIGHTS, FeatureNetwork
-from edm_deploy_tools.pictures import load_pictures
+from edm_deploy.storage.directories import check_replaceable, new_directory
+from edm_deploy_tools.common import console, run_app
+from edm_deploy_tools.evaluation.feature_network import BATCH, CLASSES, SIZE, WEIGHTS, FeatureNetwork
+from edm_deploy_tools.images.dataset import load_pictures
 
 PADDING = 4  # pixels that a training picture may be moved
 
@@ -160,4 +160,4 @@ def command(
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(app, "python -m edm_deploy_tools.train_features"))
+    sys.exit(run_app.run(app, "python -m edm_deploy_tools.train_features"))

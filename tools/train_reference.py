@@ -18,13 +18,13 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calibration.memory import peak_memory
-from calibration.recipe import Progress
+from calibration.run.memory import peak_memory
+from calibration.run.options import Progress
 from edm_deploy.errors import ArtifactError, InputError
-from edm_deploy.files import check_replaceable, new_directory, read_json, write_json
-from edm_deploy_tools import console, entry
-from edm_deploy_tools.pictures import load_pictures
-from edm_deploy_tools.sample import grid_of
+from edm_deploy.storage.directories import check_replaceable, new_directory, read_json, write_json
+from edm_deploy_tools.common import console, run_app
+from edm_deploy_tools.images.dataset import load_pictures
+from edm_deploy_tools.images.sample import grid_of
 
 STATE_JSON = "training.json"
 STATE_TENSORS = "training.safetensors"
@@ -243,4 +243,4 @@ def command(
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(app, "python -m edm_deploy_tools.train_reference"))
+    sys.exit(run_app.run(app, "python -m edm_deploy_tools.train_reference"))

@@ -15,14 +15,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from calibration.clusters import centroids_of, cluster, memberships, segment
-from calibration.observe import Extremes
-from calibration.passing import Pass, Scene, needs_quantized_inputs, needs_rows
-from calibration.recipe import Recipe, at_least
-from calibration.schedules import calibrated_timesteps
-from calibration.student import Student, Teacher
-from calibration.trajectories import Trajectories
-from edm_deploy.artifact import Artifact
+from calibration.base_pass import Pass, PassContext, needs_quantized_inputs, needs_rows
+from calibration.data.noise_schedules import calibrated_timesteps
+from calibration.data.trajectory_pool import Trajectories
+from calibration.observers.kmeans import centroids_of, cluster, memberships, segment
+from calibration.observers.observers import MinMaxObserver
+from calibration.recipe import Recipe
+from calibration.run.setting_checks import at_least
+from calibration.student.student import Student
+from calibration.student.teacher import Teacher
+from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import InputError
 
 
@@ -61,24 +63,24 @@ class Adp(Pass):
                 f"adp.candidates is {self.candidates}, fewer than the {recipe.rows} rows to choose. Set more candidates, or fewer rows."
             )
 
-    def timesteps(self, scene: Scene) -> Tensor | None:
+    def timesteps(self, context: PassContext) -> Tensor | None:
         """The chosen timesteps; the noisiest is always among them, because trajectories start there."""
         if not self.choose:
             return None
-        candidates = calibrated_timesteps(scene.source.scheduler, self.candidates, scene.source.family_object.sigmas(self.candidates))
-        if scene.recipe.rows > len(candidates):
+        candidates = calibrated_timesteps(context.source.scheduler, self.candidates, context.source.family_object.sigmas(self.candidates))
+        if context.recipe.rows > len(candidates):
             return None  # some fell together when they were rounded to whole timesteps
-        features = _ranges_along(scene, candidates, self.probes)
+        features = _ranges_along(context, candidates, self.probes)
         groups = segment(features, self.groups) if self.contiguous else cluster(features, self.groups)
-        chosen = select(uncertainty(features, groups), similarity(features, groups), scene.recipe.rows, self.spread, len(candidates) - 1)
+        chosen = select(uncertainty(features, groups), similarity(features, groups), context.recipe.rows, self.spread, len(candidates) - 1)
         return candidates[chosen]
 
-    def before(self, student: Student, scene: Scene) -> None:
+    def before(self, student: Student, context: PassContext) -> None:
         """Make room for the groups, which a resumed run brings with it."""
         student.shared_row = nn.Parameter(torch.arange(len(student.timesteps), dtype=torch.int32), requires_grad=False)
 
     @torch.no_grad()
-    def calibrated(self, student: Student, scene: Scene) -> None:
+    def calibrated(self, student: Student, context: PassContext) -> None:
         """Cluster the rows by what they are at all sites together; the first row of a group is the one that it shares."""
         columns = [part for quantizer in student.quantizers.values() for part in (quantizer.log_scale, quantizer.qmin / quantizer.levels)]
         rows = torch.stack([column.detach().cpu() for column in columns], dim=1)
@@ -91,7 +93,7 @@ class Adp(Pass):
                 means = centroids_of(column.detach().cpu()[:, None], groups)[groups, 0]
                 column.copy_(means if column is quantizer.log_scale else means.round())
 
-    def finish(self, artifact: Artifact, student: Student, scene: Scene) -> Artifact:
+    def finish(self, artifact: Artifact, student: Student, context: PassContext) -> Artifact:
         """The artifact with one table row a group."""
         assert student.shared_row is not None  # made before
         return keep_rows(artifact, student.shared_row.detach().cpu())
@@ -162,13 +164,13 @@ def select(gain: Tensor, alike: Tensor, count: int, spread: float, first: int) -
     return torch.tensor(sorted(picked))
 
 
-def _ranges_along(scene: Scene, timesteps: Tensor, samples: int) -> Tensor:
+def _ranges_along(context: PassContext, timesteps: Tensor, samples: int) -> Tensor:
     """What every site's range would be at each timestep: log of its width, and where 0 lies in it. float [T, 2 sites]."""
-    recipe, teacher = scene.recipe, Teacher(scene.source, scene.device)
-    extremes = {name: Extremes() for name in teacher.family.sites(teacher.model)}
+    recipe, teacher = context.recipe, Teacher(context.source, context.device)
+    extremes = {name: MinMaxObserver() for name in teacher.family.sites(teacher.model)}
     handles = [layer.register_forward_pre_hook(extremes[name]) for name, layer in teacher.family.sites(teacher.model).items()]
     trajectories = Trajectories(
-        scene.source, timesteps, size=samples, eta=recipe.eta, seed=recipe.seed, device=scene.device, conditioner=scene.conditioner
+        context.source, timesteps, size=samples, eta=recipe.eta, seed=recipe.seed, device=context.device, conditioner=context.conditioner
     )
     features = torch.zeros(len(timesteps), 2 * len(extremes))
     try:

@@ -14,13 +14,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from calibration.passing import Pass, Scene, needs_quantized_inputs
-from calibration.recipe import Recipe, within
-from calibration.student import Student
-from edm_deploy.artifact import Artifact
+from calibration.base_pass import Pass, PassContext, needs_quantized_inputs
+from calibration.recipe import Recipe
+from calibration.run.setting_checks import within
+from calibration.student.student import Student
+from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import InputError
-from edm_deploy.pipelines import Source
-from edm_deploy.sampling import set_steps
+from edm_deploy.pipelines.sampling import set_steps
+from edm_deploy.pipelines.source import Source
 
 GRID = 100  # steps of the sampling that shares are counted in
 
@@ -54,14 +55,14 @@ class Pcr(Pass):
                 "pcr.relax_from 0 with pcr.relax_to 1 leaves activations in floating point everywhere. Relax less, or set act_bits to 16."
             )
 
-    def before(self, student: Student, scene: Scene) -> None:
+    def before(self, student: Student, context: PassContext) -> None:
         """The student leaves activations alone at the relaxed timesteps, while it leads and while it is trained."""
-        relaxed = self.relaxed(scene.source)
+        relaxed = self.relaxed(context.source)
         student.relaxed_rows = None if relaxed is None else relaxed[student.timesteps.long()].bool()
 
-    def finish(self, artifact: Artifact, student: Student, scene: Scene) -> Artifact:
+    def finish(self, artifact: Artifact, student: Student, context: PassContext) -> Artifact:
         """The artifact with its relaxed timesteps."""
-        return replace(artifact, relaxed=self.relaxed(scene.source))
+        return replace(artifact, relaxed=self.relaxed(context.source))
 
     def relaxed(self, source: Source) -> Tensor | None:
         """uint8 [num_train_timesteps], 1 at the timesteps of the relaxed stretch; None where it is empty."""

@@ -14,14 +14,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from calibration.observe import BATCH
-from calibration.passing import Pass, Scene
-from calibration.recipe import at_least, within
-from calibration.schedules import Schedule, calibrated_timesteps, schedule_of
-from calibration.student import Student, Teacher
-from edm_deploy.activations import nearest_rows
-from edm_deploy.artifact import Artifact
-from edm_deploy.correction import Correction, channel_axis
+from calibration.base_pass import Pass, PassContext
+from calibration.data.noise_schedules import Schedule, calibrated_timesteps, schedule_of
+from calibration.observers.calibrate import BATCH
+from calibration.run.setting_checks import at_least, within
+from calibration.student.student import Student
+from calibration.student.teacher import Teacher
+from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.artifact.timestep_correction import Correction, channel_axis
+from edm_deploy.numerics.activation_table import nearest_rows
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # sample float32 [B, ...] and timestep float32 [B] -> prediction float32 [B, ...]
 
@@ -55,18 +56,18 @@ class Tac(Pass):
         if self.steps is not None:
             at_least("tac.steps", self.steps, 1)
 
-    def finish(self, artifact: Artifact, student: Student, scene: Scene) -> Artifact:
+    def finish(self, artifact: Artifact, student: Student, context: PassContext) -> Artifact:
         """The artifact with its correction."""
-        steps = self.steps or scene.recipe.rows
-        timesteps = calibrated_timesteps(scene.source.scheduler, steps, scene.source.family_object.sigmas(steps))
-        generator = torch.Generator().manual_seed(scene.recipe.seed + 1)  # other samples than those that the ranges were observed on
-        shape = scene.source.family_object.walked_shape(scene.source.config)
-        noise = torch.randn(self.samples, *shape, generator=generator).to(scene.device)
-        given = {name: value.to(scene.device) for name, value in scene.conditioner.draw(self.samples, generator).items()}
+        steps = self.steps or context.recipe.rows
+        timesteps = calibrated_timesteps(context.source.scheduler, steps, context.source.family_object.sigmas(steps))
+        generator = torch.Generator().manual_seed(context.recipe.seed + 1)  # other samples than those that the ranges were observed on
+        shape = context.source.family_object.latent_shape(context.source.config)
+        noise = torch.randn(self.samples, *shape, generator=generator).to(context.device)
+        given = {name: value.to(context.device) for name, value in context.conditioner.draw(self.samples, generator).items()}
         student.compute_dtype = torch.float32
         # A teacher of its own: the recipe's may compute in bfloat16 by now.
-        teacher, quantized = (_predict(model, scene, given) for model in (Teacher(scene.source, scene.device), student))
-        scale, input_bias = self.estimate(teacher, quantized, schedule_of(scene.source.scheduler, timesteps), noise)
+        teacher, quantized = (_predict(model, context, given) for model in (Teacher(context.source, context.device), student))
+        scale, input_bias = self.estimate(teacher, quantized, schedule_of(context.source.scheduler, timesteps), noise)
         rows = nearest_rows(timesteps, artifact.num_train_timesteps)
         return replace(artifact, correction=Correction(row_of_timestep=rows, scale=scale, input_bias=input_bias))
 
@@ -122,13 +123,13 @@ class Tac(Pass):
 PASS = Tac
 
 
-def _predict(model: Teacher | Student, scene: Scene, given: dict[str, Tensor]) -> Predict:
+def _predict(model: Teacher | Student, context: PassContext, given: dict[str, Tensor]) -> Predict:
     """A network's combined prediction, a few samples at a time."""
 
     def predict(sample: Tensor, timestep: Tensor) -> Tensor:
         parts = []
         for members in torch.split(torch.arange(len(sample)), BATCH):
-            conditioning = scene.conditioner.of({name: value[members] for name, value in given.items()})
+            conditioning = context.conditioner.of({name: value[members] for name, value in given.items()})
             parts.append(conditioning.combine(model(conditioning.inputs(sample[members], timestep[members])).float()))
         return torch.cat(parts)
 

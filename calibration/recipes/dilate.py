@@ -11,18 +11,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calibration import distill
-from calibration.blocks import Partition, check_partition
-from calibration.blockwise import drawn
-from calibration.channels import scalable, stacked_weight
-from calibration.learners import LearnScales
-from calibration.recipe import Run, at_least
+from calibration.data.trajectory_pool import Trajectories
+from calibration.observers.channel_scaling import scalable, stacked_weight
+from calibration.recipes._reconstructing import sample_trajectories
 from calibration.recipes.mse import Mse
-from calibration.reconstruct import Stage, reconstruct
-from calibration.student import DTYPES, Student, Teacher
-from calibration.trajectories import Trajectories
-from calibration.weights import LearnWeights
-from edm_deploy.structure import representable
+from calibration.reconstruction.block_optimizers import LearnScales, LearnWeights
+from calibration.reconstruction.blocks import Partition, check_partition
+from calibration.reconstruction.reconstruct import Stage, reconstruct
+from calibration.run.options import Run
+from calibration.run.setting_checks import at_least
+from calibration.student.student import Student
+from calibration.student.teacher import DTYPES, Teacher
+from calibration.training import distillation
+from edm_deploy.network.restructure import representable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Dilate(Mse):
             at_least(name, getattr(self, name), 0.0)
         check_partition(self.partition)
         if self.compute not in DTYPES:
-            distill.refuse_compute(self.compute)
+            distillation.refuse_compute(self.compute)
 
     def fit(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
         """Dilate and calibrate, unless a checkpoint is resumed; then distill block by block."""
@@ -88,7 +89,7 @@ class Dilate(Mse):
             steps=self.steps,
             batch=self.batch,
             samples=self.samples,
-            draw=lambda count: drawn(trajectories, teacher, count),
+            draw=lambda count: sample_trajectories(trajectories, teacher, count),
         )
         reconstruct(student, teacher, trajectories, self.partition, [stage], run, seed=self.seed)
 

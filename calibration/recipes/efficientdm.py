@@ -9,15 +9,18 @@ from dataclasses import dataclass
 
 import torch
 
-from calibration import distill
-from calibration.predicting import Predicting
-from calibration.recipe import Run, at_least
-from calibration.student import DTYPES, Student, Teacher
-from calibration.trajectories import Trajectories
+from calibration.data.trajectory_pool import Trajectories
+from calibration.recipes._distilling import DistillationRecipe
+from calibration.run.options import Run
+from calibration.run.setting_checks import at_least
+from calibration.student.student import Student
+from calibration.student.teacher import DTYPES, Teacher
+from calibration.training import distillation
+from calibration.training.param_group import ParamGroup
 
 
 @dataclass(frozen=True, kw_only=True)
-class EfficientDM(Predicting):
+class EfficientDM(DistillationRecipe):
     """Low-rank updates, weight scales and tables are learned together.
 
     Unlike the released code: bounds are integers while training, no weight decay (it shrank every row of every table), one parameter a scale, rows
@@ -49,7 +52,7 @@ class EfficientDM(Predicting):
     def fit(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
         """Calibrate, unless a checkpoint is resumed, then train."""
         self.prepare(student, teacher, trajectories, run)
-        distill.distill(student, teacher, trajectories, self.groups(student), self.schedule, run)
+        distillation.distill(student, teacher, trajectories, self.groups(student), self.schedule, run)
 
     def prepare(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
         """All that comes before the first step: updates of zero, and the calibration, unless a checkpoint will bring a later one."""
@@ -60,13 +63,13 @@ class EfficientDM(Predicting):
             super().fit(student, teacher, trajectories, run)
         student.compute_dtype = DTYPES[self.compute]
 
-    def groups(self, student: Student) -> list[distill.Group]:
+    def groups(self, student: Student) -> list[ParamGroup]:
         """What is learned, and how fast. Rates of zero leave their parameters alone."""
         groups = []
         for layer in student.layers.values():
             update = [parameter for parameter in (layer.lora_a, layer.lora_b) if parameter is not None]
-            groups.append(distill.Group(update, self.update_rate * float(layer.log_weight_scale.detach().exp().mean())))
-        groups.append(distill.Group([layer.log_weight_scale for layer in student.layers.values()], self.weight_scale_rate))
+            groups.append(ParamGroup(update, self.update_rate * float(layer.log_weight_scale.detach().exp().mean())))
+        groups.append(ParamGroup([layer.log_weight_scale for layer in student.layers.values()], self.weight_scale_rate))
         return groups + self.table_groups(student)
 
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from calibration.observe import Observation
-from calibration.ranges import range_between, widest_weight_scale
-from calibration.recipe import Range, Recipe, SiteSpec
+from calibration.data.observation import ActivationSamples
+from calibration.observers.scale_search import range_between, widest_weight_scale
+from calibration.recipes._calibrating import CalibrationRecipe
+from calibration.student.quantization_spec import LayerSpec, QuantRange
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinMax(Recipe):
+class MinMax(CalibrationRecipe):
     """No settings of its own."""
 
     name = "minmax"
@@ -21,7 +22,7 @@ class MinMax(Recipe):
         """The scale that clips no weight."""
         return widest_weight_scale(weight, bits)
 
-    def activation_range(self, observed: Observation, spec: SiteSpec) -> Range:
+    def activation_range(self, observed: ActivationSamples, spec: LayerSpec) -> QuantRange:
         """From the smallest to the largest value."""
         return range_between(observed.low, observed.high, spec)
 

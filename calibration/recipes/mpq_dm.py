@@ -12,19 +12,21 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from calibration import distill
-from calibration.blocks import blocks_of
-from calibration.channels import channel_ranges, scalable, set_pre_scales, stacked_weight
-from calibration.layers import StudentLayer
-from calibration.recipe import Run, at_least, within
+from calibration.data.trajectory_pool import Trajectories
+from calibration.observers.channel_scaling import channel_ranges, scalable, set_pre_scales, stacked_weight
+from calibration.observers.mixed_precision import kurtosis, mix_channel_bits, top_share
 from calibration.recipes.efficientdm import EfficientDM
-from calibration.residual import FIRST_BITS, BinaryResidual, commit
-from calibration.salience import heaviest, kurtosis, mix_channel_bits
-from calibration.student import DTYPES, Student, Teacher
-from calibration.terms import Relations
-from calibration.trajectories import Trajectories
+from calibration.reconstruction.blocks import blocks_of
+from calibration.run.options import Run
+from calibration.run.setting_checks import at_least, within
+from calibration.student.layers import StudentLayer
+from calibration.student.student import Student
+from calibration.student.teacher import DTYPES, Teacher
+from calibration.training import distillation
+from calibration.training.binary_residual import FIRST_BITS, BinaryResidual, commit
+from calibration.training.losses import RelationDistillationLoss
 from edm_deploy.errors import InputError
-from edm_deploy.family import skeleton
+from edm_deploy.network.family import meta_model
 
 UpdateInit = Literal["zero", "error"]
 
@@ -37,7 +39,7 @@ class MPQDM(EfficientDM):
     over samples of mixed timesteps, instead of at every second one as a mean over two neighbouring timesteps; weights stay symmetric; smoothing looks
     at all timesteps, not at one batch. At 2 and at 8 bits no channel can have a bit less and another a bit more, so all keep theirs.
 
-    Version 2's binary residual branch is not a second convolution: both terms lie on one grid of int8 codes (`calibration/residual.py`), so a layer
+    Version 2's binary residual branch is not a second convolution: both terms lie on one grid of int8 codes (`calibration/training/binary_residual.py`), so a layer
     that has it is an INT8 layer. Where 4-bit kernels are what counts, leave it at 0.
 
     Attributes:
@@ -81,12 +83,12 @@ class MPQDM(EfficientDM):
             run.notes.update(mixed_layers=mixed, layers=layers)
             if self.update_init == "error":
                 for layer in student.layers.values():
-                    begin_along_error(layer)
+                    init_lora_from_error(layer)
             student.compute_dtype = DTYPES[self.compute]
         if self.residual_share:
             self.add_residuals(student)
-        terms = [Relations(last_block(student), self.relation_weight)] if self.relation_weight else []
-        distill.distill(student, teacher, trajectories, self.groups(student), self.schedule, run, terms=terms)
+        terms = [RelationDistillationLoss(last_block(student), self.relation_weight)] if self.relation_weight else []
+        distillation.distill(student, teacher, trajectories, self.groups(student), self.schedule, run, terms=terms)
         if self.residual_share:
             run.notes.update(residual_channels=commit(student.layers.values()))
 
@@ -94,7 +96,7 @@ class MPQDM(EfficientDM):
         """Give the channels with the heaviest tails a second term; a checkpoint that is resumed brings its own choice of them."""
         for name, layer in student.layers.items():
             if student.family.placement(name) == "quantize" and layer.bits in FIRST_BITS:
-                layer.rounding = BinaryResidual(layer, heaviest(kurtosis(layer.merged_weight().detach()), self.residual_share))
+                layer.rounding = BinaryResidual(layer, top_share(kurtosis(layer.merged_weight().detach()), self.residual_share))
 
     def smooth(self, student: Student, teacher: Teacher, trajectories: Trajectories) -> None:
         """Divide the input of every layer by `s_c = (max|X_c| / max|W_c|)^smoothing`; the layers that are fed the same share it."""
@@ -122,7 +124,7 @@ def smoothing_scales(reached: Tensor, weight: Tensor, power: float) -> Tensor:
 
 
 @torch.no_grad()
-def begin_along_error(layer: StudentLayer) -> None:
+def init_lora_from_error(layer: StudentLayer) -> None:
     """Turn the rows of A to the directions in which rounding errs most; B stays zero, and A as large as it was."""
     assert layer.lora_a is not None  # added by `prepare`
     error = (layer.merged_weight() - layer.rounded_weight()).flatten(1)
@@ -133,7 +135,7 @@ def begin_along_error(layer: StudentLayer) -> None:
 
 def last_block(student: Student) -> str:
     """Name of the last block that holds several sites: of a UNet the end of its decoder."""
-    outline = skeleton(student.family, student.config, student.structure)
+    outline = meta_model(student.family, student.config, student.structure)
     blocks = blocks_of(student, outline, "block")
     return next((block for block in reversed(blocks) if len(block.sites) > 1), blocks[-1]).modules[-1]
 

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from calibration.observe import Observation
-from calibration.ranges import least_error_weight_scale, least_squares_range
-from calibration.recipe import Range, Recipe, SiteSpec, at_least
+from calibration.data.observation import ActivationSamples
+from calibration.observers.scale_search import least_error_weight_scale, least_squares_range
+from calibration.recipes._calibrating import CalibrationRecipe
+from calibration.run.setting_checks import at_least
+from calibration.student.quantization_spec import LayerSpec, QuantRange
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mse(Recipe):
+class Mse(CalibrationRecipe):
     """Searches scale and lowest code together.
 
     Attributes:
@@ -37,7 +39,7 @@ class Mse(Recipe):
         """The scale with the least rounding error, by `weight_exponent`."""
         return least_error_weight_scale(weight, bits, exponent=self.weight_exponent)
 
-    def activation_range(self, observed: Observation, spec: SiteSpec) -> Range:
+    def activation_range(self, observed: ActivationSamples, spec: LayerSpec) -> QuantRange:
         """The least squared error, over scale and lowest code together."""
         # 2, not 2.4: what a layer passes on is the squared error of its input.
         return least_squares_range(observed.values, observed.low, observed.high, spec)

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from calibration.observe import Observation
-from calibration.ranges import range_between, widest_weight_scale
-from calibration.recipe import Range, Recipe, SiteSpec, within
+from calibration.data.observation import ActivationSamples
+from calibration.observers.scale_search import range_between, widest_weight_scale
+from calibration.recipes._calibrating import CalibrationRecipe
+from calibration.run.setting_checks import within
+from calibration.student.quantization_spec import LayerSpec, QuantRange
 
 
 @dataclass(frozen=True, kw_only=True)
-class Percentile(Recipe):
+class Percentile(CalibrationRecipe):
     """Clips the tails.
 
     Attributes:
@@ -30,7 +32,7 @@ class Percentile(Recipe):
         """The scale that clips no weight."""
         return widest_weight_scale(weight, bits)
 
-    def activation_range(self, observed: Observation, spec: SiteSpec) -> Range:
+    def activation_range(self, observed: ActivationSamples, spec: LayerSpec) -> QuantRange:
         """Between the two tails."""
         tail = (1 - self.percentile / 100) / 2
         ordered = observed.values.sort().values

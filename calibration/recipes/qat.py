@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from calibration import distill
-from calibration.predicting import Predicting
-from calibration.recipe import Run, at_least
-from calibration.student import DTYPES, Student, Teacher
-from calibration.trajectories import Trajectories
-from calibration.weights import mean_scale, own_bias, own_weight
+from calibration.data.trajectory_pool import Trajectories
+from calibration.recipes._distilling import DistillationRecipe
+from calibration.run.options import Run
+from calibration.run.setting_checks import at_least
+from calibration.student.student import Student
+from calibration.student.teacher import DTYPES, Teacher
+from calibration.training import distillation
+from calibration.training.param_group import ParamGroup
+from calibration.training.trainable_weights import detach_bias, detach_weight, mean_scale
 
 
 @dataclass(frozen=True, kw_only=True)
-class QAT(Predicting):
+class QAT(DistillationRecipe):
     """Weights and biases themselves are learned, with all that EfficientDM learns beside its updates.
 
     Attributes:
@@ -42,15 +45,15 @@ class QAT(Predicting):
         if not run.options.resume:
             super().fit(student, teacher, trajectories, run)
         student.compute_dtype = DTYPES[self.compute]
-        distill.distill(student, teacher, trajectories, self.groups(student), self.schedule, run)
+        distillation.distill(student, teacher, trajectories, self.groups(student), self.schedule, run)
 
-    def groups(self, student: Student) -> list[distill.Group]:
+    def groups(self, student: Student) -> list[ParamGroup]:
         """What is learned, weights and biases as parameters of the student's own, and how fast. Rates of zero leave theirs alone."""
         groups = []
         for layer in student.layers.values():
-            own = [parameter for parameter in (own_weight(layer), own_bias(layer)) if parameter is not None]
-            groups.append(distill.Group(own, self.weight_rate * mean_scale(layer)))
-        groups.append(distill.Group([layer.log_weight_scale for layer in student.layers.values()], self.weight_scale_rate))
+            own = [parameter for parameter in (detach_weight(layer), detach_bias(layer)) if parameter is not None]
+            groups.append(ParamGroup(own, self.weight_rate * mean_scale(layer)))
+        groups.append(ParamGroup([layer.log_weight_scale for layer in student.layers.values()], self.weight_scale_rate))
         return groups + self.table_groups(student)
 
 

@@ -10,23 +10,25 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from calibration.blockwise import Blockwise, drawn
-from calibration.concatenations import concatenated_inputs
-from calibration.learners import LearnScales
-from calibration.recipe import Run, at_least
-from calibration.reconstruct import Stage, reconstruct
-from calibration.student import DTYPES, Student, Teacher
-from calibration.trajectories import Trajectories
+from calibration.data.trajectory_pool import Trajectories
+from calibration.recipes._reconstructing import ReconstructionRecipe, sample_trajectories
+from calibration.reconstruction.block_optimizers import LearnScales
+from calibration.reconstruction.concat_inputs import concatenated_inputs
+from calibration.reconstruction.reconstruct import Stage, reconstruct
+from calibration.run.options import Run
+from calibration.run.setting_checks import at_least
+from calibration.student.student import Student
+from calibration.student.teacher import DTYPES, Teacher
 from edm_deploy.errors import InputError
-from edm_deploy.pipelines import Source
-from edm_deploy.structure import PUBLISHED, Structure
+from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
+from edm_deploy.pipelines.source import Source
 
 Split = Literal["shortcut", "all", "none"]
 SPLITS = get_args(Split)
 
 
 @dataclass(frozen=True, kw_only=True)
-class QDiff(Blockwise):
+class QDiff(ReconstructionRecipe):
     """Weights first, with activations in floating point; then the activation scales.
 
     Unlike the released code: weights are symmetric and the ranges' lowest code is an integer, as everywhere here; attention's products stay in floating
@@ -57,13 +59,13 @@ class QDiff(Blockwise):
         """Yes: section 4.1's quantizers know no timestep."""
         return True
 
-    def structure(self, source: Source) -> Structure:
+    def structure(self, source: Source) -> NetworkRewrite:
         """The layers on a concatenation, cut where its parts meet."""
         if self.split == "none":
             return PUBLISHED
         found = concatenated_inputs(source.family_object, source.config, through=self.split == "all")
         layers = {name: source.model.get_submodule(name) for name in found}
-        return Structure({name: sizes for name, sizes in found.items() if self.split == "all" or _is_shortcut(layers[name])})
+        return NetworkRewrite({name: sizes for name, sizes in found.items() if self.split == "all" or _is_shortcut(layers[name])})
 
     def fit(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
         """Calibrate, unless a checkpoint is resumed; then round, then scale."""
@@ -72,7 +74,7 @@ class QDiff(Blockwise):
             steps=self.steps,
             batch=self.batch,
             samples=self.samples,
-            draw=lambda count: drawn(trajectories, teacher, count),
+            draw=lambda count: sample_trajectories(trajectories, teacher, count),
             rounds_activations=False,
         )
         scales = Stage(

@@ -14,17 +14,20 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from calibration import distill
-from calibration.channels import ChannelRanges, channel_ranges, scalable, set_pre_scales
-from calibration.predicting import Predicting
-from calibration.ranges import SMALLEST_SCALE
-from calibration.recipe import Run, at_least, within
-from calibration.student import DTYPES, Student, Teacher
-from calibration.terms import LayerOutputs
-from calibration.trajectories import Trajectories
-from calibration.weights import mean_scale, own_bias, own_weight
+from calibration.data.trajectory_pool import Trajectories
+from calibration.observers.channel_scaling import ChannelRanges, channel_ranges, scalable, set_pre_scales
+from calibration.observers.scale_search import SMALLEST_SCALE
+from calibration.recipes._distilling import DistillationRecipe
+from calibration.run.options import Run
+from calibration.run.setting_checks import at_least, within
+from calibration.student.student import Student
+from calibration.student.teacher import DTYPES, Teacher
+from calibration.training import distillation
+from calibration.training.losses import LayerOutputLoss
+from calibration.training.param_group import ParamGroup
+from calibration.training.trainable_weights import detach_bias, detach_weight, mean_scale
 from edm_deploy.errors import InputError
-from edm_deploy.family import GROUPS
+from edm_deploy.network.family import LAYER_GROUPS
 
 PerChannel = Literal["split", "off", "exact"]
 FEW = 4  # activation bits at which the released code gives each input channel a scale of its own
@@ -32,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quest(Predicting):
+class Quest(DistillationRecipe):
     """Calibrates, then trains weights and biases of the tuned groups, and every activation table, together.
 
     The paper's published 4-bit results rest on a scale for each timestep and each input channel. No integer kernel can compute that: the scale would
@@ -77,8 +80,8 @@ class Quest(Predicting):
         for name in ("local_weight", "weight_rate", "bias_rate"):
             at_least(name, getattr(self, name), 0.0)
         within("strength", self.strength, 0.0, 1.0)
-        if unknown := [group for group in self.groups_tuned if group not in GROUPS]:
-            raise InputError(f"tuned names {unknown[0]!r}; expected groups of {', '.join(GROUPS)}, joined by '+'. Set another tuned.")
+        if unknown := [group for group in self.groups_tuned if group not in LAYER_GROUPS]:
+            raise InputError(f"tuned names {unknown[0]!r}; expected groups of {', '.join(LAYER_GROUPS)}, joined by '+'. Set another tuned.")
         if self.per_channel == "exact":
             raise InputError(
                 "per_channel is 'exact': a scale for each input channel stands inside the sum that a kernel takes over input channels, so no integer "
@@ -106,8 +109,10 @@ class Quest(Predicting):
         student.compute_dtype = DTYPES[self.compute]
         groups = self.groups(student, tuned)
         # The distance counts every element of the prediction, and so does the term.
-        local = LayerOutputs(tuned, self.local_weight * math.prod(trajectories.shape) / max(len(tuned), 1))
-        distill.distill(student, teacher, trajectories, groups, self.schedule, run, terms=[local] if tuned and self.local_weight else [])
+        local = LayerOutputLoss(tuned, self.local_weight * math.prod(trajectories.shape) / max(len(tuned), 1))
+        distillation.distill(
+            student, teacher, trajectories, groups, self.schedule, run, terms=[local] if tuned and self.local_weight else []
+        )
 
     def split(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
         """Observe the scale of every input channel at every timestep, and give the static part to the pre-scales."""
@@ -125,12 +130,12 @@ class Quest(Predicting):
         )
         set_pre_scales(student, self, {name: split.log_channel.mul(-self.strength).exp() for name, split in splits.items()})
 
-    def groups(self, student: Student, tuned: list[str]) -> list[distill.Group]:
+    def groups(self, student: Student, tuned: list[str]) -> list[ParamGroup]:
         """What is trained, and how fast: weights and biases of the tuned layers, the tables of all."""
         layers = [student.layers[name] for name in tuned]
-        groups = [distill.Group([own_weight(layer)], self.weight_rate * mean_scale(layer)) for layer in layers]
-        biases = [bias for bias in map(own_bias, layers) if bias is not None]
-        groups.append(distill.Group(biases, self.bias_rate))
+        groups = [ParamGroup([detach_weight(layer)], self.weight_rate * mean_scale(layer)) for layer in layers]
+        biases = [bias for bias in map(detach_bias, layers) if bias is not None]
+        groups.append(ParamGroup(biases, self.bias_rate))
         return groups + self.table_groups(student)
 
 

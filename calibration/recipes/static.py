@@ -11,9 +11,10 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from calibration.observe import Observation
-from calibration.ranges import least_error_weight_scale, least_squares_range, range_between, widest_weight_scale
-from calibration.recipe import Range, Recipe, SiteSpec
+from calibration.data.observation import ActivationSamples
+from calibration.observers.scale_search import least_error_weight_scale, least_squares_range, range_between, widest_weight_scale
+from calibration.recipes._calibrating import CalibrationRecipe
+from calibration.student.quantization_spec import LayerSpec, QuantRange
 from edm_deploy.errors import InputError
 
 Calibrator = Literal["max", "mse"]
@@ -21,7 +22,7 @@ CALIBRATORS = get_args(Calibrator)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Static(Recipe):
+class Static(CalibrationRecipe):
     """Every row of a table is the same.
 
     First and last layers stay W8A8, as in every recipe here; ModelOpt's example for diffusion models leaves some of them in floating point.
@@ -55,7 +56,7 @@ class Static(Recipe):
         """By the calibrator."""
         return widest_weight_scale(weight, bits) if self.calibrator == "max" else least_error_weight_scale(weight, bits)
 
-    def activation_range(self, observed: Observation, spec: SiteSpec) -> Range:
+    def activation_range(self, observed: ActivationSamples, spec: LayerSpec) -> QuantRange:
         """By the calibrator, of what was observed at all rows."""
         if self.calibrator == "max":
             return range_between(observed.low, observed.high, spec)

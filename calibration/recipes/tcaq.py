@@ -11,19 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from calibration.blockwise import Blockwise, drawn
-from calibration.channels import channel_ranges, scalable, set_pre_scales
-from calibration.learners import LearnScales
-from calibration.observe import BATCH
-from calibration.recipe import Run, at_least, within
-from calibration.reconstruct import Stage, reconstruct
-from calibration.replay import Inputs
-from calibration.student import DTYPES, Student, Teacher
-from calibration.trajectories import Trajectories
+from calibration.data.trajectory_pool import Trajectories
+from calibration.observers.calibrate import BATCH
+from calibration.observers.channel_scaling import channel_ranges, scalable, set_pre_scales
+from calibration.recipes._reconstructing import ReconstructionRecipe, sample_trajectories
+from calibration.reconstruction.block_cache import ModelInputs
+from calibration.reconstruction.block_optimizers import LearnScales
+from calibration.reconstruction.reconstruct import Stage, reconstruct
+from calibration.run.options import Run
+from calibration.run.setting_checks import at_least, within
+from calibration.student.student import Student
+from calibration.student.teacher import DTYPES, Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tcaq(Blockwise):
+class Tcaq(ReconstructionRecipe):
     """Timestep-channel reparameterization (TCR), then progressively aligned reconstruction (PAR).
 
     Not repeated: the quantizer of the softmax, uniform or log2 by timestep (DAQ), because attention's products stay in floating point here; two walks
@@ -63,12 +65,12 @@ class Tcaq(Blockwise):
             super().fit(student, teacher, trajectories, run)
         student.compute_dtype = DTYPES[self.compute]
 
-        def on_float(count: int) -> Inputs:
-            return drawn(trajectories, teacher, count)
+        def on_float(count: int) -> ModelInputs:
+            return sample_trajectories(trajectories, teacher, count)
 
-        def on_itself(count: int) -> Inputs:
+        def on_itself(count: int) -> ModelInputs:
             lead_anew(trajectories, student)
-            return drawn(trajectories, student, count)
+            return sample_trajectories(trajectories, student, count)
 
         stages = [
             Stage(

@@ -14,17 +14,18 @@ import onnx_ir.passes.common as passes
 import torch
 from torch import Tensor
 
-from edm_deploy.artifact import Artifact
+from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.artifact.float_timesteps import FOLDER, float_activation_graph
 from edm_deploy.errors import InputError, UnsupportedError, first_line
-from edm_deploy.export.fold import fold_time
-from edm_deploy.export.plugin import insert_plugins, plugin_kinds
+from edm_deploy.export.int4_plugin import insert_plugins, plugin_kinds
 from edm_deploy.export.qdq import WeightStorage, insert_qdq, remove_float_weights
-from edm_deploy.export.tidy import tidy
+from edm_deploy.export.simplify import tidy
+from edm_deploy.export.time_table import fold_time
 from edm_deploy.export.trace import find_sites, trace
-from edm_deploy.files import copy_pipeline_files, new_directory
-from edm_deploy.manifest import GRAPH_NAME, NAME, TORCH_DTYPES, Dtype, Manifest
-from edm_deploy.relaxing import FOLDER, relaxed_part
-from edm_deploy.target import Kind
+from edm_deploy.network.graph_names import GRAPH_NAME
+from edm_deploy.numerics.kernel_layout import CodeFormat
+from edm_deploy.runtime.manifest import NAME, TORCH_DTYPES, GraphDtype, Manifest
+from edm_deploy.storage.directories import copy_pipeline_files, new_directory
 
 DATA_NAME = "model.onnx.data"
 Int4 = Literal["qdq", "plugin"]
@@ -34,7 +35,7 @@ EXTERNAL_DATA_BYTES = 1 << 28
 
 
 def onnx_from_artifact(
-    artifact: Artifact, out: Path | str, *, dtype: Dtype = "fp32", weight_storage: WeightStorage = "int8", int4: Int4 = "qdq"
+    artifact: Artifact, out: Path | str, *, dtype: GraphDtype = "fp32", weight_storage: WeightStorage = "int8", int4: Int4 = "qdq"
 ) -> Manifest:
     """Export an artifact to directory `out`, whole or not at all.
 
@@ -73,13 +74,13 @@ def onnx_from_artifact(
         if artifact.relaxed is not None:
             second = directory / FOLDER
             # Plugin nodes multiply integers, of which it has none.
-            onnx_from_artifact(relaxed_part(artifact), second, dtype=dtype, weight_storage=weight_storage)
+            onnx_from_artifact(float_activation_graph(artifact), second, dtype=dtype, weight_storage=weight_storage)
             files += [path.relative_to(directory).as_posix() for path in second.rglob("*") if path.is_file()]
         return manifest.write(directory, files)
 
 
 def graph_from_artifact(
-    artifact: Artifact, dtype: torch.dtype, storage: WeightStorage, plugins: Mapping[str, Kind] | None = None
+    artifact: Artifact, dtype: torch.dtype, storage: WeightStorage, plugins: Mapping[str, CodeFormat] | None = None
 ) -> tuple[ir.Model, dict[str, str]]:
     """The Q/DQ graph of an artifact, optimised, and the node name of each site; those in `plugins` as plugin nodes."""
     model = trace(artifact.family_object, artifact.config, dtype, artifact.structure)

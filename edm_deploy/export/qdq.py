@@ -16,12 +16,12 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from edm_deploy.activations import ActivationTable
-from edm_deploy.artifact import Artifact
+from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.artifact.quantized_layer import QuantizedLayer
 from edm_deploy.export.trace import SiteNodes
-from edm_deploy.manifest import ROW_NAME
-from edm_deploy.quant import fits_int4, pack_int4
-from edm_deploy.site import Site
+from edm_deploy.network.graph_names import ROW_NAME
+from edm_deploy.numerics.activation_table import ActivationTable
+from edm_deploy.numerics.codes import fits_int4, pack_int4
 
 WeightStorage = Literal["int8", "int4"]
 INT8_BOUNDS = (-128, 127)
@@ -104,7 +104,7 @@ class GraphWriter:
         self.row = self.node(at, "Gather", [table, value], ROW_NAME, like=timestep, axis=0)
         self.row.type = ir.TensorType(ir.DataType.INT32)
 
-    def rewrite(self, name: str, site: Site, nodes: SiteNodes, storage: WeightStorage) -> str:
+    def rewrite(self, name: str, site: QuantizedLayer, nodes: SiteNodes, storage: WeightStorage) -> str:
         """Put one site's integer form in the place of its float nodes."""
         at = nodes.dead[-1]
         x = nodes.x if site.activation is None else self._quantized_input(name, site.activation, nodes.x, at)
@@ -175,7 +175,7 @@ class GraphWriter:
         value.shape = ir.Shape([self.row.shape[0], *[1] * (rank - 1)])
         return value
 
-    def _weight(self, at: ir.Node, name: str, site: Site, storage: WeightStorage, *, transpose: bool) -> ir.Value:
+    def _weight(self, at: ir.Node, name: str, site: QuantizedLayer, storage: WeightStorage, *, transpose: bool) -> ir.Value:
         """The codes behind a DequantizeLinear per output channel; a Linear's are stored [Cin, Cout], as MatMul takes them."""
         codes = site.codes.t() if transpose else site.codes
         packed = storage == "int4" and fits_int4(codes)

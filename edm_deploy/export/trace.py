@@ -8,10 +8,10 @@ import onnx_ir as ir
 import torch
 
 from edm_deploy.errors import UnsupportedError, first_line
-from edm_deploy.family import Config, Family, ModelInput
-from edm_deploy.manifest import OUTPUT
-from edm_deploy.program import MODEL, exported_program, quiet
-from edm_deploy.structure import PUBLISHED, Structure
+from edm_deploy.network.family import Config, Family, ModelInput
+from edm_deploy.network.float_program import MODEL, exported_program, quiet
+from edm_deploy.network.graph_names import OUTPUT
+from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 
 OPSET = 21  # the first with INT4 initialisers and per-group normalization as one op
 
@@ -38,7 +38,7 @@ class SiteNodes:
         return x
 
 
-def trace(family: Family, config: Config, dtype: torch.dtype, structure: Structure = PUBLISHED) -> ir.Model:
+def trace(family: Family, config: Config, dtype: torch.dtype, structure: NetworkRewrite = PUBLISHED) -> ir.Model:
     """The float graph at opset 21; initialisers are named as in the model's state dict and hold no data yet.
 
     Args:

@@ -9,7 +9,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.family import Config, Family
+from edm_deploy.network.family import Config, Family
 
 
 class DiffusersFamily(Family):

@@ -9,19 +9,19 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from edm_deploy.family import Config, Rule
 from edm_deploy.models._diffusers import DiffusersFamily
+from edm_deploy.network.family import Config, PlacementRule
 
 TOKENS = "encoder_hidden_states"
 POOLED = "pooled_projections"
 SINCOS_BASE = 10000.0
 
-EMBEDDER = Rule(
-    r"(time_text_embed|timestep_embedder)\b", "keep8", "one row a sample, few weights, and every block depends on the embedded timestep"
+EMBEDDER = PlacementRule(
+    r"(time_text_embed|timestep_embedder)\b", "w8a8", "one row a sample, few weights, and every block depends on the embedded timestep"
 )
-MODULATION = Rule(
+MODULATION = PlacementRule(
     r"(adaln_single|norm\w*)\.linear$|^proj_out_1$",
-    "keep8",
+    "w8a8",
     "one row a sample: it costs no time, and its output scales and shifts every token of its block",
 )
 ADAPTER = "the weights are fixed; fuse a LoRA with its scale before quantizing, and unload IP-Adapters"
@@ -39,9 +39,9 @@ class TransformerFamily(DiffusersFamily):
         return int(config["patch_size"])
 
 
-def ends(first: str, last: str) -> Rule:
+def ends(first: str, last: str) -> PlacementRule:
     """The rule of the layers that see the sample itself or write the prediction, and of what embeds the text."""
-    return Rule(rf"^({first}|{last})$", "keep8", "the first and last layer see the sample itself: their rounding is seen in it")
+    return PlacementRule(rf"^({first}|{last})$", "w8a8", "the first and last layer see the sample itself: their rounding is seen in it")
 
 
 class Patches(nn.Module):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from edm_deploy.family import Config, Rule
 from edm_deploy.models._diffusers import DiffusersFamily
+from edm_deploy.network.family import Config, PlacementRule
 
-ENDS = Rule(r"^conv_(in|out)$", "keep8", "the first and last layer see the sample itself: their rounding is seen in it")
-EMBEDDINGS = Rule(r"^(time|class|add)_embedding\.", "keep8", "few weights, and every block depends on their output")
+ENDS = PlacementRule(r"^conv_(in|out)$", "w8a8", "the first and last layer see the sample itself: their rounding is seen in it")
+EMBEDDINGS = PlacementRule(r"^(time|class|add)_embedding\.", "w8a8", "few weights, and every block depends on their output")
 
 
 class UNetFamily(DiffusersFamily):

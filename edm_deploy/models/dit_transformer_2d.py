@@ -10,8 +10,8 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edm_deploy.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput
 from edm_deploy.models._transformer import EMBEDDER, MODULATION, Patches, TransformerFamily, ends, unpatchify
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput
 
 LABELS = "class_labels"
 SCALE = 4.0  # Source: the default of diffusers' DiTPipeline; arXiv 2212.09748 samples its figures with it.
@@ -63,7 +63,7 @@ class DiTTransformer2D(TransformerFamily):
     def classes(self, config: Config) -> int | None:
         return int(config["num_embeds_ada_norm"])
 
-    def beside_time(self, config: Config) -> str | None:
+    def other_embedding_inputs(self, config: Config) -> str | None:
         return "the class label"
 
     def guidance(self, config: Config) -> Guidance:

@@ -10,9 +10,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from edm_deploy.conditioning import SCALE_INPUT
-from edm_deploy.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, Rule
 from edm_deploy.models._transformer import ADAPTER, CONTROLNET, EMBEDDER, MODULATION, POOLED, TOKENS, TransformerFamily, ends
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, PlacementRule
+from edm_deploy.network.graph_names import SCALE_INPUT
 
 IMAGE_IDS, TEXT_IDS = "img_ids", "txt_ids"
 IMAGE_TOKENS = "image_tokens"
@@ -57,7 +57,7 @@ class FluxTransformer2D(TransformerFamily):
     }
     rules = (
         ends("x_embedder", "proj_out"),
-        Rule("^context_embedder$", "keep8", "every block attends to its output"),
+        PlacementRule("^context_embedder$", "w8a8", "every block attends to its output"),
         EMBEDDER,
         MODULATION,
     )
@@ -132,7 +132,7 @@ class FluxTransformer2D(TransformerFamily):
     def attributes(self, config: Config) -> dict[str, Any]:
         return {"cache_context": _cache_context}
 
-    def beside_time(self, config: Config) -> str | None:
+    def other_embedding_inputs(self, config: Config) -> str | None:
         return "the pooled prompt" + (" with the guidance scale" if config["guidance_embeds"] else "")
 
     def guidance(self, config: Config) -> Guidance:

@@ -10,8 +10,8 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, Rule
 from edm_deploy.models._transformer import EMBEDDER, MODULATION, TOKENS, Patches, TransformerFamily, ends, unpatchify
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, PlacementRule
 
 MASK, RESOLUTION, ASPECT = "encoder_attention_mask", "resolution", "aspect_ratio"
 MASKED = -10000.0  # what diffusers adds to the score of a token that is not attended to
@@ -43,13 +43,13 @@ class PixArtTransformer2D(TransformerFamily):
         "attention_mask": "every image token is attended to",
     }
     rules = (
-        Rule(
+        PlacementRule(
             r"(resolution|aspect_ratio)_embedder",
             "float",
             "two sizes a sample go through it in one batch, so its rows are not the samples'; they are few",
         ),
         ends(r"pos_embed\.proj", "proj_out"),
-        Rule(r"^caption_projection\.", "keep8", "every block attends to its output"),
+        PlacementRule(r"^caption_projection\.", "w8a8", "every block attends to its output"),
         EMBEDDER,
         MODULATION,
     )
@@ -103,7 +103,7 @@ class PixArtTransformer2D(TransformerFamily):
     def time_only(self, config: Config) -> str | None:
         return None if _takes_size(config) else r"^adaln_single\.(emb\.timestep_embedder\.|linear$)"
 
-    def beside_time(self, config: Config) -> str | None:
+    def other_embedding_inputs(self, config: Config) -> str | None:
         return "the size of the image" if _takes_size(config) else None
 
     def guidance(self, config: Config) -> Guidance:

@@ -10,7 +10,6 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from edm_deploy.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, Rule
 from edm_deploy.models._transformer import (
     ADAPTER,
     CONTROLNET,
@@ -22,6 +21,7 @@ from edm_deploy.models._transformer import (
     TransformerFamily,
     ends,
 )
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, PlacementRule
 
 TEXT_TOKENS = 77 + 256  # CLIP's, then T5's. Source: the default max_sequence_length of diffusers' StableDiffusion3Pipeline.
 SCALE = 7.0  # Source: the default of diffusers' StableDiffusion3Pipeline.
@@ -53,7 +53,7 @@ class SD3Transformer2D(TransformerFamily):
     }
     rules = (
         ends(r"pos_embed\.proj", "proj_out"),
-        Rule("^context_embedder$", "keep8", "every block attends to its output"),
+        PlacementRule("^context_embedder$", "w8a8", "every block attends to its output"),
         EMBEDDER,
         MODULATION,
     )
@@ -80,7 +80,7 @@ class SD3Transformer2D(TransformerFamily):
         largest = int(config["pos_embed_max_size"]) * int(config["patch_size"])
         return {"height": largest, "width": largest}
 
-    def beside_time(self, config: Config) -> str | None:
+    def other_embedding_inputs(self, config: Config) -> str | None:
         return "the pooled prompt"
 
     def guidance(self, config: Config) -> Guidance:

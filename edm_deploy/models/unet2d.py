@@ -10,8 +10,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.family import SAMPLE, TIMESTEP, Config, ModelInput
 from edm_deploy.models._unet import UNetFamily
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, ModelInput
 
 LABELS = "class_labels"
 

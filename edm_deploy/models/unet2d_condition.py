@@ -12,8 +12,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput
 from edm_deploy.models._unet import UNetFamily
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput
 
 TOKENS = "encoder_hidden_states"
 POOLED, TIME_IDS = "text_embeds", "time_ids"  # SDXL's: the pooled prompt; original size, crop and target size
@@ -108,7 +108,7 @@ class UNet2DCondition(UNetFamily):
             raise UnsupportedError("This UNet2DConditionModel's config has no sample_size. Write its latents' height into config.json.")
         return super().sample_shape(config)
 
-    def walked_shape(self, config: Config) -> tuple[int, ...]:
+    def latent_shape(self, config: Config) -> tuple[int, ...]:
         return int(config["out_channels"]), *self.sample_shape(config)[1:]
 
     def sizes(self, config: Config) -> dict[str, int]:
@@ -132,7 +132,7 @@ class UNet2DCondition(UNetFamily):
             drawn |= {POOLED: torch.randn(batch, _pooled_width(config), generator=generator), TIME_IDS: sizes.repeat(batch, 1)}
         return drawn
 
-    def beside_sample(self, config: Config, batch: int, generator: torch.Generator) -> Tensor | None:
+    def extra_channels(self, config: Config, batch: int, generator: torch.Generator) -> Tensor | None:
         """Inpainting: a rectangle to fill, and latents of unit variance around it; other channels are latents of unit variance."""
         _, height, width = self.sample_shape(config)
         channels = int(config["in_channels"]) - int(config["out_channels"])

@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engines.kernels.layout import KINDS
+from edm_deploy.numerics.kernel_layout import CODE_FORMATS
 from engines.kernels.tiles import TILES, Tile
 
 THREADS = 256  # of every kernel but the convolutions
@@ -112,8 +112,8 @@ def entry_points() -> list[str]:
     """Names of all kernels, as `cuda/kernels.cu` must define them."""
     names = []
     for type_name in TYPES:
-        names += [f"conv_{kind}_{tile.name}_{type_name}" for kind in KINDS for tile in TILES]
-        names += [f"reduce_{kind}_{type_name}" for kind in KINDS]
+        names += [f"conv_{kind}_{tile.name}_{type_name}" for kind in CODE_FORMATS for tile in TILES]
+        names += [f"reduce_{kind}_{type_name}" for kind in CODE_FORMATS]
         names += [f"quantize_last_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in ("plain", "silu", "norm", "norm_silu")]
         names += [f"quantize_first_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in ("plain", "silu")]
         names.append(f"group_stats_{type_name}")

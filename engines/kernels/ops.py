@@ -1,7 +1,7 @@
 """The kernels as torch operators, `torch.ops.edm_deploy.*`, which torch.export, torch.compile and CUDA graphs see through.
 
-Importing this file defines them; it needs nothing beyond torch. On CUDA tensors they launch kernels on the current stream (`_dispatch.py`), on CPU tensors
-they compute the same bits in plain torch (`_arithmetic.py`), under a tracer only shapes. All read the same checks (`_checks.py`).
+Importing this file defines them; it needs nothing beyond torch. On CUDA tensors they launch kernels on the current stream (`cuda_ops.py`), on CPU tensors
+they compute the same bits in plain torch (`cpu_ops.py`), under a tracer only shapes. All read the same checks (`operands.py`).
 
     quantize          float16 or bfloat16 -> packed codes, SiLU first where asked
     group_stats       mean and 1 / sqrt(variance + eps) of each sample's groups of channels
@@ -14,7 +14,7 @@ An activation is a map [B, C, H, W], or [B, ..., C] of 2, 3 or more than 4 axes;
 contiguous. `rows` is int32 [B], the table row of each sample, in the tensors' own memory, so that a CUDA graph replays with whatever stands there; on CUDA
 nobody checks that it lies in the table. `unsigned_codes` asks for `n - qmin`, which a convolution of kind `u4` expects.
 
-Raises InputError for operands that do not fit, UnsupportedError for what no kernel does (docs of `_checks.py`).
+Raises InputError for operands that do not fit, UnsupportedError for what no kernel does (docs of `operands.py`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from edm_deploy.errors import InputError
-from engines.kernels import _arithmetic, _checks, _dispatch
-from engines.kernels._checks import ConvShape, Norm, Operands, Table
-from engines.kernels.layout import code_bytes
+from edm_deploy.numerics.kernel_layout import code_bytes
+from engines.kernels import cpu_ops, cuda_ops
+from engines.kernels.operands import ConvShape, Norm, Operands, Table, check_groups, check_leading, check_rows, check_size, check_values
 
 _TABLE = "Tensor rows, Tensor inv_scale, Tensor qmin, Tensor qmax, int bits, bool unsigned_codes, bool silu"
 _OPERANDS = (
@@ -57,7 +57,7 @@ def codes_shape(x: Tensor, bits: int) -> list[int]:
 def _quantize(
     traced: bool, x: Tensor, rows: Tensor, inv_scale: Tensor, qmin: Tensor, qmax: Tensor, bits: int, unsigned_codes: bool, silu: bool
 ) -> Tensor:
-    _checks.check_values("quantize", x)
+    check_values("quantize", x)
     return _to_codes("quantize", traced, x, None, Table(rows, inv_scale, qmin, qmax, bits, unsigned_codes), silu)
 
 
@@ -78,7 +78,7 @@ def _quantize_normed(
     silu: bool,
 ) -> Tensor:
     norm = Norm(mean, rstd, gamma, beta)
-    norm.check("quantize_normed", x, _checks.check_values("quantize_normed", x), groups)
+    norm.check("quantize_normed", x, check_values("quantize_normed", x), groups)
     return _to_codes("quantize_normed", traced, x, norm, Table(rows, inv_scale, qmin, qmax, bits, unsigned_codes), silu)
 
 
@@ -87,21 +87,21 @@ def _to_codes(op: str, traced: bool, x: Tensor, norm: Norm | None, table: Table,
     shape = codes_shape(x, table.bits)
     if traced:
         return x.new_empty(shape, dtype=torch.uint8)
-    _checks.check_size(op, x=x.shape, codes=shape)
-    _checks.check_rows(op, table.rows, len(table.inv_scale))
-    run = _dispatch.quantize if x.is_cuda else _arithmetic.quantize
+    check_size(op, x=x.shape, codes=shape)
+    check_rows(op, table.rows, len(table.inv_scale))
+    run = cuda_ops.quantize if x.is_cuda else cpu_ops.quantize
     return run(x, norm, table, silu=silu).view(shape)
 
 
 def _group_stats(traced: bool, x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    _checks.check_groups("group_stats", _checks.check_values("group_stats", x), groups)
+    check_groups("group_stats", check_values("group_stats", x), groups)
     if eps < 0:
         raise InputError(f"group_stats: eps {eps}; expected at least 0.")
     if traced:
         mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
         return mean, torch.empty_like(mean)
-    _checks.check_size("group_stats", x=x.shape)
-    run = _dispatch.group_stats if x.is_cuda else _arithmetic.group_stats
+    check_size("group_stats", x=x.shape)
+    run = cuda_ops.group_stats if x.is_cuda else cpu_ops.group_stats
     return run(x, groups, eps)
 
 
@@ -117,7 +117,7 @@ def _conv2d(traced: bool, *arguments: Any) -> Tensor:  # in the order of the sch
 def _linear(traced: bool, *arguments: Any) -> Tensor:
     operands, (leading, dtype) = Operands(*arguments[:11]), arguments[11:]
     shape = operands.shape("linear", (1, 1), stride=1, padding=0)
-    _checks.check_leading("linear", operands.codes, leading)
+    check_leading("linear", operands.codes, leading)
     operands.check("linear", shape, [*leading, shape.K], dtype)
     return _convolved("linear", traced, operands, shape, dtype).view(*leading, shape.K)
 
@@ -127,11 +127,11 @@ def _convolved(op: str, traced: bool, operands: Operands, shape: ConvShape, dtyp
     result = (shape.N, shape.P, shape.Q, shape.K)
     if traced:
         return operands.codes.new_empty(result, dtype=dtype)
-    _checks.check_size(op, codes=operands.codes.shape, weight=operands.weight.shape, output=result)
-    _checks.check_rows(op, operands.rows, len(operands.act_scale))
+    check_size(op, codes=operands.codes.shape, weight=operands.weight.shape, output=result)
+    check_rows(op, operands.rows, len(operands.act_scale))
     if operands.residual is not None:
         operands = replace(operands, residual=operands.residual.reshape(shape.M, shape.K).contiguous())
-    run = _dispatch.convolve if operands.codes.is_cuda else _arithmetic.convolve
+    run = cuda_ops.convolve if operands.codes.is_cuda else cpu_ops.convolve
     return run(operands, shape, dtype)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engines.kernels.layout import CHUNK
+from edm_deploy.numerics.kernel_layout import CHUNK
 
 STAGE_BYTES = 4 * CHUNK  # of the sum that a block takes in at once, for each row of its tile
 TENSOR_BYTES = (

@@ -5,8 +5,8 @@ import torch
 
 import calibration.recipes
 from calibration import RunOptions, fit
-from edm_deploy import lookup
-from edm_deploy.reference import Reference
+from edm_deploy import registry
+from edm_deploy.artifact.reference import Reference
 from tests.calibration.tiny import tiny_source
 from tests.conftest import tiny_inputs
 
@@ -14,13 +14,13 @@ QUICK = {"steps": 2, "batch": 3, "rank": 2}
 
 
 def recipe(name, **settings):
-    made = lookup.load(calibration.recipes, name, "RECIPE")
+    made = registry.load(calibration.recipes, name, "RECIPE")
     quick = {key: value for key, value in QUICK.items() if key in made.__dataclass_fields__}
     return made(**{"rows": 3, "calibration_samples": 3} | quick | settings)
 
 
 @pytest.mark.parametrize("kind", ["unet2d", "unet2d-classes", "unet2d-condition"])
-@pytest.mark.parametrize("name", lookup.names(calibration.recipes))
+@pytest.mark.parametrize("name", registry.names(calibration.recipes))
 def test_a_recipe_ends_in_an_artifact_that_the_reference_runs(name, kind, tmp_path):
     made = recipe(name, weight_bits=4, act_bits=4)
     artifact = fit(tiny_source(kind), made, RunOptions())

@@ -5,7 +5,7 @@ import pytest
 
 import calibration
 from calibration import recipes
-from edm_deploy import lookup
+from edm_deploy import registry
 
 PRESETS = sorted((Path(calibration.__file__).parent / "presets").glob("*.toml"))
 
@@ -13,7 +13,7 @@ PRESETS = sorted((Path(calibration.__file__).parent / "presets").glob("*.toml"))
 def preset(path):
     """The recipe that a shipped preset is for, with its settings: `demo-RECIPE`, and `demo` is efficientdm's."""
     name = path.stem.partition("-")[2] or "efficientdm"
-    return lookup.load(recipes, name, "RECIPE")(**tomllib.loads(path.read_text()))
+    return registry.load(recipes, name, "RECIPE")(**tomllib.loads(path.read_text()))
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)

@@ -1,8 +1,9 @@
 import pytest
 
-from calibration.recipe import Recipe, SiteSpec
+from calibration.recipe import Recipe
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.recipes.percentile import Percentile
+from calibration.student.quantization_spec import LayerSpec
 from edm_deploy.errors import InputError
 
 
@@ -27,14 +28,14 @@ def test_a_setting_outside_its_range_is_refused_with_what_was_expected(made, set
 
 
 def test_kept_sites_are_w8a8_and_symmetric_whatever_the_bits():
-    assert EfficientDM(weight_bits=2, act_bits=3).specs("conv_in", "keep8") == SiteSpec(8, 8, symmetric=True)
+    assert EfficientDM(weight_bits=2, act_bits=3).layer_spec("conv_in", "w8a8") == LayerSpec(8, 8, symmetric=True)
 
 
 def test_below_eight_bit_bounds_may_lie_anywhere_unless_asked_to_be_symmetric():
-    assert SiteSpec(4, 4, symmetric=False).fixed_qmin is None
-    assert SiteSpec(4, 4, symmetric=False).levels == 15
-    assert (SiteSpec(4, 4, symmetric=True).fixed_qmin, SiteSpec(4, 4, symmetric=True).levels) == (-7, 14)
-    assert Recipe(act_bits=4, symmetric=True).specs("x", "quantize").symmetric
+    assert LayerSpec(4, 4, symmetric=False).fixed_qmin is None
+    assert LayerSpec(4, 4, symmetric=False).levels == 15
+    assert (LayerSpec(4, 4, symmetric=True).fixed_qmin, LayerSpec(4, 4, symmetric=True).levels) == (-7, 14)
+    assert Recipe(act_bits=4, symmetric=True).layer_spec("x", "quantize").symmetric
 
 
 def test_published_constants_are_the_defaults():

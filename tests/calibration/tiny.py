@@ -2,7 +2,7 @@
 
 from diffusers import DDIMScheduler
 
-from edm_deploy.pipelines import Source
+from edm_deploy.pipelines.source import Source
 from tests.conftest import PIPELINE, TINY, tiny_model
 
 

@@ -7,21 +7,21 @@ import pytest
 import torch
 
 import engines
-from edm_deploy import lookup
+from edm_deploy import registry
 from edm_deploy.errors import ArtifactError, UnsupportedError
-from edm_deploy.manifest import Manifest
-from edm_deploy.session import BuildOptions
-from edm_deploy.target import TARGETS, plan
-from edm_deploy_tools.sites import agreement, cut_from_inputs
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.capabilities import CAPABILITIES, plan_layers
+from edm_deploy.runtime.manifest import Manifest
+from edm_deploy_tools.evaluation.site_agreement import agreement, cut_from_inputs
 from tests.conftest import artifact_by_hand, tiny_inputs
 
-NAMES = lookup.names(engines)
+NAMES = registry.names(engines)
 OPTIONS = {"trt-rtx": BuildOptions(gpu="rtx3090")}
 RUNS_HERE = ["ort", "openvino", "cuda"]  # cuda: its kernels' arithmetic on the CPU; with a GPU, tests/engines/test_cuda.py
 
 
 def test_every_backend_has_its_target():
-    assert set(NAMES) == set(TARGETS)
+    assert set(NAMES) == set(CAPABILITIES)
 
 
 def test_naming_a_backend_imports_no_vendor_package():
@@ -101,7 +101,7 @@ def test_at_every_site_the_codes_are_those_of_the_reference(name, judged):
 def engine_of(artifact, backend, path) -> Manifest:
     """A manifest of an engine of this artifact: what a judge is told about it."""
     options, gpu = ({"gpu": "sm_86", "precision": "fp16"}, backend.builds_from == "artifact")
-    plans = plan(artifact, backend.target)
+    plans = plan_layers(artifact, backend.target)
     return replace(
         Manifest.of(artifact, {name: name for name in artifact.sites}, kind="engine", dtype="fp32", weight_storage="int8"),
         backend=backend.name,

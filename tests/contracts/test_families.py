@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from edm_deploy import lookup, models
-from edm_deploy.family import family_named, name_of_family, skeleton
+from edm_deploy import models, registry
+from edm_deploy.models import family_named, name_of_family
+from edm_deploy.network.family import meta_model
 from tests.conftest import TINY, tiny_inputs, tiny_model
 
 
-@pytest.mark.parametrize("name", lookup.names(models))
+@pytest.mark.parametrize("name", registry.names(models))
 def test_a_family_has_a_tiny_model_and_is_found_by_its_class(name):
     assert name in {family for family, _ in TINY.values()}, "add a tiny config to tests/conftest.py: every contract runs on it"
     assert name_of_family(family_named(name).class_name) == name
@@ -40,13 +41,13 @@ def test_the_smallest_size_is_its_multiple(kind):
     size = family.size_multiple(config)
     inputs = tiny_inputs(kind, size=size)
     prediction = family.prediction(config, family.forward(model, inputs))
-    assert prediction.shape == (len(inputs["sample"]), *family.walked_shape(config | {"sample_size": size}))
+    assert prediction.shape == (len(inputs["sample"]), *family.latent_shape(config | {"sample_size": size}))
 
 
 @pytest.mark.parametrize("kind", TINY)
 def test_each_layer_is_a_site_or_float_by_the_family_word(kind):
     family, config, _ = tiny_model(kind)
-    bones = skeleton(family, config)
+    bones = meta_model(family, config)
     sites = family.sites(bones)
     for name, layer in bones.named_modules():
         if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
@@ -55,5 +56,5 @@ def test_each_layer_is_a_site_or_float_by_the_family_word(kind):
 
 def test_the_readme_names_every_family():
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    missing = [name for name in lookup.names(models) if f"`{family_named(name).class_name}`" not in readme]
+    missing = [name for name in registry.names(models) if f"`{family_named(name).class_name}`" not in readme]
     assert missing == []

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import engines
-from edm_deploy.artifact import Artifact
+from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.artifact.reference import Reference
 from edm_deploy.export.onnx import onnx_from_artifact
-from edm_deploy.manifest import Range
-from edm_deploy.reference import Reference
-from edm_deploy.session import BuildOptions
-from edm_deploy_tools.sites import agreement, cut_from_inputs
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.manifest import ShapeRange
+from edm_deploy_tools.evaluation.site_agreement import agreement, cut_from_inputs
 from tests.conftest import artifact_by_hand, tiny_inputs, tiny_model
 
 KINDS = ["sdxl", "dit", "pixart", "sd3", "flux"]
@@ -21,7 +21,7 @@ HALF = (
     "sd3",
     "sdxl",
 )  # built for a GPU in float16, as one would; the others from the graph that is there already: drawing one takes seconds
-SIZES = {"batch": Range(1, 2, 4), "tokens": Range(1, 512, 512), "image_tokens": Range(16, 16, 64)}
+SIZES = {"batch": ShapeRange(1, 2, 4), "tokens": ShapeRange(1, 512, 512), "image_tokens": ShapeRange(16, 16, 64)}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def test_every_planned_site_is_computed_in_integers(name, executed, subject):
     pytest.importorskip({"openvino": "openvino", "trt-rtx": "tensorrt_rtx"}.get(name, "torch"))
     engine = subject.built(name)
     assert {plan.executed for plan in engine.plan.values()} == executed
-    kept = sum(subject.artifact.family_object.placement(site) == "keep8" for site in subject.artifact.sites)
+    kept = sum(subject.artifact.family_object.placement(site) == "w8a8" for site in subject.artifact.sites)
     assert Counter(plan.stored for plan in engine.plan.values()) == {"W4A4": len(subject.artifact.sites) - kept, "W8A8": kept}
     if name == "trt-rtx":
         assert engine.build["sites_in_integer_layers"] == len(subject.artifact.sites)
@@ -90,7 +90,7 @@ def test_every_planned_site_is_computed_in_integers(name, executed, subject):
 
 def test_its_integer_kernels_run_the_whole_model(subject):
     """float16 between the sites: no further from the float model than twice as far as the reference is."""
-    from edm_deploy.denoiser import load_denoiser
+    from edm_deploy.runtime.load import load_denoiser
 
     subject.built("cuda")
     family, _, model = tiny_model(subject.kind)

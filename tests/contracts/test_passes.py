@@ -8,19 +8,20 @@ import torch
 
 import calibration
 from calibration import passes
-from calibration.recipe import RunOptions
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.recipes.minmax import MinMax
-from edm_deploy import Artifact, load_denoiser, lookup
+from calibration.run.options import RunOptions
+from edm_deploy import Artifact, load_denoiser, registry
+from edm_deploy.artifact.float_timesteps import float_activation_graph, quantized_graph
+from edm_deploy.artifact.reference import reference_with_correction
 from edm_deploy.export.onnx import onnx_from_artifact
-from edm_deploy.relaxing import graph_part, relaxed_part, whole_reference
-from edm_deploy_tools.sites import agreement, cut_from_inputs
-from edm_deploy_tools.walk import denoise_of_artifact
+from edm_deploy_tools.evaluation.site_agreement import agreement, cut_from_inputs
+from edm_deploy_tools.evaluation.trajectory_error import denoise_of_artifact
 from engines import build_engine
 from tests.calibration.tiny import tiny_source
 from tests.conftest import tiny_inputs
 
-NAMES = lookup.names(passes)
+NAMES = registry.names(passes)
 RECIPES = {
     "minmax": MinMax(weight_bits=4, act_bits=4, rows=6, calibration_samples=2),
     "efficientdm": EfficientDM(rows=6, calibration_samples=2, steps=2, batch=3, rank=2),
@@ -29,7 +30,7 @@ RECIPES = {
 
 def quick(name):
     """The pass with every count of work at its smallest."""
-    chosen = lookup.load(passes, name, "PASS")
+    chosen = registry.load(passes, name, "PASS")
     small = {"samples": 2, "probes": 2, "candidates": 9, "groups": 3}
     known = {field.name for field in fields(chosen)}
     return chosen(**{key: value for key, value in small.items() if key in known})
@@ -55,7 +56,7 @@ def test_a_pass_ends_in_an_artifact_that_the_reference_runs(recipe, name, compos
     assert loaded.provenance["recipe"] == recipe
     assert set(loaded.provenance["passes"]) == set(NAMES if name == "all" else [name])
     assert all(set(settings) >= set(quick(own).settings()) for own, settings in loaded.provenance["passes"].items())
-    assert whole_reference(loaded)(tiny_inputs("unet2d")).isfinite().all()
+    assert reference_with_correction(loaded)(tiny_inputs("unet2d")).isfinite().all()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -66,10 +67,10 @@ def test_all_passes_together_run_in_an_engine_as_the_judge_says(recipe, composed
     manifest = build_engine(tmp_path / "onnx", tmp_path / "engine", backend="ort")
     inputs = tiny_inputs("unet2d", batch=4)  # timesteps 0 to 999: some in either engine
     found = load_denoiser(tmp_path / "engine")(inputs["sample"], inputs["timestep"]).sample
-    expected = whole_reference(artifact)(inputs)
+    expected = reference_with_correction(artifact)(inputs)
     # One flipped code is a fifteenth of its site's range; through this network that is well below what rounding all sites costs.
     assert float((found - expected).square().sum() / expected.square().sum()) < 1e-3
-    for part, engine in ((graph_part(artifact), manifest), (relaxed_part(artifact), manifest)):
+    for part, engine in ((quantized_graph(artifact), manifest), (float_activation_graph(artifact), manifest)):
         cut = cut_from_inputs(part, inputs, tmp_path / f"cut-{part.scheme}", dtype=torch.float32)
         sites = agreement(cut, engine, device="cpu")
         assert {site.site for site in sites} == set(artifact.sites)
@@ -78,17 +79,17 @@ def test_all_passes_together_run_in_an_engine_as_the_judge_says(recipe, composed
 
 
 def test_what_a_tool_evaluates_is_what_the_runtime_does(composed):
-    from edm_deploy.conditioning import Conditioning
+    from edm_deploy.pipelines.guidance import Conditioning
 
     artifact, inputs = composed("minmax", "all"), tiny_inputs("unet2d")
     assert torch.equal(
-        denoise_of_artifact(artifact, Conditioning())(inputs["sample"], inputs["timestep"]), whole_reference(artifact)(inputs)
+        denoise_of_artifact(artifact, Conditioning())(inputs["sample"], inputs["timestep"]), reference_with_correction(artifact)(inputs)
     )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_default_settings_are_valid_and_documented(name):
-    chosen = lookup.load(passes, name, "PASS")
+    chosen = registry.load(passes, name, "PASS")
     chosen()
     documented = "".join(cls.__doc__ or "" for cls in chosen.__mro__)
     assert [field.name for field in fields(chosen) if field.name not in documented] == []

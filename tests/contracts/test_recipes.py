@@ -7,19 +7,19 @@ import pytest
 
 import calibration
 from calibration import recipes
-from calibration.recipe import Interrupted, RunOptions
-from edm_deploy import Artifact, lookup
-from edm_deploy.pipelines import load_source, scheduler_from_config
-from edm_deploy.reference import Reference
-from edm_deploy_tools.quantize import trains
+from calibration.run.options import Interrupted, RunOptions
+from edm_deploy import Artifact, registry
+from edm_deploy.artifact.reference import Reference
+from edm_deploy.pipelines.schedulers import scheduler_from_config
+from edm_deploy.pipelines.source import load_source
 from tests.conftest import TINY, tiny_inputs
 
-NAMES = lookup.names(recipes)
+NAMES = registry.names(recipes)
 
 
 def quick(name, **settings):
     """The recipe with every count of work at its smallest."""
-    recipe = lookup.load(recipes, name, "RECIPE")
+    recipe = registry.load(recipes, name, "RECIPE")
     small = {"rows": 3, "calibration_samples": 2, "steps": 2, "batch": 2}
     known = {field.name for field in fields(recipe)}
     return recipe(**{key: value for key, value in (small | settings).items() if key in known})
@@ -59,7 +59,7 @@ def test_any_bits_are_kept_to(name, weight_bits, act_bits, source):
     artifact.validate()
     family = artifact.family_object
     for site_name, site in artifact.sites.items():
-        kept = family.placement(site_name) == "keep8"
+        kept = family.placement(site_name) == "w8a8"
         # Weight-only leaves every input in floating point, those of the kept layers too.
         assert site.scheme == f"W{8 if kept else weight_bits}A{8 if kept and act_bits < 16 else act_bits}"
 
@@ -71,7 +71,7 @@ def test_the_same_settings_give_the_same_artifact(name, source):
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if trains(quick(name))])
+@pytest.mark.parametrize("name", [name for name in NAMES if quick(name).trains])
 def test_one_that_trains_can_be_interrupted_and_resumed(name, source, tmp_path):
     model, recipe, steps = source("unet2d"), quick(name, weight_bits=4, act_bits=4), []
 
@@ -93,7 +93,7 @@ def test_one_that_trains_can_be_interrupted_and_resumed(name, source, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_default_settings_are_valid_and_documented(name):
-    recipe = lookup.load(recipes, name, "RECIPE")
+    recipe = registry.load(recipes, name, "RECIPE")
     recipe()
     documented = "".join(cls.__doc__ or "" for cls in recipe.__mro__)
     assert [field.name for field in fields(recipe) if f"{field.name}" not in documented] == []

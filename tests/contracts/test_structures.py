@@ -8,16 +8,16 @@ import torch
 
 import calibration
 import engines
-from calibration.recipe import RunOptions
 from calibration.recipes.minmax import MinMax
+from calibration.run.options import RunOptions
 from edm_deploy import Artifact
-from edm_deploy.denoiser import open_session
+from edm_deploy.artifact.reference import Reference
 from edm_deploy.export.onnx import onnx_from_artifact
-from edm_deploy.reference import Reference
-from edm_deploy.session import BuildOptions
-from edm_deploy.structure import PRE_SCALE, Structure
-from edm_deploy.target import TARGETS, plan
-from edm_deploy_tools.sites import agreement, cut_from_inputs
+from edm_deploy.network.restructure import PRE_SCALE, NetworkRewrite
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.capabilities import CAPABILITIES, plan_layers
+from edm_deploy.runtime.load import open_session
+from edm_deploy_tools.evaluation.site_agreement import agreement, cut_from_inputs
 from tests.calibration.tiny import tiny_source
 from tests.conftest import tiny_inputs
 from tests.contracts.test_backends import RUNS_HERE, engine_of
@@ -33,13 +33,13 @@ class Restructuring(MinMax):
 
     def structure(self, source):
         channels = source.model.get_submodule(SHORTCUT).in_channels
-        return Structure({SHORTCUT: (channels - 8, 8)})
+        return NetworkRewrite({SHORTCUT: (channels - 8, 8)})
 
     def fit(self, student, teacher, trajectories, run):
         generator = torch.Generator().manual_seed(1)
         for name in SCALED:
             student.set_pre_scale(name, 0.5 + torch.rand(student.layers[name].layer.weight.shape[1], generator=generator))
-            for sibling in student.siblings(name):
+            for sibling in student.shared_input_layers(name):
                 layer = student.layers[sibling]
                 layer.set_weight_scale(self.weight_scale(layer.merged_weight(), layer.bits))
         layer = student.layers[MIXED]
@@ -144,6 +144,6 @@ def test_tensorrt_rtx_puts_every_part_in_an_integer_layer(artifact, graph, tmp_p
 
 
 def test_bits_by_channel_need_int8_kernels_where_one_has_more_than_4(artifact):
-    plans = plan(artifact, TARGETS["cuda"])
+    plans = plan_layers(artifact, CAPABILITIES["cuda"])
     assert plans[MIXED].codes == "s8"
     assert {plans[f"{SHORTCUT}.segment{index}"].executed for index in (0, 1)} == {"int4"}

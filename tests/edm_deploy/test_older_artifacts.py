@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from edm_deploy.artifact import JSON_NAME, SCHEMA, TENSORS_NAME, Artifact
-from edm_deploy.correction import Correction
-from edm_deploy.reference import Reference
+from edm_deploy.artifact.artifact import JSON_NAME, SCHEMA, TENSORS_NAME, Artifact
+from edm_deploy.artifact.reference import Reference
+from edm_deploy.artifact.timestep_correction import Correction
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
 # What the version that wrote each computed, at one corner of two samples.

@@ -9,9 +9,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from edm_deploy.artifact import Artifact
+from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.export.onnx import onnx_from_artifact
-from edm_deploy.manifest import GRAPH_NAME, Manifest
+from edm_deploy.network.graph_names import GRAPH_NAME
+from edm_deploy.runtime.manifest import Manifest
 
 
 @pytest.fixture(scope="session")

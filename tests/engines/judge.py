@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from edm_deploy.artifact import Artifact
-from edm_deploy.denoiser import load_denoiser
-from edm_deploy.reference import Reference
+from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.artifact.reference import Reference
+from edm_deploy.runtime.load import load_denoiser
 from tests.conftest import tiny_inputs, tiny_model
 
 

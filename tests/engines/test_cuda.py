@@ -5,15 +5,16 @@ import pytest
 import torch
 
 import engines
-from edm_deploy.activations import rows_of
-from edm_deploy.denoiser import EngineDenoiser, load_denoiser, load_pipeline, open_session
+from edm_deploy.artifact.reference import Reference
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.manifest import Manifest, Range
-from edm_deploy.pipelines import schedulers_for
-from edm_deploy.reference import Reference
-from edm_deploy.session import BuildOptions
-from edm_deploy.target import kind_of
-from edm_deploy_tools.sites import agreement, cut_from_inputs
+from edm_deploy.numerics.activation_table import table_rows
+from edm_deploy.pipelines.schedulers import schedulers_for
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.capabilities import code_format
+from edm_deploy.runtime.denoiser import EngineDenoiser
+from edm_deploy.runtime.load import load_denoiser, load_pipeline, open_session
+from edm_deploy.runtime.manifest import Manifest, ShapeRange
+from edm_deploy_tools.evaluation.site_agreement import agreement, cut_from_inputs
 from engines import build_engine
 from engines.cuda import BACKEND, ENGINE_NAME, kinds_on
 from tests.conftest import SCHEDULER, artifact_by_hand, tiny_inputs
@@ -32,7 +33,7 @@ def saved(artifact_w4a4, tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(saved, tmp_path_factory):
     path = tmp_path_factory.mktemp("cuda") / "engine"
-    build_engine(saved, path, backend="cuda", options=BuildOptions(gpu="rtx3090", profile={"batch": Range(1, 2, 8)}))
+    build_engine(saved, path, backend="cuda", options=BuildOptions(gpu="rtx3090", profile={"batch": ShapeRange(1, 2, 8)}))
     return path
 
 
@@ -44,7 +45,7 @@ def denoiser(engine):
 def test_the_plan_says_int4_and_which_codes_where_they_fit(engine, artifact_w4a4):
     plan = Manifest.read(engine, kind="engine").plan
     assert Counter((site.stored, site.executed) for site in plan.values()) == {("W4A4", "int4"): 47, ("W8A8", "int8"): 4}
-    assert {name: site.codes for name, site in plan.items()} == {name: kind_of(site) for name, site in artifact_w4a4.sites.items()}
+    assert {name: site.codes for name, site in plan.items()} == {name: code_format(site) for name, site in artifact_w4a4.sites.items()}
 
 
 def test_a_gpu_without_int4_is_planned_as_int8_and_said(saved, tmp_path):
@@ -82,7 +83,7 @@ def test_bfloat16_between_the_sites(saved, artifact_w4a4, tmp_path):
 
 def test_samples_of_a_batch_stand_at_rows_of_their_own(denoiser, artifact_w4a4):
     inputs = tiny_inputs("unet2d", 4)
-    assert len(set(rows_of(artifact_w4a4.row_of_timestep, inputs["timestep"]).tolist())) > 1
+    assert len(set(table_rows(artifact_w4a4.row_of_timestep, inputs["timestep"]).tolist())) > 1
     together = denoiser(**inputs).sample
     for index in range(4):
         alone = denoiser(**{name: value[index : index + 1] for name, value in inputs.items()}).sample
@@ -98,7 +99,7 @@ def test_the_models_own_embedding_sees_the_fraction_of_a_timestep(denoiser):
 
 @pytest.mark.parametrize("scheduler", schedulers_for(SCHEDULER))
 def test_it_drops_into_a_pipeline_with_every_scheduler(engine, denoiser, scheduler, monkeypatch):
-    monkeypatch.setattr("edm_deploy.denoiser.load_denoiser", lambda path, device: denoiser)  # opened once for all of them
+    monkeypatch.setattr("edm_deploy.runtime.denoiser.load_denoiser", lambda path, device: denoiser)  # opened once for all of them
     pipe = load_pipeline(engine, device="cpu", scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     images = pipe(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images
@@ -230,12 +231,12 @@ def test_on_a_gpu_outputs_outlive_the_next_run(engine):
 @pytest.mark.parametrize("bits", [(4, 4), (8, 8)], ids=str)
 def test_on_a_gpu_the_whole_shipped_model_is_near_its_reference(bits, tmp_path):
     from calibration import fit
-    from calibration.recipe import RunOptions
-    from edm_deploy.pipelines import load_source
-    from edm_deploy_tools.demo import MODEL
-    from edm_deploy_tools.settings import recipe_with
+    from calibration.run.options import RunOptions
+    from edm_deploy.pipelines.source import load_source
+    from edm_deploy_tools.common.assets import REFERENCE_MODEL
+    from edm_deploy_tools.common.recipe_settings import recipe_with
 
-    source = load_source(str(MODEL))
+    source = load_source(str(REFERENCE_MODEL))
     artifact = fit(source, recipe_with("minmax", flags={"weight_bits": bits[0], "act_bits": bits[1], "rows": 5}), RunOptions())
     artifact.save(tmp_path / "artifact")
     build_engine(tmp_path / "artifact", tmp_path / "engine", backend="cuda")

@@ -4,16 +4,16 @@ import shutil
 import pytest
 
 import engines
-from edm_deploy import lookup
+from edm_deploy import registry
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
-from edm_deploy.manifest import NAME, Manifest, Range
-from edm_deploy.session import Backend, BuildOptions, Built
+from edm_deploy.runtime.backend import Backend, BuildOptions, BuildResult
+from edm_deploy.runtime.manifest import NAME, Manifest, ShapeRange
 from engines import build_engine, complete_profile
 
 
 def test_every_backend_has_a_target_and_its_own_file_name():
-    for name in lookup.names(engines):
-        backend = lookup.load(engines, name, "BACKEND")
+    for name in registry.names(engines):
+        backend = registry.load(engines, name, "BACKEND")
         assert isinstance(backend, Backend)
         assert backend.name == name == backend.target.backend
 
@@ -38,22 +38,22 @@ def test_an_engine_takes_the_place_of_an_older_one(onnx_w4a4, tmp_path):
 
 def test_profile_defaults_are_the_models_own_sizes(onnx_w4a4):
     manifest = Manifest.read(onnx_w4a4, kind="onnx")
-    assert complete_profile(manifest, {}) == {"batch": Range(1, 16, 64), "height": Range(8, 8, 8), "width": Range(8, 8, 8)}
+    assert complete_profile(manifest, {}) == {"batch": ShapeRange(1, 16, 64), "height": ShapeRange(8, 8, 8), "width": ShapeRange(8, 8, 8)}
 
 
 def test_a_profile_that_is_asked_for_is_kept(onnx_w4a4):
     manifest = Manifest.read(onnx_w4a4, kind="onnx")
-    assert complete_profile(manifest, {"height": Range(8, 16, 32)})["height"] == Range(8, 16, 32)
+    assert complete_profile(manifest, {"height": ShapeRange(8, 16, 32)})["height"] == ShapeRange(8, 16, 32)
 
 
 def test_an_unknown_dimension_is_refused(onnx_w4a4):
     with pytest.raises(InputError, match=r"--tokens: the graph has no dynamic dimension .* It has batch, height, width"):
-        complete_profile(Manifest.read(onnx_w4a4, kind="onnx"), {"tokens": Range(1, 1, 1)})
+        complete_profile(Manifest.read(onnx_w4a4, kind="onnx"), {"tokens": ShapeRange(1, 1, 1)})
 
 
 def test_a_size_that_the_levels_cannot_halve_is_refused(onnx_w4a4):
     with pytest.raises(InputError, match="multiples of 2"):
-        complete_profile(Manifest.read(onnx_w4a4, kind="onnx"), {"width": Range(8, 8, 9)})
+        complete_profile(Manifest.read(onnx_w4a4, kind="onnx"), {"width": ShapeRange(8, 8, 9)})
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_build_that_fails_leaves_nothing(onnx_w4a4, tmp_path, monkeypatch):
         (out / "half").write_bytes(b"half an engine")
         raise UnsupportedError("no")
 
-    monkeypatch.setattr(type(lookup.load(engines, "ort", "BACKEND")), "build", fail)
+    monkeypatch.setattr(type(registry.load(engines, "ort", "BACKEND")), "build", fail)
     with pytest.raises(UnsupportedError):
         build_engine(onnx_w4a4, tmp_path / "engine", backend="ort")
     assert not list(tmp_path.iterdir())
@@ -110,8 +110,8 @@ def test_a_build_that_fails_leaves_nothing(onnx_w4a4, tmp_path, monkeypatch):
 
 def test_what_the_build_saw_goes_before_what_the_target_promises(onnx_w4a4):
     manifest = Manifest.read(onnx_w4a4, kind="onnx")
-    backend = lookup.load(engines, "openvino", "BACKEND")
-    plan = engines.plan(manifest, backend, Built(versions={}, executed={"conv_in": "float"}))
+    backend = registry.load(engines, "openvino", "BACKEND")
+    plan = engines.plan(manifest, backend, BuildResult(versions={}, executed={"conv_in": "float"}))
     assert plan["conv_in"].executed == "float"
     assert plan["conv_out"].executed == "int8"
     assert plan["conv_in"].stored == "W8A8"
@@ -119,7 +119,7 @@ def test_what_the_build_saw_goes_before_what_the_target_promises(onnx_w4a4):
 
 @pytest.mark.parametrize("backend", ["ort", "openvino"])
 def test_an_engine_of_another_version_is_refused_before_it_is_read(onnx_w4a4, tmp_path, backend):
-    from edm_deploy.denoiser import open_session
+    from edm_deploy.runtime.load import open_session
 
     build_engine(onnx_w4a4, tmp_path / "engine", backend=backend)
     path = tmp_path / "engine" / NAME
@@ -137,18 +137,18 @@ def test_an_engine_of_another_backend_is_refused(onnx_w4a4, tmp_path, backend):
     other = {"ort": "openvino", "openvino": "ort"}[backend]
     manifest = build_engine(onnx_w4a4, tmp_path / "engine", backend=other)
     with pytest.raises(UnsupportedError, match=f"Open it with {other}"):
-        lookup.load(engines, backend, "BACKEND").open(tmp_path / "engine", manifest, torch.device("cpu"))
+        registry.load(engines, backend, "BACKEND").open(tmp_path / "engine", manifest, torch.device("cpu"))
 
 
 def test_a_largest_size_binds_the_dimensions_that_the_graph_has():
     from dataclasses import replace
 
-    from edm_deploy.family import TIMESTEP
+    from edm_deploy.network.family import TIMESTEP
     from tests.conftest import artifact_by_hand
 
     artifact = artifact_by_hand("sd3")
     whole = Manifest.of(artifact, dict.fromkeys(artifact.sites, "node"), kind="onnx", dtype="fp32", weight_storage="int8")
     with pytest.raises(InputError, match="this model has positions up to 24"):
-        complete_profile(whole, {"height": Range(8, 8, 32)})
+        complete_profile(whole, {"height": ShapeRange(8, 8, 32)})
     # A graph cut open at its sites takes each site's input, whose size is fixed.
     assert set(complete_profile(replace(whole, inputs=(TIMESTEP,)), {})) == {"batch"}

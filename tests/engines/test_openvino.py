@@ -3,14 +3,15 @@ import shutil
 import pytest
 import torch
 
-from edm_deploy.denoiser import load_denoiser, open_session
+from edm_deploy.artifact.reference import Reference
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.export.cut import onnx_cut_at_sites
-from edm_deploy.manifest import GRAPH_NAME, Manifest
-from edm_deploy.reference import Reference
-from edm_deploy.session import BuildOptions
+from edm_deploy.export.per_site import onnx_cut_at_sites
+from edm_deploy.network.graph_names import GRAPH_NAME
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.load import load_denoiser, open_session
+from edm_deploy.runtime.manifest import Manifest
 from engines import build_engine
-from engines._ovnorm import split_group_norms
+from engines.openvino_graph.group_norm import split_group_norms
 from tests.conftest import tiny_inputs
 from tests.engines.judge import check_against_reference
 

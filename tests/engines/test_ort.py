@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from edm_deploy.denoiser import load_denoiser, open_session
+from edm_deploy.artifact.reference import Reference
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.reference import Reference
-from edm_deploy.session import BuildOptions
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.load import load_denoiser, open_session
 from engines import build_engine
 from tests.conftest import tiny_inputs
 from tests.engines.judge import check_against_reference

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.files import write_json
-from edm_deploy.manifest import Manifest
-from edm_deploy.session import BuildOptions
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.manifest import Manifest
+from edm_deploy.storage.directories import write_json
 from engines import build_engine
-from engines._nvbuild import Request, main
+from engines.nvidia.build_process import Request, main
 from engines.trt import BACKEND
 
 without_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
@@ -72,7 +72,7 @@ def test_plugin_sites_are_int4_in_the_plan_and_the_others_are_audited(onnx_with_
         ]
         return {"layers": layers, "gpus": [gpu]}
 
-    monkeypatch.setattr("engines._nvinfer.run_in_child", built)
+    monkeypatch.setattr("engines.nvidia.tensorrt_backend.run_in_child", built)
     engine = build_engine(out, tmp_path / "engine", backend="trt")
     assert asked[0].plugins
     plugins = manifest.plugin_sites
@@ -88,7 +88,7 @@ def test_the_plugins_are_registered_before_the_graph_is_parsed_and_only_where_it
     request = Request(graph="model.onnx", engine="e", reply=str(tmp_path / "reply.json"), shapes={}, plugins=plugins)
     write_json(tmp_path / "request.json", dataclasses.asdict(request))
     monkeypatch.setattr(sys, "argv", ["trt", str(tmp_path / "request.json")])
-    monkeypatch.setattr("engines._nvbuild.vendor", lambda package, mend: done.append("imported"))
-    monkeypatch.setattr("engines._nvbuild.build_here", lambda module, request: done.append("parsed") or {})
+    monkeypatch.setattr("engines.nvidia.build_process.vendor", lambda package, mend: done.append("imported"))
+    monkeypatch.setattr("engines.nvidia.build_process.build_here", lambda module, request: done.append("parsed") or {})
     main("tensorrt", "install it", lambda: done.append("registered"))
     assert done == ["imported", *["registered"] * plugins, "parsed"]

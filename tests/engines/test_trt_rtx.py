@@ -4,12 +4,12 @@ from collections import Counter
 import pytest
 import torch
 
-from edm_deploy.denoiser import open_session
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.manifest import NAME, Manifest, Range
-from edm_deploy.session import BuildOptions
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.load import open_session
+from edm_deploy.runtime.manifest import NAME, Manifest, ShapeRange
 from engines import build_engine
-from engines._nvinfer import AUDIT_NAME, ENGINE_NAME
+from engines.nvidia.tensorrt_backend import AUDIT_NAME, ENGINE_NAME
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 RTX_3090 = BuildOptions(gpu="rtx3090")
@@ -42,12 +42,12 @@ def test_the_manifest_names_gpu_and_version(engine):
 
 
 def test_several_gpus_options_and_sizes_go_into_one_engine(onnx_w4a4, tmp_path):
-    profile = {"batch": Range(1, 2, 4), "height": Range(8, 8, 16)}
+    profile = {"batch": ShapeRange(1, 2, 4), "height": ShapeRange(8, 8, 16)}
     options = BuildOptions(gpu="rtx3090,rtx4090", optimization_level=2, workspace_mib=256, profile=profile)
     manifest = build_engine(onnx_w4a4, tmp_path / "engine", backend="trt-rtx", options=options)
     assert manifest.build["gpus"] == ["sm_86", "sm_89"]
     assert manifest.build["options"] == {"optimization_level": 2, "workspace_mib": 256}
-    assert manifest.profile["height"] == Range(8, 8, 16)
+    assert manifest.profile["height"] == ShapeRange(8, 8, 16)
     assert "export with --dtype fp16" in manifest.build["warnings"][0]
 
 

@@ -15,7 +15,7 @@ import torch
 REFUSED = {
     "unknown command": ("calibrte {model} --out {out}", "Did you mean 'calibrate'"),
     "unknown option": ("calibrate {model} --out {out} --recip mse", "--recip"),
-    "missing argument": ("calibrate --out {out}", "MODEL"),
+    "missing argument": ("calibrate --out {out}", "REFERENCE_MODEL"),
     "number that is none": ("calibrate {model} --out {out} --rows many", "--rows"),
     "model that is not there": ("calibrate ./nothing --out {out}", "does not exist"),
     "directory that is no model": ("calibrate {empty} --out {out}", "no diffusers pipeline directory"),
@@ -64,7 +64,7 @@ REFUSED = {
     "evaluation of a model": ("evaluate {model} --out {out}", "takes artifacts and engines"),
     "evaluation of a graph": ("evaluate {onnx} --out {out}", "build-engine"),
     "evaluation of nothing": ("evaluate {empty} --out {out}", "is no model, artifact"),
-    "engine without a reference": ("evaluate {engine} --out {out}", "--reference MODEL"),
+    "engine without a reference": ("evaluate {engine} --out {out}", "--reference REFERENCE_MODEL"),
     "no samples": ("evaluate {artifact} --out {out} --samples 0", "expected 1 or more"),
     "benchmark of nothing": ("bench", "No engine was given"),
     "unknown baseline": ("bench {engine} --against torhc", "Did you mean 'torch'"),
@@ -119,16 +119,16 @@ def test_a_pickle_checkpoint_is_refused(run, chain, copy_of, tmp_path):
 
 
 def test_another_reference_is_refused(run, chain, copy_of, tmp_path):
-    from edm_deploy_tools.demo import MODEL
+    from edm_deploy_tools.common.assets import REFERENCE_MODEL
 
-    assert "Name" in run("evaluate", chain.artifact, "--out", tmp_path / "out", "--reference", MODEL).complaint
+    assert "Name" in run("evaluate", chain.artifact, "--out", tmp_path / "out", "--reference", REFERENCE_MODEL).complaint
 
 
 def test_a_full_disk_leaves_nothing(run, chain, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("edm_deploy_tools.evaluate.write_json", full)
+    monkeypatch.setattr("edm_deploy_tools.evaluation.evaluate.write_json", full)
     ran = run("evaluate", chain.artifact, "--out", tmp_path / "out", "--samples", 1, "--steps", 1)
     assert "No space left on device" in ran.complaint
     assert not list(tmp_path.iterdir())
@@ -138,7 +138,7 @@ def test_ctrl_c_ends_in_one_line(run, chain, tmp_path, monkeypatch):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("edm_deploy_tools.describe.describe", interrupt)
+    monkeypatch.setattr("edm_deploy_tools.inspection.describe.describe", interrupt)
     assert "Interrupted" in run("inspect", chain.artifact).complaint
 
 
@@ -146,7 +146,7 @@ def test_a_fault_of_ours_is_one_line_too(run, chain, monkeypatch):
     def fault(*_: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("edm_deploy_tools.describe.describe", fault)
+    monkeypatch.setattr("edm_deploy_tools.inspection.describe.describe", fault)
     assert "a fault of edm-deploy" in run("inspect", chain.artifact).complaint
 
 

@@ -9,7 +9,7 @@ import torch
 from edm_deploy.errors import InputError
 from edm_deploy_tools import bench_kernels
 from edm_deploy_tools.bench_kernels import L2, LEAST_REPLAYS, Row, batches_of, chosen, main, show, summary, words
-from edm_deploy_tools.layer_shapes import BATCHES, LAYERS, Layer
+from edm_deploy_tools.benchmarks.layer_shapes import BATCHES, LAYERS, Layer
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 

@@ -3,9 +3,10 @@ import json
 import pytest
 
 from edm_deploy.errors import EdmDeployError, InputError
-from edm_deploy_tools import bench_scale, measured
+from edm_deploy_tools import bench_scale
 from edm_deploy_tools.bench_scale import RESULTS, run_steps, sites_of, steps_of, verdicts
-from edm_deploy_tools.measured import Measured
+from edm_deploy_tools.common import child_process
+from edm_deploy_tools.common.child_process import Measured
 
 
 def steps(backends=("trt-rtx",)):
@@ -45,7 +46,7 @@ def commands(monkeypatch, tmp_path):
         (cwd / command[command.index("--out") + 1]).mkdir(exist_ok=True)
         return Measured(returncode=0, seconds=1.0, peak_bytes=10**9, last_line="")
 
-    monkeypatch.setattr(measured, "run_measured", pretend)
+    monkeypatch.setattr(child_process, "run_measured", pretend)
     monkeypatch.setattr(bench_scale, "sites_of", lambda engine: {"int8": 3})
     return run
 
@@ -78,7 +79,7 @@ def test_another_command_runs_again_with_all_that_follows(commands, tmp_path):
 
 def test_a_failed_step_ends_the_run_with_its_last_line(monkeypatch, tmp_path):
     failed = Measured(returncode=2, seconds=3.0, peak_bytes=1, last_line="Error: no")
-    monkeypatch.setattr(measured, "run_measured", lambda command, *, cwd: failed)
+    monkeypatch.setattr(child_process, "run_measured", lambda command, *, cwd: failed)
     with pytest.raises(EdmDeployError, match="calibrate failed after 3 s: Error: no"):
         run_steps(steps(), tmp_path)
 
@@ -99,9 +100,10 @@ def test_each_limit_is_compared_with_what_was_found():
 def test_limits_are_those_of_a_whole_model(layers, limits, commands, monkeypatch, tmp_path, capsys):
     written = []
     monkeypatch.setattr(
-        "edm_deploy_tools.random_model.write_random_model", lambda chosen, out, size: (written.append(chosen), out.mkdir(parents=True))
+        "edm_deploy_tools.inspection.random_model.write_random_model",
+        lambda chosen, out, size: (written.append(chosen), out.mkdir(parents=True)),
     )
-    monkeypatch.setattr("edm_deploy_tools.random_model.weight_bytes", lambda model: 10**9)
+    monkeypatch.setattr("edm_deploy_tools.inspection.random_model.weight_bytes", lambda model: 10**9)
     bench_scale.main("dit-xl-2-256", "W4A8", 2, 2, 16, layers, "trt-rtx,cuda", "sm_86", False, tmp_path)
     printed = capsys.readouterr().out
     assert ("artifact / float16 weights" in printed) == limits

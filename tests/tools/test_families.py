@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from edm_deploy import lookup, models
-from edm_deploy.family import family_named
+from edm_deploy import models, registry
+from edm_deploy.models import family_named
 from edm_deploy_tools.families import COMMAND, main, page, table
 from tests.conftest import TINY
 
@@ -66,7 +66,7 @@ def test_the_committed_page_is_what_the_families_say():
 
 def test_every_family_has_its_section():
     text = (ROOT / "docs" / "families.md").read_text()
-    for name in lookup.names(models):
+    for name in registry.names(models):
         assert f"\n## {family_named(name).class_name}\n" in text
 
 
@@ -82,7 +82,7 @@ def test_the_readme_says_what_tests_have_run():
 
 
 def test_the_readme_names_every_family_in_it():
-    assert {family_named(name).class_name for name in lookup.names(models)} == {label.split("`")[1] for label in RAN}
+    assert {family_named(name).class_name for name in registry.names(models)} == {label.split("`")[1] for label in RAN}
 
 
 @pytest.mark.parametrize("label", RAN)

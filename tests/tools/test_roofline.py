@@ -6,7 +6,7 @@ import pytest
 
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy_tools.roofline import app, draw, layers_of, site_rows, to_json, total_rows
-from engines.kernels.gpus import gpu_named
+from engines.performance.gpus import gpu_named
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +101,13 @@ def test_an_engine_is_no_model(chain):
 
 
 def test_the_command_prints_a_table_for_each_batch(capfd, chain):
-    from edm_deploy_tools import entry
+    from edm_deploy_tools.common import run_app
 
-    assert entry.run(app, "roofline", [str(chain.model), "--gpu", "a100", "--batch", "1,4", "--top", "3"]) == 0
+    assert run_app.run(app, "roofline", [str(chain.model), "--gpu", "a100", "--batch", "1,4", "--top", "3"]) == 0
     printed = capfd.readouterr().out
     assert f"Expected step on {gpu_named('a100').title}, batch 4" in printed
     assert "The 3 longest of" in printed
-    assert entry.run(app, "roofline", [str(chain.model), "--json"]) == 0
+    assert run_app.run(app, "roofline", [str(chain.model), "--json"]) == 0
     assert len(json.loads(capfd.readouterr().out)["rooflines"]) == 2
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edm_deploy.errors import ArtifactError, InputError
-from edm_deploy_tools.features import SIZE, FeatureNetwork
+from edm_deploy_tools.evaluation.feature_network import SIZE, FeatureNetwork
 from edm_deploy_tools.train_features import Labelled, Settings, accuracy, augmented, folded, load_labelled, scaled, train
 
 

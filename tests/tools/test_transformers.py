@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edm_deploy.artifact import Artifact
-from edm_deploy.manifest import Manifest, Range
+from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.runtime.manifest import Manifest, ShapeRange
 from tests.edm_deploy.models.chain import home
 
 KINDS = ["dit", "pixart", "sd3", "flux"]
@@ -46,7 +46,7 @@ def test_image_tokens_have_their_profile(run, tmp_path):
     assert run("export", home("flux"), "--out", tmp_path / "onnx").code == 0
     options = ["--backend", "ort", "--tokens", "1:512:512"]
     assert run("build-engine", tmp_path / "onnx", "--out", tmp_path / "e", *options, "--image-tokens", "16:16:64").code == 0
-    assert Manifest.read(tmp_path / "e", kind="engine").profile["image_tokens"] == Range(16, 16, 64)
+    assert Manifest.read(tmp_path / "e", kind="engine").profile["image_tokens"] == ShapeRange(16, 16, 64)
     refused = run("build-engine", tmp_path / "onnx", "--out", tmp_path / "f", *options, "--image-tokens", "16-64")
     assert "--image-tokens 16-64: expected MIN:OPT:MAX" in refused.complaint
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from calibration import RunOptions, fit
+from calibration.base_pass import check_passes
 from calibration.passes.adp import Adp, keep_rows, select, similarity, uncertainty
-from calibration.passing import check_passes
 from calibration.recipes.minmax import MinMax
+from edm_deploy.artifact.reference import Reference
 from edm_deploy.errors import InputError
-from edm_deploy.reference import Reference
 from tests.calibration.tiny import tiny_source
 from tests.conftest import artifact_by_hand, tiny_inputs
 
@@ -96,12 +96,11 @@ def test_settings_out_of_range_are_refused(setting):
 
 
 def test_the_groups_are_in_every_checkpoint_and_decide_which_row_a_sample_takes():
-    from calibration.student import Student
 
-    student = Student(tiny_source(), MinMax(rows=3), torch.tensor([0, 400, 800], dtype=torch.int32), torch.device("cpu"))
-    assert "shared_row" not in student.learnable_or_fixed()
+    student = MinMax(rows=3).student(tiny_source(), torch.tensor([0, 400, 800], dtype=torch.int32), torch.device("cpu"))
+    assert "shared_row" not in student.checkpoint_parameters()
     Adp(groups=2).before(student, None)
-    assert student.learnable_or_fixed()["shared_row"].tolist() == [0, 1, 2]
+    assert student.checkpoint_parameters()["shared_row"].tolist() == [0, 1, 2]
     assert "shared_row" not in student.learnable()
     for quantizer in student.quantizers.values():
         quantizer.log_scale.data = torch.tensor([0.0, 2.0, 0.2])

@@ -5,22 +5,22 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from calibration import RunOptions, fit
+from calibration.base_pass import check_passes
 from calibration.passes.pcr import Pcr
-from calibration.passing import check_passes
 from calibration.recipes.minmax import MinMax
+from edm_deploy.artifact.timestep_routing import intervals_from_mask
 from edm_deploy.errors import InputError
-from edm_deploy.relaxing import spans_of
 from tests.calibration.tiny import tiny_source
 
 QUICK = MinMax(weight_bits=4, act_bits=4, rows=5, calibration_samples=2)
 
 
 def test_shares_are_of_the_steps_that_the_scheduler_takes():
-    assert spans_of(Pcr().relaxed(tiny_source())) == ((0, 199),)
-    assert spans_of(Pcr(relax_from=0.0, relax_to=0.2).relaxed(tiny_source())) == ((800, 999),)
-    assert spans_of(Pcr(relax_from=0.5, relax_to=0.6).relaxed(tiny_source())) == ((400, 499),)
+    assert intervals_from_mask(Pcr().relaxed(tiny_source())) == ((0, 199),)
+    assert intervals_from_mask(Pcr(relax_from=0.0, relax_to=0.2).relaxed(tiny_source())) == ((800, 999),)
+    assert intervals_from_mask(Pcr(relax_from=0.5, relax_to=0.6).relaxed(tiny_source())) == ((400, 499),)
     # A shifted flow spends most of its steps at large timesteps: a fifth of them ends at sigma 3 * 0.2 / 1.4.
-    ((first, last),) = spans_of(Pcr().relaxed(replace(tiny_source(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))))
+    ((first, last),) = intervals_from_mask(Pcr().relaxed(replace(tiny_source(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))))
     assert first == 0
     assert last == pytest.approx(1000 * 0.6 / 1.4, abs=20)
 
@@ -58,17 +58,18 @@ def test_the_noisiest_row_is_seen_alike_and_the_others_on_what_the_student_made(
 
 
 def test_at_relaxed_rows_the_student_computes_with_float_activations():
-    from calibration.passing import Scene
-    from calibration.student import Student
-    from edm_deploy.conditioning import Conditioner
+    from calibration.base_pass import PassContext
+    from edm_deploy.pipelines.guidance import Conditioner
     from tests.conftest import tiny_inputs
 
     source, timesteps = tiny_source(), torch.tensor([0, 300, 600, 900], dtype=torch.int32)
     rounded, relaxed, weight_only = (
-        Student(source, recipe, timesteps, torch.device("cpu")) for recipe in (QUICK, QUICK, MinMax(weight_bits=4, act_bits=16))
+        recipe.student(source, timesteps, torch.device("cpu")) for recipe in (QUICK, QUICK, MinMax(weight_bits=4, act_bits=16))
     )
-    scene = Scene(source=source, recipe=QUICK, conditioner=Conditioner(source.family_object, source.config), device=torch.device("cpu"))
-    Pcr(relax_from=0.6).before(relaxed, scene)
+    context = PassContext(
+        source=source, recipe=QUICK, conditioner=Conditioner(source.family_object, source.config), device=torch.device("cpu")
+    )
+    Pcr(relax_from=0.6).before(relaxed, context)
     inputs = tiny_inputs("unet2d", batch=2)  # timesteps 0 and 999
     # The family's kept layers have 8-bit weights in both, so only the activations tell the students apart.
     torch.testing.assert_close(relaxed(inputs)[0], weight_only(inputs)[0], rtol=1e-4, atol=1e-5)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from calibration.data.noise_schedules import DiffusionSchedule
 from calibration.passes.tac import Tac
-from calibration.schedules import DiffusionSchedule
 from edm_deploy.errors import InputError
 
 PLAIN = Tac(ridge=0.0, relative=0.0)

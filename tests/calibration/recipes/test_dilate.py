@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from calibration.channels import scalable, stacked_weight
-from calibration.ranges import widest_weight_scale
+from calibration.observers.channel_scaling import scalable, stacked_weight
+from calibration.observers.scale_search import widest_weight_scale
 from calibration.recipes.dilate import Dilate, dilate, dilation_factors, pre_scale_of
 from edm_deploy.errors import InputError
-from tests.calibration.test_channels import made
+from tests.calibration.observers.test_channel_scaling import made
 
 
 def test_an_unsaturated_channel_is_dilated_to_the_nearest_extreme():
@@ -50,7 +50,7 @@ def test_siblings_share_one_dilation():
     student, _, _ = made()
     dilate(student)
     name = next(name for name in scalable(student) if name.endswith("to_q"))
-    q, k, v = (student.layers[sibling].pre_scale for sibling in student.siblings(name))
+    q, k, v = (student.layers[sibling].pre_scale for sibling in student.shared_input_layers(name))
     assert (q is None) == (k is None) == (v is None)
     if q is not None:
         assert torch.equal(q, k) and torch.equal(k, v)

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
+from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.recipes.efficientdm import RECIPE
-from calibration.schedules import calibrated_timesteps
-from calibration.student import Student
 from edm_deploy.errors import InputError
 from tests.calibration.tiny import tiny_source
 
@@ -12,7 +11,7 @@ from tests.calibration.tiny import tiny_source
 def student():
     source = tiny_source()
     recipe = RECIPE(rows=3, rank=4)
-    student = Student(source, recipe, calibrated_timesteps(source.scheduler, 3), torch.device("cpu"))
+    student = recipe.student(source, calibrated_timesteps(source.scheduler, 3), torch.device("cpu"))
     for layer in student.layers.values():
         layer.add_update(recipe.rank, torch.Generator().manual_seed(0))
         layer.set_weight_scale(torch.full_like(layer.log_weight_scale, 0.02))

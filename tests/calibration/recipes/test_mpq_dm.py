@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 from calibration import RunOptions, fit
-from calibration.layers import StudentLayer
-from calibration.recipe import SiteSpec
-from calibration.recipes.mpq_dm import MPQDM, begin_along_error, last_block, smoothing_scales
+from calibration.recipes.mpq_dm import MPQDM, init_lora_from_error, last_block, smoothing_scales
+from calibration.student.layers import StudentLayer
+from calibration.student.quantization_spec import LayerSpec
 from edm_deploy.errors import InputError
-from tests.calibration.test_channels import made
+from tests.calibration.observers.test_channel_scaling import made
 from tests.calibration.tiny import tiny_source
 
 
@@ -23,11 +23,11 @@ def test_no_power_is_no_smoothing():
 
 def test_an_update_along_the_error_begins_at_zero_and_spans_its_leading_rows():
     torch.manual_seed(0)
-    layer = StudentLayer(nn.Linear(6, 8), SiteSpec(4, None, True), None)
+    layer = StudentLayer(nn.Linear(6, 8), LayerSpec(4, None, True), None)
     layer.set_weight_scale(torch.full((8,), 0.1))
     layer.add_update(2, torch.Generator().manual_seed(0))
     before, size = layer.merged_weight().clone(), layer.lora_a.norm()
-    begin_along_error(layer)
+    init_lora_from_error(layer)
     assert torch.equal(layer.merged_weight(), before)
     assert torch.allclose(layer.lora_a.norm(), size)
     error = (layer.layer.weight - layer.rounded_weight()).detach()

@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from calibration.observe import Observation
-from calibration.recipe import SiteSpec
+from calibration.data.observation import ActivationSamples
 from calibration.recipes import minmax, mse
+from calibration.student.quantization_spec import LayerSpec
 from edm_deploy.errors import InputError
 
 
 def test_one_outlier_does_not_stretch_the_range():
     values = torch.cat([torch.randn(10000, generator=torch.Generator().manual_seed(0)), torch.tensor([30.0])])
-    observed, spec = Observation(values, float(values.min()), 30.0), SiteSpec(4, 4, symmetric=False)
+    observed, spec = ActivationSamples(values, float(values.min()), 30.0), LayerSpec(4, 4, symmetric=False)
     assert mse.RECIPE().activation_range(observed, spec).scale < minmax.RECIPE().activation_range(observed, spec).scale / 2
 
 

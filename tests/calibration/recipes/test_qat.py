@@ -5,8 +5,8 @@ from calibration import Interrupted, RunOptions, fit
 from calibration.recipes.mse import Mse
 from calibration.recipes.qat import QAT
 from edm_deploy.errors import InputError
-from tests.calibration.test_distill import interrupted_at
 from tests.calibration.tiny import tiny_source
+from tests.calibration.training.test_distillation import interrupted_at
 
 SETTINGS = {"rows": 4, "steps": 4, "batch": 4, "calibration_samples": 4, "weight_rate": 0.2}
 

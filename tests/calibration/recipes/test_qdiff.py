@@ -4,7 +4,7 @@ import torch
 from calibration import RunOptions, fit
 from calibration.recipes.qdiff import RECIPE
 from edm_deploy.errors import InputError
-from edm_deploy.structure import PUBLISHED
+from edm_deploy.network.restructure import PUBLISHED
 from tests.calibration.tiny import tiny_source
 
 SMALL = {"rows": 3, "calibration_samples": 2, "steps": 4, "batch": 2, "scale_rate": 1e-4}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from calibration import RunOptions, fit
-from calibration.channels import ChannelRanges
+from calibration.observers.channel_scaling import ChannelRanges
 from calibration.recipes.quest import Quest, observed_scales, rank_one
 from edm_deploy.errors import InputError
 from tests.calibration.tiny import tiny_source

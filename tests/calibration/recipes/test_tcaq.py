@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from calibration.channels import channel_ranges
+from calibration.data.noise_schedules import calibrated_timesteps
+from calibration.data.trajectory_pool import Trajectories
+from calibration.observers.channel_scaling import channel_ranges
 from calibration.recipes.tcaq import RECIPE, lead_anew, reach
-from calibration.schedules import calibrated_timesteps
-from calibration.student import Student, Teacher
-from calibration.trajectories import Trajectories
+from calibration.student.teacher import Teacher
 from edm_deploy.errors import InputError
 from tests.calibration.tiny import tiny_source
 
@@ -18,7 +18,7 @@ def scene():
     source, recipe = tiny_source(), RECIPE(rows=4, calibration_samples=4)
     timesteps = calibrated_timesteps(source.scheduler, 4)
     teacher = Teacher(source, CPU)
-    student = Student(source, recipe, timesteps, CPU, teacher=teacher)
+    student = recipe.student(source, timesteps, CPU, teacher=teacher)
     return recipe, teacher, student, Trajectories(source, timesteps, size=4, eta=0.0, seed=0, device=CPU)
 
 

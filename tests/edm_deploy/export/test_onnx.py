@@ -7,10 +7,10 @@ import onnx_ir.passes.common as passes
 import pytest
 import torch
 
+from edm_deploy.artifact.reference import Reference
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.export.onnx import onnx_from_artifact, save_graph
-from edm_deploy.manifest import Manifest
-from edm_deploy.reference import Reference
+from edm_deploy.runtime.manifest import Manifest
 from tests.conftest import TINY, artifact_by_hand, tiny_inputs, tiny_model
 
 ort = pytest.importorskip("onnxruntime")

@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from edm_deploy.activations import ActivationTable
 from edm_deploy.export.onnx import graph_from_artifact
+from edm_deploy.numerics.activation_table import ActivationTable
 from tests.conftest import artifact_by_hand
 
 

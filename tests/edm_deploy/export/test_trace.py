@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from edm_deploy import lookup, models
+from edm_deploy import models, registry
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.export.trace import find_sites, trace
-from edm_deploy.family import skeleton
+from edm_deploy.network.family import meta_model
 from tests.conftest import TINY, tiny_model
 
 
@@ -16,7 +16,7 @@ def graph():
 
 def test_every_site_is_found_by_its_parameter_name(graph):
     family, config, _ = tiny_model("unet2d-condition")
-    names = list(family.sites(skeleton(family, config)))
+    names = list(family.sites(meta_model(family, config)))
     sites = find_sites(graph.graph, names)
     assert list(sites) == names
     assert {nodes.node.op_type for nodes in sites.values()} == {"Conv", "Gemm", "MatMul"}
@@ -45,4 +45,4 @@ def test_a_model_that_cannot_be_traced_is_one_clear_error(monkeypatch):
 
 
 def test_all_families_are_among_the_tiny_models():
-    assert {name for name, _ in TINY.values()} == set(lookup.names(models))
+    assert {name for name, _ in TINY.values()} == set(registry.names(models))

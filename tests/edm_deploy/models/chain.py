@@ -10,19 +10,20 @@ import torch
 from diffusers import DiffusionPipeline
 
 import calibration
-from calibration.recipe import RunOptions
 from calibration.recipes.mse import Mse
+from calibration.run.options import RunOptions
 from edm_deploy import load_pipeline
-from edm_deploy.artifact import Artifact
-from edm_deploy.assembly import quiet
-from edm_deploy.denoiser import EngineDenoiser
-from edm_deploy.encoding import encode, takes_prompts
+from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.artifact.reference import Reference
 from edm_deploy.export.onnx import onnx_from_artifact
-from edm_deploy.manifest import Range
-from edm_deploy.outline import INDEX
-from edm_deploy.pipelines import Source, float_artifact, load_source, scheduler_named
-from edm_deploy.reference import Reference
-from edm_deploy.session import BuildOptions
+from edm_deploy.pipelines.model_index import INDEX
+from edm_deploy.pipelines.prompt_encoding import encode, takes_prompts
+from edm_deploy.pipelines.rebuild import quiet
+from edm_deploy.pipelines.schedulers import scheduler_named
+from edm_deploy.pipelines.source import Source, float_artifact, load_source
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.denoiser import EngineDenoiser
+from edm_deploy.runtime.manifest import ShapeRange
 from engines import build_engine
 from tests import tiny_transformers, tiny_unets
 from tests.conftest import tiny_inputs
@@ -88,8 +89,8 @@ def chain(kind: str) -> Chain:
     recipe = Mse(weight_bits=4, act_bits=8, rows=3, calibration_samples=2)
     artifact = calibration.fit(source, recipe, RunOptions(prompts=prompts if takes_prompts(source) else None))
     dims = {declared for inputs in source.family_object.inputs(source.config) for declared in inputs.dims}
-    sizes = {"batch": Range(1, 2, 4), "tokens": Range(1, 8, 512), "image_tokens": Range(16, 16, 64)}
-    sizes |= {"height": Range(8, 8, 16), "width": Range(8, 8, 16)}
+    sizes = {"batch": ShapeRange(1, 2, 4), "tokens": ShapeRange(1, 8, 512), "image_tokens": ShapeRange(16, 16, 64)}
+    sizes |= {"height": ShapeRange(8, 8, 16), "width": ShapeRange(8, 8, 16)}
     options = BuildOptions(profile={dim: size for dim, size in sizes.items() if dim in dims})
     engines = []
     for name, made in (("float", float_artifact(source)), ("w4a8", artifact)):

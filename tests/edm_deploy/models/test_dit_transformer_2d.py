@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.pipelines import schedulers_for
+from edm_deploy.pipelines.schedulers import schedulers_for
 from tests.conftest import SCHEDULER, tiny_model
 from tests.edm_deploy.models.chain import chain, check_components, check_float_engine, check_pipeline, check_quantized_engine
 

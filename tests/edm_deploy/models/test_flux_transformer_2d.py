@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 
-from edm_deploy.encoding import conditioner_of
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.sampling import set_steps
+from edm_deploy.pipelines.prompt_encoding import conditioner_of
+from edm_deploy.pipelines.sampling import set_steps
 from tests.conftest import tiny_model
 from tests.edm_deploy.models.chain import (
     PROMPTS,

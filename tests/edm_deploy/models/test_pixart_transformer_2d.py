@@ -3,13 +3,14 @@ import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 
 from edm_deploy import load_pipeline
-from edm_deploy.encoding import conditioner_of
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.export.onnx import onnx_from_artifact
-from edm_deploy.family import family_named
-from edm_deploy.manifest import Range
-from edm_deploy.pipelines import float_artifact, load_source, schedulers_for
-from edm_deploy.session import BuildOptions
+from edm_deploy.models import family_named
+from edm_deploy.pipelines.prompt_encoding import conditioner_of
+from edm_deploy.pipelines.schedulers import schedulers_for
+from edm_deploy.pipelines.source import float_artifact, load_source
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.manifest import ShapeRange
 from engines import build_engine
 from tests.conftest import SCHEDULER, TINY, tiny_model
 from tests.edm_deploy.models.chain import (
@@ -75,7 +76,7 @@ def test_the_model_of_1024_pixels_is_told_the_size_of_the_image(tmp_path):
     original.set_progress_bar_config(disable=True)
     original.save_pretrained(tmp_path / "p")
     onnx_from_artifact(float_artifact(load_source(tmp_path / "p")), tmp_path / "onnx")
-    sizes = {"batch": Range(1, 2, 2), "height": Range(8, 8, 16), "width": Range(8, 8, 16)}
+    sizes = {"batch": ShapeRange(1, 2, 2), "height": ShapeRange(8, 8, 16), "width": ShapeRange(8, 8, 16)}
     build_engine(tmp_path / "onnx", tmp_path / "engine", backend="ort", options=BuildOptions(profile=sizes))
     pipeline = load_pipeline(tmp_path / "engine")
     pipeline.set_progress_bar_config(disable=True)
@@ -89,7 +90,7 @@ def test_layers_whose_rows_are_not_the_samples_stay_float():
     rule = family.rule("adaln_single.emb.resolution_embedder.linear_1")
     assert rule.placement == "float" and "two sizes a sample" in rule.reason
     assert not any("resolution" in name for name in family.sites(model))
-    assert family.placement("adaln_single.linear") == "keep8"
+    assert family.placement("adaln_single.linear") == "w8a8"
 
 
 def test_misuse_is_one_clear_error():

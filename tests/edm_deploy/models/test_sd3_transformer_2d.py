@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from edm_deploy.encoding import conditioner_of
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.manifest import Range
-from edm_deploy.pipelines import scheduler_named, schedulers_for
-from edm_deploy.session import BuildOptions
+from edm_deploy.pipelines.prompt_encoding import conditioner_of
+from edm_deploy.pipelines.schedulers import scheduler_named, schedulers_for
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.manifest import ShapeRange
 from engines import build_engine
 from tests.conftest import FLOW_SCHEDULER, tiny_model
 from tests.edm_deploy.models.chain import (
@@ -81,7 +81,7 @@ def test_positions_bound_the_size():
             home("sd3").parent / "float" / "onnx",
             home("sd3").parent / "none",
             backend="ort",
-            options=BuildOptions(profile={"height": Range(8, 8, 26)}),
+            options=BuildOptions(profile={"height": ShapeRange(8, 8, 26)}),
         )
     with pytest.raises(InputError, match=r"height 24 lies outside the engine's profile 8:8:16\. .* build again with --height 8:8:24"):
         chain("sd3").exact(PROMPTS[0], height=192, width=64, num_inference_steps=1, output_type="latent")

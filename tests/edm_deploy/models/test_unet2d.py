@@ -2,20 +2,21 @@ import pytest
 import torch
 
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.family import family_named, skeleton
+from edm_deploy.models import family_named
+from edm_deploy.network.family import meta_model
 from tests.conftest import TINY_CLASS_UNET, TINY_UNET, tiny_inputs, tiny_model
 
 FAMILY = family_named("unet2d")
 
 
 def test_first_and_last_convolution_and_the_time_embedding_stay_at_eight_bits():
-    sites = FAMILY.sites(skeleton(FAMILY, TINY_UNET))
-    kept = [name for name in sites if FAMILY.placement(name) == "keep8"]
+    sites = FAMILY.sites(meta_model(FAMILY, TINY_UNET))
+    kept = [name for name in sites if FAMILY.placement(name) == "w8a8"]
     assert kept == ["conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "conv_out"]
 
 
 def test_every_convolution_and_linear_is_a_site():
-    bones = skeleton(FAMILY, TINY_UNET)
+    bones = meta_model(FAMILY, TINY_UNET)
     layers = [name for name, layer in bones.named_modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
     assert list(FAMILY.sites(bones)) == layers
     assert len(layers) > 20

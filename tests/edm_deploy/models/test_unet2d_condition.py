@@ -3,10 +3,11 @@ import torch
 
 from calibration import RunOptions, fit
 from calibration.recipes.efficientdm import EfficientDM
-from edm_deploy.encoding import conditioner_of, encode
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.family import family_named, skeleton
-from edm_deploy.pipelines import schedulers_for
+from edm_deploy.models import family_named
+from edm_deploy.network.family import meta_model
+from edm_deploy.pipelines.prompt_encoding import conditioner_of, encode
+from edm_deploy.pipelines.schedulers import schedulers_for
 from tests.conftest import SCHEDULER, TINY, TINY_CONDITION_UNET, TINY_SDXL, tiny_inputs
 from tests.edm_deploy.models.chain import (
     PROMPTS,
@@ -31,7 +32,7 @@ def test_tokens_are_an_input_of_any_length():
 
 
 def test_the_cross_attention_is_quantized():
-    sites = FAMILY.sites(skeleton(FAMILY, TINY_CONDITION_UNET))
+    sites = FAMILY.sites(meta_model(FAMILY, TINY_CONDITION_UNET))
     assert any(name.endswith("attn2.to_k") and FAMILY.placement(name) == "quantize" for name in sites)
 
 
@@ -157,18 +158,18 @@ def test_a_label_is_told_by_the_class_embedder():
     conditioner = conditioner_of(made.source)
     tokens = conditioner.encoded["encoder_hidden_states"]
     assert torch.equal(tokens, table(torch.arange(LABELS)))
-    assert torch.equal(conditioner.without["encoder_hidden_states"], table(torch.tensor([LABELS])))
+    assert torch.equal(conditioner.unconditional["encoder_hidden_states"], table(torch.tensor([LABELS])))
     assert made.artifact.provenance["conditioning"] == "5 labels of the class embedder"
     assert made.artifact.provenance["guidance"] == 1.5
 
 
 def test_a_mask_lies_beside_the_latents_and_hides_the_image():
-    beside = FAMILY.beside_sample(TINY_CONDITION_UNET | {"in_channels": 9}, 3, torch.Generator().manual_seed(0))
+    beside = FAMILY.extra_channels(TINY_CONDITION_UNET | {"in_channels": 9}, 3, torch.Generator().manual_seed(0))
     mask, image = beside[:, :1], beside[:, 1:]
     assert beside.shape == (3, 5, 8, 8)
     assert mask.unique().tolist() in ([0, 1], [1])
     assert not (image * mask).any()
-    assert FAMILY.walked_shape(TINY_CONDITION_UNET | {"in_channels": 9}) == (4, 8, 8)
+    assert FAMILY.latent_shape(TINY_CONDITION_UNET | {"in_channels": 9}) == (4, 8, 8)
 
 
 def test_a_resolution_outside_the_profile_is_refused_with_the_mend():

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engines.kernels._checks import Norm, Operands, Table
-from engines.kernels.layout import bits_of, pack_codes, pack_weight, weight_sum, zero_codes
+from edm_deploy.numerics.kernel_layout import bits_of, pack_codes, pack_weight, weight_sum, zero_codes
+from engines.kernels.operands import Norm, Operands, Table
 
 ROWS = 7
 KINDS = ("s4", "u4", "s8")

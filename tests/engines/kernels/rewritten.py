@@ -8,34 +8,37 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from edm_deploy.activations import ActivationTable
-from edm_deploy.artifact import Artifact
-from edm_deploy.program import exported_program
-from edm_deploy.quant import quantize_weight, weight_bounds
-from edm_deploy.site import Site
-from edm_deploy.target import Kind, kind_of
-from engines.kernels.graph import Draft, draft
-from engines.kernels.sites import PackedSite, read, stored
+from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.artifact.quantized_layer import QuantizedLayer
+from edm_deploy.network.float_program import exported_program
+from edm_deploy.numerics.activation_table import ActivationTable
+from edm_deploy.numerics.codes import quantize_weight, weight_bounds
+from edm_deploy.numerics.kernel_layout import CodeFormat
+from edm_deploy.runtime.capabilities import code_format
+from engines.torch_graph.packed_layer import PackedSite, read, stored
+from engines.torch_graph.rewrite import GraphRewrite, draft
 from tests.conftest import tiny_model
 
 ROW_OF_TIMESTEP = torch.arange(1000, dtype=torch.int32) // 500  # two rows
 
 
-def packed_site(site: Site, bias: Tensor | None = None, dtype: torch.dtype = torch.float16, kind: Kind | str | None = "own") -> PackedSite:
+def packed_site(
+    site: QuantizedLayer, bias: Tensor | None = None, dtype: torch.dtype = torch.float16, kind: CodeFormat | str | None = "own"
+) -> PackedSite:
     """A site as an engine would open it; `kind` s8 widens, None leaves it to floating point."""
-    own = kind_of(site)
-    run: Kind | None = own if kind == "own" else kind  # type: ignore[assignment]
+    own = code_format(site)
+    run: CodeFormat | None = own if kind == "own" else kind  # type: ignore[assignment]
     packed = None if run is None else own
     return read("site", stored(site, packed), packed=packed, kind=run, channels=site.codes.shape[1], bias=bias, dtype=dtype)
 
 
-def site_of(layer: nn.Conv2d | nn.Linear, bits: int = 4, low: int = -4, scale: float = 0.2) -> Site:
+def site_of(layer: nn.Conv2d | nn.Linear, bits: int = 4, low: int = -4, scale: float = 0.2) -> QuantizedLayer:
     """A layer quantized to `bits`, its input to [low, low + 2^bits - 1], the second row's scale twice the first's."""
     weight = layer.weight.detach()
     weight_scale = weight.flatten(1).abs().amax(1) / weight_bounds(bits)[1]
     qmin = torch.full((2,), low, dtype=torch.int8)
     table = ActivationTable(bits=bits, scale=torch.tensor([scale, 2 * scale]), qmin=qmin, qmax=qmin + (2**bits - 1))
-    return Site(
+    return QuantizedLayer(
         op="conv2d" if weight.ndim == 4 else "linear",
         codes=quantize_weight(weight, weight_scale, bits),
         weight_scale=weight_scale,
@@ -44,7 +47,9 @@ def site_of(layer: nn.Conv2d | nn.Linear, bits: int = 4, low: int = -4, scale: f
     )
 
 
-def drafted(model: nn.Module, sites: dict[str, Site], x: Tensor, *, kinds: dict[str, Kind | None] | None = None) -> Draft:
+def drafted(
+    model: nn.Module, sites: dict[str, QuantizedLayer], x: Tensor, *, kinds: dict[str, CodeFormat | None] | None = None
+) -> GraphRewrite:
     """A model `f(x)` in float16 with its sites rewritten; graph inputs are x, of any batch, and the timestep."""
     wrapped = _Timed(model.half())
     arguments = (x, torch.zeros(len(x)))
@@ -64,7 +69,7 @@ def program_of(kind: str, dtype: torch.dtype = torch.float16) -> ExportedProgram
     return exported_program(family, config, dtype, input_dtype=torch.float32)
 
 
-def drafted_artifact(artifact: Artifact, program: ExportedProgram, dtype: torch.dtype = torch.float16) -> Draft:
+def drafted_artifact(artifact: Artifact, program: ExportedProgram, dtype: torch.dtype = torch.float16) -> GraphRewrite:
     """A whole denoiser, rewritten and not fused."""
     packed = {name: packed_site(site, artifact.params.get(f"{name}.bias"), dtype) for name, site in artifact.sites.items()}
     return draft(program, packed, artifact.params, artifact.row_of_timestep, dtype)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from edm_deploy.activations import ActivationTable
+from edm_deploy.artifact.quantized_layer import QuantizedLayer
+from edm_deploy.artifact.reference import ReferenceSite
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.reference import ReferenceSite
-from edm_deploy.site import Site
-from edm_deploy.target import kind_of
+from edm_deploy.numerics.activation_table import ActivationTable
+from edm_deploy.numerics.kernel_layout import bits_of, pack_weight, unpack_codes, weight_sum, zero_codes
+from edm_deploy.runtime.capabilities import code_format
 from engines.kernels import ops
-from engines.kernels.layout import bits_of, pack_weight, unpack_codes, weight_sum, zero_codes
 
 OPS = torch.ops.edm_deploy
 RANGES = {"s4": ([-8, -3], [7, 4]), "u4": ([-3, -12], [12, 3]), "s8": ([-128, -100], [127, 127])}
@@ -26,29 +26,29 @@ def table(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.tensor([0.11, 0.3]), qmin, qmax
 
 
-def site_of(op: str, kind: str, *shape: int) -> Site:
+def site_of(op: str, kind: str, *shape: int) -> QuantizedLayer:
     generator = torch.Generator().manual_seed(0)
     limit = 127 if kind == "s8" else 7
     codes = torch.randint(-limit, limit + 1, shape, dtype=torch.int8, generator=generator)
     scale, qmin, qmax = table(kind)
     activation = ActivationTable(bits=bits_of(kind), scale=scale, qmin=qmin.to(torch.int8), qmax=qmax.to(torch.int8))
     weight_scale = torch.rand(shape[0], generator=generator) + 0.5
-    return Site(op=op, codes=codes, weight_scale=weight_scale, weight_bits=bits_of(kind), activation=activation)
+    return QuantizedLayer(op=op, codes=codes, weight_scale=weight_scale, weight_bits=bits_of(kind), activation=activation)
 
 
-def quantize_arguments(site: Site, kind: str, rows: torch.Tensor, silu: bool = False) -> tuple:
+def quantize_arguments(site: QuantizedLayer, kind: str, rows: torch.Tensor, silu: bool = False) -> tuple:
     a = site.activation
     return rows, a.inv_scale, a.qmin.int(), a.qmax.int(), bits_of(kind), kind == "u4", silu
 
 
-def sum_arguments(site: Site, kind: str, codes: torch.Tensor, rows: torch.Tensor, bias=None, residual=None) -> tuple:
+def sum_arguments(site: QuantizedLayer, kind: str, codes: torch.Tensor, rows: torch.Tensor, bias=None, residual=None) -> tuple:
     a, bits = site.activation, bits_of(kind)
     zero = zero_codes(a.qmin.int(), bits, unsigned=kind == "u4")
     packed = pack_weight(site.codes, bits)
     return (codes, rows, packed, zero, a.scale, a.qmin.int(), site.weight_scale, weight_sum(site.codes), bias, residual, kind)
 
 
-def judged(layer: nn.Module, site: Site, bias: torch.Tensor | None, x: torch.Tensor, rows: torch.Tensor) -> ReferenceSite:
+def judged(layer: nn.Module, site: QuantizedLayer, bias: torch.Tensor | None, x: torch.Tensor, rows: torch.Tensor) -> ReferenceSite:
     judge = ReferenceSite(layer, site, bias)
     judge.rows, judge.recording = rows.long(), True
     judge(x)
@@ -90,7 +90,7 @@ def test_one_product_by_hand():
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (3, 1, 1), (3, 2, 1), (3, 2, 0), (1, 2, 0), (2, 2, 0)])
 def test_a_convolution_agrees_with_the_reference(kind, kernel, stride, padding, dtype):
     site = site_of("conv2d", kind, 7, 37, kernel, kernel)
-    assert kind_of(site) == kind
+    assert code_format(site) == kind
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 37, 6, 5, generator=generator).to(dtype)
     bias = torch.randn(7, generator=generator)

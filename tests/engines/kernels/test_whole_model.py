@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from edm_deploy.reference import Reference
-from engines.kernels import _arithmetic, _dispatch, driver, fusions
-from engines.kernels.graph import cut
+from edm_deploy.artifact.reference import Reference
+from engines.kernels import cpu_ops, cuda_ops, driver
+from engines.torch_graph import fusions
+from engines.torch_graph.rewrite import cut
 from tests.conftest import artifact_by_hand, tiny_inputs
 from tests.engines.kernels.emulator import Emulator
 from tests.engines.kernels.rewritten import drafted_artifact, program_of
@@ -27,7 +28,7 @@ def emulated(monkeypatch):
 
     def route():
         for name in ("quantize", "group_stats", "convolve"):
-            monkeypatch.setattr(_arithmetic, name, getattr(_dispatch, name))
+            monkeypatch.setattr(cpu_ops, name, getattr(cuda_ops, name))
 
     return route, entries
 

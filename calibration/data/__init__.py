@@ -1,0 +1,1 @@
+"""What models are calibrated and trained on: trajectories of the model's own, prompts, activation samples."""

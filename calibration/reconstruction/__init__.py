@@ -1,0 +1,1 @@
+"""Block-wise reconstruction: AdaRound and learned scales, one block at a time."""

@@ -1,0 +1,1 @@
+"""Teacher and student: the float model, its fake-quantized copy, and the artifact that the copy becomes."""

@@ -1,0 +1,52 @@
+"""The artifact that a calibrated or trained student becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from calibration.student.student import Student
+from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.artifact.quantized_layer import QuantizedLayer
+from edm_deploy.network.restructure import PRE_SCALE
+from edm_deploy.pipelines.source import Source
+
+
+def artifact_from_student(student: Student, source: Source, provenance: Mapping[str, Any]) -> Artifact:
+    """The student as an artifact: updates merged, weights rounded, tables as integers.
+
+    Raises:
+        ArtifactError: Training left a value that is not finite.
+    """
+    replaced = {f"{name}.weight" for name in student.layers}
+    params = {name: value.detach().float().cpu() for name, value in source.model.state_dict().items() if name not in replaced}
+    sites = {}
+    for name, layer in student.layers.items():
+        codes, scale = layer.codes()
+        sites[name] = QuantizedLayer(
+            op="conv2d" if isinstance(layer.layer, nn.Conv2d) else "linear",
+            codes=codes.cpu().contiguous(),
+            weight_scale=scale.cpu(),
+            weight_bits=layer.bits,
+            channel_bits=None if layer.channel_bits is None else layer.channel_bits.detach().cpu(),
+            activation=layer.quantizer.table() if layer.quantizer else None,
+        )
+        for leaf in ("bias", PRE_SCALE):
+            if (value := getattr(layer.layer, leaf, None)) is not None:
+                params[f"{name}.{leaf}"] = value.detach().float().cpu()
+    artifact = Artifact(
+        family=source.family,
+        config=source.config,
+        timesteps=student.timesteps,
+        row_of_timestep=student.row_of_timestep,
+        sites=sites,
+        params=params,
+        provenance=dict(provenance),
+        pipeline=source.pipeline,
+        structure=student.structure,
+        folded=student.folded,
+    )
+    artifact.validate()
+    return artifact

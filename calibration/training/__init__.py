@@ -1,0 +1,1 @@
+"""End-to-end distillation: the training loop, its losses, and what is trained."""

@@ -1,0 +1,283 @@
+"""The artifact: everything that a quantized denoiser is, as one directory of json and safetensors that every engine is built from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edm_deploy.artifact.quantized_layer import QuantizedLayer
+from edm_deploy.artifact.timestep_correction import Correction, channel_axis
+from edm_deploy.errors import ArtifactError, EdmDeployError
+from edm_deploy.models import family_named
+from edm_deploy.network.family import Family, meta_model
+from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite
+from edm_deploy.numerics.activation_table import ActivationTable
+from edm_deploy.numerics.codes import fits_int4, pack_int4, unpack_int4
+from edm_deploy.storage.directories import PIPELINE_FILES, copy_pipeline_files, new_directory, read_json, write_json
+from edm_deploy.storage.tensor_file import DeferredTensor, check_params, digest_of, read_tensors, write_tensors
+
+SCHEMA = 3  # 2 brought `folded`; 3 `structure`, `channel_bits`, `correction` and `relaxed`
+JSON_NAME = "artifact.json"
+TENSORS_NAME = "artifact.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A quantized denoiser. `validate` states what always holds; `load` and `save` call it.
+
+    Attributes:
+        family: Name of the model family.
+        config: The diffusers config of the denoiser.
+        timesteps: int32 [R], ascending: the calibrated timesteps, one a table row.
+        row_of_timestep: int32 [num_train_timesteps].
+        sites: By layer name.
+        structure: What the network computes otherwise than the published one, and the same.
+        folded: Layers that are no sites because they see the timestep alone: exporters make a table of what they compute.
+        correction: What the runtime does to the sample and to the prediction; None where it does nothing.
+        relaxed: uint8 [num_train_timesteps]: 1 where activations stay in floating point, in a second graph of the same weights; None is nowhere.
+        params: float32, every parameter and buffer that is not a quantized weight, by its name in the model.
+        provenance: Recipe, settings, seed, versions, teacher hash, wall time, peak memory. Not part of the hash.
+        pipeline: The source pipeline's json files by relative path, so that one can be rebuilt.
+    """
+
+    family: str
+    config: Mapping[str, Any]
+    timesteps: Tensor
+    row_of_timestep: Tensor
+    sites: Mapping[str, QuantizedLayer]
+    params: Mapping[str, Tensor]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    pipeline: Mapping[str, Any] = field(default_factory=dict)
+    structure: NetworkRewrite = PUBLISHED
+    folded: tuple[str, ...] = ()
+    correction: Correction | None = None
+    relaxed: Tensor | None = None
+
+    @property
+    def family_object(self) -> Family:
+        """The family that `family` names."""
+        return family_named(self.family)
+
+    def skeleton(self) -> torch.nn.Module:
+        """The float network, restructured, on the meta device."""
+        return meta_model(self.family_object, self.config, self.structure)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Length of the training schedule."""
+        return len(self.row_of_timestep)
+
+    @property
+    def scheme(self) -> str:
+        """Bits of most sites, `W4A4`; `float` where there are none."""
+        schemes = [site.scheme for site in self.sites.values()]
+        return max(sorted(set(schemes)), key=schemes.count, default="float")
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 hex of all that decides what the engine computes: family, config, sites and tensors; not of the provenance."""
+        return self._digest(digest_of(self._tensors()))
+
+    def _digest(self, tensors_sha256: str) -> str:
+        content = self._description() | {"tensors": tensors_sha256}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def validate(self) -> None:
+        """Raises ArtifactError, naming the site, where something could not run."""
+        rows = len(self.timesteps)
+        if rows == 0 or bool((self.timesteps.diff() <= 0).any()):
+            raise ArtifactError("Artifact's timesteps are not ascending; expected at least one, each once.")
+        if not len(self.row_of_timestep) or int(self.row_of_timestep.min()) < 0 or int(self.row_of_timestep.max()) >= rows:
+            raise ArtifactError(f"Artifact's row_of_timestep points outside its {rows} table rows.")
+        if problem := self._problem_by_timestep():
+            raise ArtifactError(f"Artifact's {problem}. Make the artifact again.")
+        model = self.skeleton()
+        layers = self.family_object.sites(model)
+        if unknown := sorted(set(self.sites) - set(layers)):
+            raise ArtifactError(f"Artifact has site {unknown[0]!r}, which the {self.family} model of its config has not.")
+        for name in self.folded:
+            if name not in layers or name in self.sites:
+                raise ArtifactError(
+                    f"Artifact folds {name!r}, which is {'a quantized site' if name in layers else 'no layer'}. Make it again."
+                )
+        for name, site in self.sites.items():
+            expected_op = "conv2d" if isinstance(layers[name], torch.nn.Conv2d) else "linear"
+            problem = f"op is {site.op}, the layer is {expected_op}" if site.op != expected_op else None
+            problem = problem or site.problem(tuple(layers[name].weight.shape), rows)
+            if problem:
+                raise ArtifactError(f"Site {name!r}: {problem}. Make the artifact again.")
+        expected = {key: value for key, value in model.state_dict().items() if key.removesuffix(".weight") not in self.sites}
+        check_params(self.params, {key: tuple(value.shape) for key, value in expected.items()})
+        for name in self.structure.pre_scaled:
+            if not bool((self.params[f"{name}.{PRE_SCALE}"] > 0).all()):
+                raise ArtifactError(f"Layer {name!r}: pre_scale holds a value that is not positive. Make the artifact again.")
+
+    def _problem_by_timestep(self) -> str | None:
+        """What is wrong with what the runtime does by timestep, as a phrase, or None."""
+        if self.relaxed is not None and (len(self.relaxed) != self.num_train_timesteps or not 0 < int(self.relaxed.max()) < 2):
+            return (
+                f"relaxed has {len(self.relaxed)} numbers up to {int(self.relaxed.max())}, expected {self.num_train_timesteps} of 0 and 1"
+            )
+        if self.correction is None:
+            return None
+        sample = torch.empty(1, *self.family_object.latent_shape(self.config), device="meta")
+        problem = self.correction.problem(self.num_train_timesteps, sample.shape[channel_axis(sample)])
+        return f"correction: {problem}" if problem else None
+
+    def save(self, path: Path | str, *, overwrite: bool = True) -> Path:
+        """Write the artifact to directory `path`, whole or not at all; an artifact that stood there is replaced at the end.
+
+        Raises:
+            ArtifactError: The artifact is not valid, `path` holds something else, or the disk refuses.
+        """
+        self.validate()
+        with new_directory(Path(path), marker=JSON_NAME, overwrite=overwrite) as directory:
+            found = write_tensors(directory / TENSORS_NAME, self._tensors())
+            description = {"schema": SCHEMA} | self._description()
+            description |= {"tensors_sha256": found, "digest": self._digest(found), "provenance": dict(self.provenance)}
+            write_json(directory / JSON_NAME, description)
+            copy_pipeline_files(self.pipeline, directory)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Artifact:
+        """Read and validate an artifact; nothing is executed, nothing is partly loaded.
+
+        Raises:
+            ArtifactError: `path` is no artifact, was made by a newer version, or is damaged; the message names the mend.
+        """
+        directory = Path(path)
+        description = read_json(directory / JSON_NAME, what="artifact")
+        schema = description.get("schema")
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise ArtifactError(
+                f"{directory} has artifact schema {schema!r}; this edm-deploy reads up to {SCHEMA}. Install a newer edm-deploy, or make the artifact again."
+            )
+        tensors = read_tensors(directory / TENSORS_NAME, str(description.get("tensors_sha256")), said_by=JSON_NAME)
+        try:
+            artifact = _artifact_from_parts(description, tensors, directory)
+            artifact.validate()
+        except (KeyError, TypeError, ValueError, AttributeError) as err:
+            raise ArtifactError(f"{directory / JSON_NAME} does not describe its tensors ({err!r}). Make the artifact again.") from err
+        except EdmDeployError as err:
+            raise ArtifactError(f"{directory}: {err}") from err
+        return artifact
+
+    def _description(self) -> dict[str, Any]:
+        sites = {
+            name: {
+                "op": site.op,
+                "weight_shape": list(site.codes.shape),
+                "weight_bits": site.weight_bits,
+                "act_bits": site.activation.bits if site.activation else None,
+            }
+            for name, site in self.sites.items()
+        }
+        # Only where there is any: the digest of an artifact without is what it was before the field came.
+        optional = {"folded": list(self.folded), "structure": self.structure.to_json()}
+        return {"family": self.family, "config": dict(self.config), "sites": sites} | {
+            key: value for key, value in optional.items() if value
+        }
+
+    def _tensors(self) -> dict[str, DeferredTensor]:
+        """What the file holds; codes are packed and parameters narrowed one at a time, when their turn comes."""
+        tensors = {"timesteps": DeferredTensor.of(self.timesteps), "row_of_timestep": DeferredTensor.of(self.row_of_timestep)}
+        for name, site in self.sites.items():
+            tensors[f"sites.{name}.codes"] = _stored_codes(site.codes)
+            tensors[f"sites.{name}.weight_scale"] = DeferredTensor.of(site.weight_scale)
+            if site.channel_bits is not None:
+                tensors[f"sites.{name}.channel_bits"] = DeferredTensor.of(site.channel_bits)
+            if site.activation:
+                tensors[f"sites.{name}.act_scale"] = DeferredTensor.of(site.activation.scale)
+                tensors[f"sites.{name}.act_qmin"] = DeferredTensor.of(site.activation.qmin)
+                tensors[f"sites.{name}.act_qmax"] = DeferredTensor.of(site.activation.qmax)
+        if self.correction is not None:
+            tensors |= {f"correction.{name}": DeferredTensor.of(value) for name, value in vars(self.correction).items()}
+        if self.relaxed is not None:
+            tensors["relaxed"] = DeferredTensor.of(self.relaxed)
+        return tensors | {f"params.{name}": _stored_param(value) for name, value in self.params.items()}
+
+
+def _stored_codes(codes: Tensor) -> DeferredTensor:
+    """Packed two to a byte where all codes fit in 4 bits."""
+    if not fits_int4(codes):
+        return DeferredTensor.of(codes)
+    return DeferredTensor(torch.uint8, ((codes.numel() + 1) // 2,), lambda: pack_int4(codes))
+
+
+def _stored_param(value: Tensor) -> DeferredTensor:
+    """float16 where that loses nothing, float32 otherwise."""
+    exact = torch.equal(value.to(torch.float16).float(), value.float())
+    dtype = torch.float16 if exact else torch.float32
+    return DeferredTensor(dtype, tuple(value.shape), lambda: value.to(dtype))
+
+
+def _artifact_from_parts(description: Mapping[str, Any], tensors: Mapping[str, Tensor], directory: Path) -> Artifact:
+    used: set[str] = set()
+
+    def take(name: str, *dtypes: torch.dtype) -> Tensor:
+        if name not in tensors:
+            raise ArtifactError(f"tensor {name!r} is missing. Make the artifact again.")
+        if tensors[name].dtype not in dtypes:
+            raise ArtifactError(
+                f"tensor {name!r} is {tensors[name].dtype}, expected {' or '.join(map(str, dtypes))}. Make the artifact again."
+            )
+        used.add(name)
+        return tensors[name]
+
+    def site(name: str, entry: Mapping[str, Any]) -> QuantizedLayer:
+        shape = tuple(int(n) for n in entry["weight_shape"])
+        codes = take(f"sites.{name}.codes", torch.int8, torch.uint8)
+        codes = unpack_int4(codes, shape) if codes.dtype == torch.uint8 else codes
+        activation = None
+        if entry["act_bits"] is not None:
+            activation = ActivationTable(
+                bits=int(entry["act_bits"]),
+                scale=take(f"sites.{name}.act_scale", torch.float32),
+                qmin=take(f"sites.{name}.act_qmin", torch.int8),
+                qmax=take(f"sites.{name}.act_qmax", torch.int8),
+            )
+        scale = take(f"sites.{name}.weight_scale", torch.float32)
+        mixed = f"sites.{name}.channel_bits"
+        return QuantizedLayer(
+            op=entry["op"],
+            codes=codes,
+            weight_scale=scale,
+            weight_bits=int(entry["weight_bits"]),
+            channel_bits=take(mixed, torch.uint8) if mixed in tensors else None,
+            activation=activation,
+        )
+
+    artifact = Artifact(
+        family=str(description["family"]),
+        config=description["config"],
+        timesteps=take("timesteps", torch.int32),
+        row_of_timestep=take("row_of_timestep", torch.int32),
+        sites={name: site(name, entry) for name, entry in description["sites"].items()},
+        params={
+            name.removeprefix("params."): take(name, torch.float32, torch.float16).float() for name in tensors if name.startswith("params.")
+        },
+        structure=NetworkRewrite.from_json(description.get("structure", {})),
+        folded=tuple(str(name) for name in description.get("folded", ())),
+        correction=Correction(
+            row_of_timestep=take("correction.row_of_timestep", torch.int32),
+            scale=take("correction.scale", torch.float32),
+            input_bias=take("correction.input_bias", torch.float32),
+        )
+        if "correction.scale" in tensors
+        else None,
+        relaxed=take("relaxed", torch.uint8) if "relaxed" in tensors else None,
+        provenance=description.get("provenance", {}),
+        pipeline={name: read_json(directory / name, what="pipeline") for name in PIPELINE_FILES if (directory / name).is_file()},
+    )
+    if left := sorted(set(tensors) - used):
+        raise ArtifactError(f"tensor {left[0]!r} belongs to nothing that {JSON_NAME} describes. Make the artifact again.")
+    return artifact

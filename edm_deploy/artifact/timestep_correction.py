@@ -1,0 +1,121 @@
+"""What the runtime mends outside the graph, by timestep and channel: the predicted noise is multiplied, the sample is shifted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edm_deploy.network.family import SAMPLE, TIMESTEP
+from edm_deploy.numerics.activation_table import table_rows
+
+DenoiseFn = Callable[[Mapping[str, Tensor]], Tensor]  # graph inputs by name -> the graph's output
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """`prediction = scale[row] * graph(sample - input_bias[row])`, the row by each sample's timestep. Its rows need not be those of the tables.
+
+    The scale is linear in the prediction, so both halves of a guided batch take the same one, and so does what they combine to.
+
+    Attributes:
+        row_of_timestep: int32 [num_train_timesteps].
+        scale: float32 [R, C], what the prediction's channels are multiplied by; a variance learned beside them stays as it is.
+        input_bias: float32 [R, C], what is subtracted from the sample's channels; further channels beside them stay as they are.
+
+    Source: Yao et al., Timestep-Aware Correction for Quantized Diffusion Models, ECCV 2024, arXiv 2407.03917.
+    """
+
+    row_of_timestep: Tensor
+    scale: Tensor
+    input_bias: Tensor
+
+    def problem(self, num_train_timesteps: int, channels: int) -> str | None:
+        """What breaks the invariants, as a phrase, or None."""
+        rows = len(self.scale)
+        for name, values in (("scale", self.scale), ("input_bias", self.input_bias)):
+            if tuple(values.shape) != (rows, channels) or rows == 0:
+                return f"{name} has shape {list(values.shape)}, expected [{rows or 'R'}, {channels}]"
+            if not bool(torch.isfinite(values).all()):
+                return f"{name} holds NaN or infinity"
+        if tuple(self.row_of_timestep.shape) != (num_train_timesteps,):
+            return f"row_of_timestep has shape {list(self.row_of_timestep.shape)}, expected [{num_train_timesteps}]"
+        if int(self.row_of_timestep.min()) < 0 or int(self.row_of_timestep.max()) >= rows:
+            return f"row_of_timestep points outside its {rows} rows"
+        return None
+
+    def of_sample(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """`sample` [B, ...] shifted, in its own dtype; `timestep` is [B]."""
+        return sample if not bool(self.input_bias.any()) else _on_channels(sample, -self._at(self.input_bias, sample, timestep), torch.add)
+
+    def of_prediction(self, prediction: Tensor, timestep: Tensor) -> Tensor:
+        """`prediction` [B, ...] scaled, in its own dtype; `timestep` is [B]."""
+        return _on_channels(prediction, self._at(self.scale, prediction, timestep), torch.mul)
+
+    def around(self, run: DenoiseFn) -> DenoiseFn:
+        """A graph as the runtime runs it."""
+
+        def corrected(inputs: Mapping[str, Tensor]) -> Tensor:
+            timestep = inputs[TIMESTEP.name]
+            return self.of_prediction(run({**inputs, SAMPLE: self.of_sample(inputs[SAMPLE], timestep)}), timestep)
+
+        return corrected
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, exactly: a float32 is a float64. The rows stand as runs of timesteps, `first` of each and its `row`."""
+        rows = self.row_of_timestep
+        first = [0, *(torch.nonzero(rows.diff())[:, 0] + 1).tolist()]
+        return {
+            "num_train_timesteps": len(rows),
+            "first": first,
+            "row": [int(rows[at]) for at in first],
+            "scale": self.scale.tolist(),
+            "input_bias": self.input_bias.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Correction:
+        """What `to_json` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: `content` is something else.
+        """
+        ends = [*content["first"][1:], content["num_train_timesteps"]]
+        lengths = torch.tensor([end - start for start, end in zip(content["first"], ends, strict=True)])
+        found = cls(
+            row_of_timestep=torch.tensor(content["row"], dtype=torch.int32).repeat_interleave(lengths),
+            scale=torch.tensor(content["scale"], dtype=torch.float32),
+            input_bias=torch.tensor(content["input_bias"], dtype=torch.float32),
+        )
+        channels = found.scale.shape[-1] if found.scale.ndim == 2 else 0
+        if problem := found.problem(content["num_train_timesteps"], channels):
+            raise ValueError(f"correction: {problem}")
+        return found
+
+    def summary(self) -> str:
+        """For people, in one line."""
+        low, high = (float(edge) for edge in torch.aminmax(self.scale))
+        shift = float(self.input_bias.abs().max())
+        return f"prediction times {low:.4f} to {high:.4f}, sample shifted by up to {shift:.4f}, {len(self.scale)} rows"
+
+    def _at(self, table: Tensor, like: Tensor, timestep: Tensor) -> Tensor:
+        """float32 [B, C, 1, 1], or [B, 1, C] where `like` is a sequence of tokens."""
+        values = table.to(like.device)[table_rows(self.row_of_timestep, timestep).to(like.device)]
+        return values[:, :, None, None] if channel_axis(like) == 1 else values[:, None, :]
+
+
+def channel_axis(sample: Tensor) -> int:
+    """Which axis of a batch of samples holds the channels: the second of images, the last of sequences of tokens."""
+    return 1 if sample.ndim == 4 else sample.ndim - 1
+
+
+def _on_channels(value: Tensor, table: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`apply` to the first channels of `value`, as many as `table` has; float32 arithmetic, the result in the dtype of `value`."""
+    axis = channel_axis(value)
+    count = table.shape[axis]
+    head = apply(value.narrow(axis, 0, count).float(), table).to(value.dtype)
+    rest = value.shape[axis] - count
+    return head if rest == 0 else torch.cat([head, value.narrow(axis, count, rest)], dim=axis)

@@ -1,0 +1,96 @@
+"""The exported graph cut open at every site, so that an engine can be judged one site at a time, from the reference's own input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.artifact.reference import SiteRecord
+from edm_deploy.export.onnx import graph_from_artifact, save_graph
+from edm_deploy.network.family import TIMESTEP, ModelInput
+from edm_deploy.runtime.manifest import NAME, TORCH_DTYPES, GraphDtype, Manifest
+from edm_deploy.storage.directories import new_directory
+
+BEFORE_CODES = ("Max", "Min", "Clip")
+
+
+def onnx_cut_at_sites(artifact: Artifact, records: Mapping[str, SiteRecord], out: Path | str, *, dtype: GraphDtype = "fp32") -> Manifest:
+    """Write an ONNX directory that runs every site alone: the very nodes of the exported graph, the network between them left out.
+
+    Args:
+        artifact: A valid artifact.
+        records: What the reference saw at each site; gives the shapes.
+        out: Directory to write. Inputs `timestep` and `<site>.x` (float32, the shape of the record's x; sites that share one quantized
+            input share the first one's), outputs `<site>.codes` (int8) and `<site>.y` (float32).
+        dtype: Floating-point type of the graph that is cut.
+
+    Returns:
+        The manifest; build and open it like any other.
+    """
+    model, site_nodes = graph_from_artifact(artifact, TORCH_DTYPES[dtype], "int8")
+    nodes = {node.name: node for node in model.graph}
+    timestep = next(value for value in model.graph.inputs if value.name == TIMESTEP.name)
+    inputs: dict[ir.Node, ModelInput] = {}
+    cut: list[ir.Value] = []
+    outputs: list[ir.Value] = []
+    for site, layer_name in site_nodes.items():
+        scaled, codes = _start(nodes[layer_name])
+        if scaled not in inputs:
+            inputs[scaled] = ModelInput(f"{site}.x", "float32", ("batch", *records[site].x.shape[1:]))
+            value = ir.Value(name=f"{site}.x", shape=ir.Shape(inputs[scaled].dims), type=ir.TensorType(ir.DataType.FLOAT))
+            scaled.replace_input_with(0, value)
+            cut.append(value)
+        last = next(nodes[name] for name in (f"{site}/biased", f"{site}/rescaled", layer_name) if name in nodes)
+        y = last.outputs[0]
+        y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", *records[site].y.shape[1:]])
+        outputs.append(_output(model.graph, last, y, f"{site}.y"))
+        if codes is not None:
+            codes.type, codes.shape = ir.TensorType(ir.DataType.INT8), ir.Shape(inputs[scaled].dims)
+            producer = codes.producer()
+            assert producer is not None
+            outputs.append(_output(model.graph, producer, codes, f"{site}.codes"))
+    model.graph.inputs[:] = [timestep, *cut]
+    model.graph.outputs[:] = outputs
+    passes.RemoveUnusedNodesPass()(model)
+    passes.TopologicalSortPass()(model)
+    manifest = replace(
+        Manifest.of(artifact, site_nodes, kind="onnx", dtype=dtype, weight_storage="int8"),
+        inputs=(TIMESTEP, *inputs.values()),
+        outputs=tuple(str(value.name) for value in outputs),
+    )
+    with new_directory(Path(out), marker=NAME) as directory:
+        return manifest.write(directory, save_graph(model, directory))
+
+
+def _start(layer: ir.Node) -> tuple[ir.Node, ir.Value | None]:
+    """Where a site begins: the node whose first input is the float32 input, and the codes (None for a weight-only site)."""
+    dequantize = _producer(layer)
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return layer, None
+    codes = dequantize.inputs[0]
+    quantize = _producer(dequantize)
+    assert quantize is not None and codes is not None
+    node = _producer(quantize)
+    while node is not None and node.op_type in BEFORE_CODES:
+        node = _producer(node)
+    assert node is not None and node.op_type == "Mul", "a quantized input begins with its scaling"
+    return node, codes
+
+
+def _producer(node: ir.Node) -> ir.Node | None:
+    value = node.inputs[0]
+    return value.producer() if value is not None else None
+
+
+def _output(graph: ir.Graph, after: ir.Node, value: ir.Value, name: str) -> ir.Value:
+    """A graph output of its own name: two sites may share one codes value, and a value has one name only."""
+    identity = ir.node("Identity", [value], name=name)
+    output = identity.outputs[0]
+    output.name, output.type, output.shape = name, value.type, value.shape
+    graph.insert_after(after, identity)
+    return output

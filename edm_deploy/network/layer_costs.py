@@ -1,0 +1,194 @@
+"""What a denoiser computes, from shapes alone: every layer's sizes and multiply-accumulates, and those outside the layers."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from edm_deploy.network.family import SAMPLE, Config, Family, meta_model
+from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteWork:
+    """Sizes of one Conv2d or Linear, for one sample at the model's own size.
+
+    Attributes:
+        channels: Input channels of one filter.
+        taps: Filter positions, 9 for 3x3; 1 for a Linear.
+        outputs: Output channels.
+        inputs_at: Positions of the input, pixels or tokens.
+        outputs_at: Positions of the output.
+    """
+
+    channels: int
+    taps: int
+    outputs: int
+    inputs_at: int
+    outputs_at: int
+
+    @property
+    def weights(self) -> int:
+        """Elements of the weight."""
+        return self.channels * self.taps * self.outputs
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one sample."""
+        return self.weights * self.outputs_at
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelWork:
+    """Work of one forward pass of one sample at the model's own size.
+
+    Attributes:
+        sites: By layer name, in the model's order; a layer that is used twice counts its positions twice.
+        shared_input: For each site the first one that is fed the very same tensor: itself, or the sibling whose quantized input it can share.
+        other_macs: Multiply-accumulates outside the sites: attention's two matmuls above all.
+        parameters: Of the whole model.
+        activation_bytes: Most memory that values between the layers take at once, in float32; attention never holds its whole matrix.
+    """
+
+    sites: Mapping[str, SiteWork]
+    shared_input: Mapping[str, str]
+    other_macs: int
+    parameters: int
+    activation_bytes: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the whole model."""
+        return sum(site.macs for site in self.sites.values()) + self.other_macs
+
+
+def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLISHED) -> ModelWork:
+    """Run the model once on the meta device, which costs neither memory nor arithmetic, and write down what each layer saw.
+
+    Args:
+        family: The model family.
+        config: Its config.
+        structure: What the network computes otherwise. Pre-scales are left out: q, k and v still read one tensor, and a Mul has no work to speak of.
+
+    Raises:
+        UnsupportedError: The family cannot build this config.
+    """
+    model = meta_model(family, config, NetworkRewrite(structure.segments))
+    seen: dict[str, list[SiteWork]] = {}
+    fed: list[tuple[Hashable, str]] = []
+    counter, attention, live = FlopCounterMode(display=False), _Attention(), _LiveBytes()
+
+    def look(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        seen.setdefault(name, []).append(_site_work(layer, x, y))
+        fed.append((live.identity(x), name))
+
+    for name, layer in family.sites(model).items():
+        layer.register_forward_hook(lambda module, args, y, name=name: look(name, module, args[0], y))
+    conditioning = family.random_conditioning(config, 1, torch.Generator().manual_seed(0))
+    inputs = {SAMPLE: torch.empty(1, *family.sample_shape(config), device="meta"), "timestep": torch.zeros(1, device="meta")}
+    with counter, live, attention, torch.no_grad():
+        family.forward(model, inputs | {name: value.to("meta") for name, value in conditioning.items()})
+    sites = {name: _sum(seen[name]) for name in family.sites(model) if name in seen}
+    return ModelWork(
+        sites=sites,
+        shared_input=_leaders(fed),
+        other_macs=attention.macs + max(0, counter.get_total_flops() // 2 - sum(site.macs for site in sites.values())),
+        parameters=sum(value.numel() for value in model.parameters()),
+        activation_bytes=live.most,
+    )
+
+
+class _Attention(TorchFunctionMode):
+    """Counts attention's two matmuls, and answers with a tensor of the right shape: on the meta device torch would write the matrix out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not functional.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+        queries, width = query.numel() // query.shape[-1], query.shape[-1] + value.shape[-1]
+        self.macs += queries * key.shape[-2] * width
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its modes untyped
+    """The most bytes that tensors take at once, by the life of what each operator returns; views of one storage count once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = self.count = 0
+        self.holders: Counter[int] = Counter()
+        self.serials: dict[int, int] = {}
+
+    def identity(self, tensor: Tensor) -> Hashable:
+        """What tells a value from every other of the pass, though memory is used again."""
+        key = tensor.untyped_storage()._cdata
+        return self.serials.get(key, -key), tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor)
+        return out
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if not self.holders[key]:
+            self.now += size
+            self.serials[key] = self.count = self.count + 1
+        self.holders[key] += 1
+        self.most = max(self.most, self.now)
+        weakref.finalize(tensor, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.holders[key] -= 1
+        self.now -= 0 if self.holders[key] else size
+
+
+def _site_work(layer: Any, x: Tensor, y: Tensor) -> SiteWork:
+    if isinstance(layer, nn.Conv2d):
+        outputs, channels, *window = layer.weight.shape
+        return SiteWork(
+            channels=channels,
+            taps=window[0] * window[1],
+            outputs=outputs,
+            inputs_at=x.numel() // x.shape[1],
+            outputs_at=y.numel() // y.shape[1],
+        )
+    positions = x.numel() // x.shape[-1]
+    return SiteWork(channels=x.shape[-1], taps=1, outputs=y.shape[-1], inputs_at=positions, outputs_at=positions)
+
+
+def _leaders(fed: list[tuple[Hashable, str]]) -> dict[str, str]:
+    first: dict[Hashable, str] = {}
+    leaders: dict[str, str] = {}
+    for value, name in fed:
+        leaders.setdefault(name, first.setdefault(value, name))
+    return leaders
+
+
+def _sum(uses: list[SiteWork]) -> SiteWork:
+    first = uses[0]
+    return SiteWork(
+        channels=first.channels,
+        taps=first.taps,
+        outputs=first.outputs,
+        inputs_at=sum(use.inputs_at for use in uses),
+        outputs_at=sum(use.outputs_at for use in uses),
+    )

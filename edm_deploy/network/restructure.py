@@ -1,0 +1,171 @@
+"""How a quantized denoiser's float network differs from the published one: inputs cut into segments, inputs scaled channel by channel.
+
+Both are written as a rewrite of the network, so that tracer, reference and backends meet ordinary layers with a Split or a Mul in front of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edm_deploy.errors import ArtifactError
+
+PRE_SCALE = "pre_scale"
+SEGMENT = "segment"
+_PART = re.compile(rf"\.{SEGMENT}\d+$")
+
+
+@dataclass(frozen=True)
+class NetworkRewrite:
+    """What the network computes otherwise, and the same: in exact arithmetic its function is that of the published one.
+
+    Attributes:
+        segments: For each layer that is cut, the input channels of its parts in order. Part `i` is the layer `<name>.segment<i>`.
+        pre_scaled: Layers, parts too, whose input is multiplied by their parameter `pre_scale`, float32 [Cin]; their weight is divided by it.
+    """
+
+    segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    pre_scaled: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.segments or self.pre_scaled)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in an artifact's description; empty where nothing is changed."""
+        segments = {"segments": {name: list(sizes) for name, sizes in self.segments.items()}} if self.segments else {}
+        return segments | ({"pre_scaled": list(self.pre_scaled)} if self.pre_scaled else {})
+
+    def summary(self) -> str:
+        """As people read it."""
+        cut = [f"{name} into {' + '.join(map(str, sizes))} channels" for name, sizes in self.segments.items()]
+        phrases = [f"{len(cut)} layers cut: {', '.join(cut[:3])}{', ...' if cut[3:] else ''}"] if cut else []
+        if named := self.pre_scaled[:3]:
+            more = ", ..." if self.pre_scaled[3:] else ""
+            phrases.append(f"{len(self.pre_scaled)} inputs multiplied by channel, of {', '.join(named)}{more}")
+        return "; ".join(phrases) or "as published"
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> NetworkRewrite:
+        """Raises ValueError, TypeError or AttributeError where `to_json` did not write this."""
+        segments = {str(name): tuple(int(size) for size in sizes) for name, sizes in content.get("segments", {}).items()}
+        return cls(segments, tuple(str(name) for name in content.get("pre_scaled", ())))
+
+
+PUBLISHED = NetworkRewrite()
+
+
+class SplitInputLayer(nn.Module):
+    """A Conv2d or Linear on the concatenation of several tensors as one layer for each, summed; the first holds the bias.
+
+    Source: Li et al., Q-Diffusion, arXiv 2302.04304, section 4.3 (shortcut-splitting quantization).
+
+    Args:
+        layer: Ungrouped; its weights are cut, as float32.
+        sizes: Input channels of each part.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes = tuple(sizes)
+        self.axis = 1 if isinstance(layer, nn.Conv2d) else -1
+        for index, weight in enumerate(torch.split(layer.weight.detach(), list(self.sizes), dim=1)):
+            part = _like(layer, weight.shape[1], bias=layer.bias is not None and index == 0)
+            part.weight = nn.Parameter(weight.float().contiguous(), requires_grad=layer.weight.requires_grad)
+            if part.bias is not None and layer.bias is not None:
+                part.bias = layer.bias
+            self.add_module(f"{SEGMENT}{index}", part)
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        """The layer's output, of its whole input."""
+        parts = [part(piece) for part, piece in zip(self.children(), torch.split(x, list(self.sizes), dim=self.axis), strict=True)]
+        total: Tensor = sum(parts[1:], start=parts[0])
+        return total
+
+
+def layer_of(site: str) -> str:
+    """The published layer that a site is, or is a part of."""
+    return _PART.sub("", site)
+
+
+def restructure(model: nn.Module, structure: NetworkRewrite) -> None:
+    """Change a network in place. Pre-scales start at 1, with the weights as they are; `scale_input` sets one.
+
+    Raises:
+        ArtifactError: A layer is not there, or cannot be cut so.
+    """
+    for name, sizes in structure.segments.items():
+        layer = _layer(model, name)
+        if problem := _uncuttable(layer, sizes):
+            raise ArtifactError(f"Layer {name!r} cannot be cut into segments {list(sizes)}: {problem}.")
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, SplitInputLayer(layer, sizes))
+    for name in structure.pre_scaled:
+        layer = _layer(model, name)
+        if hasattr(layer, PRE_SCALE):
+            raise ArtifactError(f"Layer {name!r} is named twice among those whose input is scaled.")
+        if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+            raise ArtifactError(f"Layer {name!r} is a grouped convolution; its input cannot be scaled channel by channel.")
+        layer.register_parameter(
+            PRE_SCALE, nn.Parameter(torch.ones(layer.weight.shape[1], device=layer.weight.device), requires_grad=False)
+        )
+        layer.register_forward_pre_hook(_multiply)
+
+
+def scaled_input(layer: nn.Module, x: Tensor) -> Tensor:
+    """`x` as the layer's arithmetic sees it: multiplied by its pre-scale where it has one, in the dtype of `x`."""
+    scale: Tensor | None = getattr(layer, PRE_SCALE, None)
+    if scale is None:
+        return x
+    return x * scale.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2 if isinstance(layer, nn.Conv2d) else 0))
+
+
+def representable(scale: Tensor) -> Tensor:
+    """The nearest pre-scale that float16 holds, float32 [Cin], so that a float16 graph multiplies by the very number the weights were divided by."""
+    finest, largest = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
+    return scale.detach().float().clamp(finest, largest).half().float()
+
+
+def _multiply(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return scaled_input(layer, args[0]), *args[1:]
+
+
+def _layer(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
+    found: nn.Module | None
+    try:
+        found = model.get_submodule(name)
+    except AttributeError:
+        found = None
+    if not isinstance(found, nn.Conv2d | nn.Linear):
+        raise ArtifactError(f"Layer {name!r} is no convolution or linear layer of this model, and its input was to be cut or scaled.")
+    return found
+
+
+def _uncuttable(layer: nn.Conv2d | nn.Linear, sizes: Sequence[int]) -> str | None:
+    """Why a layer's input cannot be cut so, as a phrase, or None."""
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        return "it is a grouped convolution"
+    if len(sizes) < 2 or min(sizes) < 1 or sum(sizes) != layer.weight.shape[1]:
+        return f"it has {layer.weight.shape[1]} input channels, expected two or more parts that add up to them"
+    return None
+
+
+def _like(layer: nn.Conv2d | nn.Linear, channels: int, *, bias: bool) -> nn.Conv2d | nn.Linear:
+    """A layer of the same geometry on other input channels, without data."""
+    with torch.device("meta"):
+        if isinstance(layer, nn.Linear):
+            return nn.Linear(channels, layer.out_features, bias=bias)
+        return nn.Conv2d(
+            channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]  # torch types what it was given as wider than what it keeps
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.dilation,  # type: ignore[arg-type]
+            bias=bias,
+            padding_mode=layer.padding_mode,
+        )

@@ -1,0 +1,1 @@
+"""Integer codes, activation tables, and how codes are packed in memory."""

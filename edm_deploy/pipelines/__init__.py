@@ -1,0 +1,1 @@
+"""diffusers pipelines: read one, rebuild one around an engine, encode prompts, sample."""

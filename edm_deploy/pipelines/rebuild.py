@@ -1,0 +1,176 @@
+"""A diffusers pipeline put together around an engine: text encoders, tokenizers and VAE as they are, the denoiser exchanged."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from edm_deploy.errors import ArtifactError, UnsupportedError, first_line
+from edm_deploy.pipelines.custom import ClassConditionalPipeline, ClassEmbedder, UnconditionalPipeline
+from edm_deploy.pipelines.schedulers import scheduler_from_config, scheduler_named
+from edm_deploy.pipelines.source import local_directory
+from edm_deploy.storage.directories import SOURCE_KEY, other_components, read_json
+
+LARGE = 4 << 30  # bytes of text encoders from which on they are loaded in bfloat16: T5-XXL takes 19 GB in float32
+OWN = {"ClassConditionalPipeline": ClassConditionalPipeline}
+TEXT = ("text_encoder", "tokenizer")
+
+
+def _not_torchvision(record: logging.LogRecord) -> bool:
+    return "requires torchvision (not installed)" not in record.getMessage()
+
+
+# diffusers imports image processors that no pipeline of ours asks for, and each that falls back to PIL is announced when it is imported.
+logging.getLogger("transformers.utils.import_utils").addFilter(_not_torchvision)
+
+
+def pipeline_from_directory(
+    directory: Path, component: str, denoiser: Any, *, scheduler: str | None = None, source: str | Path | None = None
+) -> DiffusionPipeline:
+    """The source pipeline, rebuilt around an engine.
+
+    Args:
+        directory: Holds the pipeline's json files, and perhaps its other components.
+        component: The denoiser's name in it, `unet` or `transformer`.
+        denoiser: The drop-in.
+        scheduler: Another scheduler's name; None keeps the source's.
+        source: Directory or hub id that other components are taken from; None takes the one that `directory` names, where it holds none.
+
+    Raises:
+        ArtifactError: The directory holds no pipeline, or a component cannot be read.
+        UnsupportedError: A component of the pipeline is found nowhere.
+    """
+    index = read_json(directory / "model_index.json", what="pipeline")
+    config = read_json(directory / "scheduler" / "scheduler_config.json", what="pipeline")
+    chosen = scheduler_named(scheduler, config) if scheduler else scheduler_from_config(str(index["scheduler"][1]), config)
+    if not other_components(index, component):
+        return UnconditionalPipeline(denoiser, chosen)
+    home = _home(directory, index, component, source)
+    dtype = denoiser.dtype if denoiser.device.type == "cuda" else torch.float32
+    class_name = str(index["_class_name"])
+    if class_name in OWN:
+        return _class_conditional(home, denoiser, chosen, dtype).to(denoiser.device)
+    loaded = load_components(home, class_name, {component: None, "scheduler": chosen}, dtype)
+    # Built anew, not set afterwards: some pipelines read the denoiser's config when they are made.
+    accepted = set(inspect.signature(type(loaded).__init__).parameters)
+    settings = {key: value for key, value in index.items() if key in accepted and not isinstance(value, list)}
+    return type(loaded)(**{**loaded.components, component: denoiser}, **settings).to(denoiser.device)
+
+
+def text_pipeline(directory: Path) -> DiffusionPipeline | None:
+    """A pipeline's text encoders and tokenizers alone; None where it has none, or does not encode prompts by itself.
+
+    Raises:
+        ArtifactError: A component cannot be read.
+    """
+    index = read_json(directory / "model_index.json", what="diffusers pipeline")
+    pipeline_class = getattr(diffusers, str(index["_class_name"]), None)
+    parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+    kept = [name for name in parts if name.startswith(TEXT) and (directory / name).is_dir()]
+    if not any(name.startswith("text_encoder") for name in kept) or not hasattr(pipeline_class, "encode_prompt"):
+        return None
+    size = sum(file.stat().st_size for name in kept for file in (directory / name).glob("*.safetensors"))
+    return load_components(
+        directory,
+        str(index["_class_name"]),
+        {name: None for name in parts if name not in kept},
+        torch.bfloat16 if size > LARGE else torch.float32,
+    )
+
+
+def load_components(directory: Path, class_name: str, given: Mapping[str, Any], dtype: torch.dtype) -> DiffusionPipeline:
+    """A diffusers pipeline of which some components are given; None leaves one out.
+
+    Raises:
+        ArtifactError: A component cannot be read.
+        UnsupportedError: diffusers has no such pipeline.
+    """
+    pipeline_class = getattr(diffusers, class_name, None)
+    if pipeline_class is None:
+        raise UnsupportedError(
+            f"diffusers {diffusers.__version__} has no pipeline {class_name!r}. Install the version that it was saved with."
+        )
+    index = read_json(directory / "model_index.json", what="diffusers pipeline")
+    # What the pipeline was saved without, SD3's third text encoder for example, diffusers takes for missing unless it is told.
+    left_out = {name: None for name, value in index.items() if isinstance(value, list) and not value[0]}
+    parts = {**left_out, **given}
+    try:
+        with quiet():
+            return pipeline_class.from_pretrained(directory, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **parts)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as err:
+        raise ArtifactError(
+            f"{directory} cannot be read as a {class_name}: {first_line(err)}. Download or save the pipeline again."
+        ) from err
+
+
+def _home(directory: Path, index: Mapping[str, Any], component: str, source: str | Path | None) -> Path:
+    """Where the other components are: in the engine's own directory, or in the source pipeline."""
+    others = other_components(index, component)
+    found = source or (directory if all((directory / name).is_dir() for name in others) else index.get(SOURCE_KEY))
+    mend = (
+        "Name the pipeline with --source or load_pipeline(..., source=...), build the engine with --with-pipeline, "
+        f"or put it into a pipeline of your own: pipe.{component} = edm_deploy.load_denoiser({str(directory)!r})."
+    )
+    if found is None:
+        raise UnsupportedError(
+            f"{directory} has no {others[0]!r}, which a {index['_class_name']} needs, and does not say where it is. {mend}"
+        )
+    try:
+        home = local_directory(found)
+    except ArtifactError as err:
+        raise UnsupportedError(f"{directory} takes its {others[0]!r} from {found}, which is not there. {mend}") from err
+    if missing := [name for name in others if not (home / name).is_dir()]:
+        raise UnsupportedError(f"{home} has no {missing[0]!r}, which a {index['_class_name']} needs. {mend}")
+    return home
+
+
+def _class_conditional(home: Path, denoiser: Any, scheduler: Any, dtype: torch.dtype) -> ClassConditionalPipeline:
+    index = read_json(home / "model_index.json", what="pipeline")
+    vae_class = getattr(diffusers, str(index["vae"][1]))
+    try:
+        with quiet():
+            vae = vae_class.from_pretrained(home / "vae", torch_dtype=dtype, use_safetensors=True)
+            embedder = ClassEmbedder.from_pretrained(home / "class_embedder", torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as err:
+        raise ArtifactError(
+            f"{home} cannot be read as a ClassConditionalPipeline: {first_line(err)}. Download or save the pipeline again."
+        ) from err
+    return ClassConditionalPipeline(denoiser, scheduler, vae, embedder)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Loading and encoding speak of a safety checker that is off, image processors without torchvision, weights on their way, a renamed argument
+    and prompts that CLIP sees the beginning of: not the user's to mend.
+    """
+    level, bars = logging.root.manager.disable, [home for home in _progress_bars() if home.is_progress_bar_enabled()]
+    logging.disable(logging.WARNING)
+    for home in bars:
+        home.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)  # older releases know no other name
+            yield
+    finally:
+        for home in bars:
+            home.enable_progress_bar()
+        logging.disable(level)
+
+
+def _progress_bars() -> list[Any]:
+    """The modules that switch a library's progress bars."""
+    homes: list[Any] = [diffusers.utils.logging]
+    with contextlib.suppress(ImportError):
+        from transformers.utils import logging as of_transformers
+
+        homes.append(of_transformers)
+    return homes

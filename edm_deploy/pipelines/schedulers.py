@@ -1,0 +1,65 @@
+"""Schedulers by the names that users type, on the noise schedule of a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+
+from edm_deploy.errors import UnsupportedError
+from edm_deploy.registry import suggestion
+
+SCHEDULERS: Mapping[str, str] = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm-solver++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+    "flow-heun": "FlowMatchHeunDiscreteScheduler",
+}
+
+
+FLOW = "flow-"  # how the names of flow matching's schedulers begin
+
+
+def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:
+    """A scheduler by the name that users type (`ddim`, `euler`, ...), on the noise schedule of `config`.
+
+    Raises:
+        UnsupportedError: No such name, or it walks a flow where the model was trained for a diffusion, or the other way round.
+    """
+    if name not in SCHEDULERS:
+        raise UnsupportedError(f"No scheduler {name!r}.{suggestion(name, SCHEDULERS)} Known: {', '.join(SCHEDULERS)}.")
+    fitting = schedulers_for(config)
+    if name not in fitting:
+        process = "by flow matching" if fitting[0].startswith(FLOW) else "as a diffusion"
+        raise UnsupportedError(f"Scheduler {name!r} cannot sample this model, which was trained {process}. Choose {', '.join(fitting)}.")
+    clips = "clip_sample" in config or "clip_sample" in _parameters(str(config.get("_class_name")))
+    if not clips and "clip_sample" in _parameters(SCHEDULERS[name]):
+        # Latents reach beyond 1. Where the model's own scheduler knows no clipping, diffusers' default of another's must not bring it in.
+        config = {**config, "clip_sample": False}
+    return scheduler_from_config(SCHEDULERS[name], config)
+
+
+def _parameters(class_name: str) -> Mapping[str, Any]:
+    scheduler_class = getattr(diffusers, class_name, None)
+    return {} if scheduler_class is None else inspect.signature(scheduler_class.__init__).parameters
+
+
+def schedulers_for(config: Mapping[str, Any]) -> list[str]:
+    """Names of the schedulers that can sample what a scheduler of this config samples: a flow, or a diffusion."""
+    flow = str(config.get("_class_name", "")).startswith("FlowMatch") or ("shift" in config and "beta_schedule" not in config)
+    return [name for name in SCHEDULERS if name.startswith(FLOW) == flow]
+
+
+def scheduler_from_config(class_name: str, config: Mapping[str, Any]) -> Any:
+    """A diffusers scheduler by class name; UnsupportedError where diffusers has none of that name."""
+    scheduler_class = getattr(diffusers, class_name, None)
+    if scheduler_class is None:
+        raise UnsupportedError(
+            f"diffusers {diffusers.__version__} has no scheduler {class_name!r}. Install the diffusers version that the model was saved with."
+        )
+    return scheduler_class.from_config({key: value for key, value in config.items() if not key.startswith("_")})

@@ -1,0 +1,1 @@
+"""Open and run engines: manifest, backend contract, drop-in denoiser."""

@@ -1,0 +1,179 @@
+"""What an engine is to the runtime, and what a backend must offer: the contract between `edm_deploy` and `engines`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.artifact.reference import SiteRecord
+from edm_deploy.errors import UnsupportedError, flag
+from edm_deploy.numerics.kernel_layout import CodeFormat
+from edm_deploy.runtime.capabilities import BackendCapabilities, Execution, capabilities_of
+from edm_deploy.runtime.manifest import Manifest, ShapeRange
+
+Content = TypeVar("Content")  # what a backend builds from, as it is in memory: the path of a graph, an Artifact
+
+
+class Session(Protocol):
+    """An opened engine."""
+
+    device: torch.device
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name for inputs by name: contiguous tensors on `device`, of the manifest's dtypes and within its profile."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What a user may ask of a build. None means: the backend's own default. A backend refuses what it has not.
+
+    Attributes:
+        profile: Sizes by dynamic dimension; `batch` is always there.
+        gpu: `rtx3090`, `rtx4090`, `sm_86`, ...; several with commas.
+        precision: Floating-point type that the rest of the graph is computed in: `fp32`, `bf16`.
+        optimization_level: 0 to 5, as TensorRT counts.
+        timing_cache: File to read and extend.
+        workspace_mib: Most scratch memory at build and run time, in MiB.
+        threads: CPU threads of the engine.
+        int4_where: `faster` runs a site whose codes fit 4 bits in INT8 where that is expected to be no slower; `fits` never.
+        allow_float_sites: Accept a build in which a quantized site did not land in an integer layer.
+    """
+
+    profile: Mapping[str, ShapeRange] = field(default_factory=dict)
+    gpu: str | None = None
+    precision: str | None = None
+    optimization_level: int | None = None
+    timing_cache: Path | None = None
+    workspace_mib: int | None = None
+    threads: int | None = None
+    int4_where: Literal["fits", "faster"] | None = None
+    allow_float_sites: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildResult:
+    """What a backend tells about an engine that it has just written.
+
+    Attributes:
+        versions: Of the packages that must be the same when it is opened, by name.
+        options: The options as they took effect, defaults filled in.
+        executed: How sites are really computed, where that was seen and differs from what the target promises, by site.
+        codes: The kernel's kind of codes, by site, where the backend chooses one.
+        warnings: What a user should know, one line each.
+        details: More for the manifest's `build`.
+    """
+
+    versions: Mapping[str, str]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    executed: Mapping[str, Execution] = field(default_factory=dict)
+    codes: Mapping[str, CodeFormat] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteTestCase:
+    """Every site alone: what goes in, and what the reference makes of it. An engine is judged on it one site at a time.
+
+    Attributes:
+        artifact: What the sites are of.
+        timestep: float32 [B], of each sample.
+        records: By site; `x` goes in, `codes` and `y` are expected.
+        scratch: A directory where a backend may keep what it makes of it: engines of one artifact share a cut.
+    """
+
+    artifact: Artifact
+    timestep: Tensor
+    records: Mapping[str, SiteRecord]
+    scratch: Path
+
+
+class Backend(ABC, Generic[Content]):
+    """One way to build and run engines; `engines/<name>.py` holds it as BACKEND. Importing that file imports no vendor package.
+
+    Attributes:
+        name: As users type it.
+        builds_from: Kind of directory that it builds from.
+        options: The fields of BuildOptions that it has, beyond `profile` and `allow_float_sites`.
+        device: Where its engines run unless a user names another device.
+    """
+
+    name: ClassVar[str]
+    builds_from: ClassVar[Literal["onnx", "artifact"]]
+    options: ClassVar[frozenset[str]] = frozenset()
+    device: ClassVar[str] = "cpu"
+
+    @property
+    def target(self) -> BackendCapabilities:
+        """What it can carry."""
+        return capabilities_of(self.name)
+
+    @abstractmethod
+    def read(self, source: Path) -> tuple[Content, Manifest]:
+        """What it builds from, checked, and the manifest that the engine's begins with.
+
+        Raises:
+            ArtifactError: `source` is damaged, or of another kind: the message says which command makes the right one.
+            UnsupportedError: The backend cannot carry it.
+        """
+
+    @abstractmethod
+    def relaxed(self, source: Path, content: Content) -> tuple[Content, Manifest]:
+        """As `read`, of the second graph: the same weights with activations in floating point. Asked for where the manifest has relaxed timesteps.
+
+        Args:
+            source: What was read.
+            content: What `read` returned.
+
+        Raises:
+            ArtifactError, UnsupportedError: As `read`.
+        """
+
+    @abstractmethod
+    def build(self, content: Content, manifest: Manifest, options: BuildOptions, out: Path) -> BuildResult:
+        """Write the engine's files into directory `out`.
+
+        Args:
+            content: What `read` returned.
+            manifest: Likewise.
+            options: Checked: every dynamic dimension has a Range, and only this backend's options are set.
+            out: An empty directory.
+
+        Raises:
+            UnsupportedError: The backend is not installed here (the message says what to install), or cannot carry the content.
+        """
+
+    @abstractmethod
+    def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
+        """Open an engine directory whose manifest and files have been checked.
+
+        Raises:
+            UnsupportedError: Not installed, built by another version or for another device.
+        """
+
+    @abstractmethod
+    def at_sites(self, cut: SiteTestCase, engine: Manifest, device: torch.device) -> dict[str, Tensor]:
+        """What an engine computes at each site alone, built as `engine` was: `<site>.codes`, integers, and `<site>.y`.
+
+        Raises:
+            UnsupportedError: The backend cannot run on this machine.
+        """
+
+    def site_dtype(self, engine: Manifest) -> torch.dtype:
+        """Floating-point type in which a value reaches a site's quantizer: both sides of a comparison start from such values."""
+        return torch.float32
+
+    def refuse_foreign_options(self, options: BuildOptions) -> None:
+        """Raises UnsupportedError where an option is set that this backend has not."""
+        for name in ("gpu", "precision", "optimization_level", "timing_cache", "workspace_mib", "threads", "int4_where"):
+            if getattr(options, name) is not None and name not in self.options:
+                has = ", ".join(sorted(flag(option) for option in self.options)) or "none"
+                raise UnsupportedError(f"{self.name} has no option {flag(name)}. Leave it out; its options: {has}.")

@@ -1,0 +1,147 @@
+"""Safetensors files, one tensor in memory at a time: written and hashed in one pass, read through the page cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+from edm_deploy.errors import ArtifactError
+from edm_deploy.storage.directories import sha256_of
+
+NAMES = {  # the format's own
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class DeferredTensor:
+    """A tensor as it will stand in a file.
+
+    Attributes:
+        dtype: One of NAMES.
+        shape: Its shape.
+        make: Gives it when its turn comes, and again when it is asked again; nobody keeps it.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, value: Tensor) -> DeferredTensor:
+        """A tensor that is in memory already."""
+        return cls(value.dtype, tuple(value.shape), lambda: value)
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_tensors(path: Path, tensors: Mapping[str, DeferredTensor]) -> str:
+    """Write a safetensors file; the sha256 hex of it.
+
+    Raises:
+        OSError: The system refuses to write.
+    """
+    digest = hashlib.sha256()
+    with path.open("wb") as stream:
+        for piece in _pieces(tensors):
+            digest.update(piece)
+            stream.write(piece)
+            del piece  # before the next one is made
+    return digest.hexdigest()
+
+
+def digest_of(tensors: Mapping[str, DeferredTensor]) -> str:
+    """The sha256 hex of the file that `write_tensors` would write."""
+    digest = hashlib.sha256()
+    for piece in _pieces(tensors):
+        digest.update(piece)
+        del piece
+    return digest.hexdigest()
+
+
+def read_tensors(path: Path, expected_sha256: str, *, said_by: str) -> dict[str, Tensor]:
+    """Every tensor of a file, mapped: its pages are read when they are looked at, and belong to no one's heap.
+
+    Args:
+        path: The file.
+        expected_sha256: Its hash.
+        said_by: The file beside it that says so.
+
+    Raises:
+        ArtifactError: It is missing, damaged, or no safetensors file.
+    """
+    try:
+        found = sha256_of(path)
+    except OSError as err:
+        raise ArtifactError(f"{path} cannot be read ({err.strerror}); the artifact is incomplete. Make it again.") from err
+    if found != expected_sha256:
+        raise ArtifactError(
+            f"{path} is damaged: sha256 {found[:12]}, {said_by} says {expected_sha256[:12]}. Copy or make the artifact again."
+        )
+    try:
+        with safetensors.safe_open(path, framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # it is no dict
+    except (safetensors.SafetensorError, ValueError, RuntimeError, OSError) as err:
+        raise ArtifactError(f"{path} is no safetensors file ({err}). Make the artifact again.") from err
+
+
+def tensor_bytes(value: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major; without a copy where they lie so in memory already."""
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers before Python 3.12
+
+
+def _pieces(tensors: Mapping[str, DeferredTensor]) -> Iterator[bytes | memoryview]:
+    """The file from its first byte to its last.
+
+    Source: github.com/huggingface/safetensors, "Format": length of the header, header in JSON, data; wide types first, so that all lie aligned.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header, at = {}, 0
+    for name in order:
+        stored = tensors[name]
+        header[name] = {"dtype": NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": [at, at + stored.nbytes]}
+        at += stored.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        yield _checked(name, tensors[name])
+
+
+def _checked(name: str, stored: DeferredTensor) -> memoryview:
+    value = stored.make()
+    assert value.dtype == stored.dtype and tuple(value.shape) == stored.shape, name
+    return tensor_bytes(value)
+
+
+def check_params(params: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ArtifactError where a parameter is missing, has not its expected shape or is not finite."""
+    for name, shape in expected.items():
+        if name not in params:
+            raise ArtifactError(f"parameter {name!r} is missing. Make the artifact again.")
+        if tuple(params[name].shape) != shape:
+            raise ArtifactError(
+                f"parameter {name!r} has shape {list(params[name].shape)}, expected {list(shape)}. Make the artifact again."
+            )
+        if not bool(torch.isfinite(params[name]).all()):
+            raise ArtifactError(f"parameter {name!r} holds NaN or infinity. Check the source model, then make the artifact again.")
+    if unknown := sorted(set(params) - set(expected)):
+        raise ArtifactError(f"parameter {unknown[0]!r} is not one of the model's. Make the artifact again.")

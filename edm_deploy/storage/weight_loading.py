@@ -1,0 +1,143 @@
+"""Float weights from safetensors files into a model: one tensor at a time, no second copy, or none at all where the files stay mapped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+WINDOW_BYTES = 256 << 20  # a file is mapped anew after so much: what was read of it then leaves this process's memory
+STEM = "diffusion_pytorch_model"
+INITS = frozenset(
+    getattr(home, name) for home in (Tensor, nn.init) for name in dir(home) if name.endswith("_") and not name.startswith("_")
+)
+
+
+class _Empty(TorchFunctionMode):
+    """Parameters are allocated and not filled: memory that nobody writes is never taken. Buffers are computed as always."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        filled = args[0] if args else (kwargs or {}).get("tensor")
+        if func in INITS and isinstance(filled, nn.Parameter):
+            return filled
+        return func(*args, **(kwargs or {}))
+
+
+def empty_model(build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` makes, in eval mode and without gradients; its parameters hold no values yet, its buffers do."""
+    with _Empty():
+        model = build()
+    return model.eval().requires_grad_(False)
+
+
+def load_weights(model: nn.Module, directory: Path, *, keep: bool = False) -> bool:
+    """Fill a model from the safetensors files that diffusers wrote in `directory`.
+
+    Args:
+        model: Of `empty_model`.
+        directory: Holds `diffusion_pytorch_model.safetensors`, or an index and its shards.
+        keep: Leave the tensors mapped and in the dtype that the files have, see `widen_while_running`; otherwise they become float32,
+            convolutions channels_last.
+
+    Returns:
+        False, and the model as it was, where the files do not hold exactly the model's tensors by name and shape.
+
+    Raises:
+        OSError, ValueError: The files cannot be read.
+    """
+    try:
+        return _filled(model, directory, keep)
+    except (safetensors.SafetensorError, KeyError, RuntimeError) as err:
+        raise ValueError(str(err)) from err
+
+
+def _filled(model: nn.Module, directory: Path, keep: bool) -> bool:
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    files = [directory / name for name in _files(directory)]
+    found: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        with safetensors.safe_open(path, framework="pt") as stream:
+            found |= {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118  # it is no dict
+    if found != expected:
+        return False
+    for path in files:
+        for name, value in _mapped(path) if keep else _read(path):
+            _put(model, name, value)
+    return True
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in another floating-point type, in place.
+
+    diffusers' own `to` warns that some parts should stay in float32, of models too that name none.
+    """
+    return nn.Module.to(model, dtype=dtype)
+
+
+def widen_while_running(model: nn.Module) -> None:
+    """Let each module of the model hold its own parameters in float32 while it runs, and only then: the results are those of a float32 model."""
+    for module in model.modules():
+        if any(parameter.dtype != torch.float32 and parameter.is_floating_point() for parameter in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(_widen)
+            module.register_forward_hook(_narrow, always_call=True)
+    # diffusers casts by `dtype`, which is that of a parameter at rest.
+    kind = type(model)
+    model.__class__ = type(kind.__name__, (kind,), {"dtype": property(lambda _: torch.float32), "__module__": kind.__module__})
+
+
+def _widen(module: nn.Module, _: object) -> None:
+    module.__dict__["_narrow"] = dict(module._parameters)
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.is_floating_point():
+            module._parameters[name] = nn.Parameter(_float32(parameter.detach()), requires_grad=False)
+
+
+def _narrow(module: nn.Module, *_: object) -> None:
+    module._parameters.update(module.__dict__.pop("_narrow", {}))
+
+
+def _float32(value: Tensor) -> Tensor:
+    """A copy in float32, if it is floating point; channels_last: the layout that convolutions are fast in, on CPUs and GPUs alike."""
+    layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+    return value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True, memory_format=layout)
+
+
+def _files(directory: Path) -> list[str]:
+    index = directory / f"{STEM}.safetensors.index.json"
+    if not index.is_file():
+        return [f"{STEM}.safetensors"]
+    return sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+
+
+def _mapped(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with safetensors.safe_open(path, framework="pt") as stream:
+        for name in stream.keys():  # noqa: SIM118  # it is no dict
+            yield name, stream.get_tensor(name)
+
+
+def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with safetensors.safe_open(path, framework="pt") as stream:
+        names = list(stream.keys())
+    while names:
+        left = WINDOW_BYTES
+        with safetensors.safe_open(path, framework="pt") as stream:
+            while names and left > 0:
+                name = names.pop()
+                value = stream.get_tensor(name)
+                left -= value.nbytes
+                yield name, _float32(value)
+                del value
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(module, leaf, value)

@@ -1,0 +1,107 @@
+"""What the kernels compute, in plain torch on packed codes, bit for bit as `cuda/params.h` says.
+
+It makes everything above the kernels testable on a machine without a GPU. It is no substitute for one: it is slow.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from edm_deploy.numerics.kernel_layout import bits_of, pack_codes, unpack_codes
+from engines.kernels.operands import LARGEST_CODE, ConvShape, Norm, Operands, Table
+
+
+def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tensor:
+    """Packed codes of an activation, uint8 [B, H, W, Cb].
+
+    `round(v * inv_scale[row])`, half to even, then the bounds; all in float32. Of a NaN: qmin, as the GPU's max has it.
+
+    Args:
+        x: float16 or bfloat16 [B, C, H, W] or [B, ..., C].
+        norm: Normalizes x first: every step rounded on its own.
+        table: Rows, scales and bounds.
+        silu: Whether v = u / (1 + exp(-u)) instead of u itself. On a GPU its relative error is below 2^-19: a code may differ by a tie.
+    """
+    values = pixels(x).float()
+    if norm is not None:
+        values = normed(values, norm)
+    if silu:
+        values = values / (1 + (-values).exp())
+    rows = table.rows.long()
+    inv_scale, qmin, qmax = (column[rows].float()[:, None, None, None] for column in (table.inv_scale, table.qmin, table.qmax))
+    codes = torch.fmin(torch.fmax((values * inv_scale).round(), qmin), qmax)
+    return pack_codes((codes - qmin if table.unsigned else codes).to(torch.int8), table.bits)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """An activation as [B, H, W, C]: a map [B, C, H, W] turned channels last, or [B, ..., C] with what lies between as its height."""
+    return x.permute(0, 2, 3, 1) if x.ndim == 4 else x.reshape(x.shape[0], -1, 1, x.shape[-1])
+
+
+def normed(x: Tensor, norm: Norm) -> Tensor:
+    """`((x - mean) * rstd) * gamma + beta` of float32 [B, H, W, C], by groups of channels."""
+    per_group = x.shape[-1] // norm.mean.shape[1]
+    mean, rstd = (column.repeat_interleave(per_group, dim=1)[:, None, None] for column in (norm.mean, norm.rstd))
+    y = (x - mean) * rstd
+    if norm.gamma is not None:
+        y = y * norm.gamma
+    return y if norm.beta is None else y + norm.beta
+
+
+def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps), float32 [B, groups], of an activation. Summed in float64, so a GPU's last bits may differ."""
+    values = pixels(x)
+    values = values.reshape(*values.shape[:3], groups, -1).double()
+    variance, mean = torch.var_mean(values, dim=(1, 2, 4), correction=0)
+    return mean.float(), (variance + eps).rsqrt().float()
+
+
+def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype) -> Tensor:
+    """`float(sum) * (act_scale[row] * weight_scale) + bias + residual`, each step rounded to float32 on its own, then to `dtype`.
+
+    Args:
+        operands: Of kind `u4` the sum is of (n - qmin) * w, and qmin * weight_sum is added to it. The residual is [M, K].
+        shape: The sizes.
+        dtype: float16 or bfloat16.
+
+    Returns:
+        [N, P, Q, K], contiguous.
+    """
+    rows = operands.rows.long()
+    total = _sums(operands, shape)
+    if operands.kind == "u4":
+        total = total.double() + operands.qmin[rows].double()[:, None, None, None] * operands.weight_sum.double()
+    y = total.float() * (operands.act_scale[rows][:, None, None, None] * operands.weight_scale)
+    if operands.bias is not None:
+        y = y + operands.bias
+    if operands.residual is not None:
+        y = y + operands.residual.view(y.shape).float()
+    return y.to(dtype).contiguous()
+
+
+def _sums(operands: Operands, shape: ConvShape) -> Tensor:
+    """Sums of products of the stored codes [N, P, Q, K], in float32 where each partial sum stays below 2^24 and so is exact, else in float64."""
+    kind, bits = operands.kind, bits_of(operands.kind)
+    filters = unpack_codes(operands.weight, bits)
+    heaviest = int(filters.to(torch.int32).abs().sum(dim=(1, 2)).max())
+    exact = torch.float32 if LARGEST_CODE[kind] * heaviest < 2**24 else torch.float64
+    filters = filters.to(exact)
+    codes = _surrounded(operands.codes, operands.zero[operands.rows.long()], shape.padding)
+    x = unpack_codes(codes, bits, unsigned=kind == "u4").to(exact)
+    if shape.R == shape.S == 1:
+        return x[:, :: shape.stride, :: shape.stride] @ filters[:, 0].T
+    filters = filters.view(shape.K, shape.R, shape.S, -1).permute(0, 3, 1, 2)
+    return functional.conv2d(x.permute(0, 3, 1, 2), filters, stride=shape.stride).permute(0, 2, 3, 1)
+
+
+def _surrounded(codes: Tensor, zero: Tensor, padding: int) -> Tensor:
+    """The map with `padding` pixels around it, made of the sample's chunk of zeros [N, 16]: uint8 [N, H + 2p, W + 2p, Cb]."""
+    if padding == 0:
+        return codes
+    batch, height, width, stored = codes.shape
+    pixel = zero.repeat(1, stored // zero.shape[1])[:, None, None]
+    result = pixel.expand(batch, height + 2 * padding, width + 2 * padding, stored).clone()
+    result[:, padding:-padding, padding:-padding] = codes
+    return result

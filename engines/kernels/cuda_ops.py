@@ -1,0 +1,106 @@
+"""From torch tensors to launches: which entry point, which tile, and memory for what comes out. The same calls as `_arithmetic.py` answers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edm_deploy.numerics.kernel_layout import CHUNK, code_bytes
+from engines.kernels import driver
+from engines.kernels.cpu_ops import pixels
+from engines.kernels.launch import ConvParams, QuantizeParams, StatsParams, conv_launches, quantize_launch, stats_launch
+from engines.kernels.operands import ConvShape, Norm, Operands, Table
+from engines.kernels.tiles import choose
+
+TYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tensor:
+    """As `_arithmetic.quantize`. A contiguous map [B, C, H, W] is read as it lies, unless it is normalized, which happens channels last."""
+    shape = pixels(x).shape
+    batch, height, width, channels = shape
+    first = norm is None and x.ndim == 4 and x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+    values = x if first else pixels(x).contiguous()
+    codes = torch.empty((batch, height, width, code_bytes(channels, table.bits)), dtype=torch.uint8, device=x.device)
+    params = QuantizeParams(
+        x=values.data_ptr(),
+        codes=codes.data_ptr(),
+        row=table.rows.data_ptr(),
+        inv_scale=table.inv_scale.data_ptr(),
+        qmin=table.qmin.data_ptr(),
+        qmax=table.qmax.data_ptr(),
+        mean=_address(norm.mean if norm else None),
+        rstd=_address(norm.rstd if norm else None),
+        gamma=_address(norm.gamma if norm else None),
+        beta=_address(norm.beta if norm else None),
+        N=batch,
+        HW=height * width,
+        C=channels,
+        Cb=codes.shape[-1],
+        groups=norm.mean.shape[1] if norm else 0,
+        unsigned_codes=table.unsigned,
+    )
+    type_name = TYPE_NAMES[x.dtype]
+    call = quantize_launch(params, type_name=type_name, bits=table.bits, channels_last=not first, norm=norm is not None, silu=silu)
+    driver.launch([call], x.device)
+    return codes
+
+
+def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """As `_arithmetic.group_stats`, summed in float32 in two passes."""
+    values = pixels(x).contiguous()
+    batch, height, width, channels = values.shape
+    mean, rstd = (torch.empty((batch, groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    params = StatsParams(
+        x=values.data_ptr(), mean=mean.data_ptr(), rstd=rstd.data_ptr(), N=batch, HW=height * width, C=channels, groups=groups, eps=eps
+    )
+    driver.launch([stats_launch(params, type_name=TYPE_NAMES[x.dtype])], x.device)
+    return mean, rstd
+
+
+def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype) -> Tensor:
+    """As `_arithmetic.convolve`."""
+    device, M, K = operands.codes.device, shape.M, shape.K
+    tile, splits = choose(M, K, shape.R * shape.S * shape.Cb, driver.multiprocessors(device))
+    out = torch.empty((shape.N, shape.P, shape.Q, K), dtype=dtype, device=device)
+    partial = torch.empty((splits, M, K), dtype=torch.int32, device=device) if splits > 1 else None
+    # Kept alive by these names until the launch: the allocator hands freed memory out again, in the stream's order.
+    codes, weight, zero = _aligned(operands.codes), _aligned(operands.weight), _aligned(operands.zero)
+    residual = None if operands.residual is None else _aligned(operands.residual)
+    params = ConvParams(
+        codes=codes.data_ptr(),
+        weight=weight.data_ptr(),
+        zero=zero.data_ptr(),
+        row=operands.rows.data_ptr(),
+        act_scale=operands.act_scale.data_ptr(),
+        qmin=operands.qmin.data_ptr(),
+        weight_scale=operands.weight_scale.data_ptr(),
+        weight_sum=operands.weight_sum.data_ptr(),
+        bias=_address(operands.bias),
+        residual=_address(residual),
+        out=out.data_ptr(),
+        partial=_address(partial),
+        N=shape.N,
+        H=shape.H,
+        W=shape.W,
+        Cb=shape.Cb,
+        K=K,
+        R=shape.R,
+        S=shape.S,
+        P=shape.P,
+        Q=shape.Q,
+        padding=shape.padding,
+        stride=shape.stride,
+        splits=splits,
+    )
+    driver.launch(conv_launches(params, kind=operands.kind, tile=tile, type_name=TYPE_NAMES[dtype]), device)
+    return out
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy where it does not start at 16 bytes, as a view into something larger may not."""
+    return tensor if tensor.data_ptr() % CHUNK == 0 else tensor.clone()

@@ -1,0 +1,1 @@
+"""Rewrites of an OpenVINO graph: scales as inputs, group norms split."""

@@ -1,0 +1,130 @@
+"""NVIDIA GPUs: their names, the compute capability that an engine is built for, and the figures behind expected times."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from edm_deploy.errors import UnsupportedError
+from edm_deploy.registry import suggestion
+
+TABLE = Path(__file__).parent.parent / "profiles" / "gpus.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A GPU as profiles/gpus.toml describes it, with the source of each number there.
+
+    Attributes:
+        name: As people type it, `rtx3090`.
+        title: As NVIDIA writes it.
+        sm: Compute capability, `sm_86`.
+        sms: Streaming multiprocessors.
+        clock: Boost clock, Hz.
+        dram: DRAM bandwidth that a copy reaches, bytes a second.
+        l2: L2 bandwidth that a read reaches, bytes a second.
+        l2_size: L2 cache, bytes.
+        ops: Dense tensor-core operations a clock and multiprocessor, by precision; `int4` is missing where there are no INT4 tensor cores.
+    """
+
+    name: str
+    title: str
+    sm: str
+    sms: int
+    clock: float
+    dram: float
+    l2: float
+    l2_size: float
+    ops: Mapping[str, int]
+
+    @property
+    def has_int4(self) -> bool:
+        """Whether its tensor cores multiply 4-bit integers."""
+        return "int4" in self.ops
+
+    def peak(self, precision: str) -> float:
+        """Tensor-core operations a second in `precision`, a multiply-accumulate being two."""
+        return self.ops[precision] * self.sms * self.clock
+
+
+def capabilities(names: str) -> tuple[str, ...]:
+    """Compute capabilities, `sm_86`, of one or more GPU names, each once.
+
+    Args:
+        names: `rtx3090`, `RTX 3090`, `sm_86`, `8.6`; several with commas.
+
+    Raises:
+        UnsupportedError: A name that is in no line of profiles/gpus.toml; the message has the nearest.
+    """
+    return tuple(dict.fromkeys(capability(name) for name in names.split(",")))
+
+
+def capability(name: str) -> str:
+    """Compute capability of one GPU name.
+
+    Raises:
+        UnsupportedError: As `capabilities`.
+    """
+    by_sm: dict[str, list[str]] = _table()["capability"]
+    by_name = {gpu: sm for sm, gpus in by_sm.items() for gpu in gpus}
+    plain = _plain(name)
+    number = re.fullmatch(r"(?:sm)?(\d+)\.?(\d)", plain)
+    if number and (sm := f"sm_{number[1]}{number[2]}") in by_sm:
+        return sm
+    if plain not in by_name:
+        raise UnsupportedError(
+            f"No GPU {name.strip()!r} is known.{suggestion(plain, [*by_name, *by_sm])} Name its compute capability, {', '.join(by_sm)}, or add it to {TABLE.name}."
+        )
+    return by_name[plain]
+
+
+def gpu_named(name: str) -> Gpu:
+    """A GPU whose figures are known.
+
+    Args:
+        name: `rtx3090`, `RTX 3090`, `NVIDIA H200`, ...
+
+    Raises:
+        UnsupportedError: No figures of it stand in profiles/gpus.toml; the message lists those that do.
+    """
+    table, plain = _table()["gpu"], _plain(name)
+    if plain not in table:
+        raise UnsupportedError(
+            f"The figures of GPU {name.strip()!r} are not known.{suggestion(plain, table)} Known: {', '.join(table)}. Add them to {TABLE.name} to have expected times."
+        )
+    facts = table[plain]
+    return Gpu(
+        name=plain,
+        title=facts["title"],
+        sm=capability(plain),
+        sms=facts["sms"],
+        clock=facts["clock_mhz"] * 1e6,
+        dram=facts["dram_gbps"] * 1e9 * facts["dram_share"],
+        l2=facts["l2_gbps"] * 1e9,
+        l2_size=facts["l2_mb"] * 1e6,
+        ops=facts["ops"],
+    )
+
+
+def gpu_names() -> list[str]:
+    """Every GPU whose figures are known."""
+    return list(_table()["gpu"])
+
+
+def launch_seconds(*, graph: bool) -> float:
+    """What a kernel costs beyond its work: in a CUDA graph, or launched one by one on a stream."""
+    return float(_table()["launch"]["graph_us" if graph else "stream_us"]) * 1e-6
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"nvidia|geforce|[\s_-]", "", name.lower())
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return tomllib.loads(TABLE.read_text())

@@ -1,0 +1,129 @@
+"""One quantized layer as the kernels take it: packed for an engine's file, and read back with everything that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edm_deploy.artifact.quantized_layer import QuantizedLayer
+from edm_deploy.errors import ArtifactError
+from edm_deploy.numerics.activation_table import reciprocal
+from edm_deploy.numerics.codes import dequantize_weight
+from edm_deploy.numerics.kernel_layout import CodeFormat, bits_of, pack_weight, unpack_codes, weight_sum, zero_codes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSite:
+    """A site's tensors, on one device. Names and layouts as in `cuda/params.h`.
+
+    Attributes:
+        kind: The kernels that compute it; None where none does.
+        weight: uint8 [K, R * S, Cb], or float [K, ...] dequantized where no kernel computes it.
+        weight_scale: float32 [K].
+        weight_sum: int32 [K].
+        bias: float32 [K] or None.
+        act_scale, inv_scale: float32 [rows]; None where only the weight is quantized, as are the next three.
+        qmin, qmax: int32 [rows].
+        zero: uint8 [rows, 16]; None where no kernel computes it.
+    """
+
+    kind: CodeFormat | None
+    weight: Tensor
+    weight_scale: Tensor
+    weight_sum: Tensor | None = None
+    bias: Tensor | None = None
+    act_scale: Tensor | None = None
+    inv_scale: Tensor | None = None
+    qmin: Tensor | None = None
+    qmax: Tensor | None = None
+    zero: Tensor | None = None
+
+    def quantizes_like(self, other: PackedSite) -> bool:
+        """Whether both make the same stored codes of the same value."""
+        pairs = ((self.inv_scale, other.inv_scale), (self.qmin, other.qmin), (self.qmax, other.qmax))
+        return self.kind == other.kind and all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
+
+
+def stored(site: QuantizedLayer, kind: CodeFormat | None) -> dict[str, Tensor]:
+    """What an engine's file holds of a site: `weight` packed for `kind` (int8 codes where it is None), scales and bounds."""
+    tensors = {
+        "weight": site.codes if kind is None else pack_weight(site.codes, bits_of(kind)),
+        "weight_scale": site.weight_scale,
+    }
+    if kind is not None:
+        tensors["weight_sum"] = weight_sum(site.codes)
+    if site.activation is not None:
+        tensors |= {"act_scale": site.activation.scale, "act_qmin": site.activation.qmin, "act_qmax": site.activation.qmax}
+    return {name: value.contiguous() for name, value in tensors.items()}
+
+
+def read(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    packed: CodeFormat | None,
+    kind: CodeFormat | None,
+    channels: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> PackedSite:
+    """A site from an engine's file.
+
+    Args:
+        name: Its name.
+        tensors: What `stored` made, on the device that it will run on.
+        packed: The kind that its weight was packed for.
+        kind: The kernels that will run it; `s8` runs what was packed in 4 bits too, widened.
+        channels: Input channels of a filter.
+        bias: float32 [K] or None.
+        dtype: Floating-point type of a weight that no kernel takes.
+
+    Raises:
+        ArtifactError: A tensor is missing.
+    """
+    try:
+        weight, weight_scale = tensors["weight"], tensors["weight_scale"]
+        table = {} if "act_scale" not in tensors else _table(tensors, kind)
+        if packed is None or kind is None:
+            return PackedSite(
+                kind=None, weight=dequantize_weight(weight, weight_scale).to(dtype), weight_scale=weight_scale, bias=bias, **table
+            )
+        if bits_of(packed) != bits_of(kind):
+            weight = widened(weight, channels)
+        return PackedSite(kind=kind, weight=weight, weight_scale=weight_scale, weight_sum=tensors["weight_sum"], bias=bias, **table)
+    except KeyError as err:
+        raise ArtifactError(f"Site {name!r}: the engine holds no {err.args[0]}. Build it again.") from err
+
+
+def _table(tensors: Mapping[str, Tensor], kind: CodeFormat | None) -> dict[str, Tensor]:
+    scale, qmin = tensors["act_scale"], tensors["act_qmin"].int()
+    table = {"act_scale": scale, "inv_scale": reciprocal(scale), "qmin": qmin, "qmax": tensors["act_qmax"].int()}
+    return table if kind is None else table | {"zero": zero_codes(qmin, bits_of(kind), unsigned=kind == "u4")}
+
+
+def widened(weight: Tensor, channels: int) -> Tensor:
+    """A weight packed in 4 bits as one packed in 8: uint8 [K, R * S, Cb] both, every code the same."""
+    codes = unpack_codes(weight, 4, channels=channels)  # [K, R * S, C]
+    return pack_weight(codes.transpose(1, 2).unsqueeze(-1), 8)
+
+
+def integers(codes: Tensor, kind: CodeFormat | None, qmin: Tensor, like: Tensor) -> Tensor:
+    """The integers that stored codes stand for, in the shape of the input that they are of.
+
+    Args:
+        codes: uint8 [B, H, W, Cb] of `kind`; or the integers themselves where it is None.
+        kind: Of the kernels that read them.
+        qmin: integers [B], each sample's lowest code: `u4` stores what a code is above it.
+        like: [B, C, H, W], or [B, ..., C] of a Linear.
+    """
+    if kind is None:
+        return codes.reshape(like.shape)
+    is_map = like.ndim == 4 and tuple(codes.shape[1:3]) == tuple(like.shape[2:])
+    channels = like.shape[1] if is_map else like.shape[-1]
+    values = unpack_codes(codes, bits_of(kind), unsigned=kind == "u4", channels=channels)
+    if kind == "u4":
+        values = values + qmin.to(torch.int8)[:, None, None, None]
+    return values.permute(0, 3, 1, 2) if is_map else values.reshape(like.shape)

@@ -1,0 +1,138 @@
+import signal
+
+import pytest
+import torch
+
+from calibration import Interrupted, RunOptions, fit
+from calibration.recipes.efficientdm import EfficientDM
+from calibration.run.checkpoint import load_checkpoint
+from calibration.training.distillation import TrainingSchedule
+from edm_deploy.errors import ArtifactError, InputError
+from tests.calibration.tiny import tiny_source
+
+SETTINGS = {"rows": 4, "steps": 6, "batch": 4, "calibration_samples": 4, "rank": 2, "update_rate": 0.01}
+
+
+def interrupted_at(step):
+    """Presses Ctrl-C after `step` training steps."""
+
+    def on_progress(progress):
+        if progress.stage == "finetune" and progress.step == step:
+            signal.raise_signal(signal.SIGINT)  # handled before it returns; os.kill may hand it to another thread
+
+    return on_progress
+
+
+def test_rates_rise_and_fall_linearly():
+    schedule = TrainingSchedule(steps=10, batch=1, warmup=0.2)
+    assert [round(schedule.factor(step / 10), 3) for step in (0, 1, 5, 9)] == [0.5, 0.9, 0.5, 0.1]
+    assert TrainingSchedule(steps=10, batch=1).factor(0) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["unet2d", "unet2d-classes"])
+def test_an_interrupted_and_resumed_run_ends_in_the_same_artifact(kind, tmp_path):
+    recipe, source = EfficientDM(**SETTINGS), tiny_source(kind)
+    whole = fit(source, recipe, RunOptions())
+    options = {"checkpoint": tmp_path / "ck", "checkpoint_every": 2}
+    with pytest.raises(Interrupted, match=r"after step 3; the state is in .*--resume"):
+        fit(source, recipe, RunOptions(**options), on_progress=interrupted_at(3))
+    steps = []
+    resumed = fit(source, recipe, RunOptions(**options, resume=True), on_progress=lambda progress: steps.append(progress.step))
+    assert steps == [4, 5, 6]
+    assert resumed.digest == whole.digest
+
+
+def test_resuming_leaves_the_float_model_as_it_is(tmp_path):
+    """Calibration moves biases; what a checkpoint brings back must not land in the teacher's, which are the student's until then."""
+    recipe, source = EfficientDM(**SETTINGS, bias_correction=True), tiny_source()
+    before = {name: value.clone() for name, value in source.model.state_dict().items()}
+    options = {"checkpoint": tmp_path / "ck", "teacher_dtype": "fp32"}
+    whole = fit(source, recipe, RunOptions(teacher_dtype="fp32"))
+    with pytest.raises(Interrupted):
+        fit(source, recipe, RunOptions(**options), on_progress=interrupted_at(3))
+    assert fit(source, recipe, RunOptions(**options, resume=True)).digest == whole.digest
+    assert all(torch.equal(value, before[name]) for name, value in source.model.state_dict().items())
+
+
+def test_a_finished_run_can_be_resumed_and_ends_at_once_in_the_same_artifact(tmp_path):
+    recipe, source = EfficientDM(**SETTINGS | {"steps": 2}), tiny_source()
+    whole = fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck"))
+    assert fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck", resume=True)).digest == whole.digest
+
+
+def test_ctrl_c_without_a_checkpoint_directory_says_that_nothing_was_saved():
+    with pytest.raises(Interrupted, match="nothing was saved"):
+        fit(tiny_source(), EfficientDM(**SETTINGS), RunOptions(), on_progress=interrupted_at(1))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_while_calibrating_says_to_begin_again():
+    def at_once(progress):
+        signal.raise_signal(signal.SIGINT)  # handled before it returns; os.kill may hand it to another thread
+
+    with pytest.raises(Interrupted, match="while calibrating"):
+        fit(tiny_source(), EfficientDM(**SETTINGS), RunOptions(), on_progress=at_once)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        fit(tiny_source(), EfficientDM(**SETTINGS), RunOptions(checkpoint=tmp_path / "ck"), on_progress=interrupted_at(1))
+    with pytest.raises(ArtifactError, match="rank is 2 there and 3 here"):
+        fit(tiny_source(), EfficientDM(**SETTINGS | {"rank": 3}), RunOptions(checkpoint=tmp_path / "ck", resume=True))
+
+
+def test_a_checkpoint_of_another_teacher_is_refused(tmp_path):
+    recipe = EfficientDM(**SETTINGS)
+    with pytest.raises(Interrupted):
+        fit(tiny_source(), recipe, RunOptions(checkpoint=tmp_path / "ck"), on_progress=interrupted_at(1))
+    with pytest.raises(ArtifactError, match="teacher is"):
+        fit(tiny_source("unet2d-classes"), recipe, RunOptions(checkpoint=tmp_path / "ck", resume=True))
+
+
+def test_checkpoints_are_written_every_so_many_steps(tmp_path):
+    seen = []
+
+    def look(progress):
+        if progress.stage == "finetune" and progress.step > 2:
+            seen.append((tmp_path / "ck" / "checkpoint.json").read_text().count('"step": 2'))
+
+    fit(tiny_source(), EfficientDM(**SETTINGS | {"steps": 4}), RunOptions(checkpoint=tmp_path / "ck", checkpoint_every=2), on_progress=look)
+    assert seen == [1, 1]  # the callback of step 4 comes before its checkpoint
+
+
+def test_resume_without_a_directory_is_refused():
+    with pytest.raises(InputError, match="no checkpoint directory"):
+        RunOptions(resume=True)
+
+
+def test_two_runs_of_the_same_seed_are_the_same_and_of_another_are_not():
+    def digest(seed):
+        return fit(tiny_source(), EfficientDM(**SETTINGS | {"steps": 2, "seed": seed}), RunOptions()).digest
+
+    assert digest(0) == digest(0) != digest(1)
+
+
+def test_training_brings_the_student_nearer_to_the_teacher():
+    losses = []
+    settings = SETTINGS | {"rows": 2, "steps": 30, "batch": 16, "calibration_samples": 16, "rank": 8, "update_rate": 0.05}
+    recipe = EfficientDM(**settings, weight_bits=2, act_bits=8, weight_scale_rate=1e-3, compute="fp32")
+    fit(tiny_source(), recipe, RunOptions(teacher_dtype="fp32"), on_progress=lambda progress: losses.append(progress.loss))
+    trained = [loss for loss in losses if loss is not None]
+    assert sum(trained[-5:]) < 0.9 * sum(trained[:5])  # 0.75 where this was written
+
+
+def test_checkpoint_holds_every_row_of_every_table(tmp_path):
+    recipe = EfficientDM(**SETTINGS | {"steps": 1})
+    with_identity = fit(tiny_source(), recipe, RunOptions(checkpoint=tmp_path / "ck"))
+    identity = {
+        "recipe": "efficientdm",
+        "settings": recipe.settings(),
+        "teacher": with_identity.provenance["teacher_sha256"],
+        "conditioning": with_identity.provenance["conditioning"],
+        "teacher_dtype": "bf16",
+    }
+    step, tensors = load_checkpoint(tmp_path / "ck", identity)
+    assert step == 1
+    tables = [value for name, value in tensors.items() if name.startswith("parameter.") and name.endswith("log_scale")]
+    assert {tuple(table.shape) for table in tables} == {(4,)}
+    assert all(torch.isfinite(value).all() for value in tensors.values())

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from edm_deploy.errors import ArtifactError, UnsupportedError
+from edm_deploy.pipelines.model_index import read_pipeline_config, whole_config
+from edm_deploy.pipelines.source import load_source
+from tests.conftest import TINY_UNET
+
+
+def test_an_outline_says_what_loading_would_without_weights(save_tiny_pipeline, tmp_path):
+    source = load_source(save_tiny_pipeline(tmp_path / "p"))
+    (tmp_path / "p" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    outline = read_pipeline_config(tmp_path / "p")
+    assert (outline.family, outline.config, outline.pipeline) == (source.family, source.config, source.pipeline)
+    assert outline.component == "unet"
+    assert outline.scheduler_class == type(source.scheduler).__name__
+    assert outline.scheduler_config["num_train_timesteps"] == source.num_train_timesteps
+
+
+def test_a_whole_config_has_diffusers_defaults_and_reads_as_json():
+    config = whole_config("unet2d", TINY_UNET | {"_class_name": "UNet2DModel"})
+    assert config["flip_sin_to_cos"] is True
+    assert "_class_name" not in config
+    assert json.loads(json.dumps(config)) == config
+
+
+def test_a_config_that_the_family_cannot_carry_is_refused_before_any_weight_is_read(save_tiny_pipeline, tmp_path):
+    path = save_tiny_pipeline(tmp_path / "p") / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"time_embedding_type": "fourier"}))
+    with pytest.raises(UnsupportedError, match="indexed by noise level"):
+        read_pipeline_config(tmp_path / "p")
+
+
+def test_a_pipeline_without_its_config_is_one_clear_error(save_tiny_pipeline, tmp_path):
+    (save_tiny_pipeline(tmp_path / "p") / "unet" / "config.json").unlink()
+    with pytest.raises(ArtifactError, match="config"):
+        read_pipeline_config(tmp_path / "p")

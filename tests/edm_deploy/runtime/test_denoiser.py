@@ -1,0 +1,157 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from edm_deploy import load_denoiser, load_pipeline
+from edm_deploy.artifact.reference import Reference, reference_with_correction
+from edm_deploy.artifact.timestep_correction import Correction
+from edm_deploy.artifact.timestep_routing import mask_from_intervals
+from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
+from edm_deploy.export.onnx import onnx_from_artifact
+from edm_deploy.pipelines.schedulers import schedulers_for
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.manifest import Manifest, ShapeRange
+from engines import build_engine
+from tests.conftest import SCHEDULER, tiny_inputs
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def engine(onnx_w4a4, tmp_path_factory):
+    path = tmp_path_factory.mktemp("engine") / "ort"
+    build_engine(onnx_w4a4, path, backend="ort", options=BuildOptions(profile={"batch": ShapeRange(1, 2, 4)}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def denoiser(engine):
+    return load_denoiser(engine)
+
+
+def test_the_drop_in_computes_what_the_reference_computes(denoiser, artifact_w4a4):
+    inputs = tiny_inputs("unet2d", batch=4)  # four samples at four timesteps
+    expected = Reference(artifact_w4a4)(inputs)
+    assert torch.allclose(denoiser(inputs["sample"], inputs["timestep"]).sample, expected, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_it_looks_like_the_model_that_it_replaces(denoiser):
+    assert denoiser.config.sample_size == 8
+    assert denoiser.config["in_channels"] == 3
+    assert denoiser.dtype == torch.float32
+    assert denoiser.device.type == "cpu"
+    sample = torch.zeros(1, 3, 8, 8)
+    assert torch.equal(denoiser(sample, 5, return_dict=False)[0], denoiser(sample, torch.tensor(5), class_labels=None).sample)
+
+
+@pytest.mark.parametrize("scheduler", schedulers_for(SCHEDULER))
+@pytest.mark.parametrize("steps", [2, 7])
+def test_any_scheduler_and_any_number_of_steps_samples(engine, scheduler, steps):
+    pipeline = load_pipeline(engine, scheduler=scheduler)
+    images = pipeline(batch_size=2, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert images.shape == (2, 8, 8, 3)
+    assert abs(images[0] - images[1]).max() > 0
+
+
+def test_it_drops_into_a_pipeline_of_diffusers(denoiser, save_tiny_pipeline, tmp_path):
+    from diffusers import DDIMPipeline
+
+    pipeline = DDIMPipeline.from_pretrained(save_tiny_pipeline(tmp_path / "p"))
+    pipeline.unet = denoiser
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0].size == (8, 8)
+
+
+def test_half_precision_samples_come_back_in_half_precision(denoiser):
+    assert denoiser(torch.zeros(1, 3, 8, 8, dtype=torch.float16), 5).sample.dtype == torch.float16
+
+
+SAMPLE = torch.zeros(1, 3, 8, 8)
+MISUSE = {
+    "batch over the profile": ((torch.zeros(5, 3, 8, 8), 1), "batch 5 lies outside the engine's profile 1:2:4.*--batch 1:2:5"),
+    "another size": ((torch.zeros(1, 3, 16, 8), 1), "height 16 lies outside the engine's profile 8:8:8"),
+    "integer sample": ((SAMPLE.long(), 1), "sample is torch.int64, expected a floating-point tensor"),
+    "no tensor": (([[0.0]], 1), "sample is list, expected a floating-point tensor"),
+    "channels": ((torch.zeros(1, 4, 8, 8), 1), r"sample has shape \[1, 4, 8, 8\], expected \['batch', 3"),
+    "dimensions": ((torch.zeros(3, 8, 8), 1), "expected 4 dimensions"),
+    "timestep over the schedule": ((SAMPLE, 1000), "timestep 1000 lies outside the schedule; expected 0 to 999"),
+    "timestep below": ((SAMPLE, -1), "timestep -1 lies outside the schedule"),
+    "timestep NaN": ((SAMPLE, float("nan")), "timestep nan lies outside"),
+    "timesteps for another batch": ((SAMPLE, torch.tensor([1, 2, 3])), "3 timesteps for a batch of 1"),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSE, ids=lambda name: name.replace(" ", "-"))
+def test_misuse_at_run_time_is_one_clear_error(denoiser, misuse):
+    arguments, message = MISUSE[misuse]
+    with pytest.raises(InputError, match=message):
+        denoiser(*arguments)
+
+
+def test_another_device_is_refused(denoiser):
+    with pytest.raises(InputError, match="sample is on meta, the engine on cpu"):
+        denoiser(torch.zeros(1, 3, 8, 8, device="meta"), 1)
+    with pytest.raises(InputError, match="runs on cpu; it cannot move to cuda"):
+        denoiser.to("cuda")
+    assert denoiser.to(torch.float16) is denoiser
+
+
+def test_a_directory_that_is_no_engine_is_said(tmp_path, onnx_w4a4):
+    with pytest.raises(ArtifactError, match="does not exist"):
+        load_denoiser(tmp_path / "nowhere")
+    with pytest.raises(ArtifactError, match="expected an engine directory"):
+        load_denoiser(onnx_w4a4)
+
+
+def test_an_unknown_scheduler_is_refused(engine):
+    with pytest.raises(UnsupportedError, match="Did you mean 'euler'"):
+        load_pipeline(engine, scheduler="eular")
+
+
+@pytest.fixture(scope="module")
+def mended(artifact_w4a4, tmp_path_factory):
+    """An artifact with a correction and relaxed timesteps, and its engine, which takes no fewer than two samples."""
+    generator = torch.Generator().manual_seed(0)
+    correction = Correction(
+        row_of_timestep=artifact_w4a4.row_of_timestep,
+        scale=0.9 + 0.2 * torch.rand(5, 3, generator=generator),
+        input_bias=0.1 * torch.randn(5, 3, generator=generator),
+    )
+    artifact = replace(artifact_w4a4, correction=correction, relaxed=mask_from_intervals([(0, 499)], 1000))
+    path = tmp_path_factory.mktemp("mended")
+    onnx_from_artifact(artifact, path / "onnx")
+    build_engine(path / "onnx", path / "engine", backend="ort", options=BuildOptions(profile={"batch": ShapeRange(2, 2, 4)}))
+    return artifact, path / "engine"
+
+
+def test_a_mixed_batch_goes_through_both_engines_corrected(mended):
+    artifact, path = mended
+    inputs = tiny_inputs("unet2d", batch=4)  # timesteps 0, 333, 666, 999; of three and one the engine would refuse the one
+    for timestep in (inputs["timestep"], torch.tensor([0.0, 999.0, 999.0, 999.0])):
+        expected = reference_with_correction(artifact)(inputs | {"timestep": timestep})
+        found = load_denoiser(path)(inputs["sample"], timestep).sample
+        assert torch.allclose(found, expected, atol=2e-3 * float(expected.abs().max()))
+
+
+def test_one_folder_holds_both_engines_and_every_file_is_checked(mended, tmp_path):
+    import shutil
+
+    manifest = Manifest.read(shutil.copytree(mended[1], tmp_path / "engine"), kind="engine")
+    assert manifest.relaxed == ((0, 499),)
+    assert {"relaxed/manifest.json", "relaxed/model.onnx", "model.onnx"} <= set(manifest.files)
+    assert {plan.executed for plan in Manifest.read(tmp_path / "engine" / "relaxed", kind="engine").plan.values()} == {"weight-only"}
+    (tmp_path / "engine" / "relaxed" / "model.onnx").write_bytes(b"something else")
+    with pytest.raises(ArtifactError, match=r"relaxed/model\.onnx does not match manifest\.json"):
+        load_denoiser(tmp_path / "engine")
+
+
+@pytest.mark.parametrize("change", [{"relaxed": [[0, 2000]]}, {"correction": {"first": [0]}}], ids=["relaxed", "correction"])
+def test_a_manifest_whose_timesteps_do_not_fit_is_refused(mended, tmp_path, change):
+    import json
+    import shutil
+
+    path = shutil.copytree(mended[1], tmp_path / "engine") / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ArtifactError, match="is not a manifest that edm-deploy wrote"):
+        load_denoiser(tmp_path / "engine")

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import torch
+
+from edm_deploy.runtime.load import load_denoiser
+from edm_deploy.runtime.manifest import Manifest
+from edm_deploy_tools.benchmarks.engines import inputs_of, random_model
+from edm_deploy_tools.benchmarks.float_engine import float_engine
+
+
+def test_the_float_engine_computes_what_the_float_model_computes(chain):
+    manifest = Manifest.read(chain.engine, kind="engine")
+    denoiser = load_denoiser(chain.engine)
+    model = random_model(denoiser.family, manifest.config)
+    inputs = inputs_of(denoiser.family, manifest.config, 1000, 2)
+    with float_engine(manifest, model, backend="ort", precision="fp32", threads=None, batch=2) as path:
+        found = load_denoiser(path)(**inputs).sample
+    # Float32 sums in another order, through some twenty layers.
+    torch.testing.assert_close(found, denoiser.family.forward(model, inputs), rtol=1e-3, atol=1e-4)
+    assert not path.exists()

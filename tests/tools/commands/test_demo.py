@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.errors import InputError
+from edm_deploy_tools.commands.demo import labelled_rows, made_by, made_from, scheme_bits
+from edm_deploy_tools.common.assets import REFERENCE_MODEL
+from edm_deploy_tools.common.recipe_settings import recipe_with
+
+
+def test_the_shipped_model_is_there():
+    assert (REFERENCE_MODEL / "model_index.json").is_file()
+
+
+def test_a_scheme_is_read_in_either_case():
+    assert scheme_bits("W4A8") == (4, 8)
+    assert scheme_bits("w8a8") == (8, 8)
+    with pytest.raises(InputError, match="W4A4"):
+        scheme_bits("4x4")
+
+
+def test_only_the_same_recipe_and_settings_are_kept(chain):
+    artifact = Artifact.load(chain.artifact)
+    same = recipe_with("minmax", flags={"rows": 4}, overrides=["calibration_samples=2"])
+    assert made_by(artifact, same)
+    assert not made_by(artifact, recipe_with("minmax", flags={"rows": 5}, overrides=["calibration_samples=2"]))
+    assert not made_by(artifact, recipe_with("mse", flags={"rows": 4}, overrides=["calibration_samples=2"]))
+
+
+def test_only_an_engine_of_the_same_artifact_is_kept(chain, tmp_path):
+    artifact = Artifact.load(chain.artifact)
+    assert made_from(chain.engine, artifact, "engine")
+    assert made_from(chain.onnx, artifact, "onnx")
+    assert made_from(chain.onnx, artifact, "engine") is None
+    assert made_from(tmp_path, artifact, "engine") is None
+
+
+def test_the_grid_has_a_row_for_each_label():
+    rows = {"float": torch.zeros(2, 3, 32, 32), "fine-tuned": torch.ones(2, 3, 32, 32)}
+    picture = labelled_rows(rows)
+    assert picture.height == 2 * (96 + 10) + 10
+    assert picture.getpixel((picture.width - 20, 150)) == (255, 255, 255)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+from calibration import recipes
+from calibration.run.options import RunOptions
+from edm_deploy import registry
+from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
+from edm_deploy.storage.directories import check_replaceable
+from edm_deploy_tools.commands.quantize import calibrate, finetune
+from edm_deploy_tools.commands.quantize_model import quantize, run_options
+from edm_deploy_tools.common.recipe_settings import recipe_with
+
+
+def test_the_teacher_s_dtype_stays_the_default_where_none_is_given():
+    assert run_options(device="cpu").teacher_dtype == RunOptions().teacher_dtype
+    assert run_options(device="cpu", teacher_dtype="fp32").teacher_dtype == "fp32"
+
+
+@pytest.mark.parametrize(("command", "training"), [(calibrate, False), (finetune, True)])
+def test_each_command_s_help_names_the_recipes_that_are_its_own(command, training):
+    helped = inspect.signature(command, eval_str=True).parameters["recipe"].annotation.__metadata__[0].help
+    own = {name for name in registry.names(recipes) if registry.load(recipes, name, "RECIPE").trains == training}
+    assert set(re.findall(r"[a-z-]+", helped)) - {"or"} == own
+
+
+def test_an_empty_directory_and_one_of_ours_may_be_replaced(tmp_path, chain):
+    check_replaceable(tmp_path, marker="artifact.json")
+    check_replaceable(chain.artifact, marker="artifact.json")
+    with pytest.raises(ArtifactError, match="holds other files"):
+        check_replaceable(chain.model, marker="artifact.json")
+
+
+def test_a_scheme_is_refused_before_the_model_is_looked_for(tmp_path):
+    recipe = recipe_with("mse", flags={"act_bits": 16})
+    with pytest.raises(UnsupportedError, match="Nearest"):
+        quantize("./nothing", tmp_path / "out", recipe, RunOptions(), backend="trt-rtx")
+
+
+def test_a_resume_without_a_checkpoint_is_refused_before_any_work(tmp_path):
+    options = RunOptions(checkpoint=tmp_path / "none", resume=True)
+    with pytest.raises(ArtifactError, match="no checkpoint to resume"):
+        quantize("./nothing", tmp_path / "out", recipe_with("efficientdm"), options)
+
+
+def test_a_checkpoint_is_gone_once_the_artifact_stands(tmp_path, chain):
+    recipe = recipe_with("efficientdm", flags={"rows": 2}, overrides=["steps=1", "batch=2", "calibration_samples=2"])
+    quantize(str(chain.model), tmp_path / "a", recipe, RunOptions(checkpoint=tmp_path / "c"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_too_little_memory_is_said_before_the_weights_are_read(tmp_path, chain, monkeypatch):
+    from types import SimpleNamespace
+
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**8))
+    with pytest.raises(InputError, match=r"needs about 1\.\d GB of memory to be quantized so, 0\.1 GB are free\. Use --low-memory"):
+        quantize(str(chain.model), tmp_path / "a", recipe_with("mse"), RunOptions())
+    with pytest.raises(InputError, match=r"are free\. Free some, or begin nevertheless with --force"):
+        quantize(str(chain.model), tmp_path / "a", recipe_with("mse"), RunOptions(), low_memory=True)
+
+
+def test_low_memory_gives_the_same_artifact_even_where_memory_is_short(tmp_path, chain):
+    recipe = recipe_with("mse", flags={"rows": 2}, overrides=["calibration_samples=2"])
+    low = quantize(str(chain.model), tmp_path / "low", recipe, RunOptions(), low_memory=True, force=True)
+    assert low.digest == quantize(str(chain.model), tmp_path / "usual", recipe, RunOptions()).digest

@@ -1,0 +1,1 @@
+"""Benchmarks: engines, one fine-tuning step, kernels."""

@@ -1,0 +1,61 @@
+"""The float model as an engine: an artifact without quantized sites goes the same way as any other."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from edm_deploy.artifact.artifact import JSON_NAME, Artifact
+from edm_deploy.export.onnx import onnx_from_artifact
+from edm_deploy.pipelines.model_index import INDEX
+from edm_deploy.pipelines.source import float_artifact, load_source
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.manifest import Manifest, ShapeRange
+from edm_deploy_tools.common.build_options import build
+
+
+@contextlib.contextmanager
+def float_engine(manifest: Manifest, model: nn.Module, *, backend: str, precision: str, threads: int | None, batch: int) -> Iterator[Path]:
+    """The directory of an engine of the float model, which vanishes with the block.
+
+    Args:
+        manifest: Of an engine of the same architecture.
+        model: The float model.
+        backend: `openvino` or `ort`.
+        precision: `fp32` or `bf16`; ort has no other than its graph's.
+        threads: CPU threads; None is the backend's default.
+        batch: The one batch size it will meet.
+
+    Raises:
+        UnsupportedError: The backend is not installed.
+    """
+    artifact = Artifact(
+        family=manifest.family,
+        config=manifest.config,
+        timesteps=torch.zeros(1, dtype=torch.int32),
+        row_of_timestep=torch.zeros(manifest.num_train_timesteps, dtype=torch.int32),
+        sites={},
+        params={name: value.float() for name, value in model.state_dict().items()},
+    )
+    options = BuildOptions(
+        profile={"batch": ShapeRange(batch, batch, batch)}, threads=threads, precision=None if backend == "ort" else precision
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        onnx_from_artifact(artifact, Path(scratch) / "onnx")
+        build(Path(scratch) / "onnx", Path(scratch) / "engine", backend=backend, options=options)
+        yield Path(scratch) / "engine"
+
+
+def artifact_or_float(path: Path) -> Artifact:
+    """An artifact; or that of a diffusers model as it is, without a quantized site, to see what an engine loses by itself.
+
+    Raises:
+        ArtifactError, UnsupportedError: As Artifact.load and load_source.
+    """
+    is_model = (path / INDEX).is_file() and not (path / JSON_NAME).is_file()
+    return float_artifact(load_source(path)) if is_model else Artifact.load(path)

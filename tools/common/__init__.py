@@ -1,0 +1,1 @@
+"""What all commands share: console, settings, child processes, machine facts."""

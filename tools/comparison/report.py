@@ -1,0 +1,190 @@
+"""A comparison as a page, and as a table in markdown: ranked by noise error at each scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from edm_deploy_tools.common.console import Row, size_words, time_words
+from edm_deploy_tools.evaluation.charts import curves
+from edm_deploy_tools.evaluation.report import STYLE, definitions, grid_uri, html_table
+
+LEFT = ("#", "recipe")  # columns that stand left
+DEFINED = {
+    "noise error": "||e_q - e||^2 / ||e||^2 of the prediction along the float model's own trajectory, over all samples, mean over the steps",
+    "PSNR": "of the final images, each model on its own trajectory from the same noise, peak 2",
+    "Frechet": "squared Frechet distance between the features of the float model's and the quantized model's final images",
+    "time": "wall time of the whole process that made the artifact: start, loading, calibration, training, saving",
+    "memory": "the largest resident memory of that process",
+    "size": "of the artifact's directory",
+    "integer": "share of the multiply-accumulates of all Conv2d and Linear layers whose weights and inputs are both integer codes",
+}
+
+
+def rows_of(results: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]:
+    """One row for each recipe at a scheme, the best first and the failed last; figures are means over the seeds.
+
+    A row holds `recipe`, `trains`, `cells` (its seeds' own), and either `failed` or the figures by their names in results.json.
+    """
+    by_recipe: dict[str, list[dict[str, Any]]] = {}
+    for cell in results["cells"]:
+        if cell["scheme"] == scheme:
+            by_recipe.setdefault(cell["recipe"], []).append(cell)
+    rows = []
+    for recipe, cells in by_recipe.items():
+        good = [cell for cell in cells if "failed" not in cell]
+        row: dict[str, Any] = {"recipe": recipe, "trains": cells[0]["trains"], "cells": cells}
+        if not good:
+            rows.append(row | {"failed": cells[0]["failed"]})
+            continue
+        row |= {
+            name: fmean(cell[name] for cell in good)
+            for name in ("noise_error", "psnr_db", "frechet", "seconds", "peak_bytes", "bytes", "integer_share")
+        }
+        row["noise_error_by_step"] = [fmean(step) for step in zip(*(cell["noise_error_by_step"] for cell in good), strict=True)]
+        row["spread"] = [min(cell["noise_error"] for cell in good), max(cell["noise_error"] for cell in good)]
+        row["seeds"] = len(good)
+        rows.append(row)
+    return sorted(rows, key=lambda row: row.get("noise_error", float("inf")))
+
+
+def schemes_in(results: Mapping[str, Any]) -> list[str]:
+    """Schemes in the order in which they were asked for."""
+    return list(dict.fromkeys(cell["scheme"] for cell in results["cells"]))
+
+
+def table_of(results: Mapping[str, Any], scheme: str) -> list[Row]:
+    """The table of a scheme, as it is read."""
+    table = []
+    for place, row in enumerate(rows_of(results, scheme), start=1):
+        name = row["recipe"] + ("" if row["trains"] else " (no training)")
+        if "failed" in row:
+            blank = dict.fromkeys(("PSNR, dB", "Frechet", "time", "memory", "size", "integer"))
+            table.append({"#": None, "recipe": name, "noise error": "failed"} | blank)
+            continue
+        low, high = row["spread"]
+        table.append(
+            {
+                "#": place,
+                "recipe": name,
+                "noise error": f"{row['noise_error']:.4f}" + (f" ({low:.4f} to {high:.4f})" if row["seeds"] > 1 else ""),
+                "PSNR, dB": f"{row['psnr_db']:.1f}",
+                "Frechet": f"{row['frechet']:.3g}",
+                "time": time_words(row["seconds"]),
+                "memory": size_words(round(row["peak_bytes"])),
+                "size": size_words(round(row["bytes"])),
+                "integer": f"{100 * row['integer_share']:.1f} %",
+            }
+        )
+    return table
+
+
+def failures(results: Mapping[str, Any]) -> list[str]:
+    """Why cells have no figures, one line each."""
+    return [f"{cell['recipe']} at {cell['scheme']}: {cell['failed']}" for cell in results["cells"] if "failed" in cell]
+
+
+def conditions(results: Mapping[str, Any]) -> str:
+    """What was measured, on what, as a sentence or two."""
+    asked, machine = results["asked"], results["machine"]
+    setup, seeds = asked["setup"], asked["seeds"]
+    return (
+        f"{Path(results['model']['name']).name}, {asked['rows']} table rows, {time_words(asked['budget'])} of calibration and training for each recipe that "
+        f"trains{f', mean of {seeds} seeds' if seeds > 1 else ''}. Judged on {setup['samples']} samples in {setup['steps']} steps of "
+        f"{results['walk']['scheduler']} from seed {setup['seed']}, by the reference executor. {machine['cpu']}, {machine['cores']} cores, "
+        f"torch {results['versions']['torch']}, {results['date'][:10]}. Two sets of {setup['samples']} samples of the float model itself, from "
+        f"different noise, are {results['frechet_floor']:.3g} apart in the Frechet distance."
+    )
+
+
+def command_of(results: Mapping[str, Any]) -> str:
+    """The command line that asks for the same."""
+    asked = results["asked"]
+    setup = asked["setup"]
+    words = ["edm-deploy compare", Path(results["model"]["name"]).name, f"--recipes {asked['recipes']}", f"--bits {asked['bits']}"]
+    words += [f"--budget {asked['budget']:g}s", f"--rows {asked['rows']}", f"--seeds {asked['seeds']}"]
+    words += [f"--samples {setup['samples']}", f"--steps {setup['steps']}", f"--seed {setup['seed']}"]
+    words += [f"--preset {recipe}={preset}" for recipe, preset in asked["presets"].items()]
+    return " ".join([*words, "--out DIR"])
+
+
+def markdown_of(results: Mapping[str, Any]) -> str:
+    """Conditions, one table for each scheme, what failed."""
+    parts = [conditions(results), f"`{command_of(results)}`"]
+    for scheme in schemes_in(results):
+        rows = table_of(results, scheme)
+        head = list(rows[0])
+        lines = [f"| {' | '.join([scheme if name == 'recipe' else name for name in head])} |"]
+        lines.append("|" + "|".join("---" if name in LEFT else "---:" for name in head) + "|")
+        lines += [f"| {' | '.join('' if row[name] is None else str(row[name]) for name in head)} |" for row in rows]
+        parts.append("\n".join(lines))
+    parts += ["\n".join(f"- {line}" for line in failures(results))] if failures(results) else []
+    return "\n\n".join(parts) + "\n"
+
+
+def html_of(results: Mapping[str, Any], images: Mapping[str, Tensor]) -> str:
+    """The page: one file, without a network, without a script.
+
+    Args:
+        results: What results.json holds.
+        images: Of the float model, under `float`, and of cells, under their folder; float [n, C, H, W] in [-1, 1].
+    """
+    title = f"{Path(results['model']['name']).name}: recipes compared"
+    sections = [
+        f'<h1>{escape(title)}</h1><p class="soft">{escape(conditions(results))}</p><p><code>{escape(command_of(results))}</code></p>'
+    ]
+    sections += [_scheme(results, scheme, images) for scheme in schemes_in(results)]
+    sections.append(f"<h2>What the figures are</h2>{definitions(DEFINED)}")
+    sections.append(f"<h2>Machine, versions</h2>{definitions({**results['machine'], **results['versions']})}{_made(results)}")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>edm-deploy: {escape(title)}</title><style>{STYLE.read_text()}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _scheme(results: Mapping[str, Any], scheme: str, images: Mapping[str, Tensor]) -> str:
+    table = table_of(results, scheme)
+    rows = [row for row in rows_of(results, scheme) if "failed" not in row]
+    notes = "".join(f'<p class="notes">{escape(line)}</p>' for line in failures(results) if f" at {scheme}:" in line)
+    parts = [f"<h2>{scheme}</h2>", html_table(table, numbers=[name for name in table[0] if name not in LEFT]), notes]
+    if rows:
+        series = {row["recipe"]: row["noise_error_by_step"] for row in rows}
+        label = "relative error of the predicted noise"
+        parts.append(curves(series, results["walk"]["timesteps"], x_label="timestep, from noise to image", y_label=label))
+        parts.append(_pictures(rows, images))
+    return "".join(parts)
+
+
+def _pictures(rows: Sequence[Mapping[str, Any]], images: Mapping[str, Tensor]) -> str:
+    shown = [("float", "the model itself", images["float"])]
+    for row in rows:
+        folder = next(cell["folder"] for cell in row["cells"] if "failed" not in cell)
+        if folder in images:
+            shown.append((row["recipe"], f"{row['psnr_db']:.1f} dB, Frechet {row['frechet']:.3g}", images[folder]))
+    figures = "".join(
+        f'<figure><img alt="samples, {escape(name)}" src="{grid_uri(samples)}"><figcaption><b>{escape(name)}</b>{escape(words)}</figcaption></figure>'
+        for name, words, samples in shown
+    )
+    return f'<div class="images">{figures}</div>'
+
+
+def _made(results: Mapping[str, Any]) -> str:
+    parts = []
+    for cell in results["cells"]:
+        made = cell["identity"]
+        facts: dict[str, Any] = {
+            "settings": ", ".join(f"{name} {value}" for name, value in made["settings"].items()),
+            **{f"pass {name}": ", ".join(f"{key} {value}" for key, value in found.items()) for name, found in made["passes"].items()},
+        }
+        if made["budget_seconds"] is not None:
+            facts["budget"] = time_words(made["budget_seconds"])
+        if cell.get("steps_done"):
+            facts["steps done"] = cell["steps_done"]
+        name = f"{cell['recipe']}, {cell['scheme']}" + (f", seed {cell['seed']}" if cell["seed"] else "")
+        parts.append(f"<details><summary>{escape(name)}</summary>{definitions(facts)}</details>")
+    return "".join(parts)

@@ -1,0 +1,1 @@
+"""Images: sampling from an engine, pipeline arguments, decoding, datasets."""

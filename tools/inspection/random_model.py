@@ -1,0 +1,67 @@
+"""A published architecture with random weights as a diffusers directory, written tensor by tensor: real sizes where no hub is reachable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edm_deploy.models import family_named, name_of_family
+from edm_deploy.network.family import meta_model
+from edm_deploy.storage.directories import new_directory, write_json
+from edm_deploy.storage.tensor_file import DeferredTensor, write_tensors
+from edm_deploy_tools.inspection.architectures import Architecture
+
+MARKER = "model_index.json"
+
+
+def write_random_model(chosen: Architecture, out: Path, *, size: int | None = None, seed: int = 0) -> Path:
+    """Write the denoiser and its scheduler to directory `out`, whole or not at all; weights are float16.
+
+    Args:
+        chosen: What to write.
+        out: Directory.
+        size: Height and width of a sample, in place of the architecture's own; changes no weight of a convolutional model.
+        seed: Of the weights.
+
+    Raises:
+        UnsupportedError: No family answers for the architecture.
+        ArtifactError: `out` cannot be written.
+    """
+    family = family_named(name_of_family(chosen.class_name))
+    config = dict(chosen.config) | ({} if size is None else {"sample_size": size})
+    index = {
+        "_class_name": chosen.pipeline_class,
+        family.component: ["diffusers", chosen.class_name],
+        "scheduler": ["diffusers", chosen.scheduler_class],
+    }
+    with new_directory(out, marker=MARKER) as directory:
+        write_json(directory / MARKER, index)
+        write_json(directory / "scheduler" / "scheduler_config.json", {"_class_name": chosen.scheduler_class, **chosen.scheduler_config})
+        write_json(directory / family.component / "config.json", {"_class_name": chosen.class_name, **config})
+        weights = directory / family.component / "diffusion_pytorch_model.safetensors"
+        write_tensors(weights, random_weights(meta_model(family, config).state_dict(), seed))
+    return out
+
+
+def random_weights(shapes: Mapping[str, Tensor], seed: int) -> dict[str, DeferredTensor]:
+    """float16 tensors of these names and shapes, each made when it is written: products keep the variance of their input, norms start as one."""
+    return {
+        name: DeferredTensor(torch.float16, tuple(value.shape), partial(_random, name, tuple(value.shape), seed + number))
+        for number, (name, value) in enumerate(shapes.items())
+    }
+
+
+def _random(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    if len(shape) < 2:
+        return torch.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=torch.float16)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.div_(torch.Size(shape[1:]).numel() ** 0.5).half()
+
+
+def weight_bytes(model: Path) -> int:
+    """Bytes of a diffusers directory's float weights."""
+    return sum(path.stat().st_size for path in model.rglob("*.safetensors"))
