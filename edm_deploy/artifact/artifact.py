@@ -21,7 +21,7 @@ from edm_deploy.artifact.disk_format import (
     tensors_from_layer,
 )
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
-from edm_deploy.artifact.timestep_correction import Correction, channel_axis
+from edm_deploy.artifact.timestep_correction import Correction, latent_channels
 from edm_deploy.errors import ArtifactError, EdmDeployError
 from edm_deploy.models import family_named
 from edm_deploy.network.family import Family, meta_model
@@ -137,8 +137,8 @@ class Artifact:
             )
         if self.correction is None:
             return None
-        sample = torch.empty(1, *self.family_object.latent_shape(self.config), device="meta")
-        problem = self.correction.problem(self.num_train_timesteps, sample.shape[channel_axis(sample)])
+        channels = latent_channels(self.family_object.latent_shape(self.config))
+        problem = self.correction.problem(self.num_train_timesteps, channels)
         return f"correction: {problem}" if problem else None
 
     def save(self, path: Path | str, *, overwrite: bool = True) -> Path:
