@@ -18,7 +18,8 @@ from edm_deploy.network.graph_names import GRAPH_NAME
 from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session
 from edm_deploy.runtime.capabilities import Execution
 from edm_deploy.runtime.manifest import Manifest
-from engines.common.source_backends import GraphBackend
+from engines.common.graph_checks import check_graph
+from engines.common.source_backends import GraphBackend, graph_files
 from engines.common.vendor_package import refuse_other_build, vendor
 
 PACKAGE = "onnxruntime"
@@ -51,6 +52,7 @@ class OrtBackend(GraphBackend):
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
         ort = _onnxruntime()
         refuse_other_build(manifest, self.name, PACKAGE, ort.__version__)
+        manifest.require_files(*graph_files(directory))
         if device.type == "cuda" and CUDA not in ort.get_available_providers():
             raise UnsupportedError(
                 "This ONNX Runtime has no CUDA provider. Install onnxruntime-gpu in its place, or open the engine with device='cpu'."
@@ -70,6 +72,8 @@ class OrtSession:
         self.device = device
         self.outputs = manifest.outputs
         self._session = _session(ort, graph, device, threads=manifest.build["options"]["threads"])
+        shapes = {entry.name: [size if isinstance(size, int) else None for size in entry.shape] for entry in self._session.get_inputs()}
+        check_graph(manifest, shapes, [entry.name for entry in self._session.get_outputs()])
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name for inputs by name, on the session's device."""

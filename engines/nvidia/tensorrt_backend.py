@@ -80,6 +80,7 @@ class Nvinfer(GraphBackend):
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
         """Open an engine on a CUDA device. Written against the documented API; not executed where this was written, which has no GPU."""
         gpus = manifest.build.get("gpus", [])
+        manifest.require_files(ENGINE_NAME)
         if manifest.backend == self.name and (device.type != "cuda" or not torch.cuda.is_available()):
             raise UnsupportedError(
                 f"This engine needs an NVIDIA GPU (built for {', '.join(gpus)}); device is {device}, and torch sees "
