@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ from edm_deploy.network.graph_names import GRAPH_NAME
 from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session
 from edm_deploy.runtime.capabilities import Execution
 from edm_deploy.runtime.manifest import Manifest
+from edm_deploy.storage.leftovers import scratch_directory
 from engines.common.graph_checks import check_graph
 from engines.common.source_backends import GraphBackend, graph_files
 from engines.common.vendor_package import refuse_other_build, vendor
@@ -112,7 +112,7 @@ def _session(ort: Any, graph: Path, device: torch.device, *, threads: int | None
 
 def _executed(ort: Any, graph: Path, manifest: Manifest) -> dict[str, Execution]:
     """How each site is computed on the CPU: by the operator types that one profiled run really called."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_directory("ort") as scratch:
         session = _session(ort, graph, torch.device("cpu"), threads=None, profile_prefix=f"{scratch}/ort")
         session.run(
             None, {declared.name: _smallest(declared.dims, declared.dtype(manifest.torch_dtype), manifest) for declared in manifest.inputs}

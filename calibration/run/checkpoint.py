@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from edm_deploy.errors import ArtifactError
 from edm_deploy.storage.directories import new_directory, read_json, sha256_of, write_json
+from edm_deploy.storage.leftovers import recover
 
 JSON_NAME = "checkpoint.json"
 TENSORS_NAME = "checkpoint.safetensors"
@@ -46,6 +47,7 @@ def load_checkpoint(directory: Path, identity: Mapping[str, Any]) -> tuple[int, 
     Raises:
         ArtifactError: No checkpoint, a damaged one, or one of another run; the message names the first difference.
     """
+    recover(directory)
     if not (directory / JSON_NAME).is_file():
         raise ArtifactError(f"{directory} holds no checkpoint to resume. Start without --resume, or check --out.")
     description = read_json(directory / JSON_NAME, what="checkpoint")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session
 from edm_deploy.runtime.capabilities import Execution
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
 from edm_deploy.storage.directories import write_json
+from edm_deploy.storage.leftovers import scratch_directory
 from engines.common.source_backends import GraphBackend
 from engines.common.vendor_package import refuse_other_build, vendor
 from engines.nvidia.build_process import Request, run_in_child
@@ -48,7 +48,7 @@ class Nvinfer(GraphBackend):
         gpus = capabilities(options.gpu) if options.gpu else self.default_gpus
         _check_level(options.optimization_level)
         version = str(vendor(self.package, mend=self.install).__version__)
-        with tempfile.TemporaryDirectory() as scratch:
+        with scratch_directory("tensorrt") as scratch:
             request = Request(
                 graph=str(content.resolve()),
                 engine=str(out / ENGINE_NAME),
@@ -60,7 +60,7 @@ class Nvinfer(GraphBackend):
                 workspace_mib=options.workspace_mib,
                 plugins=bool(manifest.plugin_sites),
             )
-            reply = run_in_child(self.module, request, Path(scratch))
+            reply = run_in_child(self.module, request, scratch)
         plugins = manifest.plugin_sites  # nothing to audit: their nodes are our kernels, or the graph would not have parsed
         audited = {name: site for name, site in manifest.sites.items() if name not in plugins}
         findings = audit([Layer(**{key: _tuples(value) for key, value in layer.items()}) for layer in reply["layers"]], audited)

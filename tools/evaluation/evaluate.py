@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from edm_deploy.pipelines.source import Source, load_source
 from edm_deploy.runtime.backend import SiteTestCase
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.directories import check_replaceable, new_directory, write_json
+from edm_deploy.storage.leftovers import scratch_directory
 from edm_deploy_tools.common.machine import machine, versions
 from edm_deploy_tools.evaluation.report import html_of
 from edm_deploy_tools.evaluation.results import EvaluationTarget, Report, Result
@@ -121,8 +121,8 @@ def evaluate_targets(
     say(f"float model: {setup.samples} samples, {setup.steps} steps")
     reference = reference_trajectory(source, setup)
     results = []
-    with tempfile.TemporaryDirectory() as scratch:
-        cuts = Cuts(reference, Path(scratch))
+    with scratch_directory("evaluate") as scratch:
+        cuts = Cuts(reference, scratch)
         for subject in subjects:
             say(f"{subject.label} ({subject.kind}, {subject.scheme})")
             results.append(evaluate_engine(subject, reference, cuts, device) if subject.engine else evaluate_artifact(subject, reference))
