@@ -71,15 +71,19 @@ def check_schema(schema: Any, newest: int, file: Path) -> None:
 
 
 def check_bounded(content: Any, *, path: str = "", finite: bool = True) -> None:
-    """Raises ArtifactError where decoded json is nested deeper than MAX_DEPTH levels, or holds NaN or infinity where `finite` is set."""
+    """Raises ArtifactError where decoded json is nested deeper than MAX_DEPTH levels, holds a string that is no text, or NaN or infinity where `finite` is set."""
     pending = [(content, path, 0)]
     while pending:
         value, place, level = pending.pop()
+        if isinstance(value, str) and not _is_text(value):
+            raise ArtifactError(f"{_name(place)} is {_shown(value)}, expected text without lone surrogates.")
         if finite and isinstance(value, float) and not math.isfinite(value):
             raise ArtifactError(f"{_name(place)} is {value}, expected a finite number.")
         if isinstance(value, dict | list):
             if level >= MAX_DEPTH:
                 raise ArtifactError(f"{_name(path)} is nested deeper than {MAX_DEPTH} levels, expected at most {MAX_DEPTH}.")
+            keys = list(value) if isinstance(value, dict) else []
+            pending += [(key, f"A key of {_name(place)}", level) for key in keys if not _is_text(key)]
             pending += [(entry, f"{place}{_step(key)}", level + 1) for key, entry in _entries(value)]
 
 
@@ -95,6 +99,11 @@ def check_config(config: Mapping[str, Any], *, path: str = "config") -> None:
             raise ArtifactError(f"{place} has length {len(value)}, expected at most {MAX_CONFIG_LENGTH}.")
         if isinstance(value, dict | list):
             pending += [(entry, f"{place}{_step(key)}") for key, entry in _entries(value)]
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written: json can escape half of a surrogate pair, which is no character."""
+    return value.isascii() or re.search("[\ud800-\udfff]", value) is None
 
 
 def _entries(value: Any) -> list[tuple[Any, Any]]:

@@ -100,6 +100,13 @@ def test_depth_and_finiteness_are_bounded():
     check_bounded({"a": float("inf")}, finite=False)
 
 
+def test_a_string_that_is_no_text_is_refused():
+    check_bounded({"a": ["\u00e9\U0001f600"]})
+    for content in ({"a": ["\ud800"]}, {"\udfff": 1}):
+        with pytest.raises(ArtifactError, match="expected text without lone surrogates"):
+            check_bounded(content, finite=False)
+
+
 @pytest.mark.parametrize("value", [2**31, -(2**31), 1e10, [1] * 5000, "x" * 5000], ids=lambda value: str(value)[:12])
 def test_a_config_has_no_numbers_or_lists_beyond_any_models(value):
     check_config({"norm_eps": 1e-5, "layers": [1, 2**30]})
