@@ -1,7 +1,7 @@
 import pytest
 
-from calibration.recipe import Recipe
 from calibration.recipes.efficientdm import EfficientDM
+from calibration.recipes.minmax import MinMax
 from calibration.recipes.percentile import Percentile
 from calibration.student.quantization_spec import LayerSpec
 from edm_deploy.errors import InputError
@@ -10,11 +10,11 @@ from edm_deploy.errors import InputError
 @pytest.mark.parametrize(
     ("made", "settings", "message"),
     [
-        (Recipe, {"weight_bits": 9}, "weight_bits is 9; expected 2 to 8"),
-        (Recipe, {"act_bits": 2}, "act_bits is 2; expected 3 to 8, or 16"),
-        (Recipe, {"rows": 0}, "rows is 0; expected at least 1"),
-        (Recipe, {"eta": 1.5}, "eta is 1.5; expected 0.0 to 1.0"),
-        (Recipe, {"calibration_samples": 0}, "calibration_samples is 0"),
+        (MinMax, {"weight_bits": 9}, "weight_bits is 9; expected 2 to 8"),
+        (MinMax, {"act_bits": 2}, "act_bits is 2; expected 3 to 8, or 16"),
+        (MinMax, {"rows": 0}, "rows is 0; expected at least 1"),
+        (MinMax, {"eta": 1.5}, "eta is 1.5; expected 0.0 to 1.0"),
+        (MinMax, {"calibration_samples": 0}, "calibration_samples is 0"),
         (Percentile, {"percentile": 10.0}, "percentile is 10.0; expected 50.0 to 100.0"),
         (EfficientDM, {"steps": 0}, "steps is 0; expected at least 1"),
         (EfficientDM, {"update_rate": -1.0}, "update_rate is -1.0; expected at least 0"),
@@ -35,7 +35,7 @@ def test_below_eight_bit_bounds_may_lie_anywhere_unless_asked_to_be_symmetric():
     assert LayerSpec(4, 4, symmetric=False).fixed_qmin is None
     assert LayerSpec(4, 4, symmetric=False).levels == 15
     assert (LayerSpec(4, 4, symmetric=True).fixed_qmin, LayerSpec(4, 4, symmetric=True).levels) == (-7, 14)
-    assert Recipe(act_bits=4, symmetric=True).layer_spec("x", "quantize").symmetric
+    assert MinMax(act_bits=4, symmetric=True).layer_spec("x", "quantize").symmetric
 
 
 def test_published_constants_are_the_defaults():

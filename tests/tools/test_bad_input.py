@@ -15,7 +15,7 @@ import torch
 REFUSED = {
     "unknown command": ("calibrte {model} --out {out}", "Did you mean 'calibrate'"),
     "unknown option": ("calibrate {model} --out {out} --recip mse", "--recip"),
-    "missing argument": ("calibrate --out {out}", "REFERENCE_MODEL"),
+    "missing argument": ("calibrate --out {out}", "MODEL"),
     "number that is none": ("calibrate {model} --out {out} --rows many", "--rows"),
     "model that is not there": ("calibrate ./nothing --out {out}", "does not exist"),
     "directory that is no model": ("calibrate {empty} --out {out}", "no diffusers pipeline directory"),
@@ -64,7 +64,7 @@ REFUSED = {
     "evaluation of a model": ("evaluate {model} --out {out}", "takes artifacts and engines"),
     "evaluation of a graph": ("evaluate {onnx} --out {out}", "build-engine"),
     "evaluation of nothing": ("evaluate {empty} --out {out}", "is no model, artifact"),
-    "engine without a reference": ("evaluate {engine} --out {out}", "--reference REFERENCE_MODEL"),
+    "engine without a reference": ("evaluate {engine} --out {out}", "--reference MODEL"),
     "no samples": ("evaluate {artifact} --out {out} --samples 0", "expected 1 or more"),
     "benchmark of nothing": ("bench", "No engine was given"),
     "unknown baseline": ("bench {engine} --against torhc", "Did you mean 'torch'"),

@@ -94,7 +94,7 @@ def test_an_engine_computes_the_reference_s_codes_at_every_site(chain, reference
 
 def test_a_guided_model_is_judged_on_both_halves(tmp_path):
     from tests.conftest import artifact_by_hand
-    from tests.tools.test_walk import tiny
+    from tests.tools.evaluation.test_trajectory_error import tiny
 
     walked = reference_trajectory(tiny("dit"), EvaluationSettings(samples=2, steps=2, guidance=3.0))
     artifact = artifact_by_hand("dit", weight_bits=8, act_bits=8)
