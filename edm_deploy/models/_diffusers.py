@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from edm_deploy.errors import UnsupportedError
+from edm_deploy.errors import EdmDeployError, UnsupportedError, first_line
 from edm_deploy.network.family import Config, Family
+
+MAX_REASON = 200  # characters of an error of diffusers, some of which quote the whole config
 
 
 class DiffusersFamily(Family):
@@ -32,8 +34,11 @@ class DiffusersFamily(Family):
         arguments = {key: value for key, value in config.items() if not key.startswith("_")}
         try:
             model: nn.Module = self.model_class.from_config(arguments)
-        except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError, AttributeError, NotImplementedError) as err:
-            raise UnsupportedError(f"diffusers cannot build {self.class_name} from this config: {err}. Check config.json.") from err
+        except EdmDeployError:
+            raise
+        except Exception as err:  # diffusers and torch check few values of a config; each raises whatever it meets first
+            reason = first_line(err)[:MAX_REASON]
+            raise UnsupportedError(f"diffusers cannot build {self.class_name} from this config: {reason}. Check config.json.") from err
         return model
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
