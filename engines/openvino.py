@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.network.family import TIMESTEP
-from edm_deploy.network.graph_names import ROW_NAME
+from edm_deploy.network.graph_names import ROW_NAME, rescaled
 from edm_deploy.numerics.activation_table import table_rows
 from edm_deploy.registry import suggestion
 from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session
@@ -31,7 +31,6 @@ ENGINE_NAME = "engine.xml"
 TABLES_NAME = "tables.safetensors"
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
 DEQUANTIZED = "/DequantizationMultiply"  # what OpenVINO appends to the name of a product whose scales it has moved behind it
-RESCALED = "/rescaled"  # what the exporter calls the multiplication by an input's scale; one that is the same in all rows becomes part of the product
 COMPILED_SHAPES = 4  # compiled models kept in memory; each holds its own copy of the weights
 
 
@@ -51,7 +50,7 @@ class OpenvinoBackend(GraphBackend):
         with _refusals(ov):
             model = ov.Core().read_model(content)
             model.reshape({declared.name: _partial_shape(ov, declared.dims, options.profile) for declared in manifest.inputs})
-        save_file(scales_to_inputs(ov, model), out / TABLES_NAME)
+        save_file(scales_to_inputs(ov, model, manifest.sites), out / TABLES_NAME)
         kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model)
         try:
             ov.save_model(model, out / ENGINE_NAME, compress_to_fp16=False)
@@ -173,7 +172,8 @@ def _executed(ov: Any, xml: Path, options: Mapping[str, Any], manifest: Manifest
             for name in str(info["originalLayersNames"].astype(str)).split(","):
                 precisions[name.removesuffix(DEQUANTIZED)] = str(info["runtimePrecision"].astype(str))
     return {
-        name: "int8" if precisions.get(site.node, precisions.get(f"{name}{RESCALED}")) in ("i8", "u8") else "float"
+        # A scale that is the same in all rows becomes part of the product, which then has the name of the multiplication by it.
+        name: "int8" if precisions.get(site.node, precisions.get(rescaled(name))) in ("i8", "u8") else "float"
         for name, site in manifest.sites.items()
         if site.quantized_input
     }

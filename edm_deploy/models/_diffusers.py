@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -40,6 +42,13 @@ class DiffusersFamily(Family):
             reason = first_line(err)[:MAX_REASON]
             raise UnsupportedError(f"diffusers cannot build {self.class_name} from this config: {reason}. Check config.json.") from err
         return model
+
+    def full_config(self, config: Config) -> dict[str, Any]:
+        parameters = inspect.signature(self.model_class.__init__).parameters
+        defaults = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
+        full = defaults | {key: value for key, value in config.items() if not key.startswith("_")}
+        as_json: dict[str, Any] = json.loads(json.dumps(full))
+        return as_json
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         carried = [declared.name for declared in self.inputs(config)]

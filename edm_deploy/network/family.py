@@ -134,11 +134,27 @@ class Family(ABC):
     def size_multiple(self, config: Config) -> int:
         """Height and width must be multiples of this many pixels."""
 
+    def full_config(self, config: Config) -> dict[str, Any]:
+        """`config` with the model class's defaults for the keys that it lacks, as JSON holds it."""
+        return dict(config)
+
+    def sample_size(self, config: Config) -> tuple[int, int]:
+        """Height and width of a sample at the model's own size, in pixels or latents.
+
+        Raises:
+            UnsupportedError: The config has no usable `sample_size`.
+        """
+        size = config.get("sample_size")
+        sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
+        if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+            raise UnsupportedError(
+                f"{self.class_name} with sample_size={size!r}: expected one positive number, or height and width. Write it into config.json."
+            )
+        return sides[0], sides[1]
+
     def sample_shape(self, config: Config) -> tuple[int, ...]:
-        """Shape of the input `sample` without its batch, at the model's own size: channels, height and width, unless the family says otherwise."""
-        size = config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(config["in_channels"]), int(height), int(width)
+        """Shape of the input `sample` at the model's own size, without the batch dimension: [channels, height, width] by default."""
+        return int(config["in_channels"]), *self.sample_size(config)
 
     def latent_shape(self, config: Config) -> tuple[int, ...]:
         """Shape of what a scheduler walks from noise, without its batch: `sample_shape`, unless conditioning stands in further channels."""
@@ -160,6 +176,10 @@ class Family(ABC):
     def latents(self, config: Config, sample: Tensor) -> Tensor:
         """A finished sample as [B, C, H, W], which is what a VAE decodes."""
         return sample
+
+    def embedded_timesteps(self, config: Config) -> int | None:
+        """Number of timesteps in the model's embedding table; None where the embedding is a function of any timestep."""
+        return None
 
     def classes(self, config: Config) -> int | None:
         """Number of labels that the model takes as an index, the one for none not counted; None where it takes no index."""
