@@ -10,6 +10,7 @@ import torch
 
 from edm_deploy import registry
 from edm_deploy.artifact.float_timesteps import FOLDER
+from edm_deploy.errors import EdmDeployError
 from edm_deploy.runtime.backend import Backend, Session
 from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.manifest import Manifest
@@ -39,7 +40,11 @@ def load_denoiser(path: Path | str, *, device: str | torch.device | None = None)
         ArtifactError, UnsupportedError: As `open_session`.
     """
     manifest, session = open_session(path, device=device)
-    relaxed = open_session(Path(path) / FOLDER, device=device)[1] if manifest.relaxed else None
+    try:
+        relaxed = open_session(Path(path) / FOLDER, device=device)[1] if manifest.relaxed else None
+    except EdmDeployError:
+        session.close()
+        raise
     return EngineDenoiser(manifest, session, relaxed)
 
 
