@@ -121,9 +121,8 @@ class OpenvinoSession(Session):
         key = tuple(shapes.values())
         with self._lock:
             if key not in self._models:
-                while (
-                    len(self._models) >= COMPILED_SHAPES
-                ):  # before the next is compiled: a call that still runs on it keeps it until it returns
+                # Evict before compiling, so that five never exist at once; calls that still use the evicted model keep it until they return.
+                while len(self._models) >= COMPILED_SHAPES:
                     self._models.popitem(last=False)
                 self._models[key] = self._compile(shapes)
             self._models.move_to_end(key)
