@@ -40,7 +40,8 @@ ORDER = {
     "engines": (
         ("__init__", "kernels"),
         ("performance",),
-        ("torch_graph", "openvino_graph", "common"),
+        ("common",),
+        ("torch_graph", "openvino_graph"),
         ("nvidia",),
         ("ort", "openvino", "trt", "trt_rtx", "cuda"),
     ),
