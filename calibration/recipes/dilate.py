@@ -50,6 +50,7 @@ class Dilate(Mse):
     """
 
     name = "dilate"
+    trains = True
     weight_bits: int = 4
     act_bits: int = 4
     bias_correction: bool = False

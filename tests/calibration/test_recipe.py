@@ -1,9 +1,13 @@
+from dataclasses import fields
+
 import pytest
 
+from calibration import recipes
 from calibration.recipe import Recipe
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.recipes.percentile import Percentile
 from calibration.student.quantization_spec import LayerSpec
+from edm_deploy import registry
 from edm_deploy.errors import InputError
 
 
@@ -41,3 +45,9 @@ def test_below_eight_bit_bounds_may_lie_anywhere_unless_asked_to_be_symmetric():
 def test_published_constants_are_the_defaults():
     recipe = EfficientDM()
     assert (recipe.rows, recipe.rank, recipe.steps, recipe.update_rate, recipe.scale_rate) == (100, 32, 16000, 1 / 2500, 5e-4)
+
+
+@pytest.mark.parametrize("name", registry.names(recipes))
+def test_a_recipe_trains_exactly_if_it_has_steps(name):
+    recipe = registry.load(recipes, name, "RECIPE")
+    assert recipe.trains == ("steps" in {field.name for field in fields(recipe)})
