@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,14 @@ def table_by_hand(bits: int, largest: float, rows: int) -> ActivationTable:
         qmin, qmax = -below, 2**bits - 1 - below
     scale = largest / symmetric_bounds(bits)[1] * (1 + 0.05 * torch.arange(rows))
     return ActivationTable(bits=bits, scale=scale.float(), qmin=qmin.to(torch.int8), qmax=qmax.to(torch.int8))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c() -> Iterator[None]:
+    """Python's own handler of SIGINT, which tests raise, even if pytest was started with SIGINT ignored (nohup, background job)."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,10 +16,12 @@ import torch
 
 from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.data.trajectory_pool import Trajectories
+from calibration.recipe import TrainingContext
 from calibration.recipes.efficientdm import EfficientDM
+from calibration.run.dtypes import DTYPES
 from calibration.run.memory import peak_memory
 from calibration.run.options import Run, RunOptions
-from calibration.student.teacher import DTYPES, Teacher
+from calibration.student.teacher import Teacher
 from calibration.training.distillation import Training
 from edm_deploy.errors import EdmDeployError
 from edm_deploy.pipelines.source import Source, load_source
@@ -96,7 +98,7 @@ def float_work(source: Source, batch: int, device: str) -> Callable[[], object]:
     family = source.family_object
 
     def work() -> None:
-        inputs = trajectories.take(batch).inputs
+        inputs = trajectories.next_batch(batch).inputs
         with torch.no_grad():
             target = family.forward(teacher, inputs)
         loss = (family.forward(student, inputs) - target).square().sum()
@@ -115,9 +117,10 @@ def step_work(source: Source, recipe: EfficientDM, batch: int, device: str) -> C
     options = RunOptions(device=device)
     teacher = Teacher(source, torch.device(device))
     student = recipe.student(source, calibrated_timesteps(source.scheduler, recipe.rows), torch.device(device))
-    recipe.prepare(student, teacher, trajectories, Run(options=options, identity={}, on_progress=lambda _: None))
+    context = TrainingContext(student, teacher, trajectories, Run(options=options, identity={}, on_progress=lambda _: None))
+    recipe.prepare(context)
     teacher.set_dtype(DTYPES[options.teacher_dtype])
-    training = Training(student, teacher, trajectories, recipe.groups(student), recipe.schedule)
+    training = Training(context, recipe.groups(student), recipe.schedule)
     return lambda: training.step(0)
 
 
