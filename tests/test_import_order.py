@@ -53,7 +53,8 @@ ORDER = {
         ("comparison",),
         ("commands",),
         ("bench_kernels", "bench_scale", "families", "roofline", "train_features", "train_reference"),
-        ("cli", "__main__"),
+        ("cli",),
+        ("__main__",),
     ),
 }
 ONLY_HERE = {  # third-party package -> the only places that may import it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edm_deploy.errors import InputError
+from edm_deploy.pipelines.prompt_file import read_prompts
 
 # Varied in subject, style, light, counts, written words and length, because ranges must cover the prompts of real use. The last is the empty prompt.
 PROMPTS = (
@@ -84,13 +84,4 @@ def prompts_of(path: Path | None) -> tuple[str, ...]:
     Raises:
         InputError: The file cannot be read, or contains no prompt.
     """
-    if path is None:
-        return PROMPTS
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-        raise InputError(f"--prompts {path} cannot be read ({err}). Expected a text file with one prompt a line.") from err
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise InputError(f"--prompts {path} holds no prompt. Expected a text file with one prompt a line.")
-    return prompts
+    return PROMPTS if path is None else read_prompts(path)

@@ -139,7 +139,7 @@ def test_ctrl_c_ends_in_one_line(run, chain, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("edm_deploy_tools.inspection.describe.describe", interrupt)
-    assert "Interrupted" in run("inspect", chain.artifact).complaint
+    assert "Interrupted" in run("inspect", chain.artifact).error(130)
 
 
 def test_a_fault_of_ours_is_one_line_too(run, chain, monkeypatch):
@@ -233,7 +233,7 @@ def test_a_model_that_cannot_be_quantized_is_refused_in_one_line(run, chain, cop
 def test_too_little_memory_is_refused_in_one_line(run, chain, tmp_path, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**8))
     ran = run("calibrate", chain.model, "--out", tmp_path / "out", "--rows", 2)
-    assert re.search(r"needs about 1\.\d GB of memory to be quantized so, 0\.1 GB are free\. Use --low-memory", ran.complaint)
+    assert re.search(r"needs about 1\.\d GB of memory; 0\.1 GB are available\. Use --low-memory", ran.complaint)
     assert not (tmp_path / "out").exists()
 
 
