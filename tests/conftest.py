@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+import signal
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from edm_deploy.network.family import Family
 from edm_deploy.numerics.activation_table import ActivationTable, nearest_rows
 from edm_deploy.numerics.codes import quantize_weight, symmetric_bounds, weight_bounds
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # a worker for each core (`make test`); threads of one would take turns with those of the other
 
 TINY_UNET = {
     "sample_size": 8,
@@ -195,6 +197,25 @@ def _one_trace_each() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         share_traces(patch)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _sigint() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt in every test, also where the suite was started with SIGINT ignored (`nohup`, a background job)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """A SIGINT that a worker's test raises and nobody catches fails that test; by itself it would end the worker and all of its tests."""
+    try:
+        return (yield)
+    except KeyboardInterrupt:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            raise
+        pytest.fail("KeyboardInterrupt: the test raised SIGINT, and nothing under test caught it")
 
 
 @pytest.fixture(scope="session")
