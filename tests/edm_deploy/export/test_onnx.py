@@ -43,7 +43,7 @@ CASES = {
     "w4a4-fp32": ("unet2d", 4, "fp32", "int8"),
     "w4a4-fp16-int4": ("unet2d", 4, "fp16", "int4"),
     "classes-w4a4-int4": ("unet2d-classes", 4, "fp32", "int4"),
-    "condition-w8a8-fp16": ("unet2d-condition", 8, "fp16", "int8"),
+    "condition-w8a8-fp32": ("unet2d-condition", 8, "fp32", "int8"),
 }
 
 
