@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from edm_deploy.artifact.artifact import Artifact
@@ -23,6 +23,8 @@ from edm_deploy.registry import suggestion
 from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session, SiteTestCase
 from edm_deploy.runtime.capabilities import BackendCapabilities, SitePlan, site_plan, unsupported_reason
 from edm_deploy.runtime.manifest import Manifest
+from edm_deploy.storage.tensor_file import load_tensors
+from engines.common.graph_checks import check_rows, check_tensors
 from engines.common.source_backends import ArtifactBackend
 from engines.performance.gpus import capabilities
 from engines.performance.int4_selection import choose
@@ -74,10 +76,11 @@ class CudaBackend(ArtifactBackend):
         from engines.torch_graph.cuda_graph_session import CudaSession  # defines operators: only where they are used
 
         _refuse_foreign(manifest)
+        manifest.require_files(ENGINE_NAME)
         kinds = kinds_on(manifest, device)
         if device.type == "cuda":
             driver.prepare(device)  # a missing compiler or an old driver is told before any weight is read
-        module = _graph(manifest, load_file(directory / ENGINE_NAME, device=str(device)), kinds).module()
+        module = _graph(manifest, load_tensors(directory / ENGINE_NAME, device=str(device)), kinds).module()
         return CudaSession(module, [declared.name for declared in manifest.inputs], manifest.outputs, device)
 
     def at_sites(self, cut: SiteTestCase, engine: Manifest, device: torch.device) -> dict[str, Tensor]:
@@ -196,11 +199,15 @@ def _stored(artifact: Artifact, plans: Mapping[str, SitePlan], dtype: torch.dtyp
     """The engine's file: packed sites, and every other parameter; one-dimensional ones stay float32, as norms and epilogues take them."""
     from engines.torch_graph.packed_layer import stored
 
-    floats = {name for name, value in artifact.skeleton().state_dict().items() if value.ndim > 1 and value.is_floating_point()}
-    tensors = {f"params.{name}": value.to(dtype if name in floats else value.dtype) for name, value in artifact.params.items()}
+    expected = {name: _stored_dtype(value, dtype) for name, value in artifact.skeleton().state_dict().items()}
+    tensors = {f"params.{name}": value.to(expected[name]) for name, value in artifact.params.items()}
     for name, site in artifact.sites.items():
         tensors |= {f"sites.{name}.{what}": value for what, value in stored(site, plans[name].codes).items()}
     return {"row_of_timestep": artifact.row_of_timestep} | {name: value.contiguous() for name, value in tensors.items()}
+
+
+def _stored_dtype(value: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if value.ndim > 1 and value.is_floating_point() else torch.float32
 
 
 def _graph(
@@ -213,12 +220,17 @@ def _graph(
 
     family, dtype = family_named(manifest.family), DTYPES[manifest.build["options"]["precision"]]
     structure = NetworkRewrite.from_json(manifest.structure)
-    layers = family.sites(meta_model(family, manifest.config, structure))
+    model = meta_model(family, manifest.config, structure)
+    layers = family.sites(model)
+    if unknown := sorted(set(manifest.sites) - set(layers)):
+        raise ArtifactError(f"Site {unknown[0]!r} is no layer of the model. Build the engine again.")
     params = {name.removeprefix("params."): value for name, value in tensors.items() if name.startswith("params.")}
+    floats = {name: value for name, value in model.state_dict().items() if name.removesuffix(".weight") not in manifest.sites}
+    check_tensors(params, {name: (_stored_dtype(value, dtype), tuple(value.shape)) for name, value in floats.items()}, of="Parameters")
     by_site: dict[str, dict[str, Tensor]] = {name: {} for name in manifest.sites}
     for name, value in tensors.items():
-        if name.startswith("sites."):
-            site, _, what = name.removeprefix("sites.").rpartition(".")
+        site, _, what = name.removeprefix("sites.").rpartition(".")
+        if name.startswith("sites.") and site in by_site:
             by_site[site][what] = value
     sites = {
         name: read(
@@ -226,12 +238,14 @@ def _graph(
             by_site[name],
             packed=manifest.plan[name].codes,
             kind=kinds[name],
-            channels=layers[name].weight.shape[1],
+            weight_shape=tuple(layers[name].weight.shape),
             bias=params.get(f"{name}.bias"),
             dtype=dtype,
         )
         for name in manifest.sites
     }
+    rows = min((len(site.act_scale) for site in sites.values() if site.act_scale is not None), default=1 << 31)
+    check_rows(tensors.get("row_of_timestep", torch.zeros(0)), rows, manifest.num_train_timesteps)
     params |= {f"{name}.weight": site.weight for name, site in sites.items() if site.kind is None}
     program = exported_program(family, manifest.config, dtype, input_dtype=manifest.torch_dtype, structure=structure)
     draft = rewriting.draft(program, sites, params, tensors["row_of_timestep"], dtype)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
@@ -22,6 +22,8 @@ from edm_deploy.registry import suggestion
 from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session
 from edm_deploy.runtime.capabilities import Execution
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
+from edm_deploy.storage.tensor_file import load_tensors
+from engines.common.graph_checks import check_graph, check_rows, check_tensors
 from engines.common.source_backends import GraphBackend
 from engines.common.vendor_package import refuse_other_build, vendor
 from engines.openvino_graph.group_norm import split_group_norms
@@ -29,6 +31,7 @@ from engines.openvino_graph.scale_inputs import keep_float32, scales_to_inputs, 
 
 PACKAGE = "openvino"
 ENGINE_NAME = "engine.xml"
+WEIGHTS_NAME = "engine.bin"
 TABLES_NAME = "tables.safetensors"
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
 DEQUANTIZED = "/DequantizationMultiply"  # what OpenVINO appends to the name of a product whose scales it has moved behind it
@@ -70,8 +73,10 @@ class OpenvinoBackend(GraphBackend):
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
         ov = _openvino()
         refuse_other_build(manifest, self.name, PACKAGE, _version(ov))
+        manifest.require_files(ENGINE_NAME, WEIGHTS_NAME, TABLES_NAME)
         if device.type != "cpu":
             raise UnsupportedError(f"openvino runs on the cpu, not on {device.type}. Open the engine with device='cpu'.")
+        _check_files(ov, directory, manifest)
         return OpenvinoSession(ov, directory, manifest, device)
 
     def _precision(self, asked: str | None) -> str:
@@ -98,7 +103,7 @@ class OpenvinoSession(Session):
         self._ov = ov
         self._xml = directory / ENGINE_NAME
         self._properties = properties(manifest.build["options"])
-        tables = load_file(directory / TABLES_NAME)
+        tables = load_tensors(directory / TABLES_NAME)
         self._row_of_timestep = tables.pop(ROW_NAME, torch.zeros(1, dtype=torch.int32))
         self._table_shapes = {name: tuple(table.shape[1:]) for name, table in tables.items()}
         self._tables = torch.stack([table.flatten() for table in tables.values()]) if tables else torch.zeros(0, 1)  # float32 [S, R]
@@ -176,6 +181,28 @@ class _Slot:
 
     request: Any
     looked_up: Tensor
+
+
+def _check_files(ov: Any, directory: Path, manifest: Manifest) -> None:
+    """Raises ArtifactError where the graph or the tables are not those that the manifest describes."""
+    with _refusals(ov):
+        model = ov.Core().read_model(directory / ENGINE_NAME)
+        shapes = {
+            port.get_any_name(): [None if dim.is_dynamic else dim.get_length() for dim in port.get_partial_shape()] for port in model.inputs
+        }
+        outputs = [name for port in model.outputs for name in port.get_names()]
+    tables = load_tensors(directory / TABLES_NAME)
+    rows = tables.pop(ROW_NAME, None)
+    if missing := sorted(set(tables) - set(shapes)):
+        raise ArtifactError(f"{TABLES_NAME} has a table {missing[0]!r}, which the graph does not take. Build the engine again.")
+    check_graph(manifest, {name: shape for name, shape in shapes.items() if name not in tables}, outputs)
+    count = max((len(table) for table in tables.values()), default=1)
+    of_each = {name: (torch.float32, (count, *[size or 1 for size in shapes[name][1:]])) for name in tables}
+    check_tensors(tables, of_each, of=TABLES_NAME)
+    if rows is not None:
+        check_rows(rows, count, manifest.num_train_timesteps)
+    elif count > 1:
+        raise ArtifactError(f"{TABLES_NAME} has tables of {count} rows and no {ROW_NAME!r}. Build the engine again.")
 
 
 def _read(ov: Any, xml: Path) -> Any:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from edm_deploy.artifact.artifact import JSON_NAME, TENSORS_NAME
 from edm_deploy.errors import EdmDeployError
 from edm_deploy.runtime.manifest import NAME
@@ -89,9 +91,9 @@ VALUES: tuple[Any, ...] = (
 
 
 def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of every value below `content`."""
+    """The path of every value below `content`, eight levels deep."""
     entries = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    return [place for key, value in entries for place in [(*path, key), *places(value, (*path, key))]]
+    return [place for key, value in entries if len(path) < 8 for place in [(*path, key), *places(value, (*path, key))]]
 
 
 def mutated(content: dict[str, Any], rng: random.Random) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def _change(holder: Any, key: Any, rng: random.Random) -> None:
     elif kind == "wrap":
         holder[key] = rng.choice(([value], {"x": value}, str(value)))
     elif kind == "deep":
-        holder[key] = nested(rng.choice((10, 200, 990)))
+        holder[key] = nested(rng.choice((10, 40, 300)))
     elif kind == "scale":
         holder[key] = rng.choice((value + 1, value - 1, -value, value * 1000, value * 10**9, float(value)))
     elif kind == "double" and isinstance(value, list):
@@ -214,3 +216,31 @@ def outcome(load: Callable[[], object]) -> str:
     except Exception as err:
         return f"{type(err).__name__}: {err}"
     return "loaded"
+
+
+def mutated_tensors(tensors: dict[str, torch.Tensor], rng: random.Random) -> dict[str, torch.Tensor]:
+    """A copy in which one tensor is exchanged, removed, renamed, reshaped, cast, cut or holds extreme values."""
+    tensors = dict(tensors)
+    name = rng.choice(sorted(tensors))
+    value = tensors[name]
+    kind = rng.choice(("remove", "rename", "flat", "cast", "cut", "grow", "extreme", "empty", "more"))
+    if kind == "remove":
+        del tensors[name]
+    elif kind == "rename":
+        tensors[rng.choice(("x", f"{name}.x", f"params.{name}", f"sites.{name}", ""))] = tensors.pop(name)
+    elif kind == "flat":
+        tensors[name] = value.reshape(rng.choice(((-1,), (1, -1), (-1, 1))))
+    elif kind == "cast":
+        tensors[name] = value.to(rng.choice((torch.float64, torch.float16, torch.int64, torch.int8, torch.bool, torch.uint8)))
+    elif kind == "cut":
+        tensors[name] = value.reshape(-1)[: max(value.numel() // 2, 1)].clone()
+    elif kind == "grow":
+        tensors[name] = torch.cat([value.reshape(-1)] * 3)
+    elif kind == "extreme":
+        extremes = (float("nan"), float("inf"), -1.0, 0.0) if value.is_floating_point() else (-128, 127, 100)
+        tensors[name] = torch.full_like(value, rng.choice(extremes)) if value.dtype != torch.uint8 else ~value
+    elif kind == "empty":
+        tensors[name] = value.new_zeros(0)
+    else:
+        tensors["extra"] = torch.zeros(3)
+    return {key: tensor.contiguous() for key, tensor in tensors.items()}

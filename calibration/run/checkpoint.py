@@ -17,6 +17,7 @@ from calibration.run.options import Run
 from calibration.run.time_budget import Budget
 from edm_deploy.errors import ArtifactError
 from edm_deploy.storage.directories import new_directory, read_json, sha256_of, write_json
+from edm_deploy.storage.leftovers import recover
 
 JSON_NAME = "checkpoint.json"
 TENSORS_NAME = "checkpoint.safetensors"
@@ -126,6 +127,7 @@ def load_checkpoint(directory: Path, identity: Mapping[str, Any]) -> tuple[int, 
     Raises:
         ArtifactError: The checkpoint is missing, damaged or from a different run; the message names the first difference.
     """
+    recover(directory)
     if not (directory / JSON_NAME).is_file():
         raise ArtifactError(f"{directory} holds no checkpoint to resume. Start without --resume, or check --out.")
     description = read_json(directory / JSON_NAME, what="checkpoint")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from edm_deploy.errors import ArtifactError, first_line
 from edm_deploy.storage.json_schema import MAX_DEPTH, Timesteps, check_bounded, convert
+from edm_deploy.storage.leftovers import recover, reserve
 
 # What rebuilds a diffusers pipeline beside its denoiser. Text encoders and VAE stay where the source pipeline has them.
 INDEX_FILE = "model_index.json"
@@ -29,37 +29,45 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.onnx")
 
 @contextlib.contextmanager
 def new_directory(path: Path, *, marker: str, overwrite: bool = True) -> Iterator[Path]:
-    """A temporary directory beside `path`, renamed to `path` when the block ends well and removed when it does not.
+    """A temporary directory next to `path`, renamed to `path` when the block succeeds and removed when it fails.
+
+    What killed runs with the same `path` left is removed first; see `edm_deploy.storage.leftovers`.
 
     Args:
-        path: Where it will stand.
-        marker: Name of the file that tells that a directory is one of ours; only such a one (or an empty one) is replaced.
-        overwrite: Whether one of ours may be replaced.
+        path: Of the directory.
+        marker: Name of a file that only directories of edm-deploy have; only such a directory, or an empty one, is replaced.
+        overwrite: Whether such a directory may be replaced.
 
     Raises:
         ArtifactError: `path` is something else, or the system refuses to write (disk full, no permission).
     """
+    recover(path)
     check_replaceable(path, marker=marker, overwrite=overwrite)
-    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        os.chmod(temporary, 0o755)  # mkdtemp makes it private; the result is for everybody who may read its parent
-        yield temporary
-        old = None
-        if path.is_dir():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(old / "replaced")
-        temporary.rename(path)
-        if old:
-            shutil.rmtree(old, ignore_errors=True)
+        with reserve(path.parent, f".{path.name}.") as reservation:
+            yield reservation.directory
+            _open_permissions(reservation.directory, reservation.file_mode)
+            try:
+                if path.is_dir():
+                    path.rename(reservation.replaced)
+                reservation.directory.rename(path)
+            except BaseException:
+                if reservation.replaced.is_dir() and not path.exists():
+                    reservation.replaced.rename(path)
+                raise
     except OSError as err:
         raise ArtifactError(
             f"Cannot write {path}: {err.strerror or err}. Nothing was left behind; free space or choose another path."
         ) from err
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open_permissions(directory: Path, file_mode: int) -> None:
+    """Give every file at least the permissions of a new one: libraries write some for their owner alone."""
+    directory_mode = stat.S_IMODE(directory.stat().st_mode)
+    for path in directory.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | (directory_mode if path.is_dir() else file_mode))
 
 
 def check_replaceable(path: Path, *, marker: str, overwrite: bool = True) -> None:

@@ -12,7 +12,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from edm_deploy.errors import ArtifactError
+from edm_deploy.errors import ArtifactError, first_line
 from edm_deploy.storage.directories import check_regular, sha256_of
 
 NAMES = {  # the format's own
@@ -97,11 +97,20 @@ def read_tensors(path: Path, expected_sha256: str, *, listed_in: str) -> dict[st
         raise ArtifactError(
             f"{path} is damaged: its sha256 is {found[:12]}, {listed_in} states {expected_sha256[:12]}. Copy or make the artifact again."
         )
+    return load_tensors(path)
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Every tensor of a file whose hash has been checked; on the CPU its pages are mapped.
+
+    Raises:
+        ArtifactError: It is no safetensors file.
+    """
     try:
-        with safetensors.safe_open(path, framework="pt") as stream:
+        with safetensors.safe_open(path, framework="pt", device=device) as stream:
             return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # it is no dict
-    except (safetensors.SafetensorError, ValueError, RuntimeError, OSError) as err:
-        raise ArtifactError(f"{path} is no safetensors file ({err}). Make the artifact again.") from err
+    except (safetensors.SafetensorError, ValueError, RuntimeError, OSError, KeyError, AttributeError) as err:
+        raise ArtifactError(f"{path} is no safetensors file that torch can read ({first_line(err)}). Make it again.") from err
 
 
 def tensor_bytes(value: Tensor) -> memoryview:

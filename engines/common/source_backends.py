@@ -34,6 +34,7 @@ class GraphBackend(Backend[Path]):
                 f"Run edm-deploy export {source} --out {source}-onnx, then build from {source}-onnx."
             )
         manifest = Manifest.read(source, kind="onnx")
+        manifest.require_files(*graph_files(source))
         check_storage(self.target, manifest.weight_storage)
         check_plugins(self.target, len(manifest.plugin_sites))
         return source / GRAPH_NAME, manifest
@@ -77,6 +78,11 @@ class ArtifactBackend(Backend[Artifact]):
 
     def _described(self, artifact: Artifact) -> tuple[Artifact, Manifest]:
         return artifact, Manifest.of(artifact, {name: name for name in artifact.sites}, kind="engine", dtype="fp32", weight_storage="int4")
+
+
+def graph_files(directory: Path) -> list[str]:
+    """The graph's file in a directory, and those of its weights where they are separate."""
+    return [GRAPH_NAME, *sorted(path.name for path in directory.glob(f"{GRAPH_NAME}.*"))]
 
 
 def options_of(engine: Manifest) -> BuildOptions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session
 from edm_deploy.runtime.capabilities import Execution
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
 from edm_deploy.storage.directories import write_json
+from edm_deploy.storage.leftovers import scratch_directory
 from engines.common.serialized_runs import SerializedRuns
 from engines.common.source_backends import GraphBackend
 from engines.common.vendor_package import refuse_other_build, vendor
@@ -49,7 +49,7 @@ class Nvinfer(GraphBackend):
         gpus = capabilities(options.gpu) if options.gpu else self.default_gpus
         _check_level(options.optimization_level)
         version = str(vendor(self.package, mend=self.install).__version__)
-        with tempfile.TemporaryDirectory() as scratch:
+        with scratch_directory("tensorrt") as scratch:
             request = Request(
                 graph=str(content.resolve()),
                 engine=str(out / ENGINE_NAME),
@@ -61,7 +61,7 @@ class Nvinfer(GraphBackend):
                 workspace_mib=options.workspace_mib,
                 plugins=bool(manifest.plugin_sites),
             )
-            reply = run_in_child(self.module, request, Path(scratch))
+            reply = run_in_child(self.module, request, scratch)
         plugins = manifest.plugin_sites  # nothing to audit: their nodes are our kernels, or the graph would not have parsed
         audited = {name: site for name, site in manifest.sites.items() if name not in plugins}
         findings = audit([Layer(**{key: _tuples(value) for key, value in layer.items()}) for layer in reply["layers"]], audited)
@@ -81,6 +81,7 @@ class Nvinfer(GraphBackend):
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
         """Open an engine on a CUDA device. Written against the documented API; not executed where this was written, which has no GPU."""
         gpus = manifest.build.get("gpus", [])
+        manifest.require_files(ENGINE_NAME)
         if manifest.backend == self.name and (device.type != "cuda" or not torch.cuda.is_available()):
             raise UnsupportedError(
                 f"This engine needs an NVIDIA GPU (built for {', '.join(gpus)}); device is {device}, and torch sees "

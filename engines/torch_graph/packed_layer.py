@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
-from edm_deploy.errors import ArtifactError
 from edm_deploy.numerics.activation_table import reciprocal
 from edm_deploy.numerics.codes import dequantize_weight
-from edm_deploy.numerics.kernel_layout import CodeFormat, bits_of, pack_weight, unpack_codes, weight_sum, zero_codes
+from edm_deploy.numerics.kernel_layout import CodeFormat, bits_of, code_bytes, pack_weight, unpack_codes, weight_sum, zero_codes
+from engines.common.graph_checks import Expected, check_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def read(
     *,
     packed: CodeFormat | None,
     kind: CodeFormat | None,
-    channels: int,
+    weight_shape: tuple[int, ...],
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> PackedSite:
@@ -77,25 +78,36 @@ def read(
         tensors: What `stored` made, on the device that it will run on.
         packed: The kind that its weight was packed for.
         kind: The kernels that will run it; `s8` runs what was packed in 4 bits too, widened.
-        channels: Input channels of a filter.
+        weight_shape: Of the layer's float weight.
         bias: float32 [K] or None.
         dtype: Floating-point type of a weight that no kernel takes.
 
     Raises:
-        ArtifactError: A tensor is missing.
+        ArtifactError: A tensor is missing, or has another dtype or shape than `stored` gave it.
     """
-    try:
-        weight, weight_scale = tensors["weight"], tensors["weight_scale"]
-        table = {} if "act_scale" not in tensors else _table(tensors, kind)
-        if packed is None or kind is None:
-            return PackedSite(
-                kind=None, weight=dequantize_weight(weight, weight_scale).to(dtype), weight_scale=weight_scale, bias=bias, **table
-            )
-        if bits_of(packed) != bits_of(kind):
-            weight = widened(weight, channels)
-        return PackedSite(kind=kind, weight=weight, weight_scale=weight_scale, weight_sum=tensors["weight_sum"], bias=bias, **table)
-    except KeyError as err:
-        raise ArtifactError(f"Site {name!r}: the engine holds no {err.args[0]}. Build it again.") from err
+    check_tensors(tensors, _expected(tensors, packed, weight_shape), of=f"Site {name!r}")
+    weight, weight_scale = tensors["weight"], tensors["weight_scale"]
+    table = {} if "act_scale" not in tensors else _table(tensors, kind)
+    if packed is None or kind is None:
+        return PackedSite(
+            kind=None, weight=dequantize_weight(weight, weight_scale).to(dtype), weight_scale=weight_scale, bias=bias, **table
+        )
+    if bits_of(packed) != bits_of(kind):
+        weight = widened(weight, weight_shape[1])
+    return PackedSite(kind=kind, weight=weight, weight_scale=weight_scale, weight_sum=tensors["weight_sum"], bias=bias, **table)
+
+
+def _expected(tensors: Mapping[str, Tensor], packed: CodeFormat | None, weight_shape: tuple[int, ...]) -> dict[str, Expected]:
+    """Dtype and shape of what `stored` makes of a layer; the table rows are as many as `act_scale` has."""
+    outputs, channels, *taps = weight_shape
+    expected: dict[str, Expected] = {"weight": (torch.int8, weight_shape), "weight_scale": (torch.float32, (outputs,))}
+    if packed is not None:
+        expected["weight"] = (torch.uint8, (outputs, math.prod(taps), code_bytes(channels, bits_of(packed))))
+        expected["weight_sum"] = (torch.int32, (outputs,))
+    if packed is not None or "act_scale" in tensors:
+        rows = (tensors["act_scale"].numel(),) if "act_scale" in tensors else (1,)
+        expected |= {"act_scale": (torch.float32, rows), "act_qmin": (torch.int8, rows), "act_qmax": (torch.int8, rows)}
+    return expected
 
 
 def _table(tensors: Mapping[str, Tensor], kind: CodeFormat | None) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from edm_deploy.pipelines.model_index import INDEX
 from edm_deploy.pipelines.source import float_artifact, load_source
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
+from edm_deploy.storage.leftovers import scratch_directory
 from edm_deploy_tools.common.build_options import build
 
 
@@ -45,10 +45,10 @@ def float_engine(manifest: Manifest, model: nn.Module, *, backend: str, precisio
     options = BuildOptions(
         profile={"batch": ShapeRange(batch, batch, batch)}, threads=threads, precision=None if backend == "ort" else precision
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        onnx_from_artifact(artifact, Path(scratch) / "onnx")
-        build(Path(scratch) / "onnx", Path(scratch) / "engine", backend=backend, options=options)
-        yield Path(scratch) / "engine"
+    with scratch_directory("float") as scratch:
+        onnx_from_artifact(artifact, scratch / "onnx")
+        build(scratch / "onnx", scratch / "engine", backend=backend, options=options)
+        yield scratch / "engine"
 
 
 def artifact_or_float(path: Path) -> Artifact:

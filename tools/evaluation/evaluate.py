@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from edm_deploy.pipelines.source import Source, load_source
 from edm_deploy.runtime.backend import SiteTestCase
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.directories import check_replaceable, new_directory, write_json
+from edm_deploy.storage.leftovers import scratch_directory
 from edm_deploy_tools.common.console import Notify, silent
 from edm_deploy_tools.common.machine import machine, versions
 from edm_deploy_tools.evaluation.report import report_html
@@ -125,8 +125,8 @@ def evaluate_targets(
     notify(f"float model: {settings.samples} samples, {settings.steps} steps")
     trajectory = reference_trajectory(source, settings)
     results = []
-    with tempfile.TemporaryDirectory() as scratch:
-        cases = SiteTestCases(trajectory, Path(scratch))
+    with scratch_directory("evaluate") as scratch:
+        cases = SiteTestCases(trajectory, scratch)
         for target in targets:
             notify(f"{target.label} ({target.kind}, {target.scheme})")
             results.append(evaluate_engine(target, trajectory, cases, device) if target.engine else evaluate_artifact(target, trajectory))

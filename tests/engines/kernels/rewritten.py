@@ -27,7 +27,7 @@ def packed_site(
     own = code_format(site)
     run: CodeFormat | None = own if kind == "own" else kind  # type: ignore[assignment]
     packed = None if run is None else own
-    return read("site", stored(site, packed), packed=packed, kind=run, channels=site.codes.shape[1], bias=bias, dtype=dtype)
+    return read("site", stored(site, packed), packed=packed, kind=run, weight_shape=tuple(site.codes.shape), bias=bias, dtype=dtype)
 
 
 def site_of(layer: nn.Conv2d | nn.Linear, bits: int = 4, low: int = -4, scale: float = 0.2) -> QuantizedLayer:

@@ -47,7 +47,7 @@ def test_a_missing_tensor_is_named():
     tensors = stored(site_of(layer()), "u4")
     del tensors["weight_sum"]
     with pytest.raises(ArtifactError, match=r"Site 'conv': the engine holds no weight_sum\. Build it again"):
-        read("conv", tensors, packed="u4", kind="u4", channels=5, bias=None, dtype=torch.float16)
+        read("conv", tensors, packed="u4", kind="u4", weight_shape=(7, 5, 3, 3), bias=None, dtype=torch.float16)
 
 
 def test_sites_quantize_alike_where_table_and_kind_are_the_same():
