@@ -95,7 +95,7 @@ def test_what_is_restructured_is_said_of_an_artifact():
     facts = describe(str(ARTIFACTS / "schema3")).facts
     block = "transformer_blocks.0"
     assert facts["structure"] == (
-        f"1 layers cut: {block}.ff.net.2 into 6 + 10 channels; 1 inputs multiplied by channel, of {block}.attn1.to_out.0"
+        f"1 layers split: {block}.ff.net.2 into 6 + 10 channels; 1 inputs scaled by channel: {block}.attn1.to_out.0"
     )
     assert facts["bits by channel"] == "1 sites; channels: 3 of 4, 1 of 5 bits, 4.25 on average"
     plain = describe(str(ARTIFACTS / "schema1")).facts
