@@ -11,6 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from edm_deploy.storage.directories import sha256_of
+
 # Arguments, where {model}, {artifact}, {onnx}, {engine}, {empty}, {file}, {out} stand for paths, and what the line must say.
 REFUSED = {
     "unknown command": ("calibrte {model} --out {out}", "Did you mean 'calibrate'"),
@@ -33,6 +35,11 @@ REFUSED = {
     "scheme that the target cannot carry": ("calibrate {model} --out {out} --act-bits 16 --for trt-rtx", "Nearest: W8A8"),
     "out that holds something else": ("calibrate {model} --out {model}", "holds other files"),
     "out that is a file": ("calibrate {model} --out {file}", "is a file"),
+    "out that is the working directory": ("calibrate {model} --out .", "is or contains the working directory"),
+    "out above the working directory": ("export {artifact} --out ..", "is or contains the working directory"),
+    "seed of 20 digits": ("calibrate {model} --out {out} --seed 12345678901234567890", "--seed"),
+    "seed of 20 digits to sample": ("sample {engine} --out {out} --seed 12345678901234567890", "--seed"),
+    "negative seed": ("evaluate {artifact} --out {out} --seed -1", "--seed"),
     "resume of nothing": ("finetune {model} --out {out} --resume", "no checkpoint to resume"),
     "export of nothing": ("export {out}-missing --out {out}", "does not exist"),
     "export to an unknown type": ("export {artifact} --out {out} --dtype fp8", "fp8"),
@@ -87,6 +94,10 @@ def test_bad_input_is_refused_in_one_line(run, chain, tmp_path, case):
     assert said in ran.complaint
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"empty", "file"}, "something was half-written"
+
+
+def test_a_suggestion_ends_in_one_punctuation_mark(run):
+    assert "Did you mean 'calibrate'? `edm-deploy --help` shows how." in run("calibrte").complaint
 
 
 def test_a_flipped_byte_in_an_artifact_is_found(run, chain, copy_of, tmp_path):
@@ -253,6 +264,35 @@ def test_a_model_of_text_must_be_told_something(run, prompted, tmp_path):
     assert "Add --prompt TEXT" in run("sample", prompted.engine, "--out", tmp_path / "out").complaint
     missing = ("--prompts", tmp_path / "none")
     assert "cannot be read" in run("sample", prompted.engine, "--out", tmp_path / "out", *missing).complaint
+
+
+@pytest.fixture
+def alone(run, prompted, tmp_path):
+    """An engine of a text-conditional UNet whose pipeline was saved without text encoder and VAE."""
+    engine = tmp_path / "alone"
+    shutil.copytree(prompted.engine, engine, ignore=shutil.ignore_patterns("text_encoder", "tokenizer", "vae"))
+    index = json.loads((engine / "model_index.json").read_text())
+    kept = {name: value for name, value in index.items() if not isinstance(value, list) or name in ("unet", "scheduler")}
+    (engine / "model_index.json").write_text(json.dumps(kept))
+    edit(
+        engine / "manifest.json",
+        lambda c: c.update(files={name: sha256_of(engine / name) for name in c["files"] if (engine / name).exists()}),
+    )
+    return engine
+
+
+def test_an_engine_without_the_rest_of_its_pipeline_is_refused_before_it_is_loaded(run, alone, monkeypatch, tmp_path):
+    monkeypatch.setattr("edm_deploy_tools.images.sample.load_pipeline", lambda *_, **__: pytest.fail("was loaded"))
+    ran = run("sample", alone, "--out", tmp_path / "out", "--prompt", "a cat")
+    assert "is an engine of a UNet2DConditionModel, which needs encoder_hidden_states, and its pipeline was saved without" in ran.complaint
+    assert "--source" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_rest_of_a_pipeline_is_taken_from_the_named_source(run, alone, prompted, tmp_path):
+    ran = run("sample", alone, "--out", tmp_path / "out", "--prompt", "a cat", "--steps", 1, "--source", prompted.model)
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "out" / "000.png").is_file()
 
 
 def test_a_text_encoder_that_is_gone_is_named_with_the_mend(run, prompted, copy_of, tmp_path):

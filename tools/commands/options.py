@@ -70,9 +70,20 @@ def check_out(path: Path) -> Path:
     return path
 
 
+def check_seed(seed: int | None) -> int | None:
+    """`seed`, if it is in the range of a seed.
+
+    Raises:
+        BadParameter: It is not.
+    """
+    if seed is not None and not 0 <= seed <= LARGEST_SEED:
+        raise typer.BadParameter(f"{seed} is out of range; expected 0 to {LARGEST_SEED}.")
+    return seed
+
+
 def seed_option(what: str) -> Any:  # typer's OptionInfo
     """An option for a seed, 0 to 2^63 - 1."""
-    return typer.Option("--seed", min=0, max=LARGEST_SEED, help=what)
+    return typer.Option("--seed", metavar="N", callback=check_seed, help=what)
 
 
 def example(command: str) -> str:

@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from PIL import Image
 
+from edm_deploy import models
 from edm_deploy.errors import UnsupportedError
+from edm_deploy.models import family_named
 from edm_deploy.pipelines.model_index import COMPONENTS, INDEX
-from edm_deploy.pipelines.rebuild import quiet
+from edm_deploy.pipelines.rebuild import index_with_components, quiet
+from edm_deploy.registry import names
 from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.load import load_pipeline
+from edm_deploy.runtime.manifest import NAME as MANIFEST
 from edm_deploy.runtime.manifest import ShapeRange
 from edm_deploy.storage.directories import check_replaceable, new_directory, other_components, read_json
 from edm_deploy_tools.images.pipeline_arguments import GenerationRequest, PipelineArguments
@@ -75,6 +79,7 @@ def sample_images(
     """
     request = request or GenerationRequest()
     check_replaceable(out, marker=GRID_NAME)
+    check_components(engine, source)
     pipe = load_pipeline(engine, scheduler=request.scheduler or default_scheduler(engine), device=device, source=source)
     start = time.perf_counter()
     images = draw(pipe, request)
@@ -83,14 +88,25 @@ def sample_images(
         grid_of(images).save(directory / GRID_NAME)
         for index, image in enumerate(images):
             image.save(directory / f"{index:03d}.png")
-    names = [GRID_NAME, *(f"{index:03d}.png" for index in range(len(images)))]
+    files = [GRID_NAME, *(f"{index:03d}.png" for index in range(len(images)))]
     return Sampled(
-        paths=tuple(out / name for name in names),
+        paths=tuple(out / name for name in files),
         seconds=seconds,
         count=len(images),
         size=images[0].size,
         scheduler=type(pipe.scheduler).__name__.removesuffix("Scheduler"),
     )
+
+
+def check_components(engine: Path, source: str | Path | None) -> None:
+    """Refuse an engine whose model needs conditioning that its pipeline does not provide, before any weights are loaded.
+
+    Raises:
+        UnsupportedError: As index_with_components.
+    """
+    manifest = read_json(engine / MANIFEST, what="engine")
+    if manifest.get("kind") == "engine" and manifest.get("family") in names(models) and (engine / INDEX).is_file():
+        index_with_components(engine, family_named(manifest["family"]), manifest.get("config", {}), source)
 
 
 def default_scheduler(engine: Path) -> str | None:

@@ -41,7 +41,7 @@ def layers_of(name: str) -> Counter[Layer]:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_model_has_every_layer_of_its_table_as_often_as_it_says(name):
+def test_a_model_has_each_layer_as_often_as_its_table_states(name):
     found = layers_of(name)
     table = {Layer(*list(vars(layer).values())[:-1], 1): layer.uses for layer in LAYERS[name]}
     assert table == {layer: found[layer] for layer in table}
@@ -53,7 +53,7 @@ def test_every_model_has_its_batches():
     assert set(BATCHES) == set(LAYERS)
 
 
-def test_a_layer_says_its_shape():
+def test_a_layer_is_printed_with_its_shape():
     down = Layer("conv", 3, 8, 9, 8, 3, 2, 1)
     assert (down.P, down.Q, down.macs) == (5, 4, 3 * 8 * 9 * 20)
     assert str(down) == "conv 3x3 3->8, 9x8 stride 2"
