@@ -3,7 +3,6 @@ from dataclasses import fields
 import pytest
 
 from calibration import recipes
-from calibration.recipe import Recipe
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.recipes.minmax import MinMax
 from calibration.recipes.percentile import Percentile
@@ -15,11 +14,11 @@ from edm_deploy.errors import InputError
 @pytest.mark.parametrize(
     ("made", "settings", "message"),
     [
-        (Recipe, {"weight_bits": 9}, "weight_bits is 9; expected 2 to 8"),
-        (Recipe, {"act_bits": 2}, "act_bits is 2; expected 3 to 8, or 16"),
-        (Recipe, {"rows": 0}, "rows is 0; expected at least 1"),
-        (Recipe, {"eta": 1.5}, "eta is 1.5; expected 0.0 to 1.0"),
-        (Recipe, {"calibration_samples": 0}, "calibration_samples is 0"),
+        (MinMax, {"weight_bits": 9}, "weight_bits is 9; expected 2 to 8"),
+        (MinMax, {"act_bits": 2}, "act_bits is 2; expected 3 to 8, or 16"),
+        (MinMax, {"rows": 0}, "rows is 0; expected at least 1"),
+        (MinMax, {"eta": 1.5}, "eta is 1.5; expected 0.0 to 1.0"),
+        (MinMax, {"calibration_samples": 0}, "calibration_samples is 0"),
         (Percentile, {"percentile": 10.0}, "percentile is 10.0; expected 50.0 to 100.0"),
         (EfficientDM, {"steps": 0}, "steps is 0; expected at least 1"),
         (EfficientDM, {"update_rate": -1.0}, "update_rate is -1.0; expected at least 0"),
