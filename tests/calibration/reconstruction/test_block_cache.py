@@ -62,7 +62,7 @@ def test_a_block_run_alone_computes_what_it_computes_in_the_network(kind, name):
         close = torch.isclose(ours, theirs[chosen], rtol=1e-4, atol=1e-4).flatten(1).all(1)
         assert int(close.sum()) >= len(chosen) - 1
     for target, theirs in zip(kept.targets, results(teacher.model, teacher, name, inputs.values), strict=True):
-        torch.testing.assert_close(target.of(chosen), theirs[chosen])
+        torch.testing.assert_close(target.batch(chosen), theirs[chosen])
 
 
 def test_the_distance_sums_over_channels_and_means_over_the_rest():
@@ -73,7 +73,7 @@ def test_the_distance_sums_over_channels_and_means_over_the_rest():
     with torch.no_grad():
         (output,) = kept.outputs(student, chosen)
         distance = kept.reconstruction_error(student, chosen)
-    expected = (output - kept.targets[0].of(chosen)).square().sum(1).mean()
+    expected = (output - kept.targets[0].batch(chosen)).square().sum(1).mean()
     torch.testing.assert_close(distance, expected)
     assert float(distance) > 0
 
@@ -103,9 +103,9 @@ def test_a_cache_is_bounded_and_its_samples_evenly_spread(monkeypatch):
     assert kept.rows.tolist() == expected.tolist()
 
 
-def test_samples_are_parted_and_spread():
+def test_samples_are_divided_into_batches_and_spread():
     inputs = ModelInputs({"sample": torch.arange(7.0)[:, None], "timestep": torch.arange(7.0)})
-    assert [len(part["timestep"]) for part in inputs.parts(3)] == [3, 3, 1]
+    assert [len(part["timestep"]) for part in inputs.batches(3)] == [3, 3, 1]
     assert inputs.spread(3).values["timestep"].tolist() == [0.0, 2.0, 4.0]
     assert inputs.spread(9) is inputs
 

@@ -186,7 +186,7 @@ def test_a_resumed_run_has_what_is_left_of_its_budget(tmp_path):
 
 
 def test_a_budget_that_leaves_no_step_is_refused(monkeypatch):
-    monkeypatch.setattr(TimeAllocation, "part", lambda self, number, left: 0.0)
+    monkeypatch.setattr(TimeAllocation, "task_share", lambda self, number, left: 0.0)
     budget = Budget(100.0, clock=iter([0.0, *[50.0] * 5, *[200.0] * 10**6]).__next__)
     context = calibrated("dit", weight_bits=4, act_bits=8)
     stage = Stage(
