@@ -25,9 +25,9 @@ def kurtosis(weight: Tensor) -> Tensor:
 
 def top_share(score: Tensor, share: float) -> Tensor:
     """Whether each channel is among the `share`, rounded up, of highest score: bool [C], of float32 [C]."""
-    chosen = torch.zeros_like(score, dtype=torch.bool)
-    chosen[score.argsort(stable=True, descending=True)[: math.ceil(len(score) * share)]] = True
-    return chosen
+    top = torch.zeros_like(score, dtype=torch.bool)
+    top[score.argsort(stable=True, descending=True)[: math.ceil(len(score) * share)]] = True
+    return top
 
 
 def mixed_bits(score: Tensor, bits: int, share: float) -> Tensor | None:

@@ -79,4 +79,4 @@ def sample_trajectories(trajectories: Trajectories, lead: Predict, count: int) -
     while sum(len(batch.indices) for batch in batches) < count:
         batches.append(trajectories.next_batch(min(FORWARD_BATCH, trajectories.size)))
         trajectories.advance(batches[-1], batches[-1].conditioning.combine(lead(batches[-1].inputs).float()))
-    return ModelInputs.of(batches)
+    return ModelInputs.from_batches(batches)

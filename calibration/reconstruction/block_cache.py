@@ -31,7 +31,7 @@ class ModelInputs:
     values: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, batches: Sequence[Batch]) -> ModelInputs:
+    def from_batches(cls, batches: Sequence[Batch]) -> ModelInputs:
         """All samples of several batches of the pool."""
         parts = [batch.inputs for batch in batches]
         return cls({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
@@ -39,7 +39,7 @@ class ModelInputs:
     def __len__(self) -> int:
         return len(self.values["timestep"])
 
-    def chosen(self, index: Tensor) -> ModelInputs:
+    def select(self, index: Tensor) -> ModelInputs:
         """The samples at `index`, int64 [M]."""
         return ModelInputs({name: value[index] for name, value in self.values.items()})
 
@@ -47,9 +47,9 @@ class ModelInputs:
         """`count` evenly spaced samples, or all if there are fewer."""
         if count >= len(self):
             return self
-        return self.chosen(torch.arange(count) * len(self) // count)
+        return self.select(torch.arange(count) * len(self) // count)
 
-    def parts(self, batch: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, batch: int) -> Iterator[dict[str, Tensor]]:
         """Consecutive parts of up to `batch` samples."""
         for first in range(0, len(self), batch):
             yield {name: value[first : first + batch] for name, value in self.values.items()}
@@ -62,9 +62,9 @@ class CachedTensor:
     value: Any
     count: int = 0
 
-    def of(self, chosen: Tensor) -> Any:
-        """The value for a batch of the samples at `chosen`, int64 [B]."""
-        return self.value[chosen].flatten(0, 1) if self.count else self.value
+    def batch(self, index: Tensor) -> Any:
+        """The value for a batch of the samples at `index`, int64 [B]."""
+        return self.value[index].flatten(0, 1) if self.count else self.value
 
 
 @dataclass
@@ -85,25 +85,25 @@ class BlockCache:
     specs: list[TreeSpec] = field(default_factory=list)
     targets: list[CachedTensor] = field(default_factory=list)
 
-    def outputs(self, student: Student, chosen: Tensor) -> list[Tensor]:
-        """Every leaf of every module's result if the student's block runs alone on the samples at `chosen`, int64 [B]."""
+    def outputs(self, student: Student, index: Tensor) -> list[Tensor]:
+        """Every leaf of every module's result if the student's block runs alone on the samples at `index`, int64 [B]."""
         results: dict[str, list[Tensor]] = {}
-        with student.at_rows(self.rows[chosen.to(self.rows.device)], chosen.device):
+        with student.at_rows(self.rows[index.to(self.rows.device)], index.device):
             for name, call, inputs, spec in zip(self.block.modules, self.block.calls, self.inputs, self.specs, strict=True):
-                internal = {index: results[source][leaf] for index, (source, leaf) in call.wired.items()}
-                leaves = [internal[index] if index in internal else leaf.of(chosen) for index, leaf in enumerate(inputs)]
+                internal = {number: results[source][leaf] for number, (source, leaf) in call.wired.items()}
+                leaves = [internal[number] if number in internal else leaf.batch(index) for number, leaf in enumerate(inputs)]
                 args, kwargs = tree_unflatten(leaves, spec)
                 results[name] = tensors_of(student.model.get_submodule(name)(*args, **kwargs))
         return [leaf for leaves in results.values() for leaf in leaves]
 
-    def reconstruction_error(self, student: Student, chosen: Tensor) -> Tensor:
+    def reconstruction_error(self, student: Student, index: Tensor) -> Tensor:
         """Squared error of the block's results against the teacher's: summed over channels, averaged over the rest, a scalar.
 
         Source: BRECQ, arXiv 2102.05426, equation 10 without the Fisher information, as in Q-Diffusion's released code.
         """
-        total = torch.zeros((), device=chosen.device)
-        for output, target in zip(self.outputs(student, chosen), self.targets, strict=True):
-            error = (output.float() - target.of(chosen).float()).square()
+        total = torch.zeros((), device=index.device)
+        for output, target in zip(self.outputs(student, index), self.targets, strict=True):
+            error = (output.float() - target.batch(index).float()).square()
             total = total + error.mean() * error.shape[1 if error.ndim == 4 else -1]
         return total
 
@@ -122,14 +122,14 @@ def fill_block_cache(block: Block, student: Student, teacher: Teacher, inputs: M
     cache = BlockCache(block, table_rows(student.row_of_timestep, inputs.values["timestep"]))
     cache.targets = [CachedTensor(None, count) for call in block.calls for count in call.outputs]
     done = 0
-    for part in inputs.parts(FORWARD_BATCH):
+    for part in inputs.batches(FORWARD_BATCH):
         calls = module_calls(student, part, block.modules, results=False)
         if not cache.inputs:
             cache.specs = [tree_flatten(arguments)[1] for arguments in calls]
             cache.inputs = [[CachedTensor(None, count) for count in call.batched] for call in block.calls]
         for call, leaves, arguments in zip(block.calls, cache.inputs, calls, strict=True):
-            for index, (leaf, value) in enumerate(zip(leaves, tree_leaves(arguments), strict=True)):
-                if index not in call.wired:
+            for number, (leaf, value) in enumerate(zip(leaves, tree_leaves(arguments), strict=True)):
+                if number not in call.wired:
                     _store(leaf, value, done, len(inputs))
         results = module_calls(teacher, part, block.modules, results=True)
         for leaf, value in zip(cache.targets, [leaf for result in results for leaf in tensors_of(result)], strict=True):

@@ -178,7 +178,9 @@ class _Reconstruction:
 
     def _training_steps(self, task: int) -> Iterator[tuple[float, float]]:
         steps = self.stages[task // len(self.blocks)].steps
-        return training_steps(steps, None if self.budget is None else self.budget.part(self.allocation.part(task, self.budget.left())))
+        return training_steps(
+            steps, None if self.budget is None else self.budget.part(self.allocation.task_share(task, self.budget.left()))
+        )
 
     def _report(self, meter: ProgressMeter, done: float, loss: float) -> None:
         estimate = meter.elapsed() * (1 - done) / max(done - self.resumed_share, 1e-9)

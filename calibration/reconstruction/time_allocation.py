@@ -47,7 +47,7 @@ class TimeAllocation:
         """Forward passes per sample for filling the caches of this and all later tasks."""
         return sum(self.filling[task:]) / max(self.filling[-1], 1.0)
 
-    def part(self, task: int, left: float) -> float:
+    def task_share(self, task: int, left: float) -> float:
         """Share, 0 to 1, of the `left` seconds that this task may train, after reserving the time for caches that are still to be filled."""
         to_fill = self.filled_seconds / max(self.filled_work, 1.0) * sum(self.filling[task + 1 :])
         return self.work[task] / sum(self.work[task:]) * max(0.0, 1 - to_fill / max(left, 1e-9))

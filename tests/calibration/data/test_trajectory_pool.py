@@ -11,7 +11,7 @@ def pool(size=10, rows=5, eta=0.0, kind="unet2d"):
     return Trajectories(source, calibrated_timesteps(source.scheduler, rows), size=size, eta=eta, seed=0, device=torch.device("cpu"))
 
 
-def test_finished_samples_start_anew_from_noise():
+def test_finished_samples_restart_from_noise():
     trajectories = pool(size=2, rows=2)
     for _ in range(2):
         batch = trajectories.next_batch(2)
@@ -20,7 +20,7 @@ def test_finished_samples_start_anew_from_noise():
     assert float(trajectories.sample.std()) == pytest.approx(1.0, abs=0.15)  # 384 normal numbers
 
 
-def test_after_a_sweep_every_batch_holds_every_row_equally_often():
+def test_after_traversing_the_schedule_batches_are_balanced_over_the_rows():
     trajectories = pool(size=10, rows=5)
     for _, batches in trajectories.traverse_schedule(4):
         for batch in batches:
@@ -31,7 +31,7 @@ def test_after_a_sweep_every_batch_holds_every_row_equally_often():
         trajectories.advance(batch, torch.zeros_like(batch.inputs["sample"]))
 
 
-def test_a_sweep_visits_every_row_once_from_noise_to_sample():
+def test_the_schedule_is_traversed_once_from_noise_to_sample():
     trajectories = pool(size=3, rows=4)
     seen = []
     for row, batches in trajectories.traverse_schedule(2):
@@ -42,7 +42,7 @@ def test_a_sweep_visits_every_row_once_from_noise_to_sample():
 
 
 @pytest.mark.parametrize("kind", ["unet2d-classes", "unet2d-condition"])
-def test_conditioning_travels_with_its_sample_and_changes_when_it_restarts(kind):
+def test_conditioning_stays_with_its_sample_until_it_restarts(kind):
     trajectories = pool(size=4, rows=2, kind=kind)
     (name,) = trajectories.conditioning
     first = trajectories.next_batch(4)
@@ -54,7 +54,7 @@ def test_conditioning_travels_with_its_sample_and_changes_when_it_restarts(kind)
     assert not torch.equal(first.inputs[name], trajectories.next_batch(4).inputs[name])
 
 
-def test_a_pool_goes_on_from_its_state_as_if_nothing_had_happened():
+def test_a_pool_continues_bit_for_bit_from_its_state():
     def walk(trajectories, steps):
         for _ in range(steps):
             batch = trajectories.next_batch(3)
@@ -70,7 +70,7 @@ def test_a_pool_goes_on_from_its_state_as_if_nothing_had_happened():
     assert all(torch.equal(value, second.state()[name]) for name, value in whole.state().items())
 
 
-def test_a_pool_begins_anew_with_other_noise():
+def test_a_restarted_pool_has_other_noise():
     trajectories = pool(size=4, rows=3, kind="unet2d-classes")
     for _, batches in trajectories.traverse_schedule(4):
         for batch in batches:

@@ -14,12 +14,12 @@ def test_kurtosis_is_one_for_two_values_and_large_for_an_outlier():
     assert float(kurtosis(torch.tensor([[5.0, 0, 0, 0, 0]]))) == pytest.approx(52 / 16)
 
 
-def test_as_many_channels_get_a_bit_as_lose_one():
+def test_as_many_channels_get_one_bit_more_as_one_bit_less():
     assert mixed_bits(torch.tensor([3.0, 1.0, 9.0, 2.0]), 4, 0.25).tolist() == [4, 3, 5, 4]
 
 
 @pytest.mark.parametrize(("bits", "share"), [(2, 0.25), (8, 0.25), (4, 0.2), (4, 0.0)])
-def test_no_bits_are_moved_where_none_can_be(bits, share):
+def test_bits_are_not_mixed_if_no_channel_can_change(bits, share):
     assert mixed_bits(torch.arange(4.0), bits, share) is None
 
 
@@ -28,7 +28,7 @@ def test_channels_are_scaled_at_their_own_bits():
     assert scales_of(MinMax(), weight, torch.tensor([4, 3])).tolist() == [1.0, 1.0]
 
 
-def test_bits_move_only_where_the_layers_output_gains():
+def test_bits_are_mixed_only_if_that_lowers_the_output_error():
     recipe = MinMax(weight_bits=4)
     context = tiny_context(MinMax(rows=3))
     student = context.student

@@ -26,11 +26,11 @@ def test_samples_are_drawn_evenly_over_the_timesteps():
     assert len({sample.sum().item() for sample in inputs.values["sample"]}) == 16
 
 
-def test_every_trajectory_is_seen_at_every_row():
+def test_samples_are_every_trajectory_at_every_row():
     assert ReconstructionRecipe(rows=20, calibration_samples=256).samples == 5120
 
 
-def test_the_estimate_of_memory_knows_of_the_cache():
+def test_the_cache_is_part_of_the_memory_estimate():
     assert ReconstructionRecipe().cached_bytes == CACHE_BYTES
     assert Mse().cached_bytes == 0
 

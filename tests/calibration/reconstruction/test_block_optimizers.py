@@ -17,7 +17,7 @@ def test_rates_of_scales_decrease_as_half_a_cosine():
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_static_rows_learn_as_one(static):
+def test_static_rows_have_one_gradient(static):
     student = student_of()
     layer = student.layers["mid_block.resnets.0.conv1"]
     quantizer = layer.quantizer
@@ -40,7 +40,7 @@ def test_fixed_bounds_are_not_learned():
     assert list(group.parameters) == [layer.quantizer.log_scale]
 
 
-def test_rounding_begins_from_the_float_weights_every_time():
+def test_rounding_starts_from_the_float_weights_each_time():
     student = student_of(weight_bits=2)
     layer = student.layers["mid_block.resnets.0.conv1"]
     learner, weight = RoundingOptimizer(student, step_length=20.0, weight=0.01), layer.layer.weight
@@ -57,7 +57,7 @@ def test_rounding_begins_from_the_float_weights_every_time():
         assert layer.layer.weight is not weight
 
 
-def test_text_that_many_blocks_share_is_no_blocks_own():
+def test_a_quantizer_shared_by_several_blocks_is_inside_none():
     student = student_of("unet2d-condition")
     block = [name for name in student.layers if name.startswith("mid_block.attentions.0.transformer_blocks.0.")]
     inside = quantizers_inside(student, block)

@@ -35,32 +35,49 @@ def with_run(context, **changes):
     return replace(context, run=replace(context.run, **changes))
 
 
-def test_every_block_comes_nearer_to_the_teachers():
-    context = calibrated("dit", weight_bits=3, act_bits=4)
-    student, teacher = context.student, context.teacher
-    blocks = blocks_of(student, meta_model(student.family, student.config), "block")
+def block_errors(context, inputs):
+    """Reconstruction error of every block, each on its inputs in the quantized network, which earlier blocks affect."""
+    student, indices = context.student, torch.arange(len(inputs))
+    with torch.no_grad():
+        caches = [
+            fill_block_cache(block, student, context.teacher, inputs)
+            for block in blocks_of(student, meta_model(student.family, student.config), "block")
+        ]
+        return torch.stack([cache.reconstruction_error(student, indices) for cache in caches])
+
+
+def error_ratio(context, optimizers):
+    """Geometric mean over the blocks of their error after reconstruction relative to that before."""
     inputs = sample_trajectories(context.trajectories, context.teacher, 24)
-    every = torch.arange(24)
-
-    def distances():
-        # On what the student itself feeds each block, which the blocks before it changed too.
-        with torch.no_grad():
-            return [float(fill_block_cache(block, student, teacher, inputs).reconstruction_error(student, every)) for block in blocks]
-
-    before = distances()
-    learners = [RoundingOptimizer(student, step_length=6.0, weight=0.01), ActivationScaleOptimizer(step_length=0.5)]
-    stage = Stage(optimizers=learners, steps=60, batch=8, samples=24, draw=lambda count: inputs)
+    before = block_errors(context, inputs)
+    stage = Stage(optimizers=optimizers, steps=60, batch=8, samples=24, draw=lambda count: inputs)
     reconstruct(context, "block", [stage], seed=0)
-    after = distances()
-    # 0.35 to 0.94 of what it was where this was written. The first block is one layer at 8 bit, whose error is a hundredth of the others'.
-    assert all(now < 0.97 * then for now, then in zip(after[1:], before[1:], strict=True))
-    assert after[0] < 1.2 * before[0]
-    assert context.run.notes["steps_done"] == 60 * len(blocks)
+    return float((block_errors(context, inputs) / before).log().mean().exp())
+
+
+def test_reconstruction_lowers_the_error_of_the_blocks():
+    context = calibrated("dit", weight_bits=3, act_bits=4)
+    student = context.student
+    ratio = error_ratio(context, [RoundingOptimizer(student, step_length=6.0, weight=0.01), ActivationScaleOptimizer(step_length=0.5)])
+    # 0.49 to 0.60 over seeds; exactly 1 without a gradient, 38 with its sign reversed. A single block may err more than before.
+    assert ratio < 0.8
+    assert context.run.notes["steps_done"] == 60 * context.run.notes["blocks"]
     assert all(layer.rounding is None for layer in student.layers.values())
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
-def test_a_layer_learns_what_nearest_rounding_cannot():
+@torch.no_grad()
+def test_scales_that_are_too_large_are_reduced():
+    context = calibrated("dit", weight_bits=8, act_bits=4)
+    for quantizer in context.student.quantizers.values():
+        quantizer.log_scale += 1.0
+    with torch.enable_grad():
+        ratio = error_ratio(context, [ActivationScaleOptimizer(step_length=2.0)])
+    # 0.21 here; exactly 1 without a gradient, 7 with its sign reversed.
+    assert ratio < 0.8
+
+
+def test_learned_codes_differ_from_the_nearest_by_at_most_one():
     context = calibrated("dit", weight_bits=2, act_bits=16)
     student = context.student
     nearest = {name: layer.codes()[0] for name, layer in student.layers.items()}
@@ -104,7 +121,7 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_artifact(partition, tmp
     assert fit(source, recipe, RunOptions(**options, resume=True)).digest == whole.digest
 
 
-def test_ctrl_c_without_a_checkpoint_says_that_nothing_was_saved():
+def test_ctrl_c_without_a_checkpoint_states_that_nothing_was_saved():
     with pytest.raises(Interrupted, match="after block 0 of 10; nothing was saved"):
         fit(tiny_source("dit"), Tcaq(**SETTINGS), QUIET, on_progress=interrupted_at(1))
 
@@ -141,7 +158,7 @@ def scales_of(context):
     )
 
 
-def test_a_budget_trains_by_the_clock_and_says_how_many_steps_that_were():
+def test_a_budget_trains_by_the_clock_and_notes_the_number_of_steps():
     context = calibrated("dit", weight_bits=4, act_bits=8)
     clock = Clock()
     reconstruct(with_run(context, budget=Budget(60.0, clock=clock)), "block", [scales_of(context)], seed=0)
@@ -169,7 +186,7 @@ def test_a_resumed_run_has_what_is_left_of_its_budget(tmp_path):
 
 
 def test_a_budget_that_leaves_no_step_is_refused(monkeypatch):
-    monkeypatch.setattr(TimeAllocation, "part", lambda self, number, left: 0.0)
+    monkeypatch.setattr(TimeAllocation, "task_share", lambda self, number, left: 0.0)
     budget = Budget(100.0, clock=iter([0.0, *[50.0] * 5, *[200.0] * 10**6]).__next__)
     context = calibrated("dit", weight_bits=4, act_bits=8)
     stage = Stage(
@@ -192,7 +209,7 @@ def test_progress_rises_to_the_end_and_names_its_stage():
     assert len(steps) == 2 * 5 * 2  # rounds, blocks, steps
 
 
-def test_fewer_samples_are_drawn_where_the_steps_see_no_more():
+def test_no_more_samples_are_drawn_than_the_steps_use():
     context = calibrated("dit", weight_bits=4, act_bits=8)
     asked = []
 

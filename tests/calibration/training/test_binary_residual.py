@@ -35,7 +35,7 @@ def test_the_second_term_is_the_mean_error_with_the_error_s_sign():
     torch.testing.assert_close(found, torch.tensor([[1.2, -2.2, 0.2, 3.2]]))
 
 
-def test_channels_that_do_not_stand_out_are_rounded_as_ever():
+def test_channels_that_are_not_salient_are_rounded_to_nearest():
     torch.manual_seed(0)
     layer = layer_of(4 * torch.rand(4, 32) - 2, torch.full((4,), 0.3))  # nothing is clipped
     plain = layer.nearest_weight().detach()

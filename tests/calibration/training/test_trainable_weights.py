@@ -13,7 +13,7 @@ def layer(bias=True):
     return made
 
 
-def test_a_weight_of_its_own_leaves_the_teachers_as_it_was():
+def test_a_detached_weight_does_not_affect_the_teachers():
     student = layer()
     before = student.layer.weight
     with torch.no_grad():
@@ -23,7 +23,7 @@ def test_a_weight_of_its_own_leaves_the_teachers_as_it_was():
     assert torch.equal(student.layer.weight, before + 1)
 
 
-def test_a_layer_without_a_bias_has_none_of_its_own():
+def test_a_layer_without_a_bias_has_none_to_detach():
     assert detach_bias(layer(bias=False)) is None
 
 
