@@ -131,7 +131,7 @@ MUTANTS = {
     ),
     # losses and searches
     "the divergence is the other way round": mutant(
-        "calibration/training/losses.py", "kl_div(log_student, log_teacher,", "-1 * functional.kl_div(log_student, log_teacher,"
+        "calibration/training/losses.py", "kl_div(log_student, log_teacher,", "kl_div(log_teacher, log_student,"
     ),
     "rounding is decided against what was learned": mutant(ADAROUND, "(self.logits >= 0)", "(self.logits < 0)"),
     "the rounding's regularizer never ends": mutant(ADAROUND, "(1 - (share - WARMUP) / (1 - WARMUP))", "((share - WARMUP) / (1 - WARMUP))"),
