@@ -26,6 +26,13 @@ def test_relations_are_invariant_to_the_scale_of_the_map_only():
     assert float(term({"m": features.flip(1) + 1}, {"m": features})) > 1
 
 
+def test_the_divergence_is_that_of_the_student_from_the_teacher():
+    student, teacher = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
+    shares = log_relations(teacher).exp()
+    expected = (shares * (log_relations(teacher) - log_relations(student))).sum() / 2  # a mean over the two pixels
+    assert float(RelationDistillationLoss("m", weight=1.0)({"m": student}, {"m": teacher})) == pytest.approx(float(expected))
+
+
 def test_relations_have_a_gradient_through_the_student():
     # The released code has none: both of its maps are detached.
     features = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(0))

