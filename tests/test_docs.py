@@ -16,10 +16,9 @@ from tests.documentation import LANGUAGES, ROOT, RUN_LANGUAGES, Block, Runner, b
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 QUICKSTART = ROOT / "docs" / "quickstart.md"  # makes the directories that the pages on single tasks begin with
 RUN = [
-    page
-    for page in PAGES
-    if page != QUICKSTART and any(block.marker != "not run" and block.language in RUN_LANGUAGES for block in blocks_of(page))
+    page for page in PAGES if page != QUICKSTART and any(block.language in RUN_LANGUAGES and not block.marker for block in blocks_of(page))
 ]
+EXTENDED = [page for page in PAGES if any(block.marker == "extended" for block in blocks_of(page))]
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]+)?\)")
 PATH = re.compile(r"`((?:edm_deploy|calibration|engines|tools|tests|docs)/[\w/.-]+)`")
 
@@ -65,11 +64,7 @@ def test_every_command_and_snippet_of_a_page_runs(page, models, quickstart, tmp_
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize(
-    "page",
-    [page for page in [QUICKSTART, *RUN] if any(block.marker == "extended" for block in blocks_of(page))],
-    ids=lambda page: page.stem,
-)
+@pytest.mark.parametrize("page", EXTENDED, ids=lambda page: page.stem)
 def test_the_slow_commands_of_a_page_run_too(page, models, quickstart, tmp_path):
     shutil.copytree(quickstart, tmp_path / "work")
     follow(page, tmp_path / "work", models, extended=True)
