@@ -86,11 +86,11 @@ class Runner:
     """Runs the blocks of one page in the current directory.
 
     Args:
-        models: Directory of a tiny model by the name that the documentation gives it.
+        models: By the name that the documentation gives to a model, the words that replace it in a command: the directory of a tiny model, and options.
         patch: Undoes what blocks add to the registries.
     """
 
-    def __init__(self, models: dict[str, Path], patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, models: dict[str, list[str]], patch: pytest.MonkeyPatch) -> None:
         self.models, self.patch = models, patch
         self.names: dict[str, Any] = {"__name__": "documentation"}
 
@@ -106,13 +106,13 @@ class Runner:
             self.patch.setitem(CAPABILITIES, entry.backend, entry)
         else:
             text = block.text
-            for name, path in self.models.items():
-                text = text.replace(f'"{name}"', repr(str(path)))
+            for name, words in self.models.items():
+                text = text.replace(f'"{name}"', repr(words[0]))
             exec(compile("\n" * (block.line - 1) + text, str(block.page), "exec"), self.names)
 
     def _command(self, place: str, command: list[str]) -> None:
         if command[0] == "edm-deploy":
-            code = main(smallest([str(self.models.get(word, word)) for word in command[1:]]))
+            code = main(smallest([part for word in command[1:] for part in self.models.get(word, [word])]))
         elif command[:2] == ["python", "-m"]:
             code = importlib.import_module(command[2]).main(command[3:])
         else:

@@ -24,26 +24,31 @@ PATH = re.compile(r"`((?:edm_deploy|calibration|engines|tools|tests|docs)/[\w/.-
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Tiny models by the names that the documentation gives to real ones."""
     from tests.tiny_pipelines import saved
 
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     DDIMPipeline(unet=UNet2DModel(**TINY_UNET), scheduler=DDIMScheduler()).save_pretrained(root / "unet")
-    latent = saved(root / "stable-diffusion")
-    return dict.fromkeys(("google/ddpm-cifar10-32", "MODEL"), root / "unet") | {"stable-diffusion-v1-5/stable-diffusion-v1-5": latent}
+    (root / "prompts.txt").write_text(
+        "a red bicycle\na black cat\n"
+    )  # each character is a token of the tiny tokenizer: no room for the built-in list
+    latent = [str(saved(root / "stable-diffusion")), "--prompts", str(root / "prompts.txt")]
+    return {name: [str(root / "unet")] for name in ("google/ddpm-cifar10-32", "MODEL")} | {
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": latent
+    }
 
 
 @pytest.fixture(scope="module")
-def quickstart(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quickstart(models: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory in which the quickstart was followed."""
     path = tmp_path_factory.mktemp("quickstart")
     follow(QUICKSTART, path, models, extended=False)
     return path
 
 
-def follow(page: Path, directory: Path, models: dict[str, Path], *, extended: bool) -> None:
+def follow(page: Path, directory: Path, models: dict[str, list[str]], *, extended: bool) -> None:
     """Run a page's blocks in a directory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
