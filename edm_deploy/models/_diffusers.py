@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from edm_deploy.errors import UnsupportedError
+from edm_deploy.errors import EdmDeployError, UnsupportedError, first_line
 from edm_deploy.network.family import Config, Family
+
+MAX_REASON = 200  # characters of an error of diffusers, some of which quote the whole config
 
 
 class DiffusersFamily(Family):
@@ -32,9 +36,19 @@ class DiffusersFamily(Family):
         arguments = {key: value for key, value in config.items() if not key.startswith("_")}
         try:
             model: nn.Module = self.model_class.from_config(arguments)
-        except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError, AttributeError, NotImplementedError) as err:
-            raise UnsupportedError(f"diffusers cannot build {self.class_name} from this config: {err}. Check config.json.") from err
+        except EdmDeployError:
+            raise
+        except Exception as err:  # diffusers and torch check few values of a config; each raises whatever it meets first
+            reason = first_line(err)[:MAX_REASON]
+            raise UnsupportedError(f"diffusers cannot build {self.class_name} from this config: {reason}. Check config.json.") from err
         return model
+
+    def full_config(self, config: Config) -> dict[str, Any]:
+        parameters = inspect.signature(self.model_class.__init__).parameters
+        defaults = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
+        full = defaults | {key: value for key, value in config.items() if not key.startswith("_")}
+        as_json: dict[str, Any] = json.loads(json.dumps(full))
+        return as_json
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         carried = [declared.name for declared in self.inputs(config)]

@@ -106,12 +106,16 @@ class FluxTransformer2D(TransformerFamily):
                 given[name] = given[name].expand(batch, -1, -1)
         return given
 
+    def sample_size(self, config: Config) -> tuple[int, int]:
+        """Counts latents, as in other models' configs; FLUX's own config has no `sample_size`."""
+        return super().sample_size({SIZE: config.get(SIZE) or LATENT_SIZE})
+
     def sample_shape(self, config: Config) -> tuple[int, ...]:
-        height, width = _grid(config)
+        height, width = self._grid(config)
         return height * width, int(config["in_channels"])
 
     def latents(self, config: Config, sample: Tensor) -> Tensor:
-        height, width = _grid(config)
+        height, width = self._grid(config)
         channels = int(config["in_channels"]) // PACKED**2
         grid = sample.reshape(-1, height, width, channels, PACKED, PACKED).permute(0, 3, 1, 4, 2, 5)
         return grid.reshape(-1, channels, height * PACKED, width * PACKED)
@@ -140,7 +144,7 @@ class FluxTransformer2D(TransformerFamily):
 
     def random_conditioning(self, config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Tokens and pooled prompt of unit variance; positions of the model's own grid."""
-        height, width = _grid(config)
+        height, width = self._grid(config)
         positions = torch.zeros(height, width, len(config["axes_dims_rope"]))
         positions[..., 1] = torch.arange(height)[:, None]
         positions[..., 2] = torch.arange(width)[None]
@@ -155,6 +159,11 @@ class FluxTransformer2D(TransformerFamily):
     def encode_prompts(self, config: Config, pipeline: Any, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         given, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=torch.device("cpu"), num_images_per_prompt=1)
         return {TOKENS: given, POOLED: pooled}, {}
+
+    def _grid(self, config: Config) -> tuple[int, int]:
+        """Height and width in tokens."""
+        height, width = self.sample_size(config)
+        return height // PACKED, width // PACKED
 
 
 class Rotary(nn.Module):
@@ -176,13 +185,6 @@ class Rotary(nn.Module):
 
     def _frequencies(self, dim: int, device: torch.device) -> Tensor:
         return torch.tensor([self.theta ** (-2 * (k // 2) / dim) for k in range(dim)], dtype=torch.float32, device=device)
-
-
-def _grid(config: Config) -> tuple[int, int]:
-    """Height and width in tokens. `sample_size` counts latents, as in other models' configs; FLUX's own has none."""
-    size = config.get(SIZE) or LATENT_SIZE
-    height, width = (size, size) if isinstance(size, int) else size
-    return height // PACKED, width // PACKED
 
 
 def _cache_context(name: str) -> contextlib.AbstractContextManager[None]:

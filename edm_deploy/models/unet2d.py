@@ -30,6 +30,12 @@ class UNet2D(UNetFamily):
                 "UNet2DModel with time_embedding_type 'fourier' is indexed by noise level, not by timestep; "
                 "scale tables need a model with integer timesteps ('positional' or 'learned')."
             )
+        full = self.full_config(config)
+        if full["in_channels"] != full["out_channels"]:
+            raise UnsupportedError(
+                f"UNet2DModel with in_channels={full['in_channels']} and out_channels={full['out_channels']}: expected equal numbers. A scheduler "
+                "steps a sample by a prediction of its shape; neither conditioning in extra channels nor a learned variance is supported."
+            )
         return super().build(config)
 
     def inputs(self, config: Config) -> tuple[ModelInput, ...]:
@@ -52,6 +58,9 @@ class UNet2D(UNetFamily):
 
     def classes(self, config: Config) -> int | None:
         return None if _label_kind(config) in ("none", "identity") else int(config.get("num_class_embeds") or 1000)
+
+    def embedded_timesteps(self, config: Config) -> int | None:
+        return int(config["num_train_timesteps"]) if config.get("time_embedding_type") == "learned" else None
 
     def random_conditioning(self, config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         match _label_kind(config):

@@ -77,6 +77,16 @@ class UNet2DCondition(UNetFamily):
             raise UnsupportedError(
                 f"UNet2DConditionModel with attention_type={config['attention_type']!r}: GLIGEN's boxes are not carried."
             )
+        if config.get("dual_cross_attention"):
+            raise UnsupportedError(
+                "UNet2DConditionModel with dual_cross_attention=True: two texts in one cross-attention (Versatile Diffusion) are not supported."
+            )
+        full = self.full_config(config)
+        if full["in_channels"] < full["out_channels"]:
+            raise UnsupportedError(
+                f"UNet2DConditionModel with in_channels={full['in_channels']} and out_channels={full['out_channels']}: expected as many input as "
+                "output channels, or more (inpainting). A learned variance is not supported."
+            )
         return super().build(config)
 
     def inputs(self, config: Config) -> tuple[ModelInput, ...]:
@@ -102,11 +112,6 @@ class UNet2DCondition(UNetFamily):
             if given.get(name) is not None:
                 raise UnsupportedError(f"The engine has no input {name!r}: {reason}.")
         return super().bind(config, (), given)
-
-    def sample_shape(self, config: Config) -> tuple[int, ...]:
-        if config.get("sample_size") is None:
-            raise UnsupportedError("This UNet2DConditionModel's config has no sample_size. Write its latents' height into config.json.")
-        return super().sample_shape(config)
 
     def latent_shape(self, config: Config) -> tuple[int, ...]:
         return int(config["out_channels"]), *self.sample_shape(config)[1:]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from edm_deploy.errors import UnsupportedError
+from edm_deploy.errors import ArtifactError, UnsupportedError
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite, layer_of, restructure
 
 Placement = Literal["quantize", "w8a8", "float"]
@@ -131,11 +134,27 @@ class Family(ABC):
     def size_multiple(self, config: Config) -> int:
         """Height and width must be multiples of this many pixels."""
 
+    def full_config(self, config: Config) -> dict[str, Any]:
+        """`config` with the model class's defaults for the keys that it lacks, as JSON holds it."""
+        return dict(config)
+
+    def sample_size(self, config: Config) -> tuple[int, int]:
+        """Height and width of a sample at the model's own size, in pixels or latents.
+
+        Raises:
+            UnsupportedError: The config has no usable `sample_size`.
+        """
+        size = config.get("sample_size")
+        sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
+        if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+            raise UnsupportedError(
+                f"{self.class_name} with sample_size={size!r}: expected one positive number, or height and width. Write it into config.json."
+            )
+        return sides[0], sides[1]
+
     def sample_shape(self, config: Config) -> tuple[int, ...]:
-        """Shape of the input `sample` without its batch, at the model's own size: channels, height and width, unless the family says otherwise."""
-        size = config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(config["in_channels"]), int(height), int(width)
+        """Shape of the input `sample` at the model's own size, without the batch dimension: [channels, height, width] by default."""
+        return int(config["in_channels"]), *self.sample_size(config)
 
     def latent_shape(self, config: Config) -> tuple[int, ...]:
         """Shape of what a scheduler walks from noise, without its batch: `sample_shape`, unless conditioning stands in further channels."""
@@ -157,6 +176,10 @@ class Family(ABC):
     def latents(self, config: Config, sample: Tensor) -> Tensor:
         """A finished sample as [B, C, H, W], which is what a VAE decodes."""
         return sample
+
+    def embedded_timesteps(self, config: Config) -> int | None:
+        """Number of timesteps in the model's embedding table; None where the embedding is a function of any timestep."""
+        return None
 
     def classes(self, config: Config) -> int | None:
         """Number of labels that the model takes as an index, the one for none not counted; None where it takes no index."""
@@ -237,14 +260,38 @@ class Family(ABC):
         return {name: layer for name, layer in layers.items() if self.placement(name) != "float"}
 
 
+MAX_PARAMETERS = 6000  # parameter tensors of a model; SDXL has 1680, FLUX.1 780
+
+
 def meta_model(family: Family, config: Config, structure: NetworkRewrite = PUBLISHED) -> nn.Module:
     """The float model on the meta device: names and shapes, no memory.
 
     Raises:
         UnsupportedError: The family cannot carry the config.
-        ArtifactError: The structure names what the model has not.
+        ArtifactError: The structure names what the model has not, or the model has more than MAX_PARAMETERS parameter tensors.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _limited_parameters(family.class_name):
         model = family.build(config).eval().requires_grad_(False)
         restructure(model, structure)
     return model
+
+
+@contextlib.contextmanager
+def _limited_parameters(class_name: str) -> Iterator[None]:
+    """Stop the construction of a model that has too many layers before it takes minutes. Other threads' models are not counted."""
+    thread, count = threading.get_ident(), 0
+
+    def limit(*_: object) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > MAX_PARAMETERS:
+            raise ArtifactError(
+                f"This config describes a {class_name} of more than {MAX_PARAMETERS} parameter tensors, more than any published model has. "
+                "Check the numbers of layers in the config."
+            )
+
+    handle = register_module_parameter_registration_hook(limit)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edm_deploy.errors import ArtifactError
+from edm_deploy.storage.json_schema import convert
 
 PRE_SCALE = "pre_scale"
 SEGMENT = "segment"
@@ -51,9 +52,8 @@ class NetworkRewrite:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> NetworkRewrite:
-        """Raises ValueError, TypeError or AttributeError where `to_json` did not write this."""
-        segments = {str(name): tuple(int(size) for size in sizes) for name, sizes in content.get("segments", {}).items()}
-        return cls(segments, tuple(str(name) for name in content.get("pre_scaled", ())))
+        """The inverse of `to_json`; ArtifactError where a field has another type."""
+        return convert(content, cls, path="structure")
 
 
 PUBLISHED = NetworkRewrite()

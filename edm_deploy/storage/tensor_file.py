@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.errors import ArtifactError
-from edm_deploy.storage.directories import sha256_of
+from edm_deploy.storage.directories import check_regular, sha256_of
 
 NAMES = {  # the format's own
     torch.float32: "F32",
@@ -76,24 +76,26 @@ def digest_of(tensors: Mapping[str, DeferredTensor]) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(path: Path, expected_sha256: str, *, said_by: str) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected_sha256: str, *, listed_in: str) -> dict[str, Tensor]:
     """Every tensor of a file, mapped: its pages are read when they are looked at, and belong to no one's heap.
 
     Args:
         path: The file.
         expected_sha256: Its hash.
-        said_by: The file beside it that says so.
+        listed_in: The file of the same directory that states the hash.
 
     Raises:
         ArtifactError: It is missing, damaged, or no safetensors file.
     """
+    if path.exists():
+        check_regular(path, home=path.parent)
     try:
         found = sha256_of(path)
     except OSError as err:
         raise ArtifactError(f"{path} cannot be read ({err.strerror}); the artifact is incomplete. Make it again.") from err
     if found != expected_sha256:
         raise ArtifactError(
-            f"{path} is damaged: sha256 {found[:12]}, {said_by} says {expected_sha256[:12]}. Copy or make the artifact again."
+            f"{path} is damaged: its sha256 is {found[:12]}, {listed_in} states {expected_sha256[:12]}. Copy or make the artifact again."
         )
     try:
         with safetensors.safe_open(path, framework="pt") as stream:

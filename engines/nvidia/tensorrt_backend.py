@@ -16,6 +16,7 @@ from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session
 from edm_deploy.runtime.capabilities import Execution
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
 from edm_deploy.storage.directories import write_json
+from engines.common.serialized_runs import SerializedRuns
 from engines.common.source_backends import GraphBackend
 from engines.common.vendor_package import refuse_other_build, vendor
 from engines.nvidia.build_process import Request, run_in_child
@@ -95,11 +96,16 @@ class Nvinfer(GraphBackend):
         return NvinferSession(module, directory / ENGINE_NAME, manifest, device)
 
 
-class NvinferSession:
-    """An engine on torch's CUDA tensors, on torch's current stream. Not executed where this was written, which has no GPU."""
+class NvinferSession(Session):
+    """An engine on torch's CUDA tensors, on torch's current stream. Not executed where this was written, which has no GPU.
+
+    An execution context serves one thread and one stream at a time, so runs are serialized.
+    Source: NVIDIA TensorRT documentation, Developer Guide, "Threading".
+    """
 
     def __init__(self, module: Any, engine: Path, manifest: Manifest, device: torch.device) -> None:
-        self.device = device
+        super().__init__(device)
+        self._runs = SerializedRuns(device)
         self.inputs = [declared.name for declared in manifest.inputs]
         self.outputs = manifest.outputs
         self._runtime = module.Runtime(module.Logger(module.Logger.WARNING))
@@ -118,21 +124,25 @@ class NvinferSession:
         }
         self._types = {name: types[self._engine.get_tensor_dtype(name).name] for name in self.outputs}
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name for inputs by name; asynchronous, as any kernel on torch's current stream."""
-        contiguous = {name: inputs[name].contiguous() for name in self.inputs}  # the engine knows an address, no strides
-        for name, value in contiguous.items():
-            self._context.set_input_shape(name, tuple(value.shape))
-            self._context.set_tensor_address(name, value.data_ptr())
+    def _infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Asynchronous, as any kernel on torch's current stream."""
+        contiguous = {name: inputs[name].contiguous() for name in self.inputs}  # the engine takes an address, no strides
         results = {}
-        for name in self.outputs:
-            shape = tuple(self._context.get_tensor_shape(name))
-            results[name] = torch.empty(shape, dtype=self._types[name], device=self.device)
-            self._context.set_tensor_address(name, results[name].data_ptr())
-        with torch.cuda.device(self.device):
-            if not self._context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
-                raise RuntimeError("the engine refused to run; its own message stands on stderr.")
+        with self._runs.next() as stream:
+            for name, value in contiguous.items():
+                self._context.set_input_shape(name, tuple(value.shape))
+                self._context.set_tensor_address(name, value.data_ptr())
+            for name in self.outputs:
+                shape = tuple(self._context.get_tensor_shape(name))
+                results[name] = torch.empty(shape, dtype=self._types[name], device=self.device)
+                self._context.set_tensor_address(name, results[name].data_ptr())
+            if not self._context.execute_async_v3(stream.cuda_stream):
+                raise RuntimeError("TensorRT could not enqueue the engine; its message is on stderr.")
         return results
+
+    def _release(self) -> None:
+        self._runs.finish()
+        self._context = self._engine = self._runtime = None
 
 
 def _shapes(dims: tuple[str | int, ...], profile: Mapping[str, ShapeRange]) -> list[list[int]]:

@@ -1,9 +1,14 @@
+from dataclasses import fields
+
 import pytest
 
+from calibration import recipes
 from calibration.recipe import Recipe
 from calibration.recipes.efficientdm import EfficientDM
+from calibration.recipes.minmax import MinMax
 from calibration.recipes.percentile import Percentile
 from calibration.student.quantization_spec import LayerSpec
+from edm_deploy import registry
 from edm_deploy.errors import InputError
 
 
@@ -31,13 +36,17 @@ def test_kept_sites_are_w8a8_and_symmetric_whatever_the_bits():
     assert EfficientDM(weight_bits=2, act_bits=3).layer_spec("conv_in", "w8a8") == LayerSpec(8, 8, symmetric=True)
 
 
-def test_below_eight_bit_bounds_may_lie_anywhere_unless_asked_to_be_symmetric():
-    assert LayerSpec(4, 4, symmetric=False).fixed_qmin is None
-    assert LayerSpec(4, 4, symmetric=False).levels == 15
-    assert (LayerSpec(4, 4, symmetric=True).fixed_qmin, LayerSpec(4, 4, symmetric=True).levels) == (-7, 14)
-    assert Recipe(act_bits=4, symmetric=True).layer_spec("x", "quantize").symmetric
-
-
 def test_published_constants_are_the_defaults():
     recipe = EfficientDM()
     assert (recipe.rows, recipe.rank, recipe.steps, recipe.update_rate, recipe.scale_rate) == (100, 32, 16000, 1 / 2500, 5e-4)
+
+
+@pytest.mark.parametrize("name", registry.names(recipes))
+def test_a_recipe_trains_exactly_if_it_has_steps(name):
+    recipe = registry.load(recipes, name, "RECIPE")
+    assert recipe.trains == ("steps" in {field.name for field in fields(recipe)})
+
+
+def test_symmetric_bounds_below_eight_bit_are_a_setting():
+    assert not MinMax(act_bits=4).layer_spec("x", "quantize").symmetric
+    assert MinMax(act_bits=4, symmetric=True).layer_spec("x", "quantize").symmetric

@@ -15,7 +15,7 @@ import torch
 REFUSED = {
     "unknown command": ("calibrte {model} --out {out}", "Did you mean 'calibrate'"),
     "unknown option": ("calibrate {model} --out {out} --recip mse", "--recip"),
-    "missing argument": ("calibrate --out {out}", "REFERENCE_MODEL"),
+    "missing argument": ("calibrate --out {out}", "MODEL"),
     "number that is none": ("calibrate {model} --out {out} --rows many", "--rows"),
     "model that is not there": ("calibrate ./nothing --out {out}", "does not exist"),
     "directory that is no model": ("calibrate {empty} --out {out}", "no diffusers pipeline directory"),
@@ -64,7 +64,7 @@ REFUSED = {
     "evaluation of a model": ("evaluate {model} --out {out}", "takes artifacts and engines"),
     "evaluation of a graph": ("evaluate {onnx} --out {out}", "build-engine"),
     "evaluation of nothing": ("evaluate {empty} --out {out}", "is no model, artifact"),
-    "engine without a reference": ("evaluate {engine} --out {out}", "--reference REFERENCE_MODEL"),
+    "engine without a reference": ("evaluate {engine} --out {out}", "--reference MODEL"),
     "no samples": ("evaluate {artifact} --out {out} --samples 0", "expected 1 or more"),
     "benchmark of nothing": ("bench", "No engine was given"),
     "unknown baseline": ("bench {engine} --against torhc", "Did you mean 'torch'"),
@@ -139,7 +139,7 @@ def test_ctrl_c_ends_in_one_line(run, chain, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("edm_deploy_tools.inspection.describe.describe", interrupt)
-    assert "Interrupted" in run("inspect", chain.artifact).complaint
+    assert "Interrupted" in run("inspect", chain.artifact).error(130)
 
 
 def test_a_fault_of_ours_is_one_line_too(run, chain, monkeypatch):
@@ -233,7 +233,7 @@ def test_a_model_that_cannot_be_quantized_is_refused_in_one_line(run, chain, cop
 def test_too_little_memory_is_refused_in_one_line(run, chain, tmp_path, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**8))
     ran = run("calibrate", chain.model, "--out", tmp_path / "out", "--rows", 2)
-    assert re.search(r"needs about 1\.\d GB of memory to be quantized so, 0\.1 GB are free\. Use --low-memory", ran.complaint)
+    assert re.search(r"needs about 1\.\d GB of memory; 0\.1 GB are available\. Use --low-memory", ran.complaint)
     assert not (tmp_path / "out").exists()
 
 

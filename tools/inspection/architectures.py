@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-
-import diffusers
 
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.models import family_named, name_of_family
@@ -59,7 +56,7 @@ def architecture(name: str) -> Architecture:
         name=name,
         title=content["title"],
         class_name=content["class"],
-        config=_whole_config(content["class"], content["config"]),
+        config=family_named(name_of_family(content["class"])).full_config(content["config"]),
         pipeline_class=content["pipeline"],
         scheduler_class=scheduler.pop("class"),
         scheduler_config=scheduler,
@@ -90,10 +87,3 @@ def with_layers(chosen: Architecture, layers: int) -> Architecture:
     shapes = meta_model(family_named(name_of_family(chosen.class_name)), config)
     count = sum(value.numel() for value in shapes.parameters())
     return replace(chosen, title=f"{chosen.title}, {layers} of each kind of block", config=config, parameters=count)
-
-
-def _whole_config(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the defaults of the class, as `model.config` holds it; tuples as json holds them."""
-    known = inspect.signature(getattr(diffusers, class_name).__init__).parameters
-    defaults = {key: parameter.default for key, parameter in known.items() if key != "self"}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in (defaults | dict(config)).items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from edm_deploy.errors import UnsupportedError
 from edm_deploy.models import family_named, name_of_family
 from edm_deploy.network.family import meta_model
 from edm_deploy.network.layer_costs import ModelWork, model_work
-from edm_deploy.pipelines.model_index import INDEX, PipelineConfig, read_pipeline_config, whole_config
+from edm_deploy.pipelines.model_index import INDEX, PipelineConfig, read_pipeline_config
 from edm_deploy.pipelines.schedulers import scheduler_from_config
 from edm_deploy.pipelines.source import local_directory
 from edm_deploy.runtime.capabilities import CAPABILITIES, summary
@@ -57,7 +56,7 @@ def outline_of_architecture(described: architectures.Architecture) -> PipelineCo
         name=described.title,
         family=family,
         component=component,
-        config=whole_config(family, json.loads(json.dumps(dict(described.config)))),
+        config=described.config,
         scheduler_class=described.scheduler_class,
         pipeline={INDEX: index, "scheduler/scheduler_config.json": scheduler},
     )

@@ -109,4 +109,4 @@ def test_the_groups_are_in_every_checkpoint_and_decide_which_row_a_sample_takes(
     quantizer = next(iter(student.quantizers.values()))
     torch.testing.assert_close(quantizer.log_scale.detach(), torch.tensor([0.1, 2.0, 0.1]))
     with student.at_rows(torch.tensor([0, 1, 2]), torch.device("cpu")):
-        assert quantizer.current.tolist() == [0, 1, 0]
+        assert quantizer.rows.tolist() == [0, 1, 0]

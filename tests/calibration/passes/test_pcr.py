@@ -57,7 +57,7 @@ def test_the_noisiest_row_is_seen_alike_and_the_others_on_what_the_student_made(
     assert bool((first[:-1] != second[:-1]).all())
 
 
-def test_at_relaxed_rows_the_student_computes_with_float_activations():
+def test_at_float_rows_the_student_computes_with_float_activations():
     from calibration.base_pass import PassContext
     from edm_deploy.pipelines.guidance import Conditioner
     from tests.conftest import tiny_inputs

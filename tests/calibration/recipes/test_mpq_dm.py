@@ -7,8 +7,7 @@ from calibration.recipes.mpq_dm import MPQDM, init_lora_from_error, last_block, 
 from calibration.student.layers import StudentLayer
 from calibration.student.quantization_spec import LayerSpec
 from edm_deploy.errors import InputError
-from tests.calibration.observers.test_channel_scaling import made
-from tests.calibration.tiny import tiny_source
+from tests.calibration.tiny import tiny_context, tiny_source
 
 
 def test_smoothing_meets_inputs_and_weights_half_way():
@@ -37,7 +36,7 @@ def test_an_update_along_the_error_begins_at_zero_and_spans_its_leading_rows():
 
 
 def test_the_last_block_of_a_unet_ends_its_decoder():
-    assert last_block(made()[0]) == "up_blocks.1.resnets.1"
+    assert last_block(tiny_context(MPQDM()).student) == "up_blocks.1.resnets.1"
 
 
 def test_an_unknown_start_of_the_update_is_refused():

@@ -16,7 +16,7 @@ def test_samples_are_drawn_evenly_over_the_timesteps():
     timesteps = calibrated_timesteps(source.scheduler, 4)
     pool = Trajectories(source, timesteps, size=8, eta=0.0, seed=0, device=torch.device("cpu"))
     teacher = Teacher(source, torch.device("cpu"))
-    for _, batches in pool.sweep(8):  # staggers the pool
+    for _, batches in pool.traverse_schedule(8):  # staggers the pool
         for batch in batches:
             pool.advance(batch, teacher(batch.inputs))
     inputs = sample_trajectories(pool, teacher, 16)

@@ -5,7 +5,6 @@ from calibration.recipes.mse import Mse
 from calibration.reconstruction import block_cache
 from calibration.reconstruction.block_cache import ModelInputs, entropies_of, fill_block_cache
 from calibration.reconstruction.blocks import blocks_of
-from calibration.student.module_outputs import activations_unquantized
 from calibration.student.teacher import Teacher
 from edm_deploy.network.family import meta_model
 from edm_deploy.numerics.activation_table import table_rows
@@ -73,7 +72,7 @@ def test_the_distance_sums_over_channels_and_means_over_the_rest():
     chosen = torch.arange(5)
     with torch.no_grad():
         (output,) = kept.outputs(student, chosen)
-        distance = kept.distance(student, chosen)
+        distance = kept.reconstruction_error(student, chosen)
     expected = (output - kept.targets[0].of(chosen)).square().sum(1).mean()
     torch.testing.assert_close(distance, expected)
     assert float(distance) > 0
@@ -97,7 +96,7 @@ def test_joined_modules_are_fed_by_each_other():
 
 def test_a_cache_is_bounded_and_its_samples_evenly_spread(monkeypatch):
     monkeypatch.setattr(block_cache, "CACHE_BYTES", 0)
-    monkeypatch.setattr(block_cache, "PASS", 2)
+    monkeypatch.setattr(block_cache, "FORWARD_BATCH", 2)
     teacher, student, outline, inputs = network("unet2d")
     kept = fill_block_cache(blocks_of(student, outline, "block")[0], student, teacher, inputs)
     expected = table_rows(student.row_of_timestep, inputs.values["timestep"][[0, 2]])
@@ -109,14 +108,6 @@ def test_samples_are_parted_and_spread():
     assert [len(part["timestep"]) for part in inputs.parts(3)] == [3, 3, 1]
     assert inputs.spread(3).values["timestep"].tolist() == [0.0, 2.0, 4.0]
     assert inputs.spread(9) is inputs
-
-
-def test_unrounded_activations_pass_and_come_back():
-    _, student, _, _ = network("unet2d")
-    before = {name: layer.quantizer for name, layer in student.layers.items()}
-    with activations_unquantized(student):
-        assert all(layer.quantizer is None for layer in student.layers.values())
-    assert all(layer.quantizer is before[name] for name, layer in student.layers.items())
 
 
 def test_every_site_has_an_entropy():

@@ -39,7 +39,7 @@ def test_a_split_layer_equals_the_whole_one_where_its_parts_have_one_scale():
     def layer_of(part):
         quantizer = ActivationQuantizer(spec, 1)
         quantizer.set_row(0, QuantRange(0.25, -7))
-        quantizer.current = torch.zeros(3, dtype=torch.int64)
+        quantizer.rows = torch.zeros(3, dtype=torch.int64)
         layer = StudentLayer(part, spec, quantizer)
         layer.set_weight_scale(torch.full((5,), 0.06))
         return layer

@@ -24,7 +24,7 @@ def test_what_is_left_is_divided_by_work():
 
 def test_caches_that_are_still_to_be_filled_are_set_aside():
     plan = TimeAllocation([10, 30], [1])  # the first runs 10 to fill its cache, the second 40
-    plan.cached(0, 2.0)  # 0.2 s for each of them: 8 s are to come
+    plan.record_cache(0, 2.0)  # 0.2 s for each of them: 8 s are to come
     assert plan.part(0, 16.0) == pytest.approx(0.25 * 0.5)
     assert plan.part(0, 4.0) == 0.0
-    assert plan.passes(0) == pytest.approx(50 / 40)
+    assert plan.forward_passes(0) == pytest.approx(50 / 40)

@@ -57,18 +57,13 @@ def test_what_is_no_duration_is_refused_with_an_example(text):
         seconds_of(text)
 
 
-def test_a_budget_of_nothing_is_refused():
-    with pytest.raises(InputError, match="budget_seconds is 0; expected above 0"):
-        RunOptions(budget_seconds=0)
-
-
 @pytest.fixture
 def ticking(monkeypatch):
     """Budgets of runs pass a second each time they are looked at."""
     seconds = itertools.count()
     made = partial(Budget, clock=lambda: float(next(seconds)))
     monkeypatch.setattr("calibration.Budget", made)
-    monkeypatch.setattr("calibration.training.distillation.Budget", made)
+    monkeypatch.setattr("calibration.run.checkpoint.Budget", made)
 
 
 def test_training_goes_by_the_clock_and_the_provenance_says_how_far_it_came(ticking):

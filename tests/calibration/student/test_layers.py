@@ -13,7 +13,7 @@ def quantizer(rows=2, spec=A4):
     made = ActivationQuantizer(spec, rows)
     made.set_row(0, QuantRange(0.5, -3))
     made.set_row(1, QuantRange(0.25, 0))
-    made.current = torch.tensor([0, 1])
+    made.rows = torch.tensor([0, 1])
     return made
 
 
@@ -42,7 +42,7 @@ def test_a_learned_lowest_code_is_an_integer_while_training():
 
 def test_every_row_of_a_mixed_batch_gets_a_gradient_and_no_other():
     made = ActivationQuantizer(A4, 3)
-    made.current = torch.tensor([0, 2])
+    made.rows = torch.tensor([0, 2])
     made(torch.full((2, 4), 30.0)).sum().backward()
     assert made.log_scale.grad.ne(0).tolist() == [True, False, True]
     # 30 is above the bounds [0, 15]: both bounds' gradients are the scale, once for each of 4 values.
@@ -93,7 +93,7 @@ def test_autocast_computes_in_bfloat16_and_rounds_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         low = layer(x)
     assert low.dtype == torch.bfloat16
-    layer.quantizer.forget()
+    layer.quantizer.clear_cache()
     torch.testing.assert_close(low.float(), layer(x.float()), rtol=0.02, atol=0.02)  # bfloat16 keeps 8 bits of each product and of the sum
 
 

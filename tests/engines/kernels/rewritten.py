@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
-from edm_deploy.network.float_program import exported_program
 from edm_deploy.numerics.activation_table import ActivationTable
 from edm_deploy.numerics.codes import quantize_weight, weight_bounds
 from edm_deploy.numerics.kernel_layout import CodeFormat
@@ -18,6 +15,7 @@ from edm_deploy.runtime.capabilities import code_format
 from engines.torch_graph.packed_layer import PackedSite, read, stored
 from engines.torch_graph.rewrite import GraphRewrite, draft
 from tests.conftest import tiny_model
+from tests.shared_traces import shared_program
 
 ROW_OF_TIMESTEP = torch.arange(1000, dtype=torch.int32) // 500  # two rows
 
@@ -62,11 +60,10 @@ def drafted(
     return draft(program, packed, params, ROW_OF_TIMESTEP, torch.float16)
 
 
-@functools.cache
 def program_of(kind: str, dtype: torch.dtype = torch.float16) -> ExportedProgram:
     """The float program of a tiny model, traced once for all tests."""
     family, config, _ = tiny_model(kind)
-    return exported_program(family, config, dtype, input_dtype=torch.float32)
+    return shared_program(family, config, dtype, input_dtype=torch.float32)
 
 
 def drafted_artifact(artifact: Artifact, program: ExportedProgram, dtype: torch.dtype = torch.float16) -> GraphRewrite:
