@@ -36,12 +36,12 @@ RAN: dict[str, tuple[str, ...]] = {
     "`UNet2DModel`": (
         "unet2d",
         "tests/contracts/test_backends.py::test_at_every_site_the_codes_are_those_of_the_reference",
-        "tests/tools/images/test_sample.py::test_more_images_than_a_batch_are_drawn",
+        "tests/tools/images/test_sample.py::test_more_images_than_a_batch_are_sampled",
         NOTHING_TO_TELL,
     ),
     "`UNet2DConditionModel`: Stable Diffusion": (
         "unet2d-condition",
-        "tests/tools/evaluation/test_evaluate.py::test_a_prompted_model_is_judged_guided_and_decoded",
+        "tests/tools/evaluation/test_evaluate.py::test_a_text_conditional_model_is_evaluated_guided_and_decoded",
         "tests/edm_deploy/pipelines/test_rebuild.py::test_a_pipeline_around_a_float_engine_is_the_original",
         "tests/edm_deploy/pipelines/test_prompt_encoding.py::test_prompts_become_what_the_pipeline_itself_makes_of_them",
     ),
