@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
+import engines
+from calibration import passes, recipes
+from calibration.recipe import Recipe
+from calibration.run.options import RunOptions
+from edm_deploy import registry
+from edm_deploy_tools.cli import app
 from tests.conftest import TINY_UNET
 from tests.documentation import LANGUAGES, ROOT, RUN_LANGUAGES, Block, Runner, blocks_of, commands_of, smallest
 
@@ -115,6 +124,28 @@ def test_every_path_of_the_repository_that_a_page_names_exists(page):
 def test_every_page_is_in_the_table_of_contents():
     index = (ROOT / "docs" / "index.md").read_text()
     assert [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md" and f"({page.name})" not in index] == []
+
+
+def named(page: str) -> set[str]:
+    """Words in code style of a page of docs/."""
+    return {
+        word.partition("=")[0].strip()
+        for code in re.findall(r"`([^`\n]+)`", (ROOT / "docs" / page).read_text())
+        for word in code.split(",")
+    }
+
+
+def test_the_reference_lists_every_command_extra_and_common_setting():
+    commands = set(typer.main.get_command(app).commands)
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    settings = {field.name for options in (Recipe, RunOptions) for field in dataclasses.fields(options)}
+    text = (ROOT / "docs" / "reference.md").read_text()
+    assert sorted((commands | extras | settings) - set(re.findall(r"`([\w-]+)`", text))) == []
+
+
+def test_every_recipe_pass_and_backend_is_on_the_page_of_its_task():
+    assert sorted({*registry.names(recipes), *registry.names(passes)} - named("quantize.md")) == []
+    assert sorted(set(registry.names(engines)) - named("build.md")) == []
 
 
 def test_a_block_is_found_with_its_line_language_and_marker(tmp_path):
