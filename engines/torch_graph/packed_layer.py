@@ -16,7 +16,7 @@ from edm_deploy.numerics.kernel_layout import CodeFormat, bits_of, pack_weight, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedSite:
+class PackedLayer:
     """A site's tensors, on one device. Names and layouts as in `cuda/params.h`.
 
     Attributes:
@@ -41,26 +41,26 @@ class PackedSite:
     qmax: Tensor | None = None
     zero: Tensor | None = None
 
-    def quantizes_like(self, other: PackedSite) -> bool:
+    def quantizes_like(self, other: PackedLayer) -> bool:
         """Whether both make the same stored codes of the same value."""
         pairs = ((self.inv_scale, other.inv_scale), (self.qmin, other.qmin), (self.qmax, other.qmax))
         return self.kind == other.kind and all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
 
 
-def stored(site: QuantizedLayer, kind: CodeFormat | None) -> dict[str, Tensor]:
-    """What an engine's file holds of a site: `weight` packed for `kind` (int8 codes where it is None), scales and bounds."""
+def tensors_from_layer(name: str, layer: QuantizedLayer, kind: CodeFormat | None) -> dict[str, Tensor]:
+    """The tensors of one layer in an engine's file, by name: `weight` packed for `kind` (int8 codes where it is None), scales and bounds."""
     tensors = {
-        "weight": site.codes if kind is None else pack_weight(site.codes, bits_of(kind)),
-        "weight_scale": site.weight_scale,
+        "weight": layer.codes if kind is None else pack_weight(layer.codes, bits_of(kind)),
+        "weight_scale": layer.weight_scale,
     }
     if kind is not None:
-        tensors["weight_sum"] = weight_sum(site.codes)
-    if site.activation is not None:
-        tensors |= {"act_scale": site.activation.scale, "act_qmin": site.activation.qmin, "act_qmax": site.activation.qmax}
-    return {name: value.contiguous() for name, value in tensors.items()}
+        tensors["weight_sum"] = weight_sum(layer.codes)
+    if layer.activation is not None:
+        tensors |= {"act_scale": layer.activation.scale, "act_qmin": layer.activation.qmin, "act_qmax": layer.activation.qmax}
+    return {tensor_name(name, leaf): value.contiguous() for leaf, value in tensors.items()}
 
 
-def read(
+def layer_from_tensors(
     name: str,
     tensors: Mapping[str, Tensor],
     *,
@@ -69,38 +69,47 @@ def read(
     channels: int,
     bias: Tensor | None,
     dtype: torch.dtype,
-) -> PackedSite:
-    """A site from an engine's file.
+) -> PackedLayer:
+    """One layer of an engine's file: the inverse of `tensors_from_layer`, with the tensors derived from its own.
 
     Args:
-        name: Its name.
-        tensors: What `stored` made, on the device that it will run on.
-        packed: The kind that its weight was packed for.
-        kind: The kernels that will run it; `s8` runs what was packed in 4 bits too, widened.
+        name: Name of the layer.
+        tensors: The tensors of all layers, on the device that the layer will run on.
+        packed: Format that the weight was packed for.
+        kind: Format of the kernels that will run it; `s8` also runs weights packed in 4 bits, widened.
         channels: Input channels of a filter.
         bias: float32 [K] or None.
-        dtype: Floating-point type of a weight that no kernel takes.
+        dtype: Floating-point type of a weight that no kernel reads.
 
     Raises:
         ArtifactError: A tensor is missing.
     """
-    try:
-        weight, weight_scale = tensors["weight"], tensors["weight_scale"]
-        table = {} if "act_scale" not in tensors else _table(tensors, kind)
-        if packed is None or kind is None:
-            return PackedSite(
-                kind=None, weight=dequantize_weight(weight, weight_scale).to(dtype), weight_scale=weight_scale, bias=bias, **table
-            )
-        if bits_of(packed) != bits_of(kind):
-            weight = widened(weight, channels)
-        return PackedSite(kind=kind, weight=weight, weight_scale=weight_scale, weight_sum=tensors["weight_sum"], bias=bias, **table)
-    except KeyError as err:
-        raise ArtifactError(f"Site {name!r}: the engine holds no {err.args[0]}. Build it again.") from err
+
+    def tensor(leaf: str) -> Tensor:
+        if (found := tensors.get(tensor_name(name, leaf))) is None:
+            raise ArtifactError(f"Site {name!r}: the engine holds no {leaf}. Build it again.")
+        return found
+
+    weight, weight_scale = tensor("weight"), tensor("weight_scale")
+    table = {}
+    if tensor_name(name, "act_scale") in tensors:
+        table = _table(tensor("act_scale"), tensor("act_qmin").int(), tensor("act_qmax").int(), kind)
+    if packed is None or kind is None:
+        return PackedLayer(
+            kind=None, weight=dequantize_weight(weight, weight_scale).to(dtype), weight_scale=weight_scale, bias=bias, **table
+        )
+    if bits_of(packed) != bits_of(kind):
+        weight = widened(weight, channels)
+    return PackedLayer(kind=kind, weight=weight, weight_scale=weight_scale, weight_sum=tensor("weight_sum"), bias=bias, **table)
 
 
-def _table(tensors: Mapping[str, Tensor], kind: CodeFormat | None) -> dict[str, Tensor]:
-    scale, qmin = tensors["act_scale"], tensors["act_qmin"].int()
-    table = {"act_scale": scale, "inv_scale": reciprocal(scale), "qmin": qmin, "qmax": tensors["act_qmax"].int()}
+def tensor_name(layer: str, leaf: str) -> str:
+    """Name of one tensor of a layer, in an engine's file and in a rewritten graph."""
+    return f"sites.{layer}.{leaf}"
+
+
+def _table(scale: Tensor, qmin: Tensor, qmax: Tensor, kind: CodeFormat | None) -> dict[str, Tensor]:
+    table = {"act_scale": scale, "inv_scale": reciprocal(scale), "qmin": qmin, "qmax": qmax}
     return table if kind is None else table | {"zero": zero_codes(qmin, bits_of(kind), unsigned=kind == "u4")}
 
 
