@@ -192,7 +192,7 @@ def test_what_the_graph_does_not_carry_is_refused(name):
 
 
 def test_a_guidance_scale_beside_the_timestep_is_refused():
-    with pytest.raises(UnsupportedError, match=r"time_cond_proj_dim=8: a guidance scale embedded beside the timestep \(LCM\)"):
+    with pytest.raises(UnsupportedError, match=r"time_cond_proj_dim=8: a guidance scale embedded with the timestep \(LCM\)"):
         FAMILY.build(TINY_CONDITION_UNET | {"time_cond_proj_dim": 8})
 
 

@@ -17,13 +17,13 @@ def test_a_class_without_a_family_gets_the_nearest_and_the_way_to_add_one():
 
 
 @pytest.mark.parametrize("kind", TINY)
-def test_a_skeleton_has_the_names_and_shapes_of_the_model_and_no_memory(kind):
+def test_a_meta_model_has_the_names_and_shapes_of_the_model_and_no_memory(kind):
     family, config, model = tiny_model(kind)
-    bones = meta_model(family, config)
-    assert {name: value.shape for name, value in bones.state_dict().items()} == {
+    meta = meta_model(family, config)
+    assert {name: value.shape for name, value in meta.state_dict().items()} == {
         name: value.shape for name, value in model.state_dict().items()
     }
-    assert all(value.is_meta for value in bones.parameters())
+    assert all(value.is_meta for value in meta.parameters())
 
 
 def test_a_float_input_follows_the_dtype_of_the_graph():
