@@ -14,8 +14,8 @@ from torch import Tensor
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.models import family_named
-from edm_deploy.network.family import meta_model
 from edm_deploy.network.float_program import exported_program
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.network.restructure import NetworkRewrite
 from edm_deploy.numerics.activation_table import table_rows
 from edm_deploy.numerics.kernel_layout import CodeFormat

@@ -5,7 +5,7 @@ from calibration import RunOptions, fit
 from calibration.recipes.efficientdm import EfficientDM
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.models import family_named
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.pipelines.prompt_encoding import conditioner_of, encode
 from edm_deploy.pipelines.schedulers import schedulers_for
 from tests.conftest import SCHEDULER, TINY_CONDITION_UNET, TINY_SDXL, tiny_inputs

@@ -3,7 +3,8 @@ import torch
 
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.models import family_named, name_of_family
-from edm_deploy.network.family import ModelInput, meta_model
+from edm_deploy.network.family import ModelInput
+from edm_deploy.network.meta_model import meta_model
 from tests.conftest import TINY, tiny_model
 
 

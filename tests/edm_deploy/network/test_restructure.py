@@ -6,7 +6,7 @@ from torch import nn
 
 from edm_deploy.errors import ArtifactError
 from edm_deploy.models import family_named
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite, SplitInputLayer, layer_of, representable, restructure, scaled_input
 from tests.conftest import tiny_inputs, tiny_model
 
