@@ -65,28 +65,34 @@ class OrtBackend(GraphBackend):
 BACKEND = OrtBackend()
 
 
-class OrtSession:
-    """An ONNX Runtime session on torch tensors, without copies on the way in."""
+class OrtSession(Session):
+    """An ONNX Runtime session on torch tensors, without copies on the way in.
+
+    Calls run in parallel: several threads may call Run on one InferenceSession, and each call has a separate IOBinding.
+    Source: onnxruntime.ai/docs/reference/high-level-design.html, "Key design decisions".
+    """
 
     def __init__(self, ort: Any, graph: Path, manifest: Manifest, device: torch.device) -> None:
-        self.device = device
+        super().__init__(device)
         self.outputs = manifest.outputs
         self._session = _session(ort, graph, device, threads=manifest.build["options"]["threads"])
         shapes = {entry.name: [size if isinstance(size, int) else None for size in entry.shape] for entry in self._session.get_inputs()}
         check_graph(manifest, shapes, [entry.name for entry in self._session.get_outputs()])
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name for inputs by name, on the session's device."""
+    def _infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         binding = self._session.io_binding()
-        contiguous = {name: value.contiguous() for name, value in inputs.items()}  # the binding knows an address, no strides
+        contiguous = {name: value.contiguous() for name, value in inputs.items()}  # the binding takes an address, no strides
         for name, value in contiguous.items():
             binding.bind_input(name, self.device.type, self.device.index or 0, _numpy_type(value), tuple(value.shape), value.data_ptr())
         for name in self.outputs:
             binding.bind_output(name, self.device.type, self.device.index or 0)
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime runs on a stream of its own
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime runs on another stream
         self._session.run_with_iobinding(binding)
         return {name: torch.utils.dlpack.from_dlpack(value) for name, value in zip(self.outputs, binding.get_outputs(), strict=True)}
+
+    def _release(self) -> None:
+        self._session = None
 
 
 def _numpy_type(value: Tensor) -> Any:

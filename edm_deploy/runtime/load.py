@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,11 @@ def load_denoiser(path: Path | str, *, device: str | torch.device | None = None)
         manifests.append(Manifest.read(directories[1], kind="engine"))
     for directory, manifest in zip(directories, manifests, strict=True):
         _check_denoiser(directory, manifest, like=manifests[0])
-    sessions = [_open(directory, manifest, device) for directory, manifest in zip(directories, manifests, strict=True)]
+    with contextlib.ExitStack() as stack:  # closes the first session where the second cannot be opened
+        sessions = [
+            stack.enter_context(_open(directory, manifest, device)) for directory, manifest in zip(directories, manifests, strict=True)
+        ]
+        stack.pop_all()
     return EngineDenoiser(manifests[0], *sessions)
 
 

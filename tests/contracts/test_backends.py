@@ -29,8 +29,8 @@ def test_naming_a_backend_imports_no_vendor_package():
     import sys
 
     code = (
-        "import sys, engines; from edm_deploy import lookup; "
-        "[lookup.load(engines, name, 'BACKEND') for name in lookup.names(engines)]; "
+        "import sys, engines; from edm_deploy import registry; "
+        "[registry.load(engines, name, 'BACKEND') for name in registry.names(engines)]; "
         "print(*[m for m in ('onnxruntime', 'openvino', 'tensorrt', 'tensorrt_rtx', 'onnx') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []

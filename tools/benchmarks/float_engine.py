@@ -1,4 +1,4 @@
-"""The float model as an engine: an artifact without quantized sites goes the same way as any other."""
+"""The float model as an engine: exported and built like any artifact, but without quantized sites."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from edm_deploy_tools.common.build_options import build
 
 @contextlib.contextmanager
 def float_engine(manifest: Manifest, model: nn.Module, *, backend: str, precision: str, threads: int | None, batch: int) -> Iterator[Path]:
-    """The directory of an engine of the float model, which vanishes with the block.
+    """The directory of an engine of the float model, deleted at the end of the block.
 
     Args:
-        manifest: Of an engine of the same architecture.
+        manifest: Manifest of an engine of the same architecture.
         model: The float model.
         backend: `openvino` or `ort`.
-        precision: `fp32` or `bf16`; ort has no other than its graph's.
+        precision: `fp32` or `bf16`; ignored by ort, which uses that of the graph.
         threads: CPU threads; None is the backend's default.
-        batch: The one batch size it will meet.
+        batch: The batch size of all calls.
 
     Raises:
         UnsupportedError: The backend is not installed.
@@ -52,7 +52,7 @@ def float_engine(manifest: Manifest, model: nn.Module, *, backend: str, precisio
 
 
 def artifact_or_float(path: Path) -> Artifact:
-    """An artifact; or that of a diffusers model as it is, without a quantized site, to see what an engine loses by itself.
+    """The artifact in `path`, or an artifact without quantized sites of the diffusers model in `path`, to measure the error of an engine alone.
 
     Raises:
         ArtifactError, UnsupportedError: As Artifact.load and load_source.

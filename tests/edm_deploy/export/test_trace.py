@@ -1,21 +1,26 @@
+import onnx_ir as ir
 import pytest
 import torch
 
 from edm_deploy import models, registry
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.export.trace import find_sites, trace
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from tests.conftest import TINY, tiny_model
+from tests.shared_traces import shared_trace
+
+KIND = "pixart"
 
 
 @pytest.fixture(scope="module")
 def graph():
-    family, config, _ = tiny_model("unet2d-condition")
-    return trace(family, config, torch.float16)
+    """Traced in every run, unlike the graphs that tests share."""
+    family, config, _ = tiny_model(KIND)
+    return trace(family, config, torch.float32)
 
 
 def test_every_site_is_found_by_its_parameter_name(graph):
-    family, config, _ = tiny_model("unet2d-condition")
+    family, config, _ = tiny_model(KIND)
     names = list(family.sites(meta_model(family, config)))
     sites = find_sites(graph.graph, names)
     assert list(sites) == names
@@ -25,11 +30,28 @@ def test_every_site_is_found_by_its_parameter_name(graph):
 def test_inputs_keep_their_names_and_plain_dynamic_dimensions(graph):
     described = [(value.name, str(value.dtype), str(value.shape)) for value in graph.graph.inputs]
     assert described == [
-        ("sample", "FLOAT16", "[batch,4,height,width]"),
+        ("sample", "FLOAT", "[batch,4,height,width]"),
         ("timestep", "FLOAT", "[batch]"),
-        ("encoder_hidden_states", "FLOAT16", "[batch,tokens,12]"),
+        ("encoder_hidden_states", "FLOAT", "[batch,tokens,12]"),
+        ("encoder_attention_mask", "FLOAT", "[batch,tokens]"),
     ]
-    assert str(graph.graph.outputs[0].shape) == "[batch,4,height,width]"
+    assert str(graph.graph.outputs[0].shape) == "[batch,8,height,width]"
+
+
+def structure_of(model: ir.Model) -> bytes:
+    """The serialized graph, with the types and shapes of its initializers but not their data: a trace leaves weights uninitialised."""
+    graph = ir.to_proto(model).graph
+    for tensor in graph.initializer:
+        tensor.ClearField("raw_data")
+    return graph.SerializeToString(deterministic=True)
+
+
+def test_the_graph_that_tests_share_is_the_one_that_is_traced_now(graph):
+    family, config, _ = tiny_model(KIND)
+    one, other = (shared_trace(family, config, torch.float32) for _ in range(2))
+    assert structure_of(one) == structure_of(other) == structure_of(graph)
+    one.graph.inputs[0].name = "renamed"
+    assert other.graph.inputs[0].name == "sample", "each caller has its own"
 
 
 def test_a_layer_that_feeds_no_product_is_named(graph):

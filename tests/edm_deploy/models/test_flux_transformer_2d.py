@@ -34,21 +34,21 @@ def test_the_quantized_engine_is_the_reference():
     [
         ("flux", None, {}),  # shifted by the size of the image, as dev is
         ("flux", "flow-euler", {"use_dynamic_shifting": False}),
-        ("flux-schnell", None, {}),
-        ("flux-schnell", "flow-euler", {"use_dynamic_shifting": True}),
+        pytest.param("flux-schnell", None, {}, marks=pytest.mark.extended),
+        pytest.param("flux-schnell", "flow-euler", {"use_dynamic_shifting": True}, marks=pytest.mark.extended),
     ],
 )
 def test_its_pipeline_comes_back(kind, scheduler, settings, size):
     check_pipeline(kind, scheduler, settings, prompt=list(PROMPTS), height=64, width=size, output_type="latent")
 
 
-@pytest.mark.parametrize("kind", ["flux", "flux-schnell"])
+@pytest.mark.parametrize("kind", ["flux", pytest.param("flux-schnell", marks=pytest.mark.extended)])
 def test_everything_beside_the_denoiser_comes_back_as_it_was(kind):
     check_components(kind)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["flux", "flux-schnell"])
+@pytest.mark.parametrize("kind", ["flux", pytest.param("flux-schnell", marks=pytest.mark.extended)])
 def test_prompts_become_what_the_pipeline_itself_makes_of_them(kind):
     given, pooled, _ = chain(kind).original.encode_prompt(list(PROMPTS), None)
     check_prompts(kind, (given, pooled), ())
@@ -60,6 +60,7 @@ def test_a_prompt_that_is_longer_than_the_second_text_encoder_takes_is_refused()
         conditioner_of(chain("flux").source, prompts=("a" * 600,))
 
 
+@pytest.mark.extended  # an engine of its own; the levels are in tests/calibration/data/test_noise_schedules.py
 def test_rows_are_calibrated_where_its_pipeline_stops():
     """The scheduler alone would space three steps from 1 to 0.001: rows that no sample ever meets."""
     made = chain("flux-schnell")

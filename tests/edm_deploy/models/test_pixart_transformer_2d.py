@@ -67,6 +67,7 @@ def test_sigma_takes_as_many_tokens_as_its_own_pipeline():
     assert without["encoder_attention_mask"].shape == (1, 300)
 
 
+@pytest.mark.extended
 def test_the_model_of_1024_pixels_is_told_the_size_of_the_image(tmp_path):
     """diffusers' pipeline tells it where the model's own size is 128 latents; smaller images of it take less time."""
     parts = chain("pixart").original.components

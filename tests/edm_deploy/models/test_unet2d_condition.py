@@ -5,10 +5,10 @@ from calibration import RunOptions, fit
 from calibration.recipes.efficientdm import EfficientDM
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.models import family_named
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.pipelines.prompt_encoding import conditioner_of, encode
 from edm_deploy.pipelines.schedulers import schedulers_for
-from tests.conftest import SCHEDULER, TINY, TINY_CONDITION_UNET, TINY_SDXL, tiny_inputs
+from tests.conftest import SCHEDULER, TINY_CONDITION_UNET, TINY_SDXL, tiny_inputs
 from tests.edm_deploy.models.chain import (
     PROMPTS,
     chain,
@@ -23,7 +23,8 @@ from tests.tiny_unets import LABELS, tiny_pipeline
 pytest.importorskip("onnxruntime")
 
 FAMILY = family_named("unet2d-condition")
-VARIANTS = ["sd2", "sdxl", "inpainting", "ldm"]
+EXTENDED = [pytest.param("sd2", marks=pytest.mark.extended), pytest.param("inpainting", marks=pytest.mark.extended)]  # a trace each
+VARIANTS = ["sdxl", "ldm", *EXTENDED]
 WIDER = {"height": 16, "width": 32}  # pixels, two a latent
 
 
@@ -89,7 +90,7 @@ def test_its_pipeline_comes_back_with_every_scheduler(kind, scheduler):
     check_pipeline(kind, scheduler, **told(kind))
 
 
-@pytest.mark.parametrize("kind", ["sd2", "sdxl", "inpainting"])
+@pytest.mark.parametrize("kind", ["sdxl", *EXTENDED])
 def test_its_pipeline_comes_back_at_another_resolution(kind):
     check_pipeline(kind, **told(kind) | WIDER)
 
@@ -123,14 +124,14 @@ def test_prompts_become_what_the_pipeline_itself_makes_of_them(kind):
         assert torch.equal(without[name], expected[2 * index + 1][:1])
 
 
-@pytest.mark.parametrize("kind", ["sd2", "inpainting", "sdxl"])
+@pytest.mark.parametrize("kind", ["sdxl", *EXTENDED])
 def test_a_calibration_is_told_prompts(kind):
     provenance = chain(kind).artifact.provenance
     assert provenance["conditioning"].startswith("2 prompts")
     assert provenance["guidance"] == {"sdxl": 5.0}.get(kind, 7.5)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in VARIANTS if kind not in TINY])
+@pytest.mark.parametrize("kind", ["ldm", *EXTENDED])
 def test_it_is_fine_tuned(kind, tmp_path):
     """Those of TINY are so in the contracts."""
     prompts = tmp_path / "prompts.txt"
@@ -191,7 +192,7 @@ def test_what_the_graph_does_not_carry_is_refused(name):
 
 
 def test_a_guidance_scale_beside_the_timestep_is_refused():
-    with pytest.raises(UnsupportedError, match=r"time_cond_proj_dim=8: a guidance scale embedded beside the timestep \(LCM\)"):
+    with pytest.raises(UnsupportedError, match=r"time_cond_proj_dim=8: a guidance scale embedded with the timestep \(LCM\)"):
         FAMILY.build(TINY_CONDITION_UNET | {"time_cond_proj_dim": 8})
 
 

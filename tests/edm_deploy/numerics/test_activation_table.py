@@ -37,6 +37,11 @@ def test_fractional_timesteps_round_and_foreign_ones_clip():
     assert table_rows(rows, torch.tensor([0.4, 473.7, 998.5, 5000.0, -3.0])).tolist() == [0, 1, 2, 2, 0]
 
 
+def test_where_every_timestep_has_a_row_each_takes_its_own():
+    rows = nearest_rows(range(8), 8)
+    assert table_rows(rows, torch.tensor([0.0, 3.0, 3.4, 3.6, 7.0])).tolist() == [0, 3, 3, 4, 7]
+
+
 def test_a_table_of_equal_rows_is_constant():
     assert table(scale=(0.5, 0.5), qmin=(-3, -3), qmax=(12, 12)).is_constant
     assert not table(scale=(0.5, 0.5)).is_constant

@@ -11,7 +11,7 @@ import pytest
 from tests.engines.kernels.emulator import SANITIZE, STRUCTS, EmulationError, Emulator, cached_library
 from tests.engines.kernels.emulator import cases as drawn
 
-SHAPES_EACH = 56  # of each kind and type: 336 in all
+SHAPES_EACH = [14, pytest.param(56, marks=pytest.mark.extended)]  # of each kind and type: 84 in every run
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,12 @@ def check_all(emulator: Emulator, cases: list) -> None:
     assert failures == []
 
 
+@pytest.mark.parametrize("shapes", SHAPES_EACH)
 @pytest.mark.parametrize("dtype", drawn.TYPES)
 @pytest.mark.parametrize("kind", drawn.KINDS)
-def test_convolutions_of_random_shape_are_numpys_bit_for_bit(emulator, kind, dtype):
+def test_convolutions_of_random_shape_are_numpys_bit_for_bit(emulator, kind, dtype, shapes):
     g = np.random.default_rng(list(f"{kind} {dtype}".encode()))
-    cases = [drawn.Convolution.drawn(g, kind, dtype) for _ in range(SHAPES_EACH)]
+    cases = [drawn.Convolution.drawn(g, kind, dtype) for _ in range(shapes)]
     assert {case.tile for case in cases} == set(drawn.TILES)
     assert {case.splits for case in cases} == {1, 2, 3, 4}
     assert {case.stride for case in cases} == {1, 2}
@@ -110,12 +111,13 @@ def run_sanitized(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_no_kernel_leaves_its_memory_or_does_what_is_undefined():
+@pytest.mark.parametrize(("shapes", "every"), [(4, 6), pytest.param(14, 2, marks=pytest.mark.extended)])
+def test_no_kernel_leaves_its_memory_or_does_what_is_undefined(shapes, every):
     done = run_sanitized(
         "g = np.random.default_rng(1)\n"
         "for kind in cases.KINDS:\n"
-        "    for _ in range(14): cases.Convolution.drawn(g, kind, 'f16').check(emulator)\n"
-        "for case in (*cases.quantizations(1)[::2], *cases.statistics(1)[::3]): case.check(emulator)\n"
+        f"    for _ in range({shapes}): cases.Convolution.drawn(g, kind, 'f16').check(emulator)\n"
+        f"for case in (*cases.quantizations(1)[::{every}], *cases.statistics(1)[::3]): case.check(emulator)\n"
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

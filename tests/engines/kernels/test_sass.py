@@ -13,7 +13,7 @@ from tests.engines.kernels.sass import MULTIPROCESSORS, kernels, table
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the wheels of NVRTC, nvdisasm and cuobjdump are for Linux")
 INT4 = ("sm_80", "sm_86", "sm_89")  # GPUs whose tensor cores multiply 4 bits
 # Each takes about ten seconds to compile, once; then it lies in the cache.
-ARCHS = [arch if arch == "sm_86" else pytest.param(arch, marks=pytest.mark.slow) for arch in MULTIPROCESSORS]
+ARCHS = [arch if arch == "sm_86" else pytest.param(arch, marks=pytest.mark.extended) for arch in MULTIPROCESSORS]
 DOCS = pathlib.Path(__file__).parents[3] / "docs" / "kernels.md"
 MULTIPLY = {"s4": "IMMA.16864.S4.S4", "u4": "IMMA.16864.U4.S4", "s8": "IMMA.16832.S8.S8"}
 
@@ -67,7 +67,7 @@ def test_as_many_blocks_fit_as_the_tiles_were_made_for(arch):
     assert {kernel.tile for kernel in convolutions(arch).values()} == set(TILES)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_without_4_bit_tensor_cores_4_bit_kernels_are_emulated():
     """Why sm_90 runs 4-bit sites as 8 bits: the compiler replaces m16n8k64 by a function of 8-bit multiplications."""
     kernel = kernels("sm_90")["conv_s4_64x64_f16"]
