@@ -14,7 +14,7 @@ from edm_deploy.artifact.float_timesteps import float_activation_graph, quantize
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
 from edm_deploy.artifact.timestep_correction import DenoiseFn
 from edm_deploy.artifact.timestep_routing import route_by_timestep
-from edm_deploy.network.restructure import PRE_SCALE, scaled_input
+from edm_deploy.network.restructure import PRE_SCALE, replace_module, scaled_input
 from edm_deploy.numerics.activation_table import ActivationTable, per_sample, quantize_activation, table_rows
 from edm_deploy.numerics.codes import dequantize_weight, per_channel
 
@@ -102,7 +102,7 @@ class Reference(nn.Module):
             if (scale := artifact.params.get(f"{name}.{PRE_SCALE}")) is not None:
                 layers[name].register_parameter(PRE_SCALE, nn.Parameter(scale, requires_grad=False))
             self.sites[name] = ReferenceSite(layers[name], site, artifact.params.get(f"{name}.bias"))
-            _replace(model, name, self.sites[name])
+            replace_module(model, name, self.sites[name])
         state = {key: value for key, value in artifact.params.items() if key.removesuffix(".bias") not in self.sites}
         model.load_state_dict(state, assign=True, strict=False)
         self.model = model.eval()
@@ -160,11 +160,6 @@ def exact_dtype(table: ActivationTable, codes: Tensor) -> torch.dtype:
     # Some rows at a time: summing widens every code to four bytes first, which at the size of real models is gigabytes. No code is -128.
     heaviest_row = max(int(rows.abs().sum(dim=1, dtype=torch.int32).max()) for rows in torch.split(codes.flatten(1), ROWS_SUMMED_AT_ONCE))
     return torch.float32 if largest * heaviest_row < 2**24 else torch.float64
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
 
 
 def reference_with_correction(artifact: Artifact) -> DenoiseFn:
