@@ -5,6 +5,7 @@ import pytest
 from msgspec import Meta
 
 from edm_deploy.errors import ArtifactError
+from edm_deploy.storage import json_schema
 from edm_deploy.storage.json_schema import MAX_DEPTH, check_bounded, check_config, convert
 from tests.mutations import nested
 
@@ -69,6 +70,22 @@ def test_a_message_names_the_field_its_value_and_what_is_expected(content, messa
     with pytest.raises(ArtifactError) as error:
         convert(content, Outer)
     assert str(error.value) == message
+
+
+def test_the_one_wrong_entry_of_many_is_named_with_few_conversions(monkeypatch):
+    calls = []
+    error_of = json_schema._error
+    monkeypatch.setattr(json_schema, "_error", lambda *arguments: calls.append(None) or error_of(*arguments))
+    layers = {f"layer{index}": {"op": "linear"} for index in range(1000)} | {"wrong": {"op": 3}}
+    with pytest.raises(ArtifactError, match=r"^layers\.wrong\.op is 3, expected a string"):
+        convert({"layers": dict(sorted(layers.items(), key=lambda item: item[0] != "layer7"))}, Outer)
+    assert len(calls) <= 10
+
+
+def test_of_several_wrong_fields_one_is_named_with_its_own_key():
+    layers = {f"layer{index}": {"op": "linear"} for index in range(9)} | {"wrong": {"op": 3}, "worse": {"bits": None}}
+    with pytest.raises(ArtifactError, match=r"^layers\.wrong\.op is 3, expected a string"):
+        convert({"layers": layers, "spans": 3, "note": 4}, Outer)
 
 
 def test_the_path_of_the_content_itself_comes_first():
