@@ -9,7 +9,7 @@ import torch
 
 from edm_deploy.errors import UnsupportedError, first_line
 from edm_deploy.network.family import Config, Family, ModelInput
-from edm_deploy.network.float_program import MODEL, exported_program, quiet
+from edm_deploy.network.float_program import MODEL, exported_program, without_library_output
 from edm_deploy.network.graph_names import OUTPUT
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 
@@ -52,7 +52,7 @@ def trace(family: Family, config: Config, dtype: torch.dtype, structure: Network
     """
     inputs = family.inputs(config)
     exported = exported_program(family, config, dtype, structure=structure)
-    with quiet():
+    with without_library_output():
         try:
             program = torch.onnx.export(
                 exported,

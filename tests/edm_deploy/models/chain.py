@@ -18,7 +18,7 @@ from edm_deploy.artifact.reference import Reference
 from edm_deploy.export.onnx import onnx_from_artifact
 from edm_deploy.pipelines.model_index import INDEX
 from edm_deploy.pipelines.prompt_encoding import encode, takes_prompts
-from edm_deploy.pipelines.rebuild import quiet
+from edm_deploy.pipelines.rebuild import without_loading_messages
 from edm_deploy.pipelines.schedulers import scheduler_named
 from edm_deploy.pipelines.source import Source, float_artifact, load_source
 from edm_deploy.runtime.backend import BuildOptions
@@ -72,7 +72,7 @@ def tiny_pipeline(kind: str) -> DiffusionPipeline:
 def home(kind: str) -> Path:
     """The pipeline's directory."""
     directory = Path(mkdtemp(prefix="edm-chain-")) / kind
-    with quiet():
+    with without_loading_messages():
         tiny_pipeline(kind).save_pretrained(directory)
     if kind == "dit":  # as published: diffusers reads the labels from there, and does not save them
         index = json.loads((directory / INDEX).read_text())

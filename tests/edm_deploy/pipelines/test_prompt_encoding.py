@@ -31,5 +31,5 @@ def test_without_text_encoders_what_is_told_is_random_and_that_is_said(monkeypat
     said = []
     monkeypatch.setattr("edm_deploy.pipelines.prompt_encoding.log.warning", lambda text, *values: said.append(text % values))
     conditioner = conditioner_of(tiny_source("unet2d-condition"))
-    assert said == ["unet2d-condition has no text encoders here: its encoder_hidden_states is drawn at random, which prompts are not."]
+    assert said == ["unet2d-condition has no text encoders here: random encoder_hidden_states replace those of prompts."]
     assert conditioner.origin == "drawn at random"
