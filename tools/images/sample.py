@@ -15,7 +15,7 @@ from PIL import Image
 
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.pipelines.model_index import COMPONENTS, INDEX
-from edm_deploy.pipelines.rebuild import quiet
+from edm_deploy.pipelines.rebuild import without_loading_messages
 from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.load import load_pipeline
 from edm_deploy.runtime.manifest import ShapeRange
@@ -131,7 +131,7 @@ def draw(pipe: Any, num_images: int, *, steps: int, seed: int, told: GenerationR
     pipe.set_progress_bar_config(disable=True)
     for size in batch_sizes(num_images, allowed):
         arguments = telling.arguments(len(images), size, generator)
-        with quiet():  # a prompt that is cut off has been said
+        with without_loading_messages():  # a prompt that is cut off has been said
             images += pipe(num_inference_steps=steps, generator=generator, **arguments).images
     return images[:num_images]
 
