@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused():
         code_bytes(3, 5)
     with pytest.raises(InputError, match="unsigned codes of 8 bits: expected 4"):
         zero_codes(torch.zeros(1, dtype=torch.int32), 8, unsigned=True)
-    with pytest.raises(InputError, match="qmin -16: an unsigned 4-bit code cannot carry real 0 below -15"):
+    with pytest.raises(InputError, match="qmin -16: an unsigned 4-bit code cannot represent real 0 below -15"):
         zero_codes(torch.tensor([-16]), 4, unsigned=True)
 
 
