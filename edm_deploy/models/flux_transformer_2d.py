@@ -89,7 +89,7 @@ class FluxTransformer2D(TransformerFamily):
             inputs[SAMPLE],
             encoder_hidden_states=inputs[TOKENS],
             pooled_projections=inputs[POOLED],
-            timestep=inputs["timestep"] / TIMESTEPS,
+            timestep=inputs[TIMESTEP.name] / TIMESTEPS,
             img_ids=inputs[IMAGE_IDS][0],
             txt_ids=inputs[TEXT_IDS][0],
             guidance=inputs.get(SCALE_INPUT),
@@ -99,7 +99,7 @@ class FluxTransformer2D(TransformerFamily):
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         given = super().bind(config, args, kwargs)
-        given["timestep"] = torch.as_tensor(given["timestep"], dtype=torch.float32) * TIMESTEPS
+        given[TIMESTEP.name] = torch.as_tensor(given[TIMESTEP.name], dtype=torch.float32) * TIMESTEPS
         batch = len(given[SAMPLE])
         for name in (IMAGE_IDS, TEXT_IDS):
             if given[name].ndim == 2:

@@ -78,7 +78,7 @@ class PixArtTransformer2D(TransformerFamily):
         sample, text, mask = inputs[SAMPLE], inputs[TOKENS], inputs[MASK]
         added = {name: inputs.get(name) for name in (RESOLUTION, ASPECT)}
         tokens = net.pos_embed(sample)
-        modulation, embedded = net.adaln_single(inputs["timestep"], added, batch_size=sample.shape[0], hidden_dtype=tokens.dtype)
+        modulation, embedded = net.adaln_single(inputs[TIMESTEP.name], added, batch_size=sample.shape[0], hidden_dtype=tokens.dtype)
         if net.caption_projection is not None:
             text = net.caption_projection(text)
         bias = ((1 - mask.to(tokens.dtype)) * MASKED)[:, None]

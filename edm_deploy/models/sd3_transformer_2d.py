@@ -70,7 +70,7 @@ class SD3Transformer2D(TransformerFamily):
         return sample, TIMESTEP, tokens, ModelInput(POOLED, "float", ("batch", int(config["pooled_projection_dim"])))
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        output: Tensor = model(inputs[SAMPLE], inputs[TOKENS], inputs[POOLED], inputs["timestep"], return_dict=False)[0]
+        output: Tensor = model(inputs[SAMPLE], inputs[TOKENS], inputs[POOLED], inputs[TIMESTEP.name], return_dict=False)[0]
         return output
 
     def sizes(self, config: Config) -> dict[str, int]:

@@ -101,7 +101,7 @@ class UNet2DCondition(UNetFamily):
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         # Both as float32: diffusers concatenates them, and sizes are float32. torch promotes types; ONNX has no Concat of two types.
         added = {name: inputs[name].float() for name in (POOLED, TIME_IDS) if name in inputs}
-        output: Tensor = model(inputs[SAMPLE], inputs["timestep"], inputs[TOKENS], added_cond_kwargs=added, return_dict=False)[0]
+        output: Tensor = model(inputs[SAMPLE], inputs[TIMESTEP.name], inputs[TOKENS], added_cond_kwargs=added, return_dict=False)[0]
         return output
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from edm_deploy.errors import UnsupportedError, first_line
-from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Family, meta_model
+from edm_deploy.network.family import Config, Family, meta_inputs, meta_model
 
 
 def check_config(family: Family, config: Config) -> None:
@@ -28,10 +28,8 @@ def check_config(family: Family, config: Config) -> None:
             "so that every level or patch of the model is whole. Set another sample_size in config.json."
         )
     try:
-        conditioning = family.random_conditioning(config, 1, torch.Generator().manual_seed(0))
-        inputs = {SAMPLE: torch.empty(1, *family.sample_shape(config)), TIMESTEP.name: torch.zeros(1)} | conditioning
         with torch.no_grad():
-            output = family.forward(model, {name: value.to("meta") for name, value in inputs.items()})
+            output = family.forward(model, meta_inputs(family, config))
         predicted = tuple(family.prediction(config, output).shape[1:])
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as err:
         raise UnsupportedError(

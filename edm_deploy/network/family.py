@@ -281,3 +281,10 @@ def meta_model(family: Family, config: Config, structure: NetworkRewrite = PUBLI
         model = family.build(config).eval().requires_grad_(False)
         restructure(model, structure)
     return model
+
+
+def meta_inputs(family: Family, config: Config, batch: int = 1) -> dict[str, Tensor]:
+    """Graph inputs of `batch` samples on the meta device, by name: shapes and dtypes without values."""
+    inputs = {SAMPLE: torch.empty(batch, *family.sample_shape(config), device="meta"), TIMESTEP.name: torch.zeros(batch)}
+    inputs |= family.random_conditioning(config, batch, torch.Generator().manual_seed(0))
+    return {name: value.to("meta") for name, value in inputs.items()}
