@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from calibration.student.student import Student
 from edm_deploy.errors import InputError
-from edm_deploy.network.family import SAMPLE, Config, Family
+from edm_deploy.network.family import Config, Family, meta_inputs
+from edm_deploy.network.layer_costs import site_work
 
 Partition = Literal["block", "layer", "entropy"]
 BINS = 256  # of the histogram that an entropy is taken of: at most 8 bits
@@ -161,7 +162,9 @@ def traced_calls(family: Family, config: Config, outline: nn.Module, sites: Iter
         wired = {index: source for index, leaf in enumerate(large) for tensor, source in results if tensor is leaf}
         results += [(leaf, (name, index)) for index, leaf in enumerate(large_out)]
         held = [leaf.numel() // 3 for leaf, count in zip([*large, *large_out], [*batched, *outputs], strict=True) if count]
-        calls[name] = Call(batched, outputs, wired, sum(held), _macs(outline.get_submodule(name), large_out[0]) // 3)
+        module = outline.get_submodule(name)
+        macs = site_work(module, large[0], large_out[0]).macs // 3 if isinstance(module, nn.Conv2d | nn.Linear) else 0
+        calls[name] = Call(batched, outputs, wired, sum(held), macs)
     return calls
 
 
@@ -179,11 +182,9 @@ def _forward(
     modules = {name: outline.get_submodule(name) for name in names}
     handles = [module.register_forward_pre_hook(before(name), with_kwargs=True) for name, module in modules.items()]
     handles += [module.register_forward_hook(after(name)) for name, module in modules.items()]
-    inputs = {SAMPLE: torch.empty(batch, *family.sample_shape(config), device="meta"), "timestep": torch.zeros(batch, device="meta")}
-    conditioning = family.random_conditioning(config, batch, torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
-            family.forward(outline, inputs | {name: value.to("meta") for name, value in conditioning.items()})
+            family.forward(outline, meta_inputs(family, config, batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -214,13 +215,6 @@ def _block(names: Sequence[str], calls: Mapping[str, Call], inside: Mapping[str,
 
 def _within(call: Call, names: Sequence[str]) -> Call:
     return dataclasses.replace(call, wired={leaf: source for leaf, source in call.wired.items() if source[0] in names})
-
-
-def _macs(module: nn.Module, output: Tensor) -> int:
-    if not isinstance(module, nn.Conv2d | nn.Linear):
-        return 0
-    channel = 1 if isinstance(module, nn.Conv2d) else -1
-    return module.weight.numel() * (output.numel() // output.shape[channel])
 
 
 def _holds(module: str, site: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from edm_deploy.network.family import SAMPLE, Config, Family, meta_model
+from edm_deploy.network.family import Config, Family, meta_inputs, meta_model
 
 _JOIN: frozenset[Callable[..., Any]] = frozenset({torch.cat, torch.concat, torch.concatenate})
 # What leaves every channel where it is, so that a layer behind sees the segments still.
@@ -54,13 +54,8 @@ def concatenated_inputs(family: Family, config: Config, *, through: bool) -> dic
     for name, layer in family.sites(model).items():
         if family.placement(name) == "quantize":
             layer.register_forward_pre_hook(look(name))
-    inputs: Mapping[str, Tensor] = {
-        SAMPLE: torch.empty(1, *family.sample_shape(config), device="meta"),
-        "timestep": torch.zeros(1, device="meta"),
-    }
-    conditioning = family.random_conditioning(config, 1, torch.Generator().manual_seed(0))
     with joined, torch.no_grad():
-        family.forward(model, {**inputs, **{name: value.to("meta") for name, value in conditioning.items()}})
+        family.forward(model, meta_inputs(family, config))
     return found
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from calibration.run.parallel_map import each_in_a_thread
 from calibration.student.layers import ActivationQuantizer, StudentLayer
 from calibration.student.quantization_spec import LayerSpec
-from calibration.student.shared_inputs import example_inputs, shared_input_layers
 from calibration.student.teacher import Teacher, share_weights
-from edm_deploy.network.family import SAMPLE, Placement, meta_model
+from edm_deploy.network.family import SAMPLE, Placement
+from edm_deploy.network.layer_costs import model_work
 from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite
 from edm_deploy.numerics.activation_table import nearest_rows, table_rows
 from edm_deploy.pipelines.source import Source
@@ -63,10 +63,8 @@ class Student(nn.Module):
         self.shared_row: nn.Parameter | None = None  # a parameter, so that checkpoints hold it
         self.segments = segments
         sites = {name: layer for name, layer in self.family.sites(self.model).items() if name not in folded}
-        # On the meta device: who is fed what follows from the graph, and nothing is computed.
-        outline = meta_model(self.family, source.config, NetworkRewrite(segments))
-        inputs = example_inputs(source, torch.device("meta"))
-        self.shared_input = leaders = shared_input_layers(outline, self.family.forward, inputs, self.family.sites(outline))
+        shared = model_work(self.family, source.config, NetworkRewrite(segments)).shared_input
+        self.shared_input = leaders = {name: shared.get(name, name) for name in self.family.sites(self.model)}
         specs = {name: layer_spec(name, self.family.placement(name)) for name in sites}
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.layers: dict[str, StudentLayer] = {}
