@@ -115,8 +115,8 @@ def _quantized(
     model.producer_name = "edm-deploy"
     model.metadata_props["edm_deploy.artifact"] = artifact.digest
     model.metadata_props[FOLDED] = json.dumps(folded)
-    kept = {node.name for node in model.graph}
-    if lost := sorted(set(site_nodes.values()) - kept):
+    remaining = {node.name for node in model.graph}
+    if lost := sorted(set(site_nodes.values()) - remaining):
         raise UnsupportedError(f"Graph optimisation removed {lost[0]!r}, a quantized layer. Please report this with the model's config.")
     return model, site_nodes
 

@@ -12,7 +12,7 @@ from edm_deploy.network.family import Config, Family, meta_inputs, meta_model
 
 
 def check_config(family: Family, config: Config) -> None:
-    """Check that a model of this config builds, runs at its own size, and predicts what a scheduler can step.
+    """Check that a model of this config builds, runs at its sample size, and predicts what a scheduler can step.
 
     Runs one forward pass on the meta device, without memory or arithmetic.
 

@@ -13,7 +13,7 @@ from edm_deploy.numerics.codes import fits_int4
 
 # Operand types of integer tensor cores (activation by weight): signed by signed 4 bits, unsigned by signed 4 bits, signed by signed 8 bits.
 CodeFormat = Literal["s4", "u4", "s8"]
-SPAN4 = 15  # largest qmax - qmin that an unsigned 4-bit code n - qmin can carry
+SPAN4 = 15  # largest qmax - qmin that an unsigned 4-bit code n - qmin can represent
 CODE_FORMATS: tuple[CodeFormat, ...] = get_args(CodeFormat)
 
 CHUNK = 16  # bytes that one cp.async copies; every pixel and every filter tap is aligned to it

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 
 from edm_deploy.errors import ArtifactError, UnsupportedError, first_line
 from edm_deploy.pipelines.custom import ClassConditionalPipeline, ClassEmbedder, UnconditionalPipeline
+from edm_deploy.pipelines.model_index import INDEX
 from edm_deploy.pipelines.schedulers import scheduler_from_config, scheduler_named
 from edm_deploy.pipelines.source import local_directory
 from edm_deploy.storage.directories import SOURCE_KEY, other_components, read_json
@@ -49,7 +50,7 @@ def pipeline_from_directory(
         ArtifactError: The directory holds no pipeline, or a component cannot be read.
         UnsupportedError: A component of the pipeline is in none of these places.
     """
-    index = read_json(directory / "model_index.json", what="pipeline")
+    index = read_json(directory / INDEX, what="pipeline")
     config = read_json(directory / "scheduler" / "scheduler_config.json", what="pipeline")
     chosen = scheduler_named(scheduler, config) if scheduler else scheduler_from_config(str(index["scheduler"][1]), config)
     if not other_components(index, component):
@@ -72,7 +73,7 @@ def text_pipeline(directory: Path) -> DiffusionPipeline | None:
     Raises:
         ArtifactError: A component cannot be read.
     """
-    index = read_json(directory / "model_index.json", what="diffusers pipeline")
+    index = read_json(directory / INDEX, what="diffusers pipeline")
     pipeline_class = getattr(diffusers, str(index["_class_name"]), None)
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
     text = [name for name in parts if name.startswith(TEXT) and (directory / name).is_dir()]
@@ -87,8 +88,8 @@ def text_pipeline(directory: Path) -> DiffusionPipeline | None:
     )
 
 
-def load_components(directory: Path, class_name: str, given: Mapping[str, Any], dtype: torch.dtype) -> DiffusionPipeline:
-    """Load a diffusers pipeline, with the components in `given` instead of its own; None leaves a component out.
+def load_components(directory: Path, class_name: str, components: Mapping[str, Any], dtype: torch.dtype) -> DiffusionPipeline:
+    """Load a diffusers pipeline, with `components` in place of those in the directory; None leaves one out.
 
     Raises:
         ArtifactError: A component cannot be read.
@@ -99,10 +100,10 @@ def load_components(directory: Path, class_name: str, given: Mapping[str, Any], 
         raise UnsupportedError(
             f"diffusers {diffusers.__version__} has no pipeline {class_name!r}. Install the version that it was saved with."
         )
-    index = read_json(directory / "model_index.json", what="diffusers pipeline")
+    index = read_json(directory / INDEX, what="diffusers pipeline")
     # diffusers reports components that the pipeline was saved without (such as SD3's third text encoder) as missing unless they are passed as None.
     left_out = {name: None for name, value in index.items() if isinstance(value, list) and not value[0]}
-    parts = {**left_out, **given}
+    parts = {**left_out, **components}
     try:
         with without_loading_messages():
             return pipeline_class.from_pretrained(directory, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **parts)
@@ -116,25 +117,25 @@ def _home(directory: Path, index: Mapping[str, Any], component: str, source: str
     """The directory of the other components: the engine's, or the source pipeline's."""
     others = other_components(index, component)
     location = source or (directory if all((directory / name).is_dir() for name in others) else index.get(SOURCE_KEY))
-    mend = (
+    remedy = (
         "Name the pipeline with --source or load_pipeline(..., source=...), build the engine with --with-pipeline, "
         f"or assign the engine to a loaded pipeline: pipe.{component} = edm_deploy.load_denoiser({str(directory)!r})."
     )
     if location is None:
         raise UnsupportedError(
-            f"{directory} has no {others[0]!r}, which a {index['_class_name']} needs, and names no source pipeline. {mend}"
+            f"{directory} has no {others[0]!r}, which a {index['_class_name']} needs, and names no source pipeline. {remedy}"
         )
     try:
         home = local_directory(location)
     except ArtifactError as err:
-        raise UnsupportedError(f"{directory} takes its {others[0]!r} from {location}, which does not exist. {mend}") from err
+        raise UnsupportedError(f"{directory} takes its {others[0]!r} from {location}, which does not exist. {remedy}") from err
     if missing := [name for name in others if not (home / name).is_dir()]:
-        raise UnsupportedError(f"{home} has no {missing[0]!r}, which a {index['_class_name']} needs. {mend}")
+        raise UnsupportedError(f"{home} has no {missing[0]!r}, which a {index['_class_name']} needs. {remedy}")
     return home
 
 
 def _class_conditional(home: Path, denoiser: Any, scheduler: Any, dtype: torch.dtype) -> ClassConditionalPipeline:
-    index = read_json(home / "model_index.json", what="pipeline")
+    index = read_json(home / INDEX, what="pipeline")
     vae_class = getattr(diffusers, str(index["vae"][1]))
     try:
         with without_loading_messages():
@@ -159,7 +160,7 @@ def without_loading_messages() -> Iterator[None]:
         home.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)  # older releases know no other name
+            warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)  # older releases accept no other name
             yield
     finally:
         for home in bars:

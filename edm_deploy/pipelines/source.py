@@ -187,14 +187,14 @@ def _refuse_pickle(directory: Path) -> None:
 
 def _refuse_lora(directory: Path, component: str) -> None:
     """Raises ArtifactError where the directory holds low-rank updates that are not fused: quantized without them, it would be another model."""
-    mend = (
+    remedy = (
         "Fuse it first, in diffusers: pipe.load_lora_weights(...); pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(...). "
         "Then quantize the saved pipeline."
     )
     for name in LORA_FILES:
         for home in (directory, directory / component):
             if (home / name).is_file():
-                raise ArtifactError(f"{home / name} is a LoRA that is not fused into the model. {mend} Or remove the file.")
+                raise ArtifactError(f"{home / name} is a LoRA that is not fused into the model. {remedy} Or remove the file.")
     for path in sorted((directory / component).glob("*.safetensors")):
         try:
             with safetensors.safe_open(path, framework="pt") as stream:
@@ -202,4 +202,4 @@ def _refuse_lora(directory: Path, component: str) -> None:
         except (safetensors.SafetensorError, OSError):
             return  # loading the weights reports it
         if low_rank:
-            raise ArtifactError(f"{path} carries a LoRA that is not fused: it has a tensor {low_rank!r}. {mend}")
+            raise ArtifactError(f"{path} carries a LoRA that is not fused: it has a tensor {low_rank!r}. {remedy}")
