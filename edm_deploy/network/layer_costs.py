@@ -95,6 +95,8 @@ def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLI
     for name, layer in family.sites(model).items():
         layer.register_forward_hook(lambda module, args, y, name=name: record(name, module, args[0], y))
     inputs = meta_inputs(family, config)
+    for declared in family.inputs(config)[2:]:  # else each view of the conditioning would count as a new value
+        live.hold(inputs[declared.name])
     with counter, live, attention, torch.no_grad():
         family.forward(model, inputs)
     sites = {name: _sum(uses[name]) for name in family.sites(model) if name in uses}
@@ -142,10 +144,11 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
-                self._hold(tensor)
+                self.hold(tensor)
         return out
 
-    def _hold(self, tensor: Tensor) -> None:
+    def hold(self, tensor: Tensor) -> None:
+        """Count a tensor until it is freed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if not self.holders[key]:

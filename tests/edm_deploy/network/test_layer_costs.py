@@ -6,7 +6,7 @@ import torch
 from edm_deploy.models import family_named
 from edm_deploy.network.layer_costs import model_work
 from edm_deploy.network.restructure import NetworkRewrite
-from tests.conftest import TINY_UNET
+from tests.conftest import TINY_CONDITION_UNET, TINY_UNET
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +83,10 @@ def test_attention_is_never_held_as_a_matrix():
     """Of 32x32 tokens the matrix alone would take 4 MB for each of two heads; the values of a model of 16 channels are far smaller."""
     config = TINY_UNET | {"sample_size": 64}
     assert model_work(family_named("unet2d"), config).activation_bytes < 2 * 4 * 1024 * 1024
+
+
+def test_keys_and_values_of_cross_attention_share_the_conditioning():
+    shared = model_work(family_named("unet2d-condition"), TINY_CONDITION_UNET).shared_input
+    first = {shared[name] for name in shared if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    assert len(first) == 1
+    assert first.pop().endswith("attn2.to_k")
