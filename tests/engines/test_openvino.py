@@ -14,7 +14,6 @@ from edm_deploy.runtime.load import load_denoiser, open_session
 from edm_deploy.runtime.manifest import Manifest
 from engines import build_engine
 from engines.openvino import COMPILED_SHAPES, ENGINE_NAME, TABLES_NAME, OpenvinoSession
-from engines.openvino_graph.group_norm import split_group_norms
 from tests.conftest import tiny_inputs
 from tests.contracts.test_sessions import resident_mib
 from tests.engines.judge import check_against_reference
@@ -164,24 +163,6 @@ def test_an_unknown_precision_is_refused(onnx_w4a4, tmp_path):
 def test_it_runs_on_the_cpu_only(engine):
     with pytest.raises(UnsupportedError, match="device='cpu'"):
         open_session(engine, device="cuda")
-
-
-@pytest.mark.parametrize(("mean", "precision", "tolerance"), [(0.0, "f32", 1e-5), (30.0, "f32", 1e-4), (0.0, "bf16", 0.02)])
-def test_a_split_group_norm_is_the_group_norm(mean, precision, tolerance):
-    ov = pytest.importorskip("openvino")
-    torch.manual_seed(0)
-    x = torch.randn(2, 8, 6, 5) * torch.linspace(0.5, 2, 8).reshape(8, 1, 1) + mean
-    gamma, beta = torch.randn(8), torch.randn(8)
-    parameter = ov.opset13.parameter([-1, 8, -1, -1], ov.Type.f32)
-    norm = ov.opset13.group_normalization(parameter, gamma.numpy(), beta.numpy(), 4, 1e-5)
-    model = ov.Model([norm], [parameter])
-    split_group_norms(ov, model)
-    assert "GroupNormalization" not in {node.get_type_name() for node in model.get_ops()}
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
-    found = torch.from_numpy(compiled(x.numpy())[0].copy())
-    expected = torch.nn.functional.group_norm(x, 4, gamma, beta, eps=1e-5)
-    # A mean of 30 deviations costs float32 five bits; bfloat16 has eight bits in all.
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 def test_a_graph_that_openvino_cannot_read_is_one_clear_error(onnx_w4a4, tmp_path):

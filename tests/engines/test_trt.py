@@ -10,9 +10,7 @@ import pytest
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.manifest import Manifest
-from edm_deploy.storage.directories import write_json
 from engines import build_engine
-from engines.nvidia.build_process import BuildRequest, main
 from engines.trt import BACKEND
 
 without_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
@@ -80,15 +78,3 @@ def test_plugin_sites_are_int4_in_the_plan_and_the_others_are_audited(onnx_with_
         name: ("int4", "u4") if name in plugins else ("int8", None) for name in manifest.sites
     }
     assert warned == any("no INT4 tensor cores" in warning for warning in engine.build["warnings"])
-
-
-@pytest.mark.parametrize("plugins", [True, False])
-def test_the_plugins_are_registered_before_the_graph_is_parsed_and_only_where_it_needs_them(tmp_path, monkeypatch, plugins):
-    done = []
-    request = BuildRequest(graph="model.onnx", engine="e", reply=str(tmp_path / "reply.json"), shapes={}, plugins=plugins)
-    write_json(tmp_path / "request.json", dataclasses.asdict(request))
-    monkeypatch.setattr(sys, "argv", ["trt", str(tmp_path / "request.json")])
-    monkeypatch.setattr("engines.nvidia.build_process.vendor", lambda package, mend: done.append("imported"))
-    monkeypatch.setattr("engines.nvidia.build_process.build_here", lambda module, request: done.append("parsed") or {})
-    main("tensorrt", "install it", lambda: done.append("registered"))
-    assert done == ["imported", *["registered"] * plugins, "parsed"]

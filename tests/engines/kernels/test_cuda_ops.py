@@ -12,8 +12,8 @@ from torch import Tensor
 
 from engines.kernels import cpu_ops, cuda_ops, driver, ops
 from engines.kernels.tiles import TILES
-from tests.engines.kernels import draws
 from tests.engines.kernels.emulator import Emulator
+from tests.engines.kernels.helpers import draws
 
 OPS = torch.ops.edm_deploy
 assert ops.SCHEMAS  # importing it defines the operators

@@ -240,7 +240,7 @@ for entry, width, shared_bytes in (("group_stats_f16", 4, 65536), ("group_stats_
 def test_the_real_binding_carries_names_grids_and_structs(tmp_path):
     """cuda.bindings in a process of its own, with libcuda_double.cpp where the driver's library is looked for."""
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
-    source = Path(__file__).parent / "libcuda_double.cpp"
+    source = Path(__file__).parent / "helpers" / "libcuda_double.cpp"
     subprocess.run(["g++", "-shared", "-fPIC", f"-I{build.SOURCE}", "-o", tmp_path / "libcuda.so.1", source, "-ldl"], check=True)
     environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", THROUGH_THE_BINDING], env=environment, capture_output=True, text=True, check=True)

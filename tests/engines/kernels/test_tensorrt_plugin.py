@@ -17,9 +17,9 @@ from engines.kernels import tensorrt_plugin
 from engines.kernels.build import compiled, nvrtc_compiler, source_files
 from engines.kernels.launch import ConvParams, QuantizeParams, conv_launches, quantize_launch
 from engines.kernels.tiles import TILES
-from tests.engines.kernels import tensorrt_double
-from tests.engines.kernels.sass import tool
-from tests.engines.kernels.tensorrt_double import DataType
+from tests.engines.kernels.helpers import tensorrt_double
+from tests.engines.kernels.helpers.sass import tool
+from tests.engines.kernels.helpers.tensorrt_double import DataType
 
 TYPES = {"FP16": DataType.HALF, "FP32": DataType.FLOAT, "INT32": DataType.INT32, "INT8": DataType.INT8}
 

@@ -9,7 +9,7 @@ from engines.torch_graph import fusions
 from engines.torch_graph.rewrite import cut_at_layers
 from tests.conftest import artifact_by_hand, tiny_inputs
 from tests.engines.kernels.emulator import Emulator
-from tests.engines.kernels.rewritten import drafted_artifact, program_of
+from tests.engines.rewritten import drafted_artifact, program_of
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from torch import nn
 
 from engines.torch_graph import fusions
 from tests.conftest import artifact_by_hand, tiny_inputs
-from tests.engines.kernels.rewritten import calls, drafted, drafted_artifact, program_of, site_of
+from tests.engines.rewritten import calls, drafted, drafted_artifact, program_of, site_of
 
 TIMESTEPS = torch.tensor([100.0, 900.0])
 

@@ -5,7 +5,7 @@ from torch import nn
 from edm_deploy.errors import ArtifactError
 from edm_deploy.numerics.kernel_layout import bits_of, pack_codes, unpack_codes
 from engines.torch_graph.packed_layer import integers, layer_from_tensors, tensor_name, tensors_from_layer, widened
-from tests.engines.kernels.rewritten import packed_site, site_of
+from tests.engines.rewritten import packed_site, site_of
 
 
 def layer(channels: int = 5) -> nn.Conv2d:

@@ -6,10 +6,9 @@ from torch.nn import functional
 from edm_deploy.artifact.reference import Reference
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.numerics.activation_table import quantize_activation
-from engines.torch_graph.fx_helpers import aten, clean, same_shape, value_of
 from engines.torch_graph.rewrite import cut_at_layers, rows_at, site_node
 from tests.conftest import artifact_by_hand, tiny_inputs
-from tests.engines.kernels.rewritten import ROW_OF_TIMESTEP, calls, drafted, drafted_artifact, program_of, site_of
+from tests.engines.rewritten import ROW_OF_TIMESTEP, calls, drafted, drafted_artifact, program_of, site_of
 
 TIMESTEPS = torch.tensor([100.0, 900.0, 499.5])  # rows 0, 1 and, rounded half to even, 1
 
@@ -88,25 +87,6 @@ def test_a_site_that_no_kernel_computes_keeps_exact_codes():
     torch.testing.assert_close(found.double(), by_hand(x, layer, site), rtol=0.01, atol=0.01)  # weights and products in float16
 
 
-def test_what_the_tracer_leaves_behind_is_taken_out():
-    model = nn.Sequential(nn.Linear(5, 5), nn.Dropout(0.5).eval(), nn.Flatten(1))
-    program = torch.export.export(model.eval(), (torch.randn(2, 3, 5),), strict=False)
-    graph = program.module(check_guards=False).graph
-    clean(graph, torch.device("cpu"))
-    targets = {node.target for node in graph.nodes}
-    assert not targets & {aten.dropout.default, aten.view.default, aten._assert_tensor_metadata.default}
-
-
-def test_a_device_in_the_traced_code_becomes_the_one_it_runs_on():
-    class Positions(nn.Module):
-        def forward(self, x):
-            return x + torch.arange(5, device=x.device)
-
-    graph = torch.export.export(Positions(), (torch.randn(2, 5),), strict=False).module(check_guards=False).graph
-    clean(graph, torch.device("meta"))
-    assert [node.kwargs["device"] for node in graph.nodes if "device" in node.kwargs] == [torch.device("meta")]
-
-
 def test_a_layer_whose_weight_feeds_no_product_is_named():
     x = torch.randn(3, 5).half()
     graph = drafted(nn.Sequential(nn.Linear(5, 7)), {}, x).graph
@@ -128,14 +108,6 @@ def test_a_buffer_that_no_artifact_holds_is_named():
     model = Buffered()
     with pytest.raises(UnsupportedError, match="The model reads 'table', which no artifact holds"):
         drafted(model, {"layer": site_of(model.layer)}, torch.randn(3, 5).half())
-
-
-def test_shapes_are_compared_whatever_the_batch():
-    graph = drafted(nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 6)), {}, torch.randn(3, 5).half()).graph
-    first, relu, second = (node for node in graph.nodes if node.op == "call_function" and "meta" in dir(node) and "val" in node.meta)
-    assert same_shape(first, relu)
-    assert not same_shape(relu, second)
-    assert value_of(second).dtype == torch.float16
 
 
 def test_cut_at_its_sites_a_model_gives_each_site_s_codes_and_output_alone(artifact):

@@ -1,6 +1,6 @@
 """What the compiler made of the kernels: instructions, registers, and from these how many blocks share a multiprocessor.
 
-`python -m tests.engines.kernels.sass` prints the table that stands in docs/kernels.md. NVIDIA's nvdisasm and cuobjdump read our own cubins; no driver is needed.
+`python -m tests.engines.kernels.helpers.sass` prints the table that stands in docs/kernels.md. NVIDIA's nvdisasm and cuobjdump read our own cubins; no driver is needed.
 """
 
 import dataclasses

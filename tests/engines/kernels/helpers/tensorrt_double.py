@@ -120,9 +120,9 @@ def published_plugin(trt, monkeypatch):
 
 def doubled_plugin(trt, monkeypatch):
     """A module `tensorrt.plugin`: what our plugins use of it, no more."""
-    from tests.engines.kernels import _plugin_double
+    from tests.engines.kernels.helpers import plugin_double
 
-    module = _plugin_double.module(trt)
+    module = plugin_double.module(trt)
     trt.plugin = module
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", module)
