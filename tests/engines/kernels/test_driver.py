@@ -172,7 +172,7 @@ def test_a_driver_without_a_gpu_is_told():
 
 def test_an_older_driver_is_told_which_is_needed():
     message = (
-        r"The NVIDIA driver is one for CUDA 12.8; kernels compiled by nvrtc 13.5 need one for 13.0 or later. "
+        r"The NVIDIA driver supports CUDA 12.8; kernels compiled by nvrtc 13.5 need a driver for 13.0 or later. "
         r"Update the driver, or pip install 'nvidia-cuda-nvrtc<13'."
     )
     with pytest.raises(UnsupportedError, match=message):
@@ -205,7 +205,7 @@ def test_without_cuda_bindings_the_extra_is_named(monkeypatch):
 def test_a_torch_without_cuda_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", Api())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert f"torch {torch.__version__} sees no CUDA device. Install a torch that is built for CUDA." in driver.available()
+    assert f"torch {torch.__version__} finds no CUDA device. Install a torch that is built for CUDA." in driver.available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert driver.available() is None
 

@@ -26,8 +26,8 @@ MUTANTS = {
     ),
     "no barrier before a stage is read": (
         "convolution.cuh",
-        "    __syncthreads();                  // everybody's has;",
-        "                                      // everybody's has;",
+        "    __syncthreads();                  // every thread's has;",
+        "                                      // every thread's has;",
     ),
     "no barrier before the epilogue reuses the stages": (
         "convolution.cuh",

@@ -79,7 +79,7 @@ def test_a_sum_that_could_pass_int32_is_refused():
     rows, one, zero = torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1, dtype=torch.int32)
     operands = (zero_codes(zero, 8, unsigned=False), one, zero, one, zero, None, None, "s8", [1], HALF)
     codes, weight = torch.zeros(1, 1, 1, 131072, dtype=torch.uint8), torch.zeros(1, 1, 131072, dtype=torch.uint8)
-    with pytest.raises(UnsupportedError, match="a sum of 131072 products of s8 codes may pass int32"):
+    with pytest.raises(UnsupportedError, match="a sum of 131072 products of s8 codes may exceed int32"):
         OPS.linear(codes, rows, weight, *operands)
     OPS.linear(codes[..., :131056].contiguous(), rows, weight[..., :131056].contiguous(), *operands)
 
