@@ -42,7 +42,11 @@ DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat
 
 
 class CudaBackend(ArtifactBackend):
-    """The kernels of `engines/kernels/`, in the graph that torch.export traces from the float model when the engine is opened."""
+    """The kernels of `engines/kernels/`, in the graph that torch.export traces from the float model when the engine is opened.
+
+    A site with quantized input that no kernel computes (groups, dilation, another filter size) fails the build, or is a warning with
+    `--allow-float-sites`. Weight-only sites run in floating point and are always a warning.
+    """
 
     name: ClassVar[str] = "cuda"
     options: ClassVar[frozenset[str]] = frozenset({"gpu", "precision", "int4_where"})

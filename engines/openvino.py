@@ -37,11 +37,14 @@ COMPILED_SHAPES = 4  # compiled models that a session keeps in memory; each hold
 
 
 def _openvino() -> Any:
-    return vendor(PACKAGE, mend='Install it with pip install "edm-deploy[openvino]".')
+    return vendor(PACKAGE, remedy='Install it with pip install "edm-deploy[openvino]".')
 
 
 class OpenvinoBackend(GraphBackend):
-    """OpenVINO on the CPU."""
+    """OpenVINO on the CPU.
+
+    A quantized site that OpenVINO does not compute in integers does not fail the build, with or without `--allow-float-sites`; the plan states it as float.
+    """
 
     name: ClassVar[str] = "openvino"
     options: ClassVar[frozenset[str]] = frozenset({"precision", "threads"})

@@ -28,11 +28,15 @@ CPU = "CPUExecutionProvider"
 
 
 def _onnxruntime() -> Any:
-    return vendor(PACKAGE, mend='Install it with pip install "edm-deploy[ort]".')
+    return vendor(PACKAGE, remedy='Install it with pip install "edm-deploy[ort]".')
 
 
 class OrtBackend(GraphBackend):
-    """ONNX Runtime."""
+    """ONNX Runtime.
+
+    The CPU provider computes convolutions on exact codes in floating point, and those linear sites that it does not fuse. Neither fails a build, with or
+    without `--allow-float-sites`; the plan states how each site is executed.
+    """
 
     name: ClassVar[str] = "ort"
     options: ClassVar[frozenset[str]] = frozenset({"threads"})

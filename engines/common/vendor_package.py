@@ -9,16 +9,16 @@ from edm_deploy.errors import UnsupportedError
 from edm_deploy.runtime.manifest import Manifest
 
 
-def vendor(module: str, *, mend: str) -> Any:  # vendor packages carry no types
+def vendor(module: str, *, remedy: str) -> Any:  # vendor packages carry no types
     """Import the vendor's module.
 
     Raises:
-        UnsupportedError: It, or a library that it needs, is not installed; the message ends with `mend`, the remedy.
+        UnsupportedError: It, or a library that it needs, is not installed; the message ends with `remedy`.
     """
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as err:  # OSError: a shared library of an installed package is missing
-        raise UnsupportedError(f"{module} cannot be imported here ({err}). {mend}") from err
+        raise UnsupportedError(f"{module} cannot be imported here ({err}). {remedy}") from err
 
 
 def refuse_other_backend(manifest: Manifest, backend: str) -> None:

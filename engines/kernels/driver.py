@@ -91,7 +91,7 @@ class Driver:
         self._api = api
         self._modules: dict[int, _Module] = {}
         try:
-            self._call("cuInit", 0, doing="The NVIDIA driver cannot start", mend=ELSEWHERE)
+            self._call("cuInit", 0, doing="The NVIDIA driver cannot start", remedy=ELSEWHERE)
         except RuntimeError as err:  # the library itself is missing
             raise UnsupportedError(f"No NVIDIA driver is installed (libcuda cannot be loaded). Install one. {ELSEWHERE}") from err
 
@@ -149,12 +149,12 @@ class Driver:
         if int(current) != int(context):
             self._call("cuCtxSetCurrent", context, doing="The GPU's context cannot be made the current one")
 
-    def _call(self, name: str, *arguments: Any, doing: str, mend: str = "") -> Any:
+    def _call(self, name: str, *arguments: Any, doing: str, remedy: str = "") -> Any:
         status, *values = getattr(self._api, name)(*arguments)
         if int(status):
             words = self._api.cuGetErrorName(status)[1], self._api.cuGetErrorString(status)[1]
             reason = ": ".join(word.decode() if isinstance(word, bytes) else str(word) for word in words)
-            raise UnsupportedError(f"{doing} ({reason}). {mend}".rstrip())
+            raise UnsupportedError(f"{doing} ({reason}). {remedy}".rstrip())
         return values[0] if values else None
 
 

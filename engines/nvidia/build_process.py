@@ -75,7 +75,7 @@ def main(package: str, install: str, register_plugins: Callable[[], None] | None
     """
     request = BuildRequest(**json.loads(Path(sys.argv[1]).read_text()))
     try:
-        module = vendor(package, mend=install)
+        module = vendor(package, remedy=install)
         if request.plugins:
             assert register_plugins is not None, "capabilities.check_plugins admits plugin nodes only for backends that register them"
             register_plugins()

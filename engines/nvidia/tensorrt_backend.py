@@ -31,6 +31,8 @@ OPTIMIZATION_LEVELS = range(6)
 class Nvinfer(GraphBackend):
     """A backend whose vendor package has TensorRT's API.
 
+    A site with quantized input that is not in an integer layer fails the build, or is a warning with `--allow-float-sites`. INT4 plugin nodes are not audited.
+
     Attributes:
         package: The vendor's module.
         module: Module that is run as the child process.
@@ -47,7 +49,7 @@ class Nvinfer(GraphBackend):
     def build(self, content: Path, manifest: Manifest, options: BuildOptions, out: Path) -> BuildResult:
         gpus = capabilities(options.gpu) if options.gpu else self.default_gpus
         _check_level(options.optimization_level)
-        version = str(vendor(self.package, mend=self.install).__version__)
+        version = str(vendor(self.package, remedy=self.install).__version__)
         with tempfile.TemporaryDirectory() as scratch:
             request = BuildRequest(
                 graph=str(content.resolve()),
@@ -85,7 +87,7 @@ class Nvinfer(GraphBackend):
                 f"This engine needs an NVIDIA GPU (built for {', '.join(gpus)}); device is {device}, and torch finds "
                 f"{torch.cuda.device_count()} CUDA devices here. Open it with device='cuda' on a machine that has one, or build for ort or openvino."
             )
-        module = vendor(self.package, mend=self.install)
+        module = vendor(self.package, remedy=self.install)
         refuse_other_build(manifest, self.name, self.package, str(module.__version__))
         here = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         if here not in gpus:

@@ -40,7 +40,7 @@ def test_profile_defaults_are_the_models_own_sizes(onnx_w4a4):
     assert complete_profile(manifest, {}) == {"batch": ShapeRange(1, 16, 64), "height": ShapeRange(8, 8, 8), "width": ShapeRange(8, 8, 8)}
 
 
-def test_a_profile_that_is_asked_for_is_kept(onnx_w4a4):
+def test_a_requested_profile_is_kept(onnx_w4a4):
     manifest = Manifest.read(onnx_w4a4, kind="onnx")
     assert complete_profile(manifest, {"height": ShapeRange(8, 16, 32)})["height"] == ShapeRange(8, 16, 32)
 
@@ -65,7 +65,7 @@ def test_a_size_that_the_levels_cannot_halve_is_refused(onnx_w4a4):
         ("trt", "gpu", "l4"),
     ],
 )
-def test_an_option_that_the_backend_has_not_is_refused(onnx_w4a4, tmp_path, backend, option, value):
+def test_an_option_that_the_backend_does_not_support_is_refused(onnx_w4a4, tmp_path, backend, option, value):
     with pytest.raises(UnsupportedError, match=f"{backend} has no option --{option.replace('_', '-')}"):
         build_engine(onnx_w4a4, tmp_path / "engine", backend=backend, options=BuildOptions(**{option: value}))
     assert not list(tmp_path.iterdir())
@@ -96,7 +96,7 @@ def test_a_build_that_fails_leaves_nothing(onnx_w4a4, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_the_build_saw_goes_before_what_the_target_promises(onnx_w4a4):
+def test_what_the_build_observed_takes_precedence_over_the_capabilities(onnx_w4a4):
     manifest = Manifest.read(onnx_w4a4, kind="onnx")
     backend = registry.load(engines, "openvino", "BACKEND")
     plan = engines.executed_plan(manifest, backend, BuildResult(versions={}, executed={"conv_in": "float"}))

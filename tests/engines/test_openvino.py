@@ -16,7 +16,7 @@ from engines import build_engine
 from engines.openvino import COMPILED_SHAPES, ENGINE_NAME, TABLES_NAME, OpenvinoSession
 from tests.conftest import tiny_inputs
 from tests.contracts.test_sessions import resident_mib
-from tests.engines.judge import check_against_reference
+from tests.engines.reference_check import check_against_reference
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_packed_weights_are_computed_in_integers(onnx_w4a4_packed, artifact_w4a4
     check_against_reference(tmp_path / "engine", artifact_w4a4)
 
 
-def test_the_plan_tells_what_the_compiled_graph_does(engine):
+def test_the_plan_is_what_the_compiled_graph_does(engine):
     manifest, _ = open_session(engine)
     assert {(plan.stored, plan.executed) for plan in manifest.plan.values()} == {("W4A4", "int8"), ("W8A8", "int8")}
 
@@ -174,7 +174,7 @@ def test_a_graph_that_openvino_cannot_read_is_one_clear_error(onnx_w4a4, tmp_pat
     assert not (tmp_path / "engine").exists()
 
 
-def test_a_cpu_without_bfloat16_is_told(onnx_w4a4, tmp_path, monkeypatch):
+def test_a_cpu_without_bfloat16_is_a_warning(onnx_w4a4, tmp_path, monkeypatch):
     ov = pytest.importorskip("openvino")
     monkeypatch.setattr(ov.Core, "get_property", lambda *_: ["FP32", "INT8"])
     manifest = build_engine(onnx_w4a4, tmp_path / "engine", backend="openvino", options=BuildOptions(precision="bf16"))

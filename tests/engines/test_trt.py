@@ -17,7 +17,7 @@ without_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt") is no
 
 
 @without_tensorrt
-def test_without_tensorrt_it_says_what_to_install_and_what_can_be_built_here(onnx_w4a4, tmp_path):
+def test_without_tensorrt_it_is_refused_with_what_to_install_and_what_can_be_built(onnx_w4a4, tmp_path):
     with pytest.raises(
         UnsupportedError, match=r'pip install "edm-deploy\[trt\]" on a machine with an NVIDIA GPU.* trt-rtx .*, ort, openvino'
     ):

@@ -56,7 +56,7 @@ __device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned address
 //
 //        A    bytes 0..15   bytes 16..31         B    bytes 0..15   bytes 16..31          C   columns 2t, 2t + 1
 //   row g         a[0]          a[2]        row g        b0             b1           row g        c[0], c[1]
-//   row g + 8     a[1]          a[3]        (B is kept [n][k], as weights lie)       row g + 8    c[2], c[3]
+//   row g + 8     a[1]          a[3]        (B is [n][k], as weights are)            row g + 8    c[2], c[3]
 //
 // A byte's low nibble is the earlier code. Both operands are read along the sum, so 4 and 8 bits share one byte layout, and all code around this function.
 template <Kind KIND>

@@ -14,7 +14,7 @@ def test_a_package_that_is_missing_is_named_with_the_remedy():
     with pytest.raises(
         UnsupportedError, match=r"no_such_vendor cannot be imported here \(No module named 'no_such_vendor'\)\. Install it\."
     ):
-        vendor("no_such_vendor", mend="Install it.")
+        vendor("no_such_vendor", remedy="Install it.")
 
 
 @pytest.mark.parametrize("backend", ["ort", "openvino"])

@@ -90,7 +90,7 @@ def test_statistics_are_those_of_the_cpu(seed, launched):
     assert launched == [f"group_stats_{cuda_ops.TYPE_NAMES[drawn[0].dtype]}"]
 
 
-def test_a_contiguous_map_is_read_as_it_lies(launched):
+def test_a_contiguous_map_is_read_without_a_copy(launched):
     """Channels first needs no copy, unless it is to be normalized; what is contiguous both ways counts as channels last."""
     drawn = draws.quantization(0, largest=6)
     table = replace(drawn.table, rows=torch.zeros(2, dtype=torch.int32))

@@ -103,7 +103,7 @@ def places(shape: tuple[int, ...], stride: tuple[int, ...], rows: int) -> list[t
 
 
 @pytest.mark.parametrize(("kind", "bits", "low"), [("s4", 4, -8), ("u4", 4, 0), ("s8", 8, -128)])
-def test_fragments_lie_as_cute_says(probes, kind, bits, low):
+def test_fragments_are_laid_out_as_in_cute(probes, kind, bits, low):
     g = np.random.default_rng(0)
     depth = 256 // bits
     a = g.integers(low, low + (1 << bits), (16, depth))

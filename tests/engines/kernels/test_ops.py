@@ -244,7 +244,7 @@ def test_export_keeps_the_operators_and_a_free_batch():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compile_sees_no_break(backend):
+def test_torch_compile_makes_one_graph(backend):
     model, rows = Site4(), torch.tensor([0, 1, 1], dtype=torch.int32)
     x = torch.randn(3, 8, 4, 4).to(HALF)
     compiled = torch.compile(model, backend=backend, fullgraph=True)

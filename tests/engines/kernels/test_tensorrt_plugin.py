@@ -108,7 +108,7 @@ def test_no_tile_wants_more_shared_memory_than_a_kernel_gets_without_asking():
     assert max(tile.shared_bytes for tile in TILES) <= 48 << 10
 
 
-def test_without_tensorrt_it_says_so(monkeypatch):
+def test_without_tensorrt_it_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(UnsupportedError, match=r"INT4 plugin nodes need TensorRT 10\.9 or newer, which cannot be imported here"):
         tensorrt_plugin.register()

@@ -61,7 +61,7 @@ def test_the_plugins_are_registered_before_the_graph_is_parsed_and_only_where_it
     request = BuildRequest(graph="model.onnx", engine="e", reply=str(tmp_path / "reply.json"), shapes={}, plugins=plugins)
     write_json(tmp_path / "request.json", dataclasses.asdict(request))
     monkeypatch.setattr(sys, "argv", ["trt", str(tmp_path / "request.json")])
-    monkeypatch.setattr("engines.nvidia.build_process.vendor", lambda package, mend: done.append("imported"))
+    monkeypatch.setattr("engines.nvidia.build_process.vendor", lambda package, remedy: done.append("imported"))
     monkeypatch.setattr("engines.nvidia.build_process.build_here", lambda module, request: done.append("parsed") or {})
     main("tensorrt", "install it", lambda: done.append("registered"))
     assert done == ["imported", *["registered"] * plugins, "parsed"]

@@ -40,7 +40,7 @@ def test_rows_are_those_of_the_nearest_timestep_within_the_schedule():
 
 
 @pytest.mark.parametrize(("stride", "padding", "kernel"), [(1, 1, 3), (2, 1, 3), (1, 0, 1), (2, 0, 3)])
-def test_a_convolution_at_rows_of_its_own(stride, padding, kernel):
+def test_a_convolution_uses_the_row_of_each_sample(stride, padding, kernel):
     torch.manual_seed(0)
     layer = nn.Conv2d(5, 7, kernel, stride=stride, padding=padding)
     site = site_of(layer, low=-3)
