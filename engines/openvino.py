@@ -101,7 +101,7 @@ class OpenvinoSession(Session):
         self._table_shapes = {name: tuple(table.shape[1:]) for name, table in tables.items()}
         self._tables = torch.stack([table.flatten() for table in tables.values()]) if tables else torch.zeros(0, 1)  # float32 [S, R]
         self._lock = threading.Lock()
-        self._models: OrderedDict[tuple[tuple[int, ...], ...], _CompiledModel] = OrderedDict()  # least recently used first
+        self._models: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], _CompiledModel] = OrderedDict()  # least recently used first
 
     def _infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         model = self._for_shapes({name: tuple(value.shape) for name, value in inputs.items()})
@@ -115,7 +115,7 @@ class OpenvinoSession(Session):
         self._models.clear()
 
     def _for_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> _CompiledModel:
-        key = tuple(shapes.values())
+        key = tuple(sorted(shapes.items()))
         with self._lock:
             if key not in self._models:
                 # Evict before compiling, so that five never exist at once; calls that still use the evicted model keep it until they return.

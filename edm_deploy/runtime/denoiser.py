@@ -12,11 +12,9 @@ from edm_deploy.artifact.timestep_correction import Correction, DenoiseFn
 from edm_deploy.artifact.timestep_routing import route_by_timestep
 from edm_deploy.errors import InputError, flag
 from edm_deploy.models import family_named
-from edm_deploy.network.family import SAMPLE, Family, ModelInput
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Family, ModelInput
 from edm_deploy.runtime.backend import Session
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
-
-TIMESTEP = "timestep"
 
 
 class EngineDenoiser(nn.Module):
@@ -118,7 +116,7 @@ class EngineDenoiser(nn.Module):
         inputs = {}
         for declared in self.manifest.inputs:
             value = values[declared.name]
-            if declared.name == TIMESTEP:
+            if declared.name == TIMESTEP.name:
                 value = self._timesteps(value, len(sample))
             if not isinstance(value, Tensor):
                 raise InputError(f"{declared.name} is {type(value).__name__}, expected a tensor.")
