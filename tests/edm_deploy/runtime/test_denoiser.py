@@ -98,7 +98,7 @@ def test_another_device_is_refused(denoiser):
 
 
 @pytest.fixture(scope="module")
-def mended(artifact_w4a4, tmp_path_factory):
+def corrected(artifact_w4a4, tmp_path_factory):
     """An artifact with a correction and relaxed timesteps, and its engine, which takes no fewer than two samples."""
     generator = torch.Generator().manual_seed(0)
     correction = Correction(
@@ -107,14 +107,14 @@ def mended(artifact_w4a4, tmp_path_factory):
         input_bias=0.1 * torch.randn(5, 3, generator=generator),
     )
     artifact = replace(artifact_w4a4, correction=correction, relaxed=mask_from_intervals([(0, 499)], 1000))
-    path = tmp_path_factory.mktemp("mended")
+    path = tmp_path_factory.mktemp("corrected")
     onnx_from_artifact(artifact, path / "onnx")
     build_engine(path / "onnx", path / "engine", backend="ort", options=BuildOptions(profile={"batch": ShapeRange(2, 2, 4)}))
     return artifact, path / "engine"
 
 
-def test_a_mixed_batch_goes_through_both_engines_corrected(mended):
-    artifact, path = mended
+def test_a_mixed_batch_is_routed_to_both_engines_and_corrected(corrected):
+    artifact, path = corrected
     inputs = tiny_inputs("unet2d", batch=4)  # timesteps 0, 333, 666, 999; of three and one the engine would refuse the one
     for timestep in (inputs["timestep"], torch.tensor([0.0, 999.0, 999.0, 999.0])):
         expected = reference_with_correction(artifact)(inputs | {"timestep": timestep})
@@ -122,9 +122,9 @@ def test_a_mixed_batch_goes_through_both_engines_corrected(mended):
         assert torch.allclose(found, expected, atol=2e-3 * float(expected.abs().max()))
 
 
-def test_closing_the_drop_in_closes_both_engines(mended):
+def test_closing_the_drop_in_closes_both_engines(corrected):
     inputs = tiny_inputs("unet2d", batch=2)
-    with load_denoiser(mended[1]) as denoiser:
+    with load_denoiser(corrected[1]) as denoiser:
         denoiser(**inputs)
     for timestep in (0, 999):  # one of each engine
         with pytest.raises(InputError, match="This engine has been closed"):
@@ -132,10 +132,10 @@ def test_closing_the_drop_in_closes_both_engines(mended):
     denoiser.close()
 
 
-def test_one_folder_holds_both_engines_and_every_file_is_checked(mended, tmp_path):
+def test_one_folder_holds_both_engines_and_every_file_is_checked(corrected, tmp_path):
     import shutil
 
-    manifest = Manifest.read(shutil.copytree(mended[1], tmp_path / "engine"), kind="engine")
+    manifest = Manifest.read(shutil.copytree(corrected[1], tmp_path / "engine"), kind="engine")
     assert manifest.relaxed == ((0, 499),)
     assert {"relaxed/manifest.json", "relaxed/model.onnx", "model.onnx"} <= set(manifest.files)
     assert {plan.executed for plan in Manifest.read(tmp_path / "engine" / "relaxed", kind="engine").plan.values()} == {"weight-only"}
@@ -145,11 +145,11 @@ def test_one_folder_holds_both_engines_and_every_file_is_checked(mended, tmp_pat
 
 
 @pytest.mark.parametrize("change", [{"relaxed": [[0, 2000]]}, {"correction": {"first": [0]}}], ids=["relaxed", "correction"])
-def test_a_manifest_whose_timesteps_do_not_fit_is_refused(mended, tmp_path, change):
+def test_a_manifest_whose_timesteps_do_not_fit_is_refused(corrected, tmp_path, change):
     import json
     import shutil
 
-    path = shutil.copytree(mended[1], tmp_path / "engine") / "manifest.json"
+    path = shutil.copytree(corrected[1], tmp_path / "engine") / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ArtifactError, match="is not a manifest that edm-deploy wrote"):
         load_denoiser(tmp_path / "engine")

@@ -22,7 +22,7 @@ def test_an_engine_opens_where_its_backend_runs_unless_a_device_is_named(engine)
         open_session(engine, device="meta")
 
 
-def test_a_directory_that_is_no_engine_is_said(tmp_path, onnx_w4a4):
+def test_a_directory_that_is_no_engine_is_refused(tmp_path, onnx_w4a4):
     with pytest.raises(ArtifactError, match="does not exist"):
         load_denoiser(tmp_path / "nowhere")
     with pytest.raises(ArtifactError, match="expected an engine directory"):
