@@ -117,17 +117,17 @@ def test_weight_only_sites_are_float_with_a_warning(tmp_path):
 
 
 @pytest.fixture
-def said(monkeypatch):
-    """What the backend has logged."""
+def logged(monkeypatch):
+    """Warnings that the backend logged."""
     lines: list[str] = []
     monkeypatch.setattr(engines.cuda.log, "warning", lambda text, *values: lines.append(text % values))
     return lines
 
 
-def test_opening_on_the_cpu_warns_that_it_checks_arithmetic(engine, said):
+def test_opening_on_the_cpu_warns_that_it_checks_arithmetic(engine, logged):
     code_formats_on(Manifest.read(engine, kind="engine"), torch.device("cpu"))
-    assert len(said) == 1
-    assert "checks arithmetic, not speed" in said[0]
+    assert len(logged) == 1
+    assert "checks arithmetic, not speed" in logged[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -155,11 +155,11 @@ def test_without_a_name_it_is_planned_for_the_present_gpu(saved, tmp_path, monke
     assert build_engine(saved, tmp_path / "engine", backend="cuda").build["options"]["gpu"] == "sm_89"
 
 
-def test_another_gpu_runs_it_with_the_kernels_that_it_has(engine, monkeypatch, said):
+def test_another_gpu_runs_it_with_the_kernels_that_it_has(engine, monkeypatch, logged):
     fake_gpu(monkeypatch, (9, 0))
     kinds = code_formats_on(Manifest.read(engine, kind="engine"), torch.device("cuda"))
     assert set(kinds.values()) == {"s8"}
-    assert "planned for sm_86 and runs on sm_90, which has no INT4 tensor cores: sites of 4 bits run as INT8" in said[0]
+    assert "planned for sm_86 and runs on sm_90, which has no INT4 tensor cores: sites of 4 bits run as INT8" in logged[0]
 
 
 def test_one_gpu_is_named(saved, tmp_path):

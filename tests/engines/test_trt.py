@@ -39,7 +39,7 @@ def test_every_quantized_site_lands_in_an_int8_layer(onnx_w4a4, tmp_path):
 
 @pytest.fixture
 def onnx_with_plugins(onnx_w4a4, tmp_path):
-    """A graph whose manifest says that its 4-bit sites are plugin nodes."""
+    """A graph whose manifest states that its 4-bit sites are plugin nodes."""
     out = tmp_path / "onnx"
     shutil.copytree(onnx_w4a4, out)
     manifest = Manifest.read(out, kind="onnx")
@@ -58,10 +58,10 @@ def test_other_backends_refuse_a_graph_of_plugin_nodes_in_one_line(onnx_with_plu
 def test_plugin_sites_are_int4_in_the_plan_and_the_others_are_audited(onnx_with_plugins, tmp_path, monkeypatch, gpu, warned):
     out, manifest = onnx_with_plugins
     monkeypatch.setitem(sys.modules, "tensorrt", types.SimpleNamespace(__version__="11.4.0"))
-    asked = []
+    requests = []
 
     def built(module, request, scratch):
-        asked.append(request)
+        requests.append(request)
         Path(request.engine).write_bytes(b"engine")
         rest = [site.node for site in manifest.sites.values() if site.plugin is None]
         layers = [
@@ -72,7 +72,7 @@ def test_plugin_sites_are_int4_in_the_plan_and_the_others_are_audited(onnx_with_
 
     monkeypatch.setattr("engines.nvidia.tensorrt_backend.run_in_child", built)
     engine = build_engine(out, tmp_path / "engine", backend="trt")
-    assert asked[0].plugins
+    assert requests[0].plugins
     plugins = manifest.plugin_sites
     assert {name: (plan.executed, plan.codes) for name, plan in engine.plan.items()} == {
         name: ("int4", "u4") if name in plugins else ("int8", None) for name in manifest.sites

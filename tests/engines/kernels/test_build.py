@@ -43,10 +43,10 @@ def compilations(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
-    """What is said aloud."""
-    said: list[str] = []
-    monkeypatch.setattr(build.log, "warning", lambda message, *values: said.append(message % values))
-    return said
+    """Logged warnings."""
+    logged: list[str] = []
+    monkeypatch.setattr(build.log, "warning", lambda message, *values: logged.append(message % values))
+    return logged
 
 
 def test_a_second_call_compiles_nothing(compilations, own_cache):
@@ -162,7 +162,7 @@ def test_an_unknown_gpu_is_refused_with_the_known_ones():
 def test_the_kernels_find_all_their_headers():
     files = build.source_files()
     named = {line.split('"')[1] for content in files.values() for line in content.decode().splitlines() if line.startswith("#include")}
-    assert named - {"emulator.h"} <= set(files)  # the emulator's stands beside its tests
+    assert named - {"emulator.h"} <= set(files)  # that of the emulator is with its tests
 
 
 def test_the_source_travels_in_the_wheel():

@@ -76,17 +76,17 @@ class Api:
 
 @pytest.fixture(autouse=True)
 def a_gpu(monkeypatch):
-    """torch says sm_86, and nothing is compiled; the GPUs that were asked for."""
-    asked: list[str] = []
+    """torch reports sm_86, and nothing is compiled; yields the requested architectures."""
+    requested: list[str] = []
 
     def cubin(arch: str) -> Cubin:
-        asked.append(arch)
+        requested.append(arch)
         return Cubin(Path("/cache/kernels.cubin"), b"code", arch, Compiler("nvrtc", (13, 5)))
 
     monkeypatch.setattr(build, "cubin", cubin)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
     driver._driver.cache_clear()
-    yield asked
+    yield requested
     driver._driver.cache_clear()
 
 
@@ -238,7 +238,7 @@ for entry, width, shared_bytes in (("group_stats_f16", 4, 65536), ("group_stats_
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the stand-in for libcuda is built for Linux")
 def test_the_real_binding_carries_names_grids_and_structs(tmp_path):
-    """cuda.bindings in a process of its own, with libcuda_double.cpp where the driver's library is looked for."""
+    """cuda.bindings in a separate process, with libcuda_double.cpp where the driver's library is looked for."""
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
     source = Path(__file__).parent / "helpers" / "libcuda_double.cpp"
     subprocess.run(["g++", "-shared", "-fPIC", f"-I{build.SOURCE}", "-o", tmp_path / "libcuda.so.1", source, "-ldl"], check=True)

@@ -140,7 +140,7 @@ NO_CONVOLVE = (r"TILES\(CONVOLUTIONS\)\n",)
 
 
 def outcome(folder: pathlib.Path, file: str, old: str, new: str) -> str | None:
-    """Builds the kernels with one replacement and checks them; returns None where the checks pass, else what they said."""
+    """Builds the kernels with one replacement and checks them; returns None where the checks pass, else their message."""
     cuda = folder / "cuda"
     shutil.copytree(CUDA, cuda)
     entry_points = (cuda / "kernels.cu").read_text()

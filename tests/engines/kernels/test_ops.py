@@ -47,11 +47,11 @@ def sum_arguments(site: QuantizedLayer, kind: str, codes: torch.Tensor, rows: to
     return (codes, rows, packed, zero, a.scale, a.qmin.int(), site.weight_scale, weight_sum(site.codes), bias, residual, kind)
 
 
-def judged(layer: nn.Module, site: QuantizedLayer, bias: torch.Tensor | None, x: torch.Tensor, rows: torch.Tensor) -> ReferenceSite:
-    judge = ReferenceSite(layer, site, bias)
-    judge.rows, judge.recording = rows.long(), True
-    judge(x)
-    return judge
+def recorded(layer: nn.Module, site: QuantizedLayer, bias: torch.Tensor | None, x: torch.Tensor, rows: torch.Tensor) -> ReferenceSite:
+    reference = ReferenceSite(layer, site, bias)
+    reference.rows, reference.recording = rows.long(), True
+    reference(x)
+    return reference
 
 
 def test_a_code_rounds_half_to_even_and_stops_at_its_bounds():
@@ -95,7 +95,7 @@ def test_a_convolution_agrees_with_the_reference(kind, kernel, stride, padding, 
     bias = torch.randn(7, generator=generator)
     rows = torch.tensor([1, 0, 1], dtype=torch.int32)
     layer = nn.Conv2d(37, 7, kernel, stride, padding)
-    record = judged(layer, site, bias, x.float(), rows).record
+    record = recorded(layer, site, bias, x.float(), rows).record
 
     codes = OPS.quantize(x, *quantize_arguments(site, kind, rows))
     stored = unpack_codes(codes, bits_of(kind), unsigned=kind == "u4", channels=37).int()
@@ -115,7 +115,7 @@ def test_a_linear_of_any_leading_axes_agrees_with_the_reference(kind, leading):
     site = site_of("linear", kind, 9, 33)
     x = torch.randn(*leading, 33, generator=torch.Generator().manual_seed(1)).to(HALF)
     rows = torch.tensor([1, 0, 1], dtype=torch.int32)
-    record = judged(nn.Linear(33, 9), site, None, x.float(), rows).record
+    record = recorded(nn.Linear(33, 9), site, None, x.float(), rows).record
     codes = OPS.quantize(x.flatten(1, -2) if x.ndim == 4 else x, *quantize_arguments(site, kind, rows))
     y = OPS.linear(*sum_arguments(site, kind, codes, rows), list(leading), HALF)
     assert y.shape == (*leading, 9)
@@ -190,7 +190,7 @@ def test_group_norm_in_two_steps_agrees_with_torch(affine):
     assert float((codes - exact).abs().max()) <= 0.5 + 1e-3  # rounding, and float32's error of values near 128
 
 
-# ---- what a tracer sees
+# ---- tracing
 
 
 def example(op: str) -> tuple:

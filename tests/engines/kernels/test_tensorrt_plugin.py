@@ -157,9 +157,9 @@ def test_the_code_assembles_for_every_gpu_it_is_meant_for(ptx, tmp_path):
         (tmp_path / "x.ptx").write_bytes(code)
         for arch in ("sm_80", "sm_86", "sm_89", "sm_90"):
             command = ["ptxas", f"-arch={arch}", "-v", "-o", tmp_path / "x.cubin", tmp_path / "x.ptx"]
-            said = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert said.returncode == 0, f"{name} for {arch}: {said.stderr}"
-            assert arch == "sm_90" or "spill" not in said.stderr or "0 bytes spill stores" in said.stderr
+            assembled = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert assembled.returncode == 0, f"{name} for {arch}: {assembled.stderr}"
+            assert arch == "sm_90" or "spill" not in assembled.stderr or "0 bytes spill stores" in assembled.stderr
 
 
 @pytest.mark.parametrize(("kind", "instruction"), [("s4", "IMMA.16864.S4.S4"), ("u4", "IMMA.16864.U4.S4"), ("s8", "IMMA.16832.S8.S8")])

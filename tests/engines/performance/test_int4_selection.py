@@ -53,9 +53,9 @@ def test_nothing_is_moved_without_a_reason():
     assert (dict(choice.plans), choice.as_int8, choice.reasons) == (plans, frozenset(), ())
 
 
-@pytest.mark.parametrize("asked", [None, "fits"])
-def test_by_default_every_site_keeps_its_plan(artifact, plans, asked):
-    assert select_int4(plans, artifact, BuildOptions(int4_where=asked)).plans is plans
+@pytest.mark.parametrize("requested", [None, "fits"])
+def test_by_default_every_site_keeps_its_plan(artifact, plans, requested):
+    assert select_int4(plans, artifact, BuildOptions(int4_where=requested)).plans is plans
 
 
 def test_the_gpu_and_the_usual_batch_are_those_of_the_build(artifact, plans):

@@ -115,10 +115,10 @@ def test_cut_at_its_sites_a_model_gives_each_site_s_codes_and_output_alone(artif
     draft = drafted_artifact(artifact, program_of("unet2d"))
     records = Reference(artifact).record(inputs)
     placeholders = cut_at_layers(draft)
-    given = {placeholder: records[name].x.half() for name, placeholder in placeholders.items()}
-    codes, outputs = draft.module()(inputs["timestep"], *given.values())
+    inputs_of_sites = {placeholder: records[name].x.half() for name, placeholder in placeholders.items()}
+    codes, outputs = draft.module()(inputs["timestep"], *inputs_of_sites.values())
     assert set(codes) == set(outputs) == set(artifact.sites)
-    assert len(given) < len(artifact.sites)  # q, k and v are fed one value
+    assert len(inputs_of_sites) < len(artifact.sites)  # q, k and v share one input
     again = Reference(artifact).at_sites({name: record.x.half().float() for name, record in records.items()}, inputs["timestep"])
     for name, record in again.items():
         assert (outputs[name].float() - record.y).abs().max() <= 2**-11 * record.y.abs().max(), name
