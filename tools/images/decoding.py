@@ -54,7 +54,7 @@ class Decoder:
         if self.vae is None:
             return latents
         # One at a time: at full size the decoder has the largest activations of the pipeline.
-        return torch.cat([self.vae.decode(self._scaled(one)).sample.float() for one in latents.split(1)])
+        return torch.cat([self.vae.decode(self._scaled(one)).sample.float() for one in latents.split(1)])  # type: ignore[no-untyped-call]  # untyped in torch
 
     def psnr(self, actual: Tensor, expected: Tensor) -> float:
         """Peak signal-to-noise ratio of images in dB, 10 log10(peak^2 / mse); the peak is 2, or the range of the expected latents."""

@@ -121,8 +121,8 @@ def describe_artifact(path: Path) -> Description:
         "digest": artifact.digest,
     } | {name: provenance_words(name, value) for name, value in artifact.provenance.items() if name not in DESCRIBED}
     share = by_site(model_work(artifact.family_object, artifact.config, artifact.structure).sites)
-    rows = [{**site_row(name, site), "MACs %": share.get(name)} for name, site in artifact.sites.items()]
-    plans = [{"backend": target.backend, "plan": summary(plan_layers(artifact, target))} for target in CAPABILITIES.values()]
+    rows: list[Row] = [{**site_row(name, site), "MACs %": share.get(name)} for name, site in artifact.sites.items()]
+    plans: list[Row] = [{"backend": target.backend, "plan": summary(plan_layers(artifact, target))} for target in CAPABILITIES.values()]
     return Description(kind="artifact", facts=facts, tables={"Sites": rows, "Plan": plans})
 
 
@@ -132,7 +132,7 @@ def channel_bits_words(sites: Sequence[QuantizedLayer]) -> str:
     if not mixed:
         return "none"
     bits = torch.cat(mixed)
-    widths, counts = bits.unique(return_counts=True)
+    widths, counts = bits.unique(return_counts=True)  # type: ignore[no-untyped-call]  # untyped in torch
     histogram = ", ".join(f"{count} of {width}" for width, count in zip(widths.tolist(), counts.tolist(), strict=True))
     return f"{len(mixed)} sites; channels: {histogram} bits, {float(bits.float().mean()):.2f} on average"
 
@@ -211,7 +211,7 @@ def describe_manifest(path: Path, kind: Literal["onnx", "engine"]) -> Descriptio
         facts["plan"] = summary(manifest.plan)
         facts["pipeline"] = pipeline_words(path, manifest)
     facts |= {f"build {name}": value for name, value in _flat(manifest.build).items()}
-    rows = [{"site": name, "stored": entry.stored, "executed": entry.executed} for name, entry in manifest.plan.items()]
+    rows: list[Row] = [{"site": name, "stored": entry.stored, "executed": entry.executed} for name, entry in manifest.plan.items()]
     return Description(kind=kind, facts=facts, tables={"Sites": rows} if rows else {})
 
 
