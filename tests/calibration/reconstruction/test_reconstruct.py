@@ -95,7 +95,7 @@ def test_learned_codes_differ_from_the_nearest_by_at_most_one():
 
 
 def interrupted_at(call):
-    """Presses Ctrl-C at this training step."""
+    """A progress callback that raises SIGINT at the given training step."""
     seen = []
 
     def on_progress(progress):
@@ -139,7 +139,7 @@ def test_a_budget_that_calibration_uses_up_is_refused():
 
 
 class Clock:
-    """Half a second later whenever it is asked."""
+    """A clock that advances by half a second per reading."""
 
     now = 0.0
 

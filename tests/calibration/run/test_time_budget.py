@@ -12,7 +12,7 @@ from tests.calibration.training.test_distillation import SETTINGS, interrupted_a
 
 
 class Clock:
-    """Stands still until it is moved."""
+    """A clock that is set by the test."""
 
     now = 100.0
 
@@ -59,7 +59,7 @@ def test_an_invalid_duration_is_refused_with_an_example(text):
 
 @pytest.fixture
 def ticking(monkeypatch):
-    """Budgets of runs pass a second each time they are looked at."""
+    """Budgets of runs whose clock advances by one second per reading."""
     seconds = itertools.count()
     made = partial(Budget, clock=lambda: float(next(seconds)))
     monkeypatch.setattr("calibration.Budget", made)
