@@ -104,7 +104,7 @@ def test_high_entropy_joins_a_block_to_the_one_that_feeds_it_and_low_entropy_cut
     bits |= dict.fromkeys(("time_embedding.linear_1", "time_embedding.linear_2"), 1.0)
     blocks = blocks_of(student, skeleton, "entropy", bits)
     joined = {block.modules: block for block in blocks if len(block.modules) > 1}
-    # No more than two; the up path's block is fed by a concatenation, which is nobody's result.
+    # At most two; the up path's block receives a concatenation, which is not the result of a module.
     assert list(joined) == [("mid_block.resnets.0", "mid_block.attentions.0")]
     (pair,) = joined.values()
     assert list(pair.calls[1].wired.values()) == [("mid_block.resnets.0", 0)]

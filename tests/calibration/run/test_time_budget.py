@@ -73,7 +73,7 @@ def test_training_stops_by_the_clock_and_the_provenance_states_the_steps(ticking
     steps = [now.step for now in shown if now.stage == "finetune"]
     assert artifact.provenance["budget_seconds"] == 20
     assert artifact.provenance["steps_done"] == steps[-1] == len(steps) >= 3
-    assert shown[-1].total < 100  # what is left is foretold by the clock, not by the recipe's steps
+    assert shown[-1].total < 100  # estimated by the clock, not from the recipe's steps
 
 
 def test_a_budget_that_calibration_uses_up_is_refused_with_what_calibration_took(ticking):
