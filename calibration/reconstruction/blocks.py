@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from calibration.student.shared_inputs import meta_inputs
 from calibration.student.student import Student
 from edm_deploy.errors import InputError
-from edm_deploy.network.family import Config, Family
+from edm_deploy.network.family import Config, Family, meta_model
 
 Partition = Literal["block", "layer", "entropy"]
 BINS = 256  # of the histogram of an entropy, which is therefore at most 8 bits
@@ -72,15 +72,15 @@ def check_partition(partition: str) -> None:
         raise InputError(f"partition is {partition!r}; expected one of {', '.join(get_args(Partition))}. Set another partition.")
 
 
-def blocks_of(student: Student, skeleton: nn.Module, partition: Partition, entropies: Mapping[str, float] | None = None) -> list[Block]:
+def blocks_of(student: Student, partition: Partition, entropies: Mapping[str, float] | None = None) -> list[Block]:
     """The blocks of a student in execution order.
 
     Args:
         student: Its sites are partitioned.
-        skeleton: The model on the meta device, with the student's module names.
         partition: `layer` is every site by itself; `entropy` starts from `block`.
         entropies: Entropy of each site's input in bits; used by `entropy` only.
     """
+    skeleton = meta_model(student.family, student.config, student.structure)
     calls = traced_calls(student.family, student.config, skeleton, student.layers)
     inside = {name: tuple(site for site in student.layers if _holds(name, site)) for name in calls}
     whole = () if partition == "layer" else _innermost(skeleton, inside)
