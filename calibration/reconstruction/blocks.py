@@ -15,7 +15,7 @@ from calibration.student.student import Student
 from edm_deploy.errors import InputError
 from edm_deploy.network.family import Config, Family
 from edm_deploy.network.layer_costs import site_work
-from edm_deploy.network.meta_model import meta_inputs
+from edm_deploy.network.meta_model import meta_inputs, meta_model
 
 Partition = Literal["block", "layer", "entropy"]
 BINS = 256  # of the histogram of an entropy, which is therefore at most 8 bits
@@ -73,15 +73,15 @@ def check_partition(partition: str) -> None:
         raise InputError(f"partition is {partition!r}; expected one of {', '.join(get_args(Partition))}. Set another partition.")
 
 
-def blocks_of(student: Student, skeleton: nn.Module, partition: Partition, entropies: Mapping[str, float] | None = None) -> list[Block]:
+def blocks_of(student: Student, partition: Partition, entropies: Mapping[str, float] | None = None) -> list[Block]:
     """The blocks of a student in execution order.
 
     Args:
         student: Its sites are partitioned.
-        skeleton: The model on the meta device, with the student's module names.
         partition: `layer` is every site by itself; `entropy` starts from `block`.
         entropies: Entropy of each site's input in bits; used by `entropy` only.
     """
+    skeleton = meta_model(student.family, student.config, student.structure)
     calls = traced_calls(student.family, student.config, skeleton, student.layers)
     inside = {name: tuple(site for site in student.layers if _holds(name, site)) for name in calls}
     whole = () if partition == "layer" else _innermost(skeleton, inside)
