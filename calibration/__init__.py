@@ -1,4 +1,4 @@
-"""From a float model to an artifact: trajectories, observers, training, recipes. `fit` is the door."""
+"""Quantization of a float model to an artifact: calibration and data-free training. `fit` is the entry point."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from calibration.base_pass import Pass, PassContext, check_passes
 from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.data.prompts import prompts_of
 from calibration.data.trajectory_pool import Trajectories
-from calibration.recipe import Recipe
+from calibration.recipe import Recipe, TrainingContext
 from calibration.run.memory import peak_memory
 from calibration.run.options import Interrupted, Progress, Run, RunOptions
 from calibration.run.time_budget import Budget
@@ -38,23 +38,23 @@ def fit(
     passes: Sequence[Pass] = (),
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Artifact:
-    """Quantize a float model by a recipe.
+    """Quantize a float model with a recipe.
 
     Args:
         source: The float model; it is not changed.
         recipe: The method and its settings.
-        options: Device, checkpoints.
-        passes: What the recipe is composed with, in this order.
+        options: Device, teacher dtype, checkpoints, prompts, budget.
+        passes: Passes to compose the recipe with, in this order.
         on_progress: Called after every step.
 
     Returns:
         A valid artifact.
 
     Raises:
-        Interrupted: Ctrl-C was heeded.
-        InputError: The recipe does not fit the model, or a pass not the recipe, or prompts are given for a model that takes none.
-        UnsupportedError: The model's scheduler gives no trajectory.
-        ArtifactError: A checkpoint to resume is missing, damaged or of another run.
+        Interrupted: SIGINT or SIGTERM was received.
+        InputError: The recipe is not applicable to the model, a pass not to the recipe, or prompts are given for a model without text inputs.
+        UnsupportedError: The model's scheduler is not supported for sampling trajectories.
+        ArtifactError: The checkpoint to resume is missing, damaged or from a different run.
     """
     start = time.perf_counter()
     budget = None if options.budget_seconds is None else Budget(options.budget_seconds)
@@ -67,47 +67,46 @@ def fit(
     source = restructured(source, structure)
     conditioner = conditioner_of(source, scale=recipe.guidance, prompts=prompts_of(options.prompts))
     folded = folded_layers(source, options.fold_time)
-    decides: dict[str, Any] = {  # json
+    configuration: dict[str, Any] = {  # json: everything that the result depends on, besides the teacher
         "recipe": recipe.name,
         "settings": recipe.settings(),
         "teacher_dtype": options.teacher_dtype,
         "conditioning": conditioner.origin,
+        **({"folded": list(folded)} if folded else {}),
+        **({"budget_seconds": options.budget_seconds} if budget is not None else {}),
+        **({"passes": {each.name: each.settings() for each in passes}} if passes else {}),
     }
-    decides |= {"folded": list(folded)} if folded else {}
-    decides |= {"budget_seconds": options.budget_seconds} if budget is not None else {}
-    decides |= {"passes": {chosen.name: chosen.settings() for chosen in passes}} if passes else {}
-    identity = decides | {"teacher": teacher_hash}
-    context = PassContext(source=source, recipe=recipe, conditioner=conditioner, device=device)
-    timesteps = row_timesteps(context, passes)
-    size = recipe.pool_size()
-    trajectories = Trajectories(source, timesteps, size=size, eta=recipe.eta, seed=recipe.seed, device=device, conditioner=conditioner)
+    pass_context = PassContext(source=source, recipe=recipe, conditioner=conditioner, device=device)
+    timesteps = row_timesteps(pass_context, passes)
+    trajectories = Trajectories(
+        source, timesteps, size=recipe.pool_size(), eta=recipe.eta, seed=recipe.seed, device=device, conditioner=conditioner
+    )
     teacher = Teacher(source, device)
     student = recipe.student(source, timesteps, device, teacher=teacher, folded=folded, segments=structure.segments)
-    for chosen in passes:
-        chosen.before(student, context)
-    progress = on_progress or (lambda _: None)
+    for each in passes:
+        each.before(student, pass_context)
 
     def after_calibration() -> None:
-        for chosen in passes:
-            chosen.calibrated(student, context)
+        for each in passes:
+            each.calibrated(student, pass_context)
 
     run = Run(
         options=options,
-        identity=identity,
-        on_progress=progress,
-        student_leads=any(chosen.student_leads for chosen in passes),
+        identity=configuration | {"teacher": teacher_hash},
+        on_progress=on_progress or (lambda _: None),
+        student_leads=any(each.student_leads for each in passes),
         after_calibration=after_calibration,
         budget=budget,
     )
-    recipe.fit(student, teacher, trajectories, run)
+    recipe.fit(TrainingContext(student, teacher, trajectories, run))
     artifact = artifact_from_student(student, source, {})
-    for chosen in passes:
-        artifact = chosen.finish(artifact, student, context)
+    for each in passes:
+        artifact = each.finish(artifact, student, pass_context)
     scaled = len(artifact.structure.pre_scaled)
     artifact = fold_pre_scales(artifact)
     artifact.validate()
     provenance = {
-        **decides,
+        **configuration,
         **run.notes,
         **({"folded_pre_scales": f"{scaled - len(artifact.structure.pre_scaled)} of {scaled}"} if scaled else {}),
         "guidance": conditioner.scale,
@@ -123,30 +122,30 @@ def fit(
 
 
 def row_timesteps(context: PassContext, passes: Sequence[Pass]) -> Tensor:
-    """int32 [R] ascending, one a table row: those that a pass chooses, else those of a sampling with as many steps.
+    """int32 [R] ascending, one per table row: those that a pass chooses, else those of sampling in as many steps.
 
     Raises:
         InputError: More rows than the schedule has timesteps.
     """
-    for chosen in passes:
-        if (found := chosen.timesteps(context)) is not None:
-            return found
+    for each in passes:
+        if (timesteps := each.timesteps(context)) is not None:
+            return timesteps
     rows = context.recipe.rows
     return calibrated_timesteps(context.source.scheduler, rows, context.source.family_object.sigmas(rows))
 
 
-def folded_layers(source: Source, asked: bool) -> tuple[str, ...]:
-    """The sites that stay in floating point because they see the timestep alone.
+def folded_layers(source: Source, requested: bool) -> tuple[str, ...]:
+    """The sites that stay in floating point because they depend on the timestep alone; none unless requested.
 
     Raises:
-        InputError: It is asked for, and the family has none.
+        InputError: The family has none.
     """
-    family = source.family_object
-    if not asked:
+    if not requested:
         return ()
+    family = source.family_object
     layers = family.time_layers(source.model, source.config)
     if not layers:
-        beside = family.other_embedding_inputs(source.config)
-        why = f": {beside} enters the embedding that shapes every block" if beside else ""
-        raise InputError(f"--fold-time: no layer of this {family.class_name} can be a table of the timestep alone{why}. Leave it out.")
+        others = family.other_embedding_inputs(source.config)
+        why = f": {others} enters the embedding that every block uses" if others else ""
+        raise InputError(f"--fold-time: no layer of this {family.class_name} depends on the timestep alone{why}. Leave it out.")
     return layers

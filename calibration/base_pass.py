@@ -1,34 +1,32 @@
-"""What a pass is: something that any recipe can be composed with, before, while and after it calibrates and trains. One a file in `passes/`."""
+"""The contract of a pass: an addition to any recipe, with hooks before, during and after calibration and training. `passes/` holds one pass per file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from calibration.recipe import Recipe
+from calibration.student.student import Student
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import InputError
 from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 from edm_deploy.pipelines.guidance import Conditioner
 from edm_deploy.pipelines.source import Source
 
-if TYPE_CHECKING:
-    from calibration.recipe import Recipe
-    from calibration.student.student import Student
-
 
 @dataclass(frozen=True)
 class PassContext:
-    """What a pass may look at.
+    """What the hooks of a pass may use.
 
     Attributes:
         source: The float model.
-        recipe: The recipe that it is composed with.
-        conditioner: Draws what samples are told.
-        device: Where the work is done.
+        recipe: The recipe of the run.
+        conditioner: Draws labels and text embeddings.
+        device: Device of student and teacher.
     """
 
     source: Source
@@ -39,39 +37,40 @@ class PassContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """A pass and its settings. Each hook does nothing unless a pass overrides it; they are called in this order, passes in the order given.
+    """A pass and its settings. Hooks do nothing unless overridden; they are called in the order below, passes in the order given by the user.
 
     Attributes:
-        student_leads: Whether the samples that ranges are observed on are led by the student, each row by the noisier rows already quantized,
-            instead of by the teacher.
+        name: Name on the command line.
+        student_leads: Whether the student instead of the teacher leads the trajectories that ranges are observed on: each row is observed on samples
+            from the noisier rows, which are already quantized.
     """
 
     name: ClassVar[str]
     student_leads: ClassVar[bool] = False
 
     def check(self, recipe: Recipe, others: Sequence[Pass]) -> None:
-        """Refuse what this pass does not compose with, before anything runs.
+        """Refuse recipes and passes that this pass does not compose with, before anything runs.
 
         Args:
             recipe: With its settings.
             others: The other passes of the run.
 
         Raises:
-            InputError: The message says which two, and why.
+            InputError: The message names the conflict and its reason.
         """
 
     def timesteps(self, context: PassContext) -> Tensor | None:
-        """int32 [R] ascending, the timesteps that become table rows; None leaves them to the recipe."""
+        """int32 [R] ascending, the timesteps of the table rows; None leaves them to the recipe."""
         return None
 
     def before(self, student: Student, context: PassContext) -> None:
-        """Prepare the student, before the recipe and also when a run is resumed; in place."""
+        """Prepare the student before the recipe, also when a run is resumed; in place."""
 
     def calibrated(self, student: Student, context: PassContext) -> None:
-        """Change the student's ranges once they are observed, before anything is trained; in place."""
+        """Change the student's ranges after they are observed and before training; in place."""
 
     def finish(self, artifact: Artifact, student: Student, context: PassContext) -> Artifact:
-        """The artifact with what this pass adds to it; `student` computes what it computes."""
+        """The artifact with the additions of this pass."""
         return artifact
 
     def settings(self) -> dict[str, Any]:
@@ -80,16 +79,16 @@ class Pass:
 
 
 def check_passes(passes: Sequence[Pass], recipe: Recipe) -> None:
-    """Raises InputError where two of a run do not compose, or a pass is named twice."""
+    """Raises InputError if a pass occurs twice, or does not compose with the recipe or the other passes."""
     names = [chosen.name for chosen in passes]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"Pass {twice[0]!r} is given twice; it has one set of settings. Name it once.")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"Pass {repeated[0]!r} is given twice; it can have only one set of settings. Name it once.")
     for index, chosen in enumerate(passes):
         chosen.check(recipe, [*passes[:index], *passes[index + 1 :]])
 
 
 def needs_quantized_inputs(chosen: Pass, recipe: Recipe) -> None:
-    """Raises InputError where `recipe` leaves activations in floating point, for a pass that works on their ranges."""
+    """Raises InputError if `recipe` leaves activations in floating point, for a pass that works on their ranges."""
     if recipe.act_bits == WEIGHT_ONLY_BITS:
         raise InputError(
             f"Pass {chosen.name!r} does not compose with act_bits {recipe.act_bits}: {recipe.name} leaves activations in floating point, and "
@@ -98,7 +97,7 @@ def needs_quantized_inputs(chosen: Pass, recipe: Recipe) -> None:
 
 
 def needs_rows(chosen: Pass, recipe: Recipe, rows: int) -> None:
-    """Raises InputError where `recipe` has fewer table rows than a pass needs."""
+    """Raises InputError if `recipe` has fewer table rows than a pass needs."""
     if recipe.rows < rows:
         raise InputError(
             f"Pass {chosen.name!r} does not compose with {recipe.name} at rows {recipe.rows}: it needs {rows} or more. "

@@ -1,29 +1,44 @@
-"""What a recipe is: a quantization method and its settings. One a file in `recipes/`."""
+"""The contract of a recipe: a quantization method and its settings. `recipes/` holds one recipe per file."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from calibration.data.observation import ActivationSamples
+from calibration.data.trajectory_pool import Trajectories
 from calibration.run.options import Run
 from calibration.run.setting_checks import at_least, within
 from calibration.student.quantization_spec import W8A8, LayerSpec, QuantRange
 from calibration.student.student import Student
+from calibration.student.teacher import Teacher
 from edm_deploy.errors import InputError
 from edm_deploy.network.family import Placement
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 from edm_deploy.numerics.codes import ACTIVATION_BITS, WEIGHT_BITS, WEIGHT_ONLY_BITS
+from edm_deploy.pipelines.source import Source
 
-if TYPE_CHECKING:
-    from calibration.data.observation import ActivationSamples
-    from calibration.data.trajectory_pool import Trajectories
-    from calibration.student.teacher import Teacher
-    from edm_deploy.pipelines.source import Source
+
+@dataclass(frozen=True)
+class TrainingContext:
+    """What a recipe works on: the two networks, the samples, and the run.
+
+    Attributes:
+        student: Fake-quantized network; the recipe sets its ranges and scales, and trains it.
+        teacher: Float network.
+        trajectories: Pool of samples along the sampling trajectories.
+        run: Options, progress, budget and notes.
+    """
+
+    student: Student
+    teacher: Teacher
+    trajectories: Trajectories
+    run: Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +46,16 @@ class Recipe(ABC):
     """A quantization method and its settings.
 
     Attributes:
-        name: As users type it.
-        trains: Whether it trains after it has calibrated; such a recipe has the settings `steps` and `batch`.
+        name: Name on the command line.
+        trains: Whether the recipe trains after calibration; such a recipe has the settings `steps` and `batch`.
         weight_bits: 2 to 8.
         act_bits: 3 to 8, or 16 to leave activations in floating point.
-        rows: Rows of the activation tables: the timesteps of that many DDIM steps. Source: EfficientDM, 100 steps.
-        symmetric: Symmetric activation bounds below 8 bit; at 8 bit they always are.
+        rows: Rows of the activation tables: the timesteps of sampling in that many steps. Source: EfficientDM, 100 steps.
+        symmetric: Symmetric activation bounds below 8 bit; at 8 bit they are always symmetric.
         calibration_samples: Trajectories that the ranges are observed on.
-        eta: Fresh noise of the trajectories, 0 (DDIM, as most samplers that are deployed) to 1 (DDPM).
-        guidance: Scale of classifier-free or embedded guidance; 1 is off. None is what the model's samples are usually drawn with.
-        seed: Of everything random.
+        eta: Share of fresh noise in the trajectories, 0 (DDIM, as most deployed samplers) to 1 (DDPM).
+        guidance: Scale of classifier-free or embedded guidance; 1 is off. None is the usual scale of the model.
+        seed: Seed of all random numbers.
     """
 
     name: ClassVar[str]
@@ -72,26 +87,26 @@ class Recipe(ABC):
             at_least("guidance", self.guidance, 0.0)
 
     def layer_spec(self, site: str, placement: Placement) -> LayerSpec:
-        """What becomes of a site: the recipe's bits, or W8A8 where the family keeps 8. `site` is there for recipes that mix bits."""
+        """Bit widths of a site: the recipe's, or W8A8 where the family keeps 8 bit. Recipes that mix bits also use the name `site`."""
         act_bits = None if self.act_bits == WEIGHT_ONLY_BITS else self.act_bits
         if placement == "w8a8":
             return W8A8 if act_bits else LayerSpec(8, None, True)
         return LayerSpec(self.weight_bits, act_bits, self.symmetric or act_bits == 8)
 
     def structure(self, source: Source) -> NetworkRewrite:
-        """The layers whose input is cut into segments that are quantized apart; asked before there is a student. Pre-scales are set on the student."""
+        """Layers whose input is split into segments with separate quantizers; called before the student exists. Pre-scales are set on the student instead."""
         return PUBLISHED
 
     @abstractmethod
     def weight_scale(self, weight: Tensor, bits: int) -> Tensor:
-        """float32 [Cout], each > 0: the scale of each output channel of `weight`, float32 [Cout, ...]."""
+        """Scale of each output channel, float32 [Cout], each > 0, for `weight`, float32 [Cout, ...]."""
 
     @abstractmethod
     def activation_range(self, observed: ActivationSamples, spec: LayerSpec) -> QuantRange:
-        """The range of one table row, from the activation samples that were observed at it."""
+        """The range of one table row, from the activation samples observed at it."""
 
     @abstractmethod
-    def fit(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
+    def fit(self, context: TrainingContext) -> None:
         """Set the student's ranges and scales, and train what the method trains; in place."""
 
     def student(
@@ -108,22 +123,22 @@ class Recipe(ABC):
         return Student(source, self.layer_spec, self.weight_scale, timesteps, device, teacher=teacher, folded=folded, segments=segments)
 
     def pool_size(self) -> int:
-        """Samples in flight."""
+        """Number of samples in the trajectory pool."""
         return self.calibration_samples
 
     @property
     def corrects_bias(self) -> bool:
-        """Whether calibration moves biases by what rounding the weights takes from the mean output."""
+        """Whether calibration corrects biases for the mean output error of weight rounding."""
         return False
 
     @property
     def static(self) -> bool:
-        """Whether all rows of a table are one: the range of what was observed at any of them."""
+        """Whether all rows of a table are equal: one range for all timesteps."""
         return False
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes of activations that `fit` keeps at most."""
+        """Maximum bytes of activations that `fit` caches."""
         return 0
 
     def settings(self) -> dict[str, Any]:

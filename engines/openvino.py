@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,17 +11,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
+from edm_deploy.errors import ArtifactError, UnsupportedError
 from edm_deploy.network.family import TIMESTEP
-from edm_deploy.network.graph_names import ROW_NAME
+from edm_deploy.network.graph_names import ROW_NAME, rescaled
 from edm_deploy.numerics.activation_table import table_rows
-from edm_deploy.registry import suggestion
 from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session
 from edm_deploy.runtime.capabilities import Execution
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
+from edm_deploy.storage.tensor_file import load_tensors
+from engines.common.graph_checks import check_graph, check_rows, check_tensors
+from engines.common.precision import supported_precision
 from engines.common.source_backends import GraphBackend
 from engines.common.vendor_package import refuse_other_build, vendor
 from engines.openvino_graph.group_norm import split_group_norms
@@ -28,10 +31,10 @@ from engines.openvino_graph.scale_inputs import keep_float32, scales_to_inputs, 
 
 PACKAGE = "openvino"
 ENGINE_NAME = "engine.xml"
+WEIGHTS_NAME = "engine.bin"
 TABLES_NAME = "tables.safetensors"
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
 DEQUANTIZED = "/DequantizationMultiply"  # what OpenVINO appends to the name of a product whose scales it has moved behind it
-RESCALED = "/rescaled"  # what the exporter calls the multiplication by an input's scale; one that is the same in all rows becomes part of the product
 COMPILED_SHAPES = 4  # compiled models kept in memory; each holds its own copy of the weights
 
 
@@ -47,11 +50,11 @@ class OpenvinoBackend(GraphBackend):
 
     def build(self, content: Path, manifest: Manifest, options: BuildOptions, out: Path) -> BuildResult:
         ov = _openvino()
-        effective = {"precision": self._precision(options.precision), "threads": options.threads}
+        effective = {"precision": supported_precision(options.precision, self.target), "threads": options.threads}
         with _refusals(ov):
             model = ov.Core().read_model(content)
             model.reshape({declared.name: _partial_shape(ov, declared.dims, options.profile) for declared in manifest.inputs})
-        save_file(scales_to_inputs(ov, model), out / TABLES_NAME)
+        save_file(scales_to_inputs(ov, model, manifest.sites), out / TABLES_NAME)
         kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model)
         try:
             ov.save_model(model, out / ENGINE_NAME, compress_to_fp16=False)
@@ -70,78 +73,130 @@ class OpenvinoBackend(GraphBackend):
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
         ov = _openvino()
         refuse_other_build(manifest, self.name, PACKAGE, _version(ov))
+        manifest.require_files(ENGINE_NAME, WEIGHTS_NAME, TABLES_NAME)
         if device.type != "cpu":
             raise UnsupportedError(f"openvino runs on the cpu, not on {device.type}. Open the engine with device='cpu'.")
+        _check_files(ov, directory, manifest)
         return OpenvinoSession(ov, directory, manifest, device)
-
-    def _precision(self, asked: str | None) -> str:
-        known = self.target.float_dtypes
-        if asked is not None and asked not in known:
-            raise InputError(f"--precision {asked!r}: openvino has {' and '.join(known)}.{suggestion(asked, known)}")
-        return asked or known[0]
 
 
 BACKEND = OpenvinoBackend()
 
 
-class OpenvinoSession:
-    """OpenVINO on torch tensors. Dynamic shapes run slower, so a static model is compiled for each set of shapes that is met."""
+class OpenvinoSession(Session):
+    """OpenVINO on torch tensors. Dynamic shapes run slower, so a static model is compiled for each set of input shapes.
+
+    Threads may share a compiled model but not an infer request (OpenVINO raises ov::Busy where they do). A call takes a request, with its buffer of
+    looked-up scales, from the model's idle ones, creates one where none is idle, and returns it. So there are at most as many requests as calls that ran
+    at once. A model is compiled under the session's lock; calls of other shapes wait meanwhile.
+    """
 
     def __init__(self, ov: Any, directory: Path, manifest: Manifest, device: torch.device) -> None:
-        self.device = device
+        super().__init__(device)
         self.outputs = manifest.outputs
         self._ov = ov
         self._xml = directory / ENGINE_NAME
         self._properties = properties(manifest.build["options"])
-        self._tables = load_file(directory / TABLES_NAME)
-        self._row_of_timestep = self._tables.pop(ROW_NAME, torch.zeros(1, dtype=torch.int32))
-        self._compiled: OrderedDict[tuple[tuple[int, ...], ...], _Compiled] = OrderedDict()
+        tables = load_tensors(directory / TABLES_NAME)
+        self._row_of_timestep = tables.pop(ROW_NAME, torch.zeros(1, dtype=torch.int32))
+        self._table_shapes = {name: tuple(table.shape[1:]) for name, table in tables.items()}
+        self._tables = torch.stack([table.flatten() for table in tables.values()]) if tables else torch.zeros(0, 1)  # float32 [S, R]
+        self._lock = threading.Lock()
+        self._models: OrderedDict[tuple[tuple[int, ...], ...], _CompiledModel] = OrderedDict()  # least recently used first
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name for inputs by name, on the CPU."""
-        compiled = self._for_shapes({name: tuple(value.shape) for name, value in inputs.items()})
-        if self._tables:
-            rows = table_rows(self._row_of_timestep, inputs[TIMESTEP.name])
-            torch.index_select(compiled.tables, 1, rows, out=compiled.looked_up)
-        results = compiled.request.infer({name: value.numpy() for name, value in inputs.items()}, share_inputs=True)
-        return {name: torch.from_numpy(results[name].copy()) for name in self.outputs}
+    def _infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        model = self._for_shapes({name: tuple(value.shape) for name, value in inputs.items()})
+        with model.slot() as slot:
+            if len(self._tables):
+                torch.index_select(self._tables, 1, table_rows(self._row_of_timestep, inputs[TIMESTEP.name]), out=slot.looked_up)
+            results = slot.request.infer({name: value.numpy() for name, value in inputs.items()}, share_inputs=True)
+            return {name: torch.from_numpy(results[name].copy()) for name in self.outputs}
 
-    def _for_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> _Compiled:
+    def _release(self) -> None:
+        self._models.clear()
+
+    def _for_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> _CompiledModel:
         key = tuple(shapes.values())
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(shapes)
-            if len(self._compiled) > COMPILED_SHAPES:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(key)
-        return self._compiled[key]
+        with self._lock:
+            if key not in self._models:
+                # Evict before compiling, so that five never exist at once; calls that still use the evicted model keep it until they return.
+                while len(self._models) >= COMPILED_SHAPES:
+                    self._models.popitem(last=False)
+                self._models[key] = self._compile(shapes)
+            self._models.move_to_end(key)
+            return self._models[key]
 
-    def _compile(self, shapes: Mapping[str, tuple[int, ...]]) -> _Compiled:
+    def _compile(self, shapes: Mapping[str, tuple[int, ...]]) -> _CompiledModel:
         batch = shapes[TIMESTEP.name][0]
-        lookups = {name: (batch, *table.shape[1:]) for name, table in self._tables.items()}
+        lookups = {name: (batch, *shape) for name, shape in self._table_shapes.items()}
         with _refusals(self._ov):
             model = _read(self._ov, self._xml)
             model.reshape({**shapes, **lookups})
-            request = self._ov.Core().compile_model(model, "CPU", self._properties).create_infer_request()
-        looked_up = torch.zeros(len(lookups), batch)
-        for (name, shape), row in zip(lookups.items(), looked_up, strict=True):
+            compiled = self._ov.Core().compile_model(model, "CPU", self._properties)
+        return _CompiledModel(self._ov, compiled, lookups)
+
+
+class _CompiledModel:
+    """A model compiled for one set of shapes, with its idle infer requests."""
+
+    def __init__(self, ov: Any, compiled: Any, lookups: Mapping[str, tuple[int, ...]]) -> None:
+        self.compiled = compiled
+        self._ov = ov
+        self._lookups = lookups  # shapes [B, 1, ...] of the looked-up scales, by input
+        self._idle: list[_Slot] = []  # append and pop are atomic
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[_Slot]:
+        """A request that no other call uses."""
+        try:
+            slot = self._idle.pop()
+        except IndexError:
+            slot = self._new_slot()
+        yield slot
+        self._idle.append(slot)  # not after an error: what state that leaves a request in is not documented
+
+    def _new_slot(self) -> _Slot:
+        request = self.compiled.create_infer_request()
+        batch = next((shape[0] for shape in self._lookups.values()), 0)
+        looked_up = torch.zeros(len(self._lookups), batch)
+        for (name, shape), row in zip(self._lookups.items(), looked_up, strict=True):
             request.set_tensor(name, self._ov.Tensor(row.reshape(shape).numpy(), shared_memory=True))
-        tables = torch.stack([table.flatten() for table in self._tables.values()]) if lookups else looked_up
-        return _Compiled(request, tables, looked_up)
+        return _Slot(request, looked_up)
 
 
 @dataclass(frozen=True)
-class _Compiled:
-    """A model compiled for one set of shapes.
+class _Slot:
+    """An infer request and its memory.
 
     Attributes:
-        request: Its inference request.
-        tables: float32 [S, R], every table of the graph.
-        looked_up: float32 [S, B], the memory that the request reads each sample's rows from.
+        request: The request.
+        looked_up: float32 [S, B], from which the request reads each sample's scales.
     """
 
     request: Any
-    tables: Tensor
     looked_up: Tensor
+
+
+def _check_files(ov: Any, directory: Path, manifest: Manifest) -> None:
+    """Raises ArtifactError where the graph or the tables are not those that the manifest describes."""
+    with _refusals(ov):
+        model = ov.Core().read_model(directory / ENGINE_NAME)
+        shapes = {
+            port.get_any_name(): [None if dim.is_dynamic else dim.get_length() for dim in port.get_partial_shape()] for port in model.inputs
+        }
+        outputs = [name for port in model.outputs for name in port.get_names()]
+    tables = load_tensors(directory / TABLES_NAME)
+    rows = tables.pop(ROW_NAME, None)
+    if missing := sorted(set(tables) - set(shapes)):
+        raise ArtifactError(f"{TABLES_NAME} has a table {missing[0]!r}, which the graph does not take. Build the engine again.")
+    check_graph(manifest, {name: shape for name, shape in shapes.items() if name not in tables}, outputs)
+    count = max((len(table) for table in tables.values()), default=1)
+    of_each = {name: (torch.float32, (count, *[size or 1 for size in shapes[name][1:]])) for name in tables}
+    check_tensors(tables, of_each, of=TABLES_NAME)
+    if rows is not None:
+        check_rows(rows, count, manifest.num_train_timesteps)
+    elif count > 1:
+        raise ArtifactError(f"{TABLES_NAME} has tables of {count} rows and no {ROW_NAME!r}. Build the engine again.")
 
 
 def _read(ov: Any, xml: Path) -> Any:
@@ -173,7 +228,8 @@ def _executed(ov: Any, xml: Path, options: Mapping[str, Any], manifest: Manifest
             for name in str(info["originalLayersNames"].astype(str)).split(","):
                 precisions[name.removesuffix(DEQUANTIZED)] = str(info["runtimePrecision"].astype(str))
     return {
-        name: "int8" if precisions.get(site.node, precisions.get(f"{name}{RESCALED}")) in ("i8", "u8") else "float"
+        # A scale that is the same in all rows becomes part of the product, which then has the name of the multiplication by it.
+        name: "int8" if precisions.get(site.node, precisions.get(rescaled(name))) in ("i8", "u8") else "float"
         for name, site in manifest.sites.items()
         if site.quantized_input
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +17,9 @@ from edm_deploy.network.graph_names import GRAPH_NAME
 from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session
 from edm_deploy.runtime.capabilities import Execution
 from edm_deploy.runtime.manifest import Manifest
-from engines.common.source_backends import GraphBackend
+from edm_deploy.storage.leftovers import scratch_directory
+from engines.common.graph_checks import check_graph
+from engines.common.source_backends import GraphBackend, graph_files
 from engines.common.vendor_package import refuse_other_build, vendor
 
 PACKAGE = "onnxruntime"
@@ -51,6 +52,7 @@ class OrtBackend(GraphBackend):
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
         ort = _onnxruntime()
         refuse_other_build(manifest, self.name, PACKAGE, ort.__version__)
+        manifest.require_files(*graph_files(directory))
         if device.type == "cuda" and CUDA not in ort.get_available_providers():
             raise UnsupportedError(
                 "This ONNX Runtime has no CUDA provider. Install onnxruntime-gpu in its place, or open the engine with device='cpu'."
@@ -63,26 +65,34 @@ class OrtBackend(GraphBackend):
 BACKEND = OrtBackend()
 
 
-class OrtSession:
-    """An ONNX Runtime session on torch tensors, without copies on the way in."""
+class OrtSession(Session):
+    """An ONNX Runtime session on torch tensors, without copies on the way in.
+
+    Calls run in parallel: several threads may call Run on one InferenceSession, and each call has a separate IOBinding.
+    Source: onnxruntime.ai/docs/reference/high-level-design.html, "Key design decisions".
+    """
 
     def __init__(self, ort: Any, graph: Path, manifest: Manifest, device: torch.device) -> None:
-        self.device = device
+        super().__init__(device)
         self.outputs = manifest.outputs
         self._session = _session(ort, graph, device, threads=manifest.build["options"]["threads"])
+        shapes = {entry.name: [size if isinstance(size, int) else None for size in entry.shape] for entry in self._session.get_inputs()}
+        check_graph(manifest, shapes, [entry.name for entry in self._session.get_outputs()])
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name for inputs by name, on the session's device."""
+    def _infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         binding = self._session.io_binding()
-        contiguous = {name: value.contiguous() for name, value in inputs.items()}  # the binding knows an address, no strides
+        contiguous = {name: value.contiguous() for name, value in inputs.items()}  # the binding takes an address, no strides
         for name, value in contiguous.items():
             binding.bind_input(name, self.device.type, self.device.index or 0, _numpy_type(value), tuple(value.shape), value.data_ptr())
         for name in self.outputs:
             binding.bind_output(name, self.device.type, self.device.index or 0)
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime runs on a stream of its own
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime runs on another stream
         self._session.run_with_iobinding(binding)
         return {name: torch.utils.dlpack.from_dlpack(value) for name, value in zip(self.outputs, binding.get_outputs(), strict=True)}
+
+    def _release(self) -> None:
+        self._session = None
 
 
 def _numpy_type(value: Tensor) -> Any:
@@ -108,7 +118,7 @@ def _session(ort: Any, graph: Path, device: torch.device, *, threads: int | None
 
 def _executed(ort: Any, graph: Path, manifest: Manifest) -> dict[str, Execution]:
     """How each site is computed on the CPU: by the operator types that one profiled run really called."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_directory("ort") as scratch:
         session = _session(ort, graph, torch.device("cpu"), threads=None, profile_prefix=f"{scratch}/ort")
         session.run(
             None, {declared.name: _smallest(declared.dims, declared.dtype(manifest.torch_dtype), manifest) for declared in manifest.inputs}

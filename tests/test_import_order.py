@@ -40,7 +40,8 @@ ORDER = {
     "engines": (
         ("__init__", "kernels"),
         ("performance",),
-        ("torch_graph", "openvino_graph", "common"),
+        ("common",),
+        ("torch_graph", "openvino_graph"),
         ("nvidia",),
         ("ort", "openvino", "trt", "trt_rtx", "cuda"),
     ),
@@ -52,7 +53,8 @@ ORDER = {
         ("comparison",),
         ("commands",),
         ("bench_kernels", "bench_scale", "families", "roofline", "train_features", "train_reference"),
-        ("cli", "__main__"),
+        ("cli",),
+        ("__main__",),
     ),
 }
 ONLY_HERE = {  # third-party package -> the only places that may import it

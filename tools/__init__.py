@@ -1,1 +1,1 @@
-"""The hand: command line, demo, evaluation, benchmarks, reports."""
+"""Command line of edm-deploy: quantize, export, build, sample, evaluate, compare, benchmark."""

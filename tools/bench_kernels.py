@@ -1,15 +1,14 @@
-"""The kernels on this machine's GPU: first whether their bits are right, then how long they take beside torch's float16 and its INT8 matmul.
+"""Check our kernels bit for bit on this machine's GPU, then time them against torch's float16 layers and its INT8 matmul.
 
     python -m edm_deploy_tools.bench_kernels --model sd15 --batch 2,8,16
 
-Each time is the median over replays of a CUDA graph that calls one operator again and again, divided by the calls, so no host time is in it. With `--l2 cold` the
-calls go round copies of their operands that together exceed L2 three times, as in a network whose other layers ran in between; with `--l2 warm` they share
-one. float16 is torch's own, channels last, cuDNN choosing by measurement.
+Each time is the median over replays of a CUDA graph that calls one operator repeatedly, divided by the number of calls, so it contains no host time. With
+`--l2 cold` the calls cycle over copies of their operands with three times the size of L2, as in a network whose other layers run in between; with `--l2 warm`
+they share one copy. float16 is torch's implementation, channels last, with cuDNN's benchmark mode.
 """
 
 from __future__ import annotations
 
-import datetime
 import math
 import shutil
 import statistics
@@ -37,32 +36,32 @@ from edm_deploy_tools.benchmarks.kernel_problems import (
 )
 from edm_deploy_tools.benchmarks.layer_shapes import BATCHES, LAYERS, Layer
 from edm_deploy_tools.common import console, run_app
-from edm_deploy_tools.common.machine import machine, versions
+from edm_deploy_tools.common.machine import measurement_conditions
 from engines.kernels import build, driver
 
 COPIES = 64  # of an operator's operands, at most
 LEAST_REPLAYS = 30
-NO_INT4 = (9, 0)  # from this compute capability on, 4-bit products are emulated: their time says nothing
+NO_INT4 = (9, 0)  # from this compute capability on, 4-bit products are emulated, so that their time is not meaningful
 
 
 class L2(StrEnum):
-    """Whether operands may stand in L2 when an operator starts."""
+    """Whether operands may be in L2 when an operator starts."""
 
     COLD = "cold"
     WARM = "warm"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One layer at one batch, its bits found right; times in microseconds, None where there is nothing to measure.
+class LayerTiming:
+    """Times of one layer at one batch size, whose results are correct bit for bit; in microseconds, None if not measured.
 
     Attributes:
-        model, batch, layer, uses: What was run, and how often a step of the model runs it.
+        model, batch, layer, uses: The measured layer, and how often a step of the model runs it.
         float16: torch's convolution or matmul.
-        int_mm: `torch._int_mm` alone: no scale, no bias, an int32 result.
-        int8, int4: Ours, from codes to float16; int4 only where tensor cores multiply 4 bits.
-        quantize8, quantize4: From float16 to codes.
-        quantize_share: Of the bandwidth that a plain copy reaches, by the 8-bit quantization.
+        int_mm: `torch._int_mm` without scale and bias, with an int32 result.
+        int8, int4: Our kernels, from codes to float16; int4 only on GPUs with 4-bit tensor cores.
+        quantize8, quantize4: Our quantization from float16 to codes.
+        quantize_share: Bandwidth of the 8-bit quantization as a share of that of a copy.
     """
 
     model: str
@@ -79,20 +78,20 @@ class Row:
 
     @property
     def speedup(self) -> float:
-        """float16's time over int8's, quantization left out: other layers may share it."""
+        """Time of float16 over time of int8, without quantization, which other layers may share."""
         return self.float16 / self.int8
 
     @property
     def speedup_with_quantize(self) -> float:
-        """float16's time over int8's with a quantization of its own."""
+        """Time of float16 over time of int8 with its quantization."""
         return self.float16 / (self.int8 + self.quantize8)
 
 
-def bench(layers: Sequence[tuple[str, int, Layer]], *, l2: L2, replays: int) -> tuple[float, list[Row]]:
-    """Bytes a second that a copy reaches, and a row for each (model, batch, layer).
+def bench(layers: Sequence[tuple[str, int, Layer]], *, l2: L2, replays: int) -> tuple[float, list[LayerTiming]]:
+    """Bandwidth of a copy in bytes per second, and the times of each (model, batch, layer).
 
     Raises:
-        UnsupportedError: The kernels cannot run here, or give other bits than the CPU.
+        UnsupportedError: The kernels cannot run here, or their results differ from the CPU's.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     driver.prepare(device)
@@ -102,8 +101,8 @@ def bench(layers: Sequence[tuple[str, int, Layer]], *, l2: L2, replays: int) -> 
 
 
 @torch.no_grad()
-def bench_layer(model: str, batch: int, layer: Layer, device: torch.device, bandwidth: float, l2: L2, replays: int) -> Row:
-    """One row; see `bench`."""
+def bench_layer(model: str, batch: int, layer: Layer, device: torch.device, bandwidth: float, l2: L2, replays: int) -> LayerTiming:
+    """Check and time one layer; see `bench`."""
     for kind in BOUNDS:
         Problem(layer, batch, kind, device).check(f"{model}, batch {batch}, {layer}, {kind}")
     first = {kind: Problem(layer, batch, kind, device) for kind in ("s8", "s4")}
@@ -118,7 +117,7 @@ def bench_layer(model: str, batch: int, layer: Layer, device: torch.device, band
         return timed(lambda: getattr(Problem(layer, batch, kind, device), call), size)
 
     quantize8 = ours("quantize", "s8", first["s8"].quantize_bytes)
-    return Row(
+    return LayerTiming(
         model=model,
         batch=batch,
         layer=str(layer),
@@ -133,18 +132,18 @@ def bench_layer(model: str, batch: int, layer: Layer, device: torch.device, band
     )
 
 
-def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For each model and batch: how many layers, median speedups over float16 (INT8's unless it says INT4), INT8's slowest layer, and the median share of the copy bandwidth."""
-    groups: dict[tuple[str, int], list[Row]] = {}
+def summary(rows: Sequence[LayerTiming]) -> list[dict[str, Any]]:
+    """For each model and batch: number of layers, median speedups over float16 (of INT8 unless named INT4), the slowest INT8 layer, and the median bandwidth share."""
+    groups: dict[tuple[str, int], list[LayerTiming]] = {}
     for row in rows:
         groups.setdefault((row.model, row.batch), []).append(row)
-    found = []
+    summaries = []
     for (model, batch), group in groups.items():
         slowest = min(group, key=lambda row: row.speedup)
         step16, step8 = (
             sum(row.uses * time(row) for row in group) for time in (lambda row: row.float16, lambda row: row.int8 + row.quantize8)
         )
-        found.append(
+        summaries.append(
             {
                 "model": model,
                 "batch": batch,
@@ -157,27 +156,25 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "quantize, of copy": statistics.median(row.quantize_share for row in group),
             }
         )
-    return found
+    return summaries
 
 
 def conditions(l2: L2, replays: int) -> dict[str, Any]:
-    """What stands beside every figure."""
+    """The conditions that are stated with every figure."""
     return {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "l2": l2.value,
         "replays": replays,
-        "calls": f"{CALLS} or more a replay",
+        "calls": f"{CALLS} or more per replay",
         **gpu_state(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "compiler": str(build.cubin(driver.arch_of(torch.cuda.get_device_capability())).compiler),
-        **machine(),
-        **versions(),
+        **measurement_conditions(),
     }
 
 
 def gpu_state() -> dict[str, str]:
-    """Driver, clocks and power limit as nvidia-smi tells them; empty where there is none."""
+    """Driver version, clocks, power limit and temperature from nvidia-smi; empty without nvidia-smi."""
     query = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
     if shutil.which("nvidia-smi") is None:
         return {}
@@ -187,10 +184,10 @@ def gpu_state() -> dict[str, str]:
 
 
 def chosen(models: Sequence[str], batches: Sequence[int]) -> list[tuple[str, int, Layer]]:
-    """(model, batch, layer) of each layer to measure; no batches: the table's own.
+    """(model, batch, layer) of each layer to measure; without batches, those of the table.
 
     Raises:
-        InputError: A model that is in no table, or a batch below 1.
+        InputError: A model without a table, or a batch below 1.
     """
     for model in models:
         if model not in LAYERS:
@@ -201,29 +198,31 @@ def chosen(models: Sequence[str], batches: Sequence[int]) -> list[tuple[str, int
 
 
 def batches_of(text: str) -> list[int]:
-    """`2,8` as numbers.
+    """The numbers of a text such as `2,8`.
 
     Raises:
-        InputError: Something in it is no whole number.
+        InputError: It contains something else than whole numbers.
     """
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as err:
-        raise InputError(f"--batch {text}: expected whole numbers with commas, such as 2,8,16.") from err
+        raise InputError(f"--batch {text}: expected whole numbers separated by commas, such as 2,8,16.") from err
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = run_app.app_with()
 
 
 @app.command()
 def command(
-    model: Annotated[list[str] | None, typer.Option(help=f"{', '.join(LAYERS)}; all of them unless named.")] = None,
-    batch: Annotated[str, typer.Option(help="Batches, with commas; each model's own unless given.")] = "",
-    l2: Annotated[L2, typer.Option(help="Whether operands may stand in L2 when an operator starts.")] = L2.COLD,
-    replays: Annotated[int, typer.Option(min=LEAST_REPLAYS, help="Replays that the median is taken over.")] = LEAST_REPLAYS,
-    json: Annotated[bool, typer.Option("--json", help="Print json, and nothing else.")] = False,
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"Model whose layers are measured: {', '.join(LAYERS)}; repeatable. Default: all.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas. Default: those of each model.")] = "",
+    l2: Annotated[L2, typer.Option(help="Whether operands may be in L2 (warm) or not (cold) when an operator starts.")] = L2.COLD,
+    replays: Annotated[int, typer.Option(min=LEAST_REPLAYS, help="Number of replays for the median.")] = LEAST_REPLAYS,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
 ) -> None:
-    """Check the kernels' bits on this machine's GPU, then time them layer by layer."""
+    """Check the kernels bit for bit on this machine's GPU, then time them layer by layer."""
     layers = chosen(model or list(LAYERS), batches_of(batch))
     if reason := driver.available():
         raise UnsupportedError(f"These kernels run on an NVIDIA GPU, and none can be used here. {reason}")
@@ -232,20 +231,20 @@ def command(
     show(facts | {"copy": f"{bandwidth / 1e9:.0f} GB/s"}, rows, as_json=json)
 
 
-def show(facts: Mapping[str, Any], rows: Sequence[Row], *, as_json: bool) -> None:
-    """Print conditions, summary and every row."""
+def show(facts: Mapping[str, Any], rows: Sequence[LayerTiming], *, as_json: bool) -> None:
+    """Print conditions, summary and the times of each layer."""
     if as_json:
         console.print_json({"conditions": dict(facts), "summary": summary(rows), "rows": [asdict(row) for row in rows]})
         return
     console.print_facts(facts)
     console.print_table("Speedup over float16, by layer", summary(rows))
-    console.print_table("Microseconds a call; every row was first found right, bit for bit", [words(row) for row in rows])
+    console.print_table("Microseconds per call; the results of every row were first checked bit for bit", [words(row) for row in rows])
     if rows[0].int4 is None:
-        console.say("This GPU emulates 4-bit products: their bits were checked, their time says nothing.")
+        console.say("This GPU emulates 4-bit products: their results were checked, and their time is not meaningful.")
 
 
-def words(row: Row) -> dict[str, Any]:
-    """A row of the printed table."""
+def words(row: LayerTiming) -> dict[str, Any]:
+    """A row of the printed table, with speedups."""
     return asdict(row) | {"quantize_share": f"{row.quantize_share:.0%}", "speedup": row.speedup, "with quantize": row.speedup_with_quantize}
 
 

@@ -1,4 +1,4 @@
-"""Real models at their real size: quantize, export and build each in a process of its own, with its time and its peak memory.
+"""Quantize, export and build published architectures at full size, each step in a new process, with its time and peak memory.
 
 python -m edm_deploy_tools.bench_scale --architecture sd15 --bits W4A8 --rows 20 --size 16
 python -m edm_deploy_tools.bench_scale --architecture flux1-schnell --layers 2 --rows 4 --size 16 --backends ort,openvino,trt-rtx,cuda
@@ -18,19 +18,19 @@ import typer
 
 from edm_deploy_tools.common import console, run_app
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = run_app.app_with()
 RESULTS = "results.json"
-EXPORT_LIMIT = 1.5  # peak memory of the export over the bytes of the float weights
-ARTIFACT_LIMIT = 0.30  # a 4-bit artifact's bytes over the float16 weights'
-BUILD = "build "  # how the names of the steps that build begin
+EXPORT_LIMIT = 1.5  # peak memory of the export over the size of the float16 weights
+ARTIFACT_LIMIT = 0.30  # size of a 4-bit artifact over that of the float16 weights
+BUILD = "build "  # prefix of the names of the build steps
 FROM_ARTIFACT = ("cuda",)
 FOR_A_GPU = ("trt-rtx", "cuda")
-DTYPES = {"trt-rtx": "fp16", "trt": "fp16"}  # of the graph that a backend is built from; the others take float32
+DTYPES = {"trt-rtx": "fp16", "trt": "fp16"}  # dtype of the graph that a backend is built from; the others take float32
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What calibrating, exporting and building for one GPU may cost together on two cores: wall time in seconds, peak memory in bytes."""
+    """Limit of calibration, export and build for one GPU together, on two cores: wall time in seconds, peak memory in bytes."""
 
     seconds: float
     peak_bytes: float
@@ -40,16 +40,18 @@ LIMITS: Mapping[str, Limit] = {"sd15": Limit(300, 8e9), "sdxl": Limit(900, 18e9)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """One command: its name in the table, its arguments, and the directory that it writes."""
+class CommandStep:
+    """A command: its name in the table, its arguments, and the directory that it writes."""
 
     name: str
     arguments: tuple[str, ...]
     out: str
 
 
-def steps_of(architecture: str, bits: str, rows: int, trajectories: int, backends: Sequence[str], gpu: str, low_memory: bool) -> list[Step]:
-    """The commands in order, directories relative to the work directory.
+def steps_of(
+    architecture: str, bits: str, rows: int, trajectories: int, backends: Sequence[str], gpu: str, low_memory: bool
+) -> list[CommandStep]:
+    """The commands in order; directories are relative to the work directory.
 
     Raises:
         InputError: `bits` is no scheme.
@@ -62,7 +64,7 @@ def steps_of(architecture: str, bits: str, rows: int, trajectories: int, backend
     weight_bits, act_bits = match.groups()
     calibrate = ("calibrate", "model", "--out", "artifact", "--weight-bits", weight_bits, "--act-bits", act_bits, "--rows", str(rows))
     calibrate += ("--set", f"calibration_samples={trajectories}", *(("--low-memory",) if low_memory else ()))
-    steps = [Step(name="calibrate", arguments=calibrate, out="artifact")]
+    steps = [CommandStep(name="calibrate", arguments=calibrate, out="artifact")]
     exported: set[str] = set()
     for backend in backends:
         dtype = DTYPES.get(backend, "fp32")
@@ -70,16 +72,18 @@ def steps_of(architecture: str, bits: str, rows: int, trajectories: int, backend
         if backend in FROM_ARTIFACT:
             source = "artifact"
         elif dtype not in exported:
-            steps.append(Step(name=f"export {dtype}", arguments=("export", "artifact", "--out", source, "--dtype", dtype), out=source))
+            steps.append(
+                CommandStep(name=f"export {dtype}", arguments=("export", "artifact", "--out", source, "--dtype", dtype), out=source)
+            )
             exported.add(dtype)
         arguments = ("build-engine", source, "--out", f"engine-{backend}", "--backend", backend, "--batch", "1:2:2")
         arguments += ("--gpu", gpu) if backend in FOR_A_GPU else ()
-        steps.append(Step(name=f"{BUILD}{backend}", arguments=arguments, out=f"engine-{backend}"))
+        steps.append(CommandStep(name=f"{BUILD}{backend}", arguments=arguments, out=f"engine-{backend}"))
     return steps
 
 
-def run_steps(steps: Sequence[Step], work: Path) -> dict[str, dict[str, Any]]:
-    """Run what has not been run in `work` by the same command; every step's record by name.
+def run_steps(steps: Sequence[CommandStep], work: Path) -> dict[str, dict[str, Any]]:
+    """Run the steps that have not been run in `work` by the same command; returns the record of every step by name.
 
     Raises:
         EdmDeployError: A step failed; the message holds its last line.
@@ -94,7 +98,7 @@ def run_steps(steps: Sequence[Step], work: Path) -> dict[str, dict[str, Any]]:
         known = records.get(step.name)
         if not stale and known and known["arguments"] == list(step.arguments) and (work / step.out).is_dir():
             continue
-        stale = True  # what follows was made from an older result
+        stale = True  # later steps used an older result
         measured = run_measured([sys.executable, "-m", "edm_deploy_tools.cli", *step.arguments], cwd=work)
         if measured.returncode:
             raise EdmDeployError(f"{step.name} failed after {measured.seconds:.0f} s: {measured.last_line}")
@@ -111,7 +115,7 @@ def run_steps(steps: Sequence[Step], work: Path) -> dict[str, dict[str, Any]]:
 
 
 def sites_of(engine: Path) -> dict[str, int]:
-    """How many sites an engine computes in each way, `int8`, `int4` or `float`, by its own manifest."""
+    """Number of sites that an engine computes in `int8`, `int4` or `float`, from its manifest."""
     from collections import Counter
 
     from edm_deploy.runtime.manifest import Manifest
@@ -121,12 +125,17 @@ def sites_of(engine: Path) -> dict[str, int]:
 
 
 def verdicts(architecture: str, bits: str, records: Mapping[str, Mapping[str, Any]], float_bytes: int) -> list[console.Row]:
-    """Each limit with what was found, and whether it is kept."""
+    """Each limit with the measured value, and whether it is kept."""
     rows: list[console.Row] = []
 
-    def check(what: str, found: float, limit: float, unit: str) -> None:
+    def check(what: str, measured: float, limit: float, unit: str) -> None:
         rows.append(
-            {"limit": what, "found": f"{found:.2f}{unit}", "at most": f"{limit:g}{unit}", "kept": "yes" if found <= limit else "NO"}
+            {
+                "limit": what,
+                "measured": f"{measured:.2f}{unit}",
+                "at most": f"{limit:g}{unit}",
+                "kept": "yes" if measured <= limit else "NO",
+            }
         )
 
     chain = [records[name] for name in ("calibrate", "export fp16", "build trt-rtx") if name in records]
@@ -144,24 +153,22 @@ def verdicts(architecture: str, bits: str, records: Mapping[str, Mapping[str, An
 
 @app.command()
 def main(
-    architecture: Annotated[str, typer.Option(help="A file of assets/architectures, sd15 or sdxl for example.")] = "sd15",
-    bits: Annotated[str, typer.Option(help="Scheme, W4A8 or another.")] = "W4A8",
-    rows: Annotated[int, typer.Option(help="Table rows.")] = 20,
-    trajectories: Annotated[int, typer.Option(help="Samples that are calibrated on.")] = 2,
-    size: Annotated[int | None, typer.Option(help="Height and width of a sample, in latents; default: the model's own.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Blocks of each kind of a transformer; default: all that it has.")] = None,
-    backends: Annotated[str, typer.Option(help="With commas: ort, openvino, trt-rtx, trt, cuda.")] = "trt-rtx",
-    gpu: Annotated[str, typer.Option(help="That trt-rtx and cuda build for.")] = "sm_86",
+    architecture: Annotated[str, typer.Option(help="Published architecture, for example sd15 or sdxl.")] = "sd15",
+    bits: Annotated[str, typer.Option(help="Bits of weights and activations, such as W4A8.")] = "W4A8",
+    rows: Annotated[int, typer.Option(help="Number of calibrated timesteps, one table row each.")] = 20,
+    trajectories: Annotated[int, typer.Option(help="Number of calibration trajectories.")] = 2,
+    size: Annotated[int | None, typer.Option(help="Height and width of a sample in latents. Default: the model's.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Blocks of each kind of a transformer. Default: all.")] = None,
+    backends: Annotated[str, typer.Option(help="Backends, separated by commas: ort, openvino, trt-rtx, trt, cuda.")] = "trt-rtx",
+    gpu: Annotated[str, typer.Option(help="GPU that trt-rtx and cuda build for.")] = "sm_86",
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Calibrate with --low-memory.")] = False,
-    work: Annotated[Path, typer.Option(metavar="DIR", help="Where everything goes; what stands there is not made again.")] = Path(
+    work: Annotated[Path, typer.Option(metavar="DIR", help="Directory for all results; completed steps in it are kept.")] = Path(
         "bench-scale"
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print json and nothing else on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
 ) -> None:
     """Quantize, export and build a published architecture with random weights; print time and peak memory of each step."""
-    import datetime
-
-    from edm_deploy_tools.common.machine import machine, versions
+    from edm_deploy_tools.common.machine import measurement_conditions
     from edm_deploy_tools.inspection.architectures import architecture as architecture_named
     from edm_deploy_tools.inspection.architectures import with_layers
     from edm_deploy_tools.inspection.random_model import weight_bytes, write_random_model
@@ -175,22 +182,20 @@ def main(
         write_random_model(chosen, model, size=size)
     records = run_steps(steps, place)
     float_bytes = weight_bytes(model)
-    # Limits are those of a whole model: in a few blocks embedders weigh most, and the interpreter is larger than the weights.
-    found = [] if layers else verdicts(architecture, bits, records, float_bytes)
+    # The limits apply to complete models: of a few blocks the embedders are the largest part, and the interpreter is larger than the weights.
+    limits = [] if layers else verdicts(architecture, bits, records, float_bytes)
     conditions = {
         "model": f"{chosen.title}, {chosen.parameters:,} parameters, random weights, {float_bytes / 1e9:.2f} GB as float16",
-        "scheme": f"{bits}, {rows} rows, {trajectories} trajectories, latents {size or 'of its own size'}",
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        **machine(),
-        **versions(),
+        "scheme": f"{bits}, {rows} rows, {trajectories} trajectories, latents {size or 'of the native size'}",
+        **measurement_conditions(),
     }
     if as_json:
-        console.print_json({"conditions": conditions, "steps": records, "limits": found, "asked": [asdict(step) for step in steps]})
+        console.print_json({"conditions": conditions, "steps": records, "limits": limits, "asked": [asdict(step) for step in steps]})
         return
     console.print_facts(conditions)
-    console.print_table("Each step in a process of its own", _rows(records, float_bytes))
-    if found:
-        console.print_table("Limits", found)
+    console.print_table("Each step in a new process", _rows(records, float_bytes))
+    if limits:
+        console.print_table("Limits", limits)
 
 
 def _rows(records: Mapping[str, Mapping[str, Any]], float_bytes: int) -> list[console.Row]:

@@ -1,6 +1,6 @@
-"""Expected time of a model's layers on a GPU in float16, INT8 and INT4: what bounds each, where 4 bits pay, and where INT8 is the better choice.
+"""Expected time of a model's layers on a GPU in float16, INT8 and INT4: the bound of each layer, and where INT4 is faster than INT8.
 
-Everything here is expected, from engines/performance/roofline.py; nothing is measured.
+All times are expected, from engines/performance/roofline.py; nothing is measured.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from edm_deploy.runtime.capabilities import code_format as codes_of
 from edm_deploy_tools.common import console, run_app
 from edm_deploy_tools.common.console import Row
 from edm_deploy_tools.inspection.describe import kind_of
-from edm_deploy_tools.inspection.describe_model import outline_of
+from edm_deploy_tools.inspection.describe_model import pipeline_config_of
 from engines.performance.gpus import Gpu, gpu_named
 from engines.performance.roofline import MAIN_LOOP, Expected, Matmul, Precision, expected, faster_as_int8
 
 NOTE = (
-    "Expected, not measured. Layers and attention's matmuls only: norms, additions and data movement come on top. "
-    "Our kernels as good as CUTLASS's; see engines/profiles/measured.toml for the model's errors."
+    "Expected, not measured. Only layers and the matmuls of attention: norms, additions and data movement add to this. "
+    "Assumes kernels as efficient as CUTLASS's; engines/profiles/measured.toml has the errors of this model."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layers:
-    """What a roofline is drawn of.
+class ModelLayers:
+    """The layers of a model for a roofline.
 
     Attributes:
-        name: As the user gave it.
-        work: Of the model.
+        name: Name that the user gave.
+        work: Work of the layers.
         four_bit: Sites that INT4 kernels can compute.
     """
 
@@ -53,14 +53,14 @@ class Roofline:
 
     Attributes:
         layers: The model.
-        gpu, batch: Where, and samples a call.
-        fused: Whether quantization is part of the kernel before.
-        sites: Expected times by site and precision; INT4 only where the site's codes fit.
-        outside: Seconds of attention's own matmuls in float16.
+        gpu, batch: The GPU, and samples per call.
+        fused: Whether quantization is part of the preceding kernel.
+        sites: Expected times by site and precision; INT4 only if the site's codes fit.
+        outside: Seconds of the matmuls of attention, in float16.
         as_int8: Sites that could run in INT4 but are no slower in INT8.
     """
 
-    layers: Layers
+    layers: ModelLayers
     gpu: Gpu
     batch: int
     fused: bool
@@ -68,17 +68,17 @@ class Roofline:
     outside: float
     as_int8: frozenset[str]
 
-    def chosen(self, site: str, widest: Precision) -> Expected:
-        """What a site runs as where nothing narrower than `widest` is allowed."""
+    def chosen(self, site: str, precision: Precision) -> Expected:
+        """Expected time of a site in precision `precision`, or in INT8 if it cannot run in that."""
         times = self.sites[site]
-        return times.get(widest, times["int8"])
+        return times.get(precision, times["int8"])
 
     def fastest(self, site: str) -> Expected:
-        """INT4 where it is faster, else INT8."""
+        """Expected time of a site in INT4 if that is faster, else in INT8."""
         return self.chosen(site, "int8" if site in self.as_int8 else "int4")
 
-    def plans(self) -> dict[str, list[Expected]]:
-        """The layers' times under each choice of precision."""
+    def times_by_precision(self) -> dict[str, list[Expected]]:
+        """Expected times of the layers for each choice of precision."""
         return {
             "float16": [self.chosen(site, "float16") for site in self.sites],
             "INT8": [self.chosen(site, "int8") for site in self.sites],
@@ -87,32 +87,32 @@ class Roofline:
         }
 
 
-def layers_of(path_or_name: str) -> Layers:
-    """A float model, as if quantized to W4A4, or an artifact as it is.
+def layers_of(path_or_name: str) -> ModelLayers:
+    """Layers of a float model as if quantized to W4A4, or of an artifact with its schemes.
 
     Raises:
-        InputError: Neither.
-        ArtifactError, UnsupportedError: Damaged, or of no known family.
+        InputError: The path is an ONNX directory or an engine.
+        ArtifactError, UnsupportedError: The model or artifact is damaged, or there is no family for it.
     """
     kind = kind_of(path_or_name)
     if kind == "artifact":
         artifact = Artifact.load(Path(path_or_name))
         work = _sites_only(model_work(artifact.family_object, artifact.config, artifact.structure), artifact.sites)
         four = frozenset(name for name, site in artifact.sites.items() if site.activation and codes_of(site) != "s8")
-        return Layers(name=path_or_name, work=work, four_bit=four)
+        return ModelLayers(name=path_or_name, work=work, four_bit=four)
     if kind != "model":
         raise InputError(f"{path_or_name} is an {kind} directory; expected a model, an architecture's name or an artifact.")
-    outline = outline_of(path_or_name)
-    family = outline.family_object
-    work = model_work(family, outline.config)
-    return Layers(name=outline.name, work=work, four_bit=_quantized(family, work))
+    pipeline = pipeline_config_of(path_or_name)
+    family = pipeline.family_object
+    work = model_work(family, pipeline.config)
+    return ModelLayers(name=pipeline.name, work=work, four_bit=_quantized(family, work))
 
 
-def roofline(layers: Layers, gpu: Gpu, batch: int, *, fused: bool = False) -> Roofline:
+def roofline(layers: ModelLayers, gpu: Gpu, batch: int, *, fused: bool = False) -> Roofline:
     """Expected times of every site at one batch size.
 
     Raises:
-        InputError: The batch is smaller than 1.
+        InputError: The batch is below 1.
     """
     if batch < 1:
         raise InputError(f"--batch {batch}: expected 1 or more.")
@@ -134,11 +134,11 @@ def roofline(layers: Layers, gpu: Gpu, batch: int, *, fused: bool = False) -> Ro
     )
 
 
-def site_rows(found: Roofline) -> list[Row]:
-    """A line for each site, the longest first."""
+def site_rows(roof: Roofline) -> list[Row]:
+    """One row for each site, the slowest first."""
     rows = []
-    for name in sorted(found.sites, key=lambda name: -found.fastest(name).seconds):
-        times, best = found.sites[name], found.fastest(name)
+    for name in sorted(roof.sites, key=lambda name: -roof.fastest(name).seconds):
+        times, best = roof.sites[name], roof.fastest(name)
         row: dict[str, Any] = {"site": name, "bound by": best.bound, "tile": "{}x{}".format(*best.tile), "splits": best.splits}
         for precision in ("float16", "int8", "int4"):
             row[f"{precision} us"] = round(1e6 * times[precision].seconds, 2) if precision in times else None
@@ -146,10 +146,10 @@ def site_rows(found: Roofline) -> list[Row]:
     return rows
 
 
-def total_rows(found: Roofline) -> list[Row]:
-    """A line for each choice of precision: the layers of one step, and the step with attention's matmuls."""
+def total_rows(roof: Roofline) -> list[Row]:
+    """One row for each choice of precision: time of the layers of one step, and of the step with the matmuls of attention."""
     rows: list[Row] = []
-    for name, times in found.plans().items():
+    for name, times in roof.times_by_precision().items():
         layers = sum(time.seconds for time in times)
         spent: Counter[str] = Counter()
         for time in times:
@@ -158,10 +158,8 @@ def total_rows(found: Roofline) -> list[Row]:
             {
                 "precision": name,
                 "layers ms": round(1e3 * layers, 3),
-                "step ms": round(1e3 * (layers + found.outside), 3),
-                "over float16": round(
-                    (rows[0]["step ms"] if rows else 1e3 * (layers + found.outside)) / (1e3 * (layers + found.outside)), 2
-                ),
+                "step ms": round(1e3 * (layers + roof.outside), 3),
+                "over float16": round((rows[0]["step ms"] if rows else 1e3 * (layers + roof.outside)) / (1e3 * (layers + roof.outside)), 2),
                 "quantize %": round(100 * sum(time.quantize_seconds for time in times) / layers, 1),
                 **{f"{bound} %": round(100 * spent[bound] / layers, 1) for bound in ("tensor cores", "L2", "DRAM", "launch")},
             }
@@ -169,64 +167,64 @@ def total_rows(found: Roofline) -> list[Row]:
     return rows
 
 
-def facts_of(found: Roofline) -> dict[str, Any]:
-    """What the tables are about, and the answer in a line."""
+def facts_of(roof: Roofline) -> dict[str, Any]:
+    """Model, GPU, batch and assumptions of the tables, and a summary."""
     return {
-        "model": found.layers.name,
-        "GPU": f"{found.gpu.title} ({found.gpu.sm})" + ("" if found.gpu.has_int4 else ", without INT4 tensor cores: 4 bits run as INT8"),
-        "batch": found.batch,
-        "quantization": "in the kernel before" if found.fused else "a kernel of its own",
-        "advice": advice(found),
+        "model": roof.layers.name,
+        "GPU": f"{roof.gpu.title} ({roof.gpu.sm})" + ("" if roof.gpu.has_int4 else ", without INT4 tensor cores: 4 bits run as INT8"),
+        "batch": roof.batch,
+        "quantization": "in the preceding kernel" if roof.fused else "in a separate kernel",
+        "advice": advice(roof),
         "note": NOTE,
     }
 
 
-def advice(found: Roofline) -> str:
-    """Where 4 bits pay, in a sentence."""
-    four = found.layers.four_bit
+def advice(roof: Roofline) -> str:
+    """Where INT4 is faster, in a sentence."""
+    four = roof.layers.four_bit
     if not four:
         return "no site has 4-bit codes; INT8 throughout"
-    if not found.gpu.has_int4:
+    if not roof.gpu.has_int4:
         return "INT8 throughout; 4 bits save memory only"
-    words = [f"4 bits pay at {len(four) - len(found.as_int8)} of the {len(four)} sites that they fit"]
-    if found.as_int8:
-        words.append(f"INT8 is no slower at the other {len(found.as_int8)}")
-    slower = sum(times["float16"].seconds < found.fastest(name).seconds for name, times in found.sites.items())
+    words = [f"INT4 is faster at {len(four) - len(roof.as_int8)} of the {len(four)} sites whose codes fit"]
+    if roof.as_int8:
+        words.append(f"INT8 is no slower at the other {len(roof.as_int8)}")
+    slower = sum(times["float16"].seconds < roof.fastest(name).seconds for name, times in roof.sites.items())
     if slower:
-        words.append(f"{slower} of all would be faster still in float16: quantizing the input costs more than they gain")
+        words.append(f"{slower} of all sites would be faster in float16, because quantizing their input costs more than it gains")
     return "; ".join(words)
 
 
-def to_json(found: Roofline) -> dict[str, Any]:
-    """Everything, by name."""
+def to_json(roof: Roofline) -> dict[str, Any]:
+    """All figures by name."""
     return {
         "expected": True,
-        **facts_of(found),
-        "totals": total_rows(found),
-        "outside_ms": 1e3 * found.outside,
-        "as_int8": sorted(found.as_int8),
-        "sites": site_rows(found),
+        **facts_of(roof),
+        "totals": total_rows(roof),
+        "outside_ms": 1e3 * roof.outside,
+        "as_int8": sorted(roof.as_int8),
+        "sites": site_rows(roof),
     }
 
 
 def show(rooflines: Sequence[Roofline], top: int) -> None:
-    """Print facts, totals, and the `top` longest sites of each."""
-    for found in rooflines:
-        console.print_facts(facts_of(found))
-        console.print_table(f"Expected step on {found.gpu.title}, batch {found.batch}", total_rows(found))
-        rows = site_rows(found)
-        console.print_table(f"The {min(top, len(rows))} longest of {len(rows)} sites", rows[:top])
+    """Print facts, totals, and the `top` slowest sites of each."""
+    for roof in rooflines:
+        console.print_facts(facts_of(roof))
+        console.print_table(f"Expected step on {roof.gpu.title}, batch {roof.batch}", total_rows(roof))
+        rows = site_rows(roof)
+        console.print_table(f"The {min(top, len(rows))} slowest of {len(rows)} sites", rows[:top])
 
 
-def draw(path_or_name: str, gpu: str, batches: str, *, fused: bool = False) -> list[Roofline]:
-    """Rooflines of a model on a GPU, one for each of several batch sizes with commas.
+def rooflines_of(path_or_name: str, gpu: str, batches: str, *, fused: bool = False) -> list[Roofline]:
+    """Rooflines of a model on a GPU, one for each batch size in `batches`, separated by commas.
 
     Raises:
-        InputError: `batches` are no whole numbers.
+        InputError: `batches` contains something else than whole numbers.
         ArtifactError, UnsupportedError: As `layers_of` and `gpu_named`.
     """
     if not all(part.strip().isdigit() for part in batches.split(",")):
-        raise InputError(f"--batch {batches}: expected whole numbers with commas, for example 1,8.")
+        raise InputError(f"--batch {batches}: expected whole numbers separated by commas, for example 1,8.")
     device = gpu_named(gpu)
     layers = layers_of(path_or_name)
     return [roofline(layers, device, int(part), fused=fused) for part in batches.split(",")]
@@ -240,24 +238,26 @@ def _sites_only(work: ModelWork, names: Mapping[str, Any]) -> ModelWork:
     return replace(work, sites={name: site for name, site in work.sites.items() if name in names})
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = run_app.app_with()
 
 
 @app.command()
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, an architecture's name such as sd15, or an artifact.")],
-    gpu: Annotated[str, typer.Option(help="rtx3090, rtx4090, a100, h200.")] = "rtx3090",
-    batch: Annotated[str, typer.Option(help="Samples a call; several with commas.")] = "1,8",
-    top: Annotated[int, typer.Option(help="Sites to show.")] = 20,
-    fused: Annotated[bool, typer.Option("--fused", help="Quantization costs nothing: the kernel before writes codes.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print json and nothing else on stdout.")] = False,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, a published architecture such as sd15, or an artifact.")],
+    gpu: Annotated[str, typer.Option(help="GPU: rtx3090, rtx4090, a100 or h200.")] = "rtx3090",
+    batch: Annotated[str, typer.Option(help="Samples per call; several numbers with commas.")] = "1,8",
+    top: Annotated[int, typer.Option(help="Number of slowest sites to print.")] = 20,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Assume that quantization is part of the preceding kernel and takes no time.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
 ) -> None:
-    """Expected times of a model's layers. Example: python -m edm_deploy_tools.roofline sd15 --gpu rtx3090 --batch 1,8."""
-    found = draw(model, gpu, batch, fused=fused)
+    """Print expected times of a model's layers on a GPU. Example: python -m edm_deploy_tools.roofline sd15 --gpu rtx3090 --batch 1,8."""
+    rooflines = rooflines_of(model, gpu, batch, fused=fused)
     if as_json:
-        console.print_json({"rooflines": [to_json(one) for one in found]})
+        console.print_json({"rooflines": [to_json(one) for one in rooflines]})
         return
-    show(found, top)
+    show(rooflines, top)
 
 
 if __name__ == "__main__":

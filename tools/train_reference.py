@@ -1,6 +1,6 @@
-"""Train a small pixel-space diffusion model from pictures, on a CPU or a GPU, and write it as a diffusers pipeline.
+"""Train a small pixel-space diffusion model on images, on a CPU or a GPU, and write it as a diffusers pipeline.
 
-Run it with `python -m edm_deploy_tools.train_reference DATA --out DIR`. The model in assets/ was trained with these rates, steps and weights (its README).
+Run it with `python -m edm_deploy_tools.train_reference DATA --out DIR`. The model in assets/ was trained with the default settings (see its README).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calibration.run.memory import peak_memory
-from calibration.run.options import Progress
+from calibration.run.options import Interrupted
 from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.storage.directories import check_replaceable, new_directory, read_json, write_json
+from edm_deploy_tools.commands import options as opt
 from edm_deploy_tools.common import console, run_app
-from edm_deploy_tools.images.dataset import load_pictures
+from edm_deploy_tools.images.dataset import load_images
 from edm_deploy_tools.images.sample import grid_of
 
 STATE_JSON = "training.json"
@@ -34,17 +34,17 @@ SAVE_EVERY_SECONDS = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A training run; the defaults are the settings of the shipped model, whose README says how long it took.
+    """Settings of a training run; the defaults are those of the shipped model, whose README states the training time.
 
     Attributes:
         size: Height and width in pixels.
-        channels: Of each level, halving the map between levels.
+        channels: Channels of each level; height and width are halved between levels.
         steps: Optimizer steps.
-        batch: Pictures a step.
-        rate: Peak learning rate of AdamW, with a warm-up of 2 % and cosine decay.
-        ema: Decay of the moving average that is saved.
+        batch: Images per step.
+        rate: Peak learning rate of AdamW; linear warm-up over 2 % of the steps, then cosine decay.
+        ema: Decay of the moving average of the weights, which is saved.
         snr_gamma: Clamp of the loss weight min(SNR, gamma) / SNR. Source: min-SNR, arXiv 2303.09556.
-        seed: Of everything random.
+        seed: Random seed.
     """
 
     size: int = 32
@@ -65,54 +65,43 @@ class Settings:
             raise InputError(f"size {self.size} is not a multiple of {multiple}, which {len(self.channels)} levels need.")
 
 
-def train(pictures: Tensor, settings: Settings, out: Path, *, device: torch.device, resume: bool = False) -> Path:
-    """Train, and write a DDIMPipeline with the moving average of the weights (float16) into `out`.
+def train(images: Tensor, settings: Settings, out: Path, *, device: torch.device, resume: bool = False) -> Path:
+    """Train, and write a DDIMPipeline with the moving average of the weights in float16 into `out`.
 
     Args:
-        pictures: uint8 [N, 3, size, size].
-        settings: The run.
-        out: Directory to write; the training state stands beside it in `<out>.training` until it is done.
-        device: Where to train.
-        resume: Go on from that state.
+        images: uint8 [N, 3, size, size].
+        settings: Settings of the run.
+        out: Output directory; the training state is in `<out>.training`.
+        device: Device of the training.
+        resume: Whether to continue from that state.
 
     Raises:
-        ArtifactError: `out` holds something else, or there is no state to resume.
+        ArtifactError: `out` holds other files, or there is no state to resume.
+        Interrupted: Ctrl-C; the state is saved.
     """
     check_replaceable(out, marker=INDEX_NAME)
     state_path = out.with_name(out.name + ".training")
     scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=True)
     run = Training(settings, scheduler, device)
     first = run.load(state_path) if resume else 0
-    start = saved = time.monotonic()
-    show = console.plain_progress()
+    saved = time.monotonic()
+    step_done = console.training_progress(settings.steps, first=first, device=device)
     try:
         for step in range(first, settings.steps):
-            loss = run.step(step, pictures)
-            rate = (step + 1 - first) / (time.monotonic() - start)
-            show(
-                Progress(
-                    stage="train",
-                    step=step + 1,
-                    total=settings.steps,
-                    loss=loss,
-                    rate=rate,
-                    eta_seconds=(settings.steps - step - 1) / rate,
-                    memory_bytes=peak_memory(device),
-                )
-            )
+            step_done(step + 1, run.step(step, images))
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 run.save(state_path, step + 1)
                 saved = time.monotonic()
     except KeyboardInterrupt:
         run.save(state_path, step)
-        raise InputError(f"Interrupted before step {step + 1}; the state is in {state_path}. Run it again with --resume.") from None
+        raise Interrupted(f"Interrupted before step {step + 1}; the state is in {state_path}. Run it again with --resume.") from None
     with new_directory(out, marker=INDEX_NAME) as directory:
         save_pipeline(run.average, scheduler, directory)
     return out
 
 
 class Training:
-    """Model, moving average and optimizer. Each step draws from a generator of its own, so that a resumed run goes on as an uninterrupted one."""
+    """Model, moving average and optimizer. Each step has its own random generator, so that a resumed run is identical to an uninterrupted one."""
 
     def __init__(self, settings: Settings, scheduler: Any, device: torch.device) -> None:
         self.settings, self.device = settings, device
@@ -124,13 +113,13 @@ class Training:
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.rate, weight_decay=1e-2)
 
-    def step(self, number: int, pictures: Tensor) -> float:
-        """One optimizer step; the weighted loss."""
+    def step(self, number: int, images: Tensor) -> float:
+        """Run one optimizer step; returns the weighted loss."""
         settings = self.settings
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-        chosen = torch.randint(len(pictures), (settings.batch,), generator=generator)
+        chosen = torch.randint(len(images), (settings.batch,), generator=generator)
         flipped = torch.rand(settings.batch, 1, 1, 1, generator=generator) < 0.5
-        clean = pictures[chosen].float() / 127.5 - 1
+        clean = images[chosen].float() / 127.5 - 1
         clean = torch.where(flipped, clean.flip(-1), clean).to(self.device)
         noise = torch.randn(clean.shape, generator=generator).to(self.device)
         timesteps = torch.randint(len(self.alphas), (settings.batch,), generator=generator).to(self.device)
@@ -146,14 +135,14 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate * rate_factor(number, settings.steps)
         self.optimizer.step()
-        decay = min(settings.ema, (1 + number) / (10 + number))  # young averages forget the random start
+        decay = min(settings.ema, (1 + number) / (10 + number))  # a short average at first, to forget the random initialization
         with torch.no_grad():
             for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 mean.lerp_(value, 1 - decay)
         return float(loss.detach())
 
     def save(self, path: Path, step: int) -> None:
-        """Write the state, whole or not at all."""
+        """Write the state, completely or not at all."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
@@ -163,7 +152,7 @@ class Training:
             write_json(directory / STATE_JSON, {"step": step, "settings": repr(self.settings)})
 
     def load(self, path: Path) -> int:
-        """Go on from what `save` wrote; returns the number of steps done."""
+        """Restore a state that `save` wrote; returns the number of steps done."""
         description = read_json(path / STATE_JSON, what="training state")
         if description.get("settings") != repr(self.settings):
             raise ArtifactError(
@@ -181,7 +170,7 @@ class Training:
 
 
 def make_model(settings: Settings) -> nn.Module:
-    """A UNet2DModel with attention at the middle levels."""
+    """A UNet2DModel with attention at all levels except the first and the last."""
     levels = len(settings.channels)
     attention = [0 < level < levels - 1 for level in range(levels)]
     model: nn.Module = UNet2DModel(
@@ -197,7 +186,7 @@ def make_model(settings: Settings) -> nn.Module:
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over the first 2 % of the steps, then a cosine down to 0."""
+    """Factor of the learning rate: linear warm-up over the first 2 % of the steps, then cosine decay to 0."""
     warm_up = max(1, steps // 50)
     if step < warm_up:
         return (step + 1) / warm_up
@@ -205,7 +194,7 @@ def rate_factor(step: int, steps: int) -> float:
 
 
 def save_pipeline(model: nn.Module, scheduler: Any, directory: Path) -> None:
-    """A DDIMPipeline in float16 with safetensors weights, and samples.png."""
+    """Write a DDIMPipeline in float16 with safetensors weights, and samples.png."""
     pipeline = DDIMPipeline(unet=model.cpu().eval(), scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=16, num_inference_steps=50, generator=torch.Generator().manual_seed(0)).images
@@ -217,29 +206,29 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = run_app.app_with()
 
 
 @app.command()
 def command(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder of pictures, or a parquet file with columns img and label.")],
-    out: Annotated[Path, typer.Option(help="Directory to write.")],
-    label: Annotated[int | None, typer.Option(help="Only this class of a parquet file; 1 is CIFAR-10's automobile.")] = None,
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of images, or parquet file with columns img and label.")],
+    out: opt.Out,
+    label: Annotated[int | None, typer.Option(help="Class to load from a parquet file; 1 is automobile in CIFAR-10. Default: all.")] = None,
     size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 32,
-    channels: Annotated[str, typer.Option(help="Of each level, with commas.")] = "64,128,128",
+    channels: Annotated[str, typer.Option(help="Channels of each level, separated by commas.")] = "64,128,128",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 10_900,
-    batch: Annotated[int, typer.Option(help="Pictures a step.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run.")] = False,
+    batch: Annotated[int, typer.Option(help="Images per step.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Random seed, 0 to 2^32 - 1.")] = 0,
+    device: Annotated[str, typer.Option(help="Device: cpu or cuda.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
 ) -> None:
     """Train a small diffusion model. Example: python -m edm_deploy_tools.train_reference cifar10/train.parquet --label 1 --out cars."""
     if not all(part.strip().isdigit() for part in channels.split(",")):
-        raise InputError(f"--channels {channels}: expected whole numbers with commas, for example 64,128,128.")
+        raise InputError(f"--channels {channels}: expected whole numbers separated by commas, for example 64,128,128.")
     settings = Settings(size=size, channels=tuple(int(part) for part in channels.split(",")), steps=steps, batch=batch, seed=seed)
-    pictures = load_pictures(data, size=size, label=label)
-    sys.stderr.write(f"{len(pictures)} pictures\n")
-    console.wrote(train(pictures, settings, out, device=torch.device(device), resume=resume), "diffusers pipeline, float16")
+    images = load_images(data, size=size, label=label)
+    sys.stderr.write(f"{len(images)} images\n")
+    console.wrote(train(images, settings, out, device=torch.device(device), resume=resume), "diffusers pipeline, float16")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What models are calibrated and trained on: trajectories of the model's own, prompts, activation samples."""
+"""Inputs for calibration and training: sampling trajectories of the model, prompts, activation samples."""

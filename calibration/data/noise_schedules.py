@@ -1,4 +1,4 @@
-"""Where samples stop and how they get from one stop to the next, each at a position of its own: diffusion's alphas, flow matching's sigmas."""
+"""Timesteps of a trajectory and its sampling step, with each sample at its own timestep: diffusion's alphas, flow matching's sigmas."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def calibrated_timesteps(
     rows: int,
     sigmas: Sequence[float] | None = None,
 ) -> Tensor:
-    """The timesteps of a `rows`-step sampling on the model's own scheduler, rounded to integers: int32 [R], ascending.
+    """The timesteps of sampling in `rows` steps with the model's own scheduler, rounded to integers: int32 [R], ascending.
 
     Args:
         scheduler: The model's own.
-        rows: How many.
-        sigmas: Where the model's pipeline spaces them itself, `Family.sigmas`.
+        rows: Number of sampling steps.
+        sigmas: Sigmas as the model's pipeline sets them, `Family.sigmas`; None leaves them to the scheduler.
 
     Raises:
         InputError: More rows than the schedule has timesteps.
@@ -40,7 +40,7 @@ def calibrated_timesteps(
 
 
 class Schedule(Protocol):
-    """The scheduler's arithmetic for samples that stand at different timesteps.
+    """Sampling step of a scheduler, for samples at different timesteps.
 
     Attributes:
         timesteps: [R], descending, in the units of the training schedule.
@@ -51,14 +51,14 @@ class Schedule(Protocol):
         """[R], descending."""
 
     def previous(self, sample: Tensor, prediction: Tensor, positions: Tensor, noise: Tensor, eta: float) -> Tensor:
-        """One step, each sample at its own position.
+        """One step, each sample from its own position.
 
         Args:
             sample: float32 [B, ...].
             prediction: float32, the same shape.
             positions: int64 [B], indices into `timesteps`.
             noise: float32, the same shape, standard normal.
-            eta: Share of fresh noise: 0 takes none, 1 all that the process allows.
+            eta: Share of fresh noise: 0 is none, 1 as much as the process allows.
 
         Returns:
             float32, the same shape: the samples one position further.
@@ -71,8 +71,8 @@ class DiffusionSchedule:
 
     Attributes:
         timesteps: int64 [R], descending.
-        alphas: float64 [R + 1], the cumulated alpha at each timestep; the last is that of the finished sample.
-        prediction: What the model predicts: `epsilon`, `v_prediction` or `sample`.
+        alphas: float64 [R + 1], the cumulative alpha at each timestep; the last is that of the finished sample.
+        prediction: Prediction type: `epsilon`, `v_prediction` or `sample`.
         clip: Bound of the predicted clean sample, or None.
     """
 
@@ -82,7 +82,7 @@ class DiffusionSchedule:
     clip: float | None
 
     def previous(self, sample: Tensor, prediction: Tensor, positions: Tensor, noise: Tensor, eta: float) -> Tensor:
-        """One DDIM step; eta 1 takes as much noise as DDPM.
+        """One DDIM step; eta 1 adds as much noise as DDPM.
 
         Source: DDIM, arXiv 2010.02502, equations 12 and 16.
         """
@@ -109,7 +109,7 @@ class FlowSchedule:
     """Flow matching: a sample is (1 - sigma) clean + sigma noise, and the model predicts the velocity noise - clean.
 
     Attributes:
-        sigmas: float64 [R + 1], descending; the last is 0, the finished sample's.
+        sigmas: float64 [R + 1], descending; the last is 0, that of the finished sample.
         length: Timesteps of the training schedule: timestep = sigma * length.
     """
 
@@ -122,7 +122,7 @@ class FlowSchedule:
         return (self.sigmas[:-1] * self.length).float()
 
     def previous(self, sample: Tensor, prediction: Tensor, positions: Tensor, noise: Tensor, eta: float) -> Tensor:
-        """One Euler step along the velocity. With eta above 0 that share of the step goes by way of the clean sample and fresh noise.
+        """One Euler step along the velocity. eta interpolates linearly towards the estimated clean sample re-noised with fresh noise.
 
         Source: Lipman et al., Flow Matching for Generative Modeling, arXiv 2210.02747, section 2; Esser et al., arXiv 2403.03206, equation 1.
         """
@@ -138,24 +138,24 @@ def schedule_of(scheduler: Any, timesteps: Tensor) -> Schedule:  # Any: as above
     """The schedule of a diffusers scheduler at `timesteps`, int [R] ascending.
 
     Raises:
-        UnsupportedError: It is neither flow matching nor a diffusion schedule with cumulated alphas, or its prediction type is unknown.
+        UnsupportedError: It is neither flow matching nor a diffusion schedule with cumulative alphas, or its prediction type is unknown.
     """
     descending = timesteps.long().flip(0)
     if is_flow(scheduler):
         if scheduler.config.get("invert_sigmas", False):
             raise UnsupportedError(
-                f"{type(scheduler).__name__} with invert_sigmas counts sigmas upwards, which no trajectory here does. Set invert_sigmas to false."
+                f"{type(scheduler).__name__} with invert_sigmas has ascending sigmas; trajectories need descending ones. Set invert_sigmas to false."
             )
         length = int(scheduler.config.num_train_timesteps)
         sigmas = descending.double() / length
-        # Flow matching starts at sigma 1, timestep `length`: it has no row of its own and takes that of the last timestep.
+        # Flow matching starts at sigma 1, timestep `length`, which has no row; the last timestep, `length - 1`, represents it.
         sigmas[descending == length - 1] = 1.0
         return FlowSchedule(torch.cat([sigmas, sigmas.new_zeros(1)]), length)
     alphas = getattr(scheduler, "alphas_cumprod", None)
     prediction = scheduler.config.get("prediction_type", "epsilon")
     if alphas is None or prediction not in ("epsilon", "v_prediction", "sample"):
         raise UnsupportedError(
-            f"{type(scheduler).__name__} with prediction type {prediction!r} has no trajectory here; "
+            f"{type(scheduler).__name__} with prediction type {prediction!r} is not supported; "
             "expected flow matching, or a diffusion schedule that predicts epsilon, v_prediction or sample."
         )
     final = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0)).double().reshape(1)

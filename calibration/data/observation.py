@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ActivationSamples:
-    """What one site was fed at one row.
+    """Values of one site's input at one row.
 
     Attributes:
-        values: float32 [N], drawn at random from all values.
-        low: The smallest of all values.
-        high: The largest.
+        values: float32 [N], a random subset of all values.
+        low: Minimum of all values.
+        high: Maximum of all values.
     """
 
     values: Tensor
@@ -23,10 +23,10 @@ class ActivationSamples:
     high: float
 
     def __add__(self, other: ActivationSamples) -> ActivationSamples:
-        """What was fed at either row."""
+        """Values of both rows together."""
         return ActivationSamples(torch.cat([self.values, other.values]), min(self.low, other.low), max(self.high, other.high))
 
-    def thinned(self, times: int, generator: torch.Generator) -> ActivationSamples:
-        """One of so many values, drawn at random; the smallest and the largest are known still."""
-        count = -(-len(self.values) // times)
+    def subsample(self, factor: int, generator: torch.Generator) -> ActivationSamples:
+        """A random `1 / factor` of the values, rounded up; minimum and maximum stay those of all values."""
+        count = -(-len(self.values) // factor)
         return ActivationSamples(self.values[torch.randint(len(self.values), (count,), generator=generator)], self.low, self.high)

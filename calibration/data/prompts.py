@@ -1,12 +1,12 @@
-"""What text-conditional models are told while they are calibrated: a short list that asks for many kinds of pictures, or a file of the user's."""
+"""Prompts for calibrating text-conditional models: a built-in list of diverse prompts, or a file given by the user."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from edm_deploy.errors import InputError
+from edm_deploy.pipelines.prompt_file import read_prompts
 
-# Subjects, styles, light, counts, written words, lengths: ranges must hold for what people really ask. The empty prompt is the last.
+# Varied in subject, style, light, counts, written words and length, because ranges must cover the prompts of real use. The last is the empty prompt.
 PROMPTS = (
     "a photograph of a red bicycle leaning against a stone wall",
     "two children building a sandcastle at low tide, evening light",
@@ -76,21 +76,12 @@ PROMPTS = (
 
 
 def prompts_of(path: Path | None) -> tuple[str, ...]:
-    """The prompts of a text file, one a line, or the built-in ones.
+    """The prompts of a text file, one per line, or the built-in ones.
 
     Args:
-        path: UTF-8; empty lines are left out. None takes the built-in list.
+        path: UTF-8; empty lines are skipped. None selects the built-in list.
 
     Raises:
-        InputError: The file cannot be read, or holds no prompt.
+        InputError: The file cannot be read, or contains no prompt.
     """
-    if path is None:
-        return PROMPTS
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-        raise InputError(f"--prompts {path} cannot be read ({err}). Expected a text file with one prompt a line.") from err
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise InputError(f"--prompts {path} holds no prompt. Expected a text file with one prompt a line.")
-    return prompts
+    return PROMPTS if path is None else read_prompts(path)

@@ -1,8 +1,8 @@
-"""Where inputs come from without data: a pool of samples in flight, each at a timestep of its own, led by the teacher's prediction."""
+"""Data-free inputs: a pool of samples at different timesteps of their sampling trajectories, which the teacher's predictions advance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,46 +12,48 @@ from calibration.data.noise_schedules import schedule_of
 from edm_deploy.pipelines.guidance import Conditioner, Conditioning
 from edm_deploy.pipelines.source import Source
 
+FORWARD_BATCH = 32  # samples per forward pass without gradients
+
 
 @dataclass(frozen=True)
 class Batch:
     """Samples taken from the pool.
 
     Attributes:
-        members: int64 [B], their indices in the pool.
-        sample: float32 [B, ...], as the schedule walks them.
+        indices: int64 [B], their indices in the pool.
+        sample: float32 [B, ...], noisy samples as the schedule defines them.
         timestep: float32 [B].
-        conditioning: What they are told.
+        conditioning: Labels, text embeddings and guidance.
     """
 
-    members: Tensor
+    indices: Tensor
     sample: Tensor
     timestep: Tensor
     conditioning: Conditioning
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """Graph inputs by name: [B, ...] each, or [2 B, ...] where the model is guided."""
+        """Graph inputs by name: [B, ...] each, or [2 B, ...] under classifier-free guidance."""
         return self.conditioning.inputs(self.sample, self.timestep)
 
 
 class Trajectories:
-    """A pool of samples. Taken in turn, so that a pool staggered over the schedule gives batches balanced over the rows, for ever.
+    """A pool of samples, used cyclically: once staggered over the schedule, all batches are balanced over the rows.
 
-    Always: sample i stands at `schedule.timesteps[position[i]]`. All randomness is drawn from one CPU generator, in a fixed order.
+    Always true: sample i is at `schedule.timesteps[position[i]]`. All random numbers come from one CPU generator, in a fixed order.
 
     Args:
         source: The model, its scheduler and family.
-        timesteps: int32 [R] ascending: where samples stop.
-        size: Number of samples in flight.
-        eta: Fresh noise of each step, 0 to 1.
-        seed: Of the noise and the conditioning.
-        device: Where the samples live.
-        conditioner: Draws what they are told; None draws it at random and guides as the family does.
+        timesteps: int32 [R] ascending: the timesteps of a trajectory.
+        size: Number of samples in the pool.
+        eta: Share of fresh noise in each step, 0 to 1.
+        seed: Seed of the noise and the conditioning.
+        device: Device of the samples.
+        conditioner: Draws the conditioning; None draws it at random, with the family's guidance.
     """
 
     position: Tensor
-    next_member: int
+    next_index: int
     sample: Tensor
     conditioning: dict[str, Tensor]
 
@@ -75,75 +77,75 @@ class Trajectories:
 
     @property
     def rows(self) -> int:
-        """Number of timesteps that a trajectory visits."""
+        """Number of timesteps of a trajectory."""
         return len(self.schedule.timesteps)
 
-    def take(self, count: int) -> Batch:
-        """The next `count` samples in turn."""
-        members = (self.next_member + torch.arange(count)) % self.size
-        self.next_member = (self.next_member + count) % self.size
-        return self._batch(members)
+    def next_batch(self, count: int) -> Batch:
+        """The next `count` samples of the pool, cyclically."""
+        indices = (self.next_index + torch.arange(count)) % self.size
+        self.next_index = (self.next_index + count) % self.size
+        return self._batch(indices)
 
     def advance(self, batch: Batch, prediction: Tensor) -> None:
-        """Move the samples of a batch one timestep on, by the teacher's prediction; the finished ones start anew.
+        """Move the samples of a batch one timestep further; finished samples restart from noise.
 
         Args:
-            batch: As `take` gave it.
-            prediction: float [B, ...], of both halves together where guided.
+            batch: A batch of this pool.
+            prediction: float [B, ...], combined under classifier-free guidance.
         """
-        members = batch.members
-        self.sample[members] = self._stepped(members, prediction)
-        self.position[members] += 1
-        finished = members[self.position[members] == self.rows]
+        indices = batch.indices
+        self.sample[indices] = self._stepped(indices, prediction)
+        self.position[indices] += 1
+        finished = indices[self.position[indices] == self.rows]
         if len(finished):
             self.sample[finished] = self._noise(len(finished))
             self.position[finished] = 0
             for name, value in self._conditioning(len(finished)).items():
                 self.conditioning[name][finished] = value
 
-    def sweep(self, batch: int) -> Iterator[tuple[int, list[Batch]]]:
-        """Lead all samples once through the whole schedule, and leave them staggered evenly over it.
+    def traverse_schedule(self, batch: int) -> Iterator[tuple[int, list[Batch]]]:
+        """Move all samples once through the whole schedule, and leave them evenly staggered over it.
 
         Yields:
-            The table row (timesteps ascend with it) and its batches of up to `batch` samples; the consumer calls `advance` on each.
+            The table row (ascending with the timestep) and its batches of up to `batch` samples; the caller calls `advance` on each.
         """
-        kept = torch.empty_like(self.sample)
+        staggered = torch.empty_like(self.sample)
         conditioning = {name: value.clone() for name, value in self.conditioning.items()}
         target = torch.arange(self.size) % self.rows if self.size >= self.rows else torch.arange(self.size) * self.rows // self.size
         for position in range(self.rows):
-            kept[target == position] = self.sample[target == position]
-            yield self.rows - 1 - position, [self._batch(members) for members in torch.split(torch.arange(self.size), batch)]
-        self.sample, self.position, self.conditioning = kept, target, conditioning
+            staggered[target == position] = self.sample[target == position]
+            yield self.rows - 1 - position, [self._batch(indices) for indices in torch.split(torch.arange(self.size), batch)]
+        self.sample, self.position, self.conditioning = staggered, target, conditioning
 
     def restart(self) -> None:
-        """Begin anew: fresh noise and conditioning, every sample at the first timestep."""
+        """Restart all samples: new noise and conditioning at the first timestep."""
         self.position = torch.zeros(self.size, dtype=torch.int64)
-        self.next_member = 0
+        self.next_index = 0
         self.sample = self._noise(self.size)
         self.conditioning = self._conditioning(self.size)
 
     def state(self) -> dict[str, Tensor]:
-        """All that decides what comes next, by name."""
-        state = {"sample": self.sample, "position": self.position, "next_member": torch.tensor([self.next_member])}
+        """Everything that determines the following batches, by name."""
+        state = {"sample": self.sample, "position": self.position, "next_member": torch.tensor([self.next_index])}
         state["generator"] = self.generator.get_state()
         return state | {f"conditioning.{name}": value for name, value in self.conditioning.items()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from the result of `state`."""
         self.sample = state["sample"].to(self.device)
         self.position = state["position"].clone()
-        self.next_member = int(state["next_member"])
+        self.next_index = int(state["next_member"])
         self.generator.set_state(state["generator"])
         self.conditioning = {name: state[f"conditioning.{name}"].to(self.device) for name in self.conditioning}
 
-    def _batch(self, members: Tensor) -> Batch:
-        timestep = self.schedule.timesteps[self.position[members]].float().to(self.device)
-        given = {name: value[members] for name, value in self.conditioning.items()}
-        return Batch(members, self.sample[members], timestep, self.conditioner.of(given))
+    def _batch(self, indices: Tensor) -> Batch:
+        timestep = self.schedule.timesteps[self.position[indices]].float().to(self.device)
+        conditioning = {name: value[indices] for name, value in self.conditioning.items()}
+        return Batch(indices, self.sample[indices], timestep, self.conditioner.of(conditioning))
 
-    def _stepped(self, members: Tensor, prediction: Tensor) -> Tensor:
-        noise = self._noise(len(members)) if self.eta else torch.zeros_like(self.sample[members])
-        return self.schedule.previous(self.sample[members], prediction.float(), self.position[members], noise, self.eta)
+    def _stepped(self, indices: Tensor, prediction: Tensor) -> Tensor:
+        noise = self._noise(len(indices)) if self.eta else torch.zeros_like(self.sample[indices])
+        return self.schedule.previous(self.sample[indices], prediction.float(), self.position[indices], noise, self.eta)
 
     def _noise(self, count: int) -> Tensor:
         return torch.randn(count, *self.shape, generator=self.generator).to(self.device)

@@ -1,1 +1,1 @@
-"""Observe activations and weights, and choose scales, pre-scales and bit widths from what was observed."""
+"""Observation of activations and weights, and the scales, pre-scales and bit widths that follow from it."""

@@ -1,25 +1,25 @@
-"""Points in groups: k-means without chance, and the best partition of a sequence into stretches."""
+"""Clustering: deterministic k-means, and the optimal partition of a sequence into contiguous segments."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-ROUNDS = 100  # of k-means; it stops by itself after a few
+MAX_ITERATIONS = 100  # of k-means, which converges after a few
 
 
 def cluster(points: Tensor, count: int) -> Tensor:
-    """k-means, started from the best stretches: nothing is drawn at random, and the result is never worse than those.
+    """k-means initialized with the optimal contiguous segments: deterministic, and the result is never worse than those.
 
     Args:
-        points: float [N, F], in an order in which neighbours are alike.
-        count: Number of groups.
+        points: float [N, F], ordered so that neighbours are similar.
+        count: Number of clusters.
 
     Returns:
-        int64 [N], group of each point; numbered from 0 in the order in which they first occur, at most `count`.
+        int64 [N], cluster of each point; numbered from 0 in the order of first occurrence, at most `count`.
     """
     groups = segment(points, count)
-    for _ in range(ROUNDS):
+    for _ in range(MAX_ITERATIONS):
         nearest = torch.cdist(points.double(), centroids_of(points, groups).double()).argmin(1)
         if torch.equal(nearest, groups):
             break
@@ -28,11 +28,11 @@ def cluster(points: Tensor, count: int) -> Tensor:
 
 
 def segment(points: Tensor, count: int) -> Tensor:
-    """The partition of a sequence into `count` stretches with the least squared distance from their means; exact, by dynamic programming.
+    """The partition of a sequence into `count` contiguous segments with the least squared distance to their means; exact, by dynamic programming.
 
     Args:
         points: float [N, F].
-        count: Number of groups; as many as there are points where it is more.
+        count: Number of segments; limited to the number of points.
 
     Returns:
         int64 [N], ascending from 0.
@@ -41,10 +41,10 @@ def segment(points: Tensor, count: int) -> Tensor:
     """
     total, count = len(points), min(count, len(points))
     cost = _costs(points.double())
-    best = cost[0].clone()  # best[i]: points 0..i in as many stretches as so far
+    best = cost[0].clone()  # best[i]: cost of points 0..i in the current number of segments
     cuts = torch.zeros(count, total, dtype=torch.int64)
     for group in range(1, count):
-        # The last stretch is start..i: all before it stand in one stretch less.
+        # The last segment is start..i; the points before it form one segment less.
         before = torch.cat([best.new_full((1,), torch.inf), best[:-1]])
         options = before[:, None] + cost
         best, cuts[group] = options.min(0)
@@ -57,12 +57,12 @@ def segment(points: Tensor, count: int) -> Tensor:
 
 
 def centroids_of(points: Tensor, groups: Tensor) -> Tensor:
-    """Mean of each group, float [G, F]; every number from 0 to the largest occurs."""
+    """Mean of each cluster, float [G, F]; every number from 0 to the largest must occur."""
     return torch.stack([points[groups == group].mean(0) for group in range(int(groups.max()) + 1)])
 
 
 def memberships(points: Tensor, groups: Tensor) -> Tensor:
-    """How much each point belongs to each group, float [N, G], each row summing to 1: Gaussians about the means, as wide as the groups are."""
+    """Membership of each point in each cluster, float [N, G], each row sums to 1: Gaussians around the means, with the variance of the clusters."""
     centres = centroids_of(points, groups)
     apart = torch.cdist(points, centres).square()
     width = apart.gather(1, groups[:, None]).mean().clamp(min=torch.finfo(apart.dtype).tiny)
@@ -70,7 +70,7 @@ def memberships(points: Tensor, groups: Tensor) -> Tensor:
 
 
 def _costs(points: Tensor) -> Tensor:
-    """Squared distance of points start..end from their mean, float64 [start, end]; infinite where end is before start."""
+    """Squared distance of points start..end to their mean, float64 [start, end]; infinite if end is before start."""
     count = len(points)
     sums = torch.cat([points.new_zeros(1, points.shape[1]), points.cumsum(0)])
     squares = torch.cat([points.new_zeros(1), points.square().sum(1).cumsum(0)])
@@ -83,6 +83,6 @@ def _costs(points: Tensor) -> Tensor:
 
 
 def _renumbered(groups: Tensor) -> Tensor:
-    """Groups numbered in the order in which they first occur, without gaps."""
+    """Clusters numbered in the order of first occurrence, without gaps."""
     numbers: dict[int, int] = {}
     return torch.tensor([numbers.setdefault(int(group), len(numbers)) for group in groups])

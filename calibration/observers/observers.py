@@ -1,4 +1,4 @@
-"""Calibration: what each site is fed at each row of its table, along trajectories, and the range that a recipe makes of it."""
+"""Forward pre-hooks that collect statistics of the inputs of the teacher's layers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from calibration.data.observation import ActivationSamples
 
-SAMPLES_PER_BATCH = 1 << 14  # values kept of each site's input in one batch: enough for percentiles, and sorted in a millisecond
+SAMPLES_PER_BATCH = 1 << 14  # values kept of each site's input per batch: enough for percentiles, sorted in a millisecond
 
 
 class Observer:
-    """Collects one site's input over the batches of one row. A forward pre-hook of the teacher's layer."""
+    """Forward pre-hook that collects a random subset of one site's input over the batches of one row, and its minimum and maximum including 0."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
@@ -19,7 +19,7 @@ class Observer:
         self.low, self.high = 0.0, 0.0
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Look at one batch; a pre-hook gets the layer and its arguments."""
+        """Observe one batch; a pre-hook receives the layer and its arguments."""
         x = args[0]
         low, high = torch.aminmax(x)
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
@@ -28,47 +28,47 @@ class Observer:
             flat = flat[torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=self.generator).to(flat.device)]
         self.parts.append(flat.float().cpu())
 
-    def take(self) -> ActivationSamples:
-        """The observation so far; the observer starts anew."""
-        observation = ActivationSamples(torch.cat(self.parts), self.low, self.high)
+    def pop(self) -> ActivationSamples:
+        """The samples collected so far; resets the observer."""
+        samples = ActivationSamples(torch.cat(self.parts), self.low, self.high)
         self.parts, self.low, self.high = [], 0.0, 0.0
-        return observation
+        return samples
 
 
 class MinMaxObserver:
-    """The smallest and largest of all values that one site was fed, 0 among them. A forward pre-hook of the teacher's layer."""
+    """Forward pre-hook that records the minimum and maximum of one site's input, including 0."""
 
     def __init__(self) -> None:
         self.low, self.high = 0.0, 0.0
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Look at one batch; a pre-hook gets the layer and its arguments."""
+        """Observe one batch; a pre-hook receives the layer and its arguments."""
         low, high = torch.aminmax(args[0])
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
 
-    def take(self) -> tuple[float, float]:
-        """Both; it starts anew."""
-        found = self.low, self.high
+    def pop(self) -> tuple[float, float]:
+        """Minimum and maximum so far; resets the observer."""
+        extremes = self.low, self.high
         self.low, self.high = 0.0, 0.0
-        return found
+        return extremes
 
 
 class InputMean:
-    """The mean of each input channel over all batches of all rows. A forward pre-hook of the teacher's layer."""
+    """Forward pre-hook that averages each input channel over all batches of all rows; batches have equal weight."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.batches = 0
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Look at one batch; a pre-hook gets the layer and its arguments."""
+        """Observe one batch; a pre-hook receives the layer and its arguments."""
         x = args[0]
         channel = 1 if isinstance(layer, nn.Conv2d) else x.ndim - 1
         mean = x.mean(dim=[axis for axis in range(x.ndim) if axis != channel])
         self.total = mean if self.total is None else self.total + mean
         self.batches += 1
 
-    def take(self) -> Tensor:
-        """float32 [Cin]."""
-        assert self.total is not None  # every site is run in every forward
+    def value(self) -> Tensor:
+        """Mean of each input channel, float32 [Cin]."""
+        assert self.total is not None  # every site runs in every forward pass
         return self.total / self.batches

@@ -1,4 +1,4 @@
-"""Scales and bounds from what was seen: the arithmetic that recipes choose from."""
+"""Search for scales and bounds of weights and activations."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 from calibration.student.quantization_spec import LayerSpec, QuantRange
 from edm_deploy.numerics.codes import weight_bounds
 
-SMALLEST_SCALE = 1e-8  # of a channel or a tensor that is all zeros
-PIECE = 1 << 18  # weights searched at a time: two buffers of 1 MiB stay in a core's cache
-SAMPLE = 512  # weights of a channel that find the neighbourhood of its best scale,
-LARGEST = 16  # with its largest ones
-COARSE = 5  # every fifth candidate is tried on the sample
-FINE = (-4, -2, 0, 2, 4)  # around the best of these, on all weights
+SMALLEST_SCALE = 1e-8  # scale of a channel or a tensor that is all zeros
+CHUNK = 1 << 18  # weights searched at a time: two buffers of 1 MiB stay in a core's cache
+SAMPLE = 512  # weights of a channel that locate the minimum,
+LARGEST = 16  # with the largest ones in addition
+COARSE = 5  # every fifth candidate is evaluated on the sample
+FINE = (-4, -2, 0, 2, 4)  # offsets from the best of these, evaluated on all weights
 
 
 def range_between(low: float, high: float, spec: LayerSpec) -> QuantRange:
-    """The range whose codes reach from `low` to `high`, widened to hold 0."""
+    """The range whose codes span `low` to `high`, extended to contain 0."""
     low, high = min(low, 0.0), max(high, 0.0)
     if spec.fixed_qmin is not None:
         return QuantRange(max(max(-low, high) / (spec.fixed_qmin + spec.levels), SMALLEST_SCALE), spec.fixed_qmin)
@@ -26,14 +26,14 @@ def range_between(low: float, high: float, spec: LayerSpec) -> QuantRange:
 
 
 def least_squares_range(values: Tensor, low: float, high: float, spec: LayerSpec, *, steps: int = 80) -> QuantRange:
-    """The range with the smallest squared rounding error on `values`, of `steps` scales for each possible lowest code.
+    """The range with the smallest squared rounding error on `values`, among `steps` scales for each candidate lowest code.
 
     The error of a candidate is summed code by code from prefix sums over the sorted values, so its cost does not depend on their number.
 
     Args:
         values: float32 [N].
-        low: Where the widest candidates begin.
-        high: Where they end.
+        low: Lower end of the widest candidates.
+        high: Upper end of the widest candidates.
         spec: Bits and symmetry.
         steps: Scales to try, from the widest down to a twentieth of it.
     """
@@ -44,10 +44,10 @@ def least_squares_range(values: Tensor, low: float, high: float, spec: LayerSpec
     sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
     # Thresholds between neighbouring codes; prefix sums at them give each code's count and sum.
     codes = qmin[:, None] + torch.arange(spec.levels + 1)
-    at = torch.searchsorted(ordered, ((codes[:, :-1] + 0.5) * scale[:, None]).contiguous())
-    first, last = torch.zeros_like(at[:, :1]), torch.full_like(at[:, :1], len(ordered))
-    counts = torch.cat([first, at, last], dim=1).diff()
-    totals = torch.cat([first, sums[at], sums[-1].expand(len(at), 1)], dim=1).diff()
+    position = torch.searchsorted(ordered, ((codes[:, :-1] + 0.5) * scale[:, None]).contiguous())
+    first, last = torch.zeros_like(position[:, :1]), torch.full_like(position[:, :1], len(ordered))
+    counts = torch.cat([first, position, last], dim=1).diff()
+    totals = torch.cat([first, sums[position], sums[-1].expand(len(position), 1)], dim=1).diff()
     products = (codes * totals).sum(1)
     squares = (codes.double().square() * counts).sum(1)
     best = int((scale.square() * squares - 2 * scale * products).argmin())
@@ -55,13 +55,13 @@ def least_squares_range(values: Tensor, low: float, high: float, spec: LayerSpec
 
 
 def least_error_weight_scale(weight: Tensor, bits: int, *, exponent: float = 2.4, steps: int = 80) -> Tensor:
-    """The scale of each output channel with the smallest `sum |W - Q(W)|^exponent`, of `steps` candidates.
+    """The scale of each output channel with the smallest `sum |W - Q(W)|^exponent`, among `steps` candidates.
 
-    The error is nearly a parabola about its minimum, so a sample of each channel finds the neighbourhood and all of it chooses there; against
-    trying every candidate on everything that costs a tenth, and at most two percent of the error.
+    The error is nearly a parabola around its minimum, so a sample of each channel locates it and the whole channel refines it; compared with
+    evaluating every candidate on all weights this costs a tenth of the time, and at most two percent of the error.
 
     Args:
-        weight: float [Cout, ...]; a piece of its channels at a time is taken in float32.
+        weight: float [Cout, ...]; processed in float32, a block of channels at a time.
         bits: 2 to 8.
         exponent: Source: 2.4 as in EfficientDM's and Q-Diffusion's released code.
         steps: Scales to try, from one that clips nothing down to a fifth of it.
@@ -70,22 +70,22 @@ def least_error_weight_scale(weight: Tensor, bits: int, *, exponent: float = 2.4
         float32 [Cout], each > 0.
     """
     fractions = torch.linspace(1.0, 0.2, steps, device=weight.device)
-    channels = max(1, PIECE // max(1, weight[0].numel()))
-    found = []
-    for piece in torch.split(weight.detach(), channels):
-        flat = piece.flatten(1).float()
+    channels = max(1, CHUNK // max(1, weight[0].numel()))
+    scales = []
+    for chunk in torch.split(weight.detach(), channels):
+        flat = chunk.flatten(1).float()
         widest = (flat.abs().amax(1) / weight_bounds(bits)[1]).clamp(min=SMALLEST_SCALE)
         coarse = torch.arange(0, steps, COARSE, device=weight.device)[:, None].expand(-1, len(flat))
-        guess = sum(share * _errors(part, widest, fractions[coarse], bits, exponent) for part, share in _sample(flat))
-        near = coarse[:, 0][torch.as_tensor(guess).argmin(0)]
-        fine = torch.stack([near + offset for offset in FINE] + [torch.zeros_like(near)]).clamp(0, steps - 1)
+        estimate = sum(share * _errors(part, widest, fractions[coarse], bits, exponent) for part, share in _sample(flat))
+        nearest = coarse[:, 0][torch.as_tensor(estimate).argmin(0)]
+        fine = torch.stack([nearest + offset for offset in FINE] + [torch.zeros_like(nearest)]).clamp(0, steps - 1)
         best = _errors(flat, widest, fractions[fine], bits, exponent).argmin(0)
-        found.append(widest * fractions[fine.gather(0, best[None])[0]])
-    return torch.cat(found)
+        scales.append(widest * fractions[fine.gather(0, best[None])[0]])
+    return torch.cat(scales)
 
 
 def _sample(flat: Tensor) -> list[tuple[Tensor, float]]:
-    """Parts of `flat`, float32 [Cout, N], and what each part's error counts: the largest weights, which are clipped first, and some of the others."""
+    """Parts of `flat`, float32 [Cout, N], and the weight of each part's error: the largest weights, which are clipped first, and a subset of the others."""
     count = flat.shape[1]
     if count <= 2 * SAMPLE:
         return [(flat, 1.0)]
@@ -115,7 +115,7 @@ def widest_weight_scale(weight: Tensor, bits: int) -> Tensor:
 
 
 def _candidates(low: float, high: float, spec: LayerSpec, steps: int) -> tuple[Tensor, Tensor]:
-    """Lowest code int64 [N] and scale float64 [N] of every candidate: for each lowest code, from the scale that reaches both ends downwards."""
+    """Lowest code int64 [N] and scale float64 [N] of every candidate: for each lowest code, decreasing scales from one that spans both ends."""
     low, high = min(low, 0.0), max(high, 0.0)
     if spec.fixed_qmin is not None:
         lowest = torch.tensor([spec.fixed_qmin])

@@ -1,8 +1,8 @@
-"""ADP: the calibrated timesteps are chosen for what they tell, and timesteps that are quantized alike share one table row.
+"""ADP: the calibrated timesteps are chosen by information, and timesteps with similar quantization parameters share one table row.
 
 Source: Wang et al., Towards Accurate Post-training Quantization for Diffusion Models, CVPR 2024, arXiv 2305.18723. The paper searches the groups by
-gradient; rows that are calibrated already can be clustered outright. The released code (github.com/ChangyuanWang17/APQ-DM at 53c1780) mixes the
-groups' ranges by input channel and timestep, which no integer kernel can factor; the paper's groups of timesteps are what is done here.
+gradient; calibrated rows can be clustered directly. The released code (github.com/ChangyuanWang17/APQ-DM at 53c1780) mixes the groups' ranges by
+input channel and timestep, which no integer kernel can factor; the paper's groups of timesteps are implemented here.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from edm_deploy.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Adp(Pass):
-    """Groups are made where ranges are calibrated, so that a recipe that trains tunes each group's one row.
+    """Groups are formed after calibration, so that a recipe that trains tunes one row per group.
 
     Attributes:
-        groups: Rows that are left. Source: 8.
-        contiguous: Whether a group is one stretch of the schedule. Source: no.
-        choose: Whether timesteps are chosen; else they are those of a sampling with as many steps.
-        candidates: Timesteps to choose from, evenly over the sampling.
-        probes: Trajectories that the choice is made on.
-        spread: Weight of the structural term: how well the chosen timesteps stand for all, beside how undecided each is between groups.
+        groups: Number of remaining rows. Source: 8.
+        contiguous: Whether a group is an interval of the schedule. Source: no.
+        choose: Whether timesteps are chosen; otherwise they are those of sampling in as many steps.
+        candidates: Number of candidate timesteps, evenly spaced over the sampling.
+        probes: Trajectories for the choice.
+        spread: Weight of the structural term, how well the chosen timesteps represent all, relative to the uncertainty of each between groups.
     """
 
     name: ClassVar[str] = "adp"
@@ -55,7 +55,7 @@ class Adp(Pass):
         at_least("adp.spread", self.spread, 0.0)
 
     def check(self, recipe: Recipe, others: Sequence[Pass]) -> None:
-        """Refuse recipes without ranges, with fewer rows than groups, or with more than there are candidates."""
+        """Refuse recipes without activation ranges, with fewer rows than groups, or with more than there are candidates."""
         needs_quantized_inputs(self, recipe)
         needs_rows(self, recipe, self.groups)
         if self.choose and recipe.rows > self.candidates:
@@ -64,29 +64,29 @@ class Adp(Pass):
             )
 
     def timesteps(self, context: PassContext) -> Tensor | None:
-        """The chosen timesteps; the noisiest is always among them, because trajectories start there."""
+        """The chosen timesteps; the noisiest is always included, because trajectories start there."""
         if not self.choose:
             return None
         candidates = calibrated_timesteps(context.source.scheduler, self.candidates, context.source.family_object.sigmas(self.candidates))
         if context.recipe.rows > len(candidates):
-            return None  # some fell together when they were rounded to whole timesteps
-        features = _ranges_along(context, candidates, self.probes)
+            return None  # some candidates were rounded to the same integer timestep
+        features = _range_features(context, candidates, self.probes)
         groups = segment(features, self.groups) if self.contiguous else cluster(features, self.groups)
         chosen = select(uncertainty(features, groups), similarity(features, groups), context.recipe.rows, self.spread, len(candidates) - 1)
         return candidates[chosen]
 
     def before(self, student: Student, context: PassContext) -> None:
-        """Make room for the groups, which a resumed run brings with it."""
+        """Allocate the row assignment, also for loading that of a checkpoint."""
         student.shared_row = nn.Parameter(torch.arange(len(student.timesteps), dtype=torch.int32), requires_grad=False)
 
     @torch.no_grad()
     def calibrated(self, student: Student, context: PassContext) -> None:
-        """Cluster the rows by what they are at all sites together; the first row of a group is the one that it shares."""
+        """Cluster the rows by their values at all sites jointly; all rows of a group use its first row."""
         columns = [part for quantizer in student.quantizers.values() for part in (quantizer.log_scale, quantizer.qmin / quantizer.levels)]
         rows = torch.stack([column.detach().cpu() for column in columns], dim=1)
         groups = segment(rows, self.groups) if self.contiguous else cluster(rows, self.groups)
         shared = torch.stack([torch.nonzero(groups == group)[0, 0] for group in groups])
-        assert student.shared_row is not None  # made before
+        assert student.shared_row is not None  # set by `before`
         student.shared_row.copy_(shared)
         for quantizer in student.quantizers.values():
             for column in (quantizer.log_scale, quantizer.qmin):
@@ -94,8 +94,8 @@ class Adp(Pass):
                 column.copy_(means if column is quantizer.log_scale else means.round())
 
     def finish(self, artifact: Artifact, student: Student, context: PassContext) -> Artifact:
-        """The artifact with one table row a group."""
-        assert student.shared_row is not None  # made before
+        """The artifact with one table row per group."""
+        assert student.shared_row is not None  # set by `before`
         return keep_rows(artifact, student.shared_row.detach().cpu())
 
 
@@ -103,11 +103,11 @@ PASS = Adp
 
 
 def keep_rows(artifact: Artifact, shared: Tensor) -> Artifact:
-    """The artifact with those rows alone that others share.
+    """The artifact with only those rows that others use.
 
     Args:
         artifact: R rows.
-        shared: int [R], for each row the one that stands for it, which stands for itself.
+        shared: int [R], for each row the row that it uses, which uses itself.
     """
     kept, position = torch.unique(shared.long(), return_inverse=True)
     sites = {}
@@ -121,7 +121,7 @@ def keep_rows(artifact: Artifact, shared: Tensor) -> Artifact:
 
 
 def uncertainty(features: Tensor, groups: Tensor) -> Tensor:
-    """How undecided each timestep is between the groups: the entropy of its memberships, 0 to 1, float [T].
+    """Uncertainty of each timestep between the groups: the entropy of its memberships, 0 to 1, float [T].
 
     Source: arXiv 2305.18723, the entropy of the importance weights.
     """
@@ -131,53 +131,53 @@ def uncertainty(features: Tensor, groups: Tensor) -> Tensor:
 
 
 def similarity(features: Tensor, groups: Tensor) -> Tensor:
-    """Gaussian kernel between timesteps, as wide as timesteps of one group are apart: float [T, T], 1 on the diagonal."""
-    apart = torch.cdist(features, features).square()
-    together = groups[:, None] == groups[None, :]
-    width = apart[together].mean().clamp(min=torch.finfo(apart.dtype).tiny)
-    return (-apart / (2 * width)).exp()
+    """Gaussian kernel between timesteps with the mean squared distance within groups as variance: float [T, T], 1 on the diagonal."""
+    distances = torch.cdist(features, features).square()
+    same_group = groups[:, None] == groups[None, :]
+    variance = distances[same_group].mean().clamp(min=torch.finfo(distances.dtype).tiny)
+    return (-distances / (2 * variance)).exp()
 
 
-def select(gain: Tensor, alike: Tensor, count: int, spread: float, first: int) -> Tensor:
-    """Timesteps picked one by one for the largest `gain + spread (mean similarity to all - mean similarity to those picked)`.
+def select(gain: Tensor, kernel: Tensor, count: int, spread: float, first: int) -> Tensor:
+    """Timesteps chosen greedily for the largest `gain + spread (mean similarity to all - mean similarity to those chosen)`.
 
-    The second term is what one more pick takes off the distance between the picked and all (maximum mean discrepancy): the structural risk that
-    keeps the first, empirical one from being read off a few timesteps.
+    The second term is the reduction of the maximum mean discrepancy between the chosen timesteps and all: the structural risk, which keeps the first,
+    empirical term from being estimated on a few similar timesteps.
 
     Args:
         gain: float [T].
-        alike: float [T, T].
-        count: How many, at most T.
+        kernel: float [T, T], similarity of timesteps.
+        count: Number of timesteps, at most T.
         spread: Weight of the second term.
-        first: Picked whatever it scores.
+        first: Chosen first, whatever its score.
 
     Returns:
         int64 [count], ascending.
 
     Source: arXiv 2305.18723, structural risk minimisation with maximum mean discrepancy.
     """
-    picked = [first]
-    while len(picked) < count:
-        score = gain + spread * (alike.mean(1) - alike[:, picked].mean(1))
-        score[picked] = -math.inf
-        picked.append(int(score.argmax()))
-    return torch.tensor(sorted(picked))
+    chosen = [first]
+    while len(chosen) < count:
+        score = gain + spread * (kernel.mean(1) - kernel[:, chosen].mean(1))
+        score[chosen] = -math.inf
+        chosen.append(int(score.argmax()))
+    return torch.tensor(sorted(chosen))
 
 
-def _ranges_along(context: PassContext, timesteps: Tensor, samples: int) -> Tensor:
-    """What every site's range would be at each timestep: log of its width, and where 0 lies in it. float [T, 2 sites]."""
+def _range_features(context: PassContext, timesteps: Tensor, samples: int) -> Tensor:
+    """Range of every site's input at each timestep: the logarithm of its width, and the relative position of its lower end. float [T, 2 sites]."""
     recipe, teacher = context.recipe, Teacher(context.source, context.device)
-    extremes = {name: MinMaxObserver() for name in teacher.family.sites(teacher.model)}
-    handles = [layer.register_forward_pre_hook(extremes[name]) for name, layer in teacher.family.sites(teacher.model).items()]
+    observers = {name: MinMaxObserver() for name in teacher.family.sites(teacher.model)}
+    handles = [layer.register_forward_pre_hook(observers[name]) for name, layer in teacher.family.sites(teacher.model).items()]
     trajectories = Trajectories(
         context.source, timesteps, size=samples, eta=recipe.eta, seed=recipe.seed, device=context.device, conditioner=context.conditioner
     )
-    features = torch.zeros(len(timesteps), 2 * len(extremes))
+    features = torch.zeros(len(timesteps), 2 * len(observers))
     try:
-        for row, batches in trajectories.sweep(samples):
+        for row, batches in trajectories.traverse_schedule(samples):
             for batch in batches:
                 trajectories.advance(batch, batch.conditioning.combine(teacher(batch.inputs)))
-            low, high = torch.tensor([seen.take() for seen in extremes.values()]).T
+            low, high = torch.tensor([observer.pop() for observer in observers.values()]).T
             width = (high - low).clamp(min=1e-12)
             features[row] = torch.cat([width.log(), low / width])
     finally:

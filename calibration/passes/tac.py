@@ -1,4 +1,4 @@
-"""TAC: the predicted noise and the sample are corrected by timestep and channel, outside the network, after any recipe.
+"""TAC: correction of the predicted noise and of the sample by timestep and channel, outside the network, after any recipe.
 
 Source: Yao et al., Timestep-Aware Correction for Quantized Diffusion Models, ECCV 2024, arXiv 2407.03917: noise estimation reconstruction (the
 scale) and input bias correction (the shift). No code was released; the closed form was checked against the re-implementation in SegQuant's
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calibration.base_pass import Pass, PassContext
 from calibration.data.noise_schedules import Schedule, calibrated_timesteps, schedule_of
-from calibration.observers.calibrate import BATCH
+from calibration.data.trajectory_pool import FORWARD_BATCH
 from calibration.run.setting_checks import at_least, within
 from calibration.student.student import Student
 from calibration.student.teacher import Teacher
@@ -32,12 +32,12 @@ class Tac(Pass):
     """Estimated along the corrected trajectory: each timestep is corrected before the next one is reached.
 
     Attributes:
-        ridge: Weight of (scale - 1)^2 beside the squared error, both in units of the prediction's mean square. Source: lambda_2, 0.1.
-        relative: Share of the element-wise relative error in what the scale minimises. Source: lambda_1.
-        threshold: Elements whose relative error is beyond this are left out of the relative term. Source: 4.
+        ridge: Weight of (scale - 1)^2 relative to the squared error, both in units of the prediction's mean square. Source: lambda_2, 0.1.
+        relative: Weight of the element-wise relative error in the objective of the scale. Source: lambda_1.
+        threshold: Elements with a larger relative error are excluded from the relative term. Source: 4.
         shift: Whether the sample is corrected too. Source: yes.
         samples: Trajectories. Source: 32.
-        steps: Timesteps that are corrected; None is as many as the recipe has table rows.
+        steps: Number of corrected timesteps; None is the recipe's number of table rows.
     """
 
     name: ClassVar[str] = "tac"
@@ -60,13 +60,13 @@ class Tac(Pass):
         """The artifact with its correction."""
         steps = self.steps or context.recipe.rows
         timesteps = calibrated_timesteps(context.source.scheduler, steps, context.source.family_object.sigmas(steps))
-        generator = torch.Generator().manual_seed(context.recipe.seed + 1)  # other samples than those that the ranges were observed on
+        generator = torch.Generator().manual_seed(context.recipe.seed + 1)  # other samples than those the ranges were observed on
         shape = context.source.family_object.latent_shape(context.source.config)
         noise = torch.randn(self.samples, *shape, generator=generator).to(context.device)
-        given = {name: value.to(context.device) for name, value in context.conditioner.draw(self.samples, generator).items()}
+        conditioning = {name: value.to(context.device) for name, value in context.conditioner.draw(self.samples, generator).items()}
         student.compute_dtype = torch.float32
-        # A teacher of its own: the recipe's may compute in bfloat16 by now.
-        teacher, quantized = (_predict(model, context, given) for model in (Teacher(context.source, context.device), student))
+        # A new teacher: the recipe's may compute in bfloat16 by now.
+        teacher, quantized = (_predict(model, context, conditioning) for model in (Teacher(context.source, context.device), student))
         scale, input_bias = self.estimate(teacher, quantized, schedule_of(context.source.scheduler, timesteps), noise)
         rows = nearest_rows(timesteps, artifact.num_train_timesteps)
         return replace(artifact, correction=Correction(row_of_timestep=rows, scale=scale, input_bias=input_bias))
@@ -75,62 +75,63 @@ class Tac(Pass):
     def estimate(self, teacher: Predict, student: Predict, schedule: Schedule, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and input bias, float32 [R, C] each, rows ascending with the timestep.
 
-        Both networks walk from the same noise, without fresh noise, the student as it will be run: corrected at every timestep passed so far.
+        Both networks sample from the same noise, deterministically; the student as in deployment, corrected at every timestep passed so far.
 
         Args:
-            teacher: Float.
-            student: Quantized.
-            schedule: Of R timesteps.
+            teacher: Float network.
+            student: Quantized network.
+            schedule: R timesteps.
             noise: float32 [B, ...].
         """
-        sample, led = noise, noise  # the teacher's, and the corrected student's
+        teacher_sample, student_sample = noise, noise
         scales, biases = [], []
-        for position, at in enumerate(schedule.timesteps):
-            timestep, positions = at.float().to(noise.device).expand(len(noise)), torch.full((len(noise),), position)
-            bias = _channel_mean(led - sample) if self.shift else torch.zeros_like(_channel_mean(led))
-            target = teacher(sample, timestep)
-            found = student(led - _across(bias, led), timestep)
-            scale = self.scale(found, target)
-            sample = schedule.previous(sample, target, positions, torch.zeros_like(noise), 0.0)
-            led = schedule.previous(led, _across(scale, led) * found, positions, torch.zeros_like(noise), 0.0)
+        for position, value in enumerate(schedule.timesteps):
+            timestep, positions = value.float().to(noise.device).expand(len(noise)), torch.full((len(noise),), position)
+            bias = _channel_mean(student_sample - teacher_sample) if self.shift else torch.zeros_like(_channel_mean(student_sample))
+            target = teacher(teacher_sample, timestep)
+            prediction = student(student_sample - _across(bias, student_sample), timestep)
+            scale = self.scale(prediction, target)
+            corrected = _across(scale, student_sample) * prediction
+            teacher_sample = schedule.previous(teacher_sample, target, positions, torch.zeros_like(noise), 0.0)
+            student_sample = schedule.previous(student_sample, corrected, positions, torch.zeros_like(noise), 0.0)
             scales.append(scale)
             biases.append(bias)
         return torch.stack(scales).flip(0).cpu(), torch.stack(biases).flip(0).cpu()
 
-    def scale(self, found: Tensor, target: Tensor) -> Tensor:
-        """The scale K of each channel, in closed form; exactly 1 where q, found, is r, the target.
+    def scale(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """The scale K of each channel, in closed form; exactly 1 where q, the prediction, equals r, the target.
 
-        With p the mean of r^2 it minimises
+        With p the mean of r^2 it minimizes
 
             (1 - relative) mean((K q - r)^2) + relative p mean((K q / r - 1)^2) + ridge p (K - 1)^2.
 
         Args:
-            found: float32 [B, ...].
+            prediction: float32 [B, ...].
             target: float32, the same shape.
 
         Returns:
             float32 [C].
         """
         power = _channel_mean(target.square())
-        counted = ((found - target).abs() <= self.threshold * target.abs()) & (target != 0)
-        ratio = torch.where(counted, found / target, 0.0)
+        included = ((prediction - target).abs() <= self.threshold * target.abs()) & (target != 0)
+        ratio = torch.where(included, prediction / target, 0.0)
         absolute, relative = 1 - self.relative, self.relative * power
-        above = absolute * _channel_mean(found * target) + relative * _channel_mean(ratio) + self.ridge * power
-        below = absolute * _channel_mean(found.square()) + relative * _channel_mean(ratio.square()) + self.ridge * power
-        return torch.where(below > 0, above / below, 1.0)
+        numerator = absolute * _channel_mean(prediction * target) + relative * _channel_mean(ratio) + self.ridge * power
+        denominator = absolute * _channel_mean(prediction.square()) + relative * _channel_mean(ratio.square()) + self.ridge * power
+        return torch.where(denominator > 0, numerator / denominator, 1.0)
 
 
 PASS = Tac
 
 
-def _predict(model: Teacher | Student, context: PassContext, given: dict[str, Tensor]) -> Predict:
-    """A network's combined prediction, a few samples at a time."""
+def _predict(model: Teacher | Student, context: PassContext, values: dict[str, Tensor]) -> Predict:
+    """A network's combined prediction, in batches."""
 
     def predict(sample: Tensor, timestep: Tensor) -> Tensor:
         parts = []
-        for members in torch.split(torch.arange(len(sample)), BATCH):
-            conditioning = context.conditioner.of({name: value[members] for name, value in given.items()})
-            parts.append(conditioning.combine(model(conditioning.inputs(sample[members], timestep[members])).float()))
+        for indices in torch.split(torch.arange(len(sample)), FORWARD_BATCH):
+            conditioning = context.conditioner.of({name: value[indices] for name, value in values.items()})
+            parts.append(conditioning.combine(model(conditioning.inputs(sample[indices], timestep[indices])).float()))
         return torch.cat(parts)
 
     return predict
@@ -142,7 +143,7 @@ def _channel_mean(values: Tensor) -> Tensor:
 
 
 def _across(values: Tensor, like: Tensor) -> Tensor:
-    """[C] so that it broadcasts along the channels of `like`."""
+    """[C] reshaped to broadcast along the channels of `like`."""
     shape = [1] * like.ndim
     shape[channel_axis(like)] = -1
     return values.reshape(shape)

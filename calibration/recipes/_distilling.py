@@ -1,30 +1,29 @@
-"""What the recipes that train against the teacher's prediction have in common: their settings, and how rates change."""
+"""Base of the recipes that train on the teacher's prediction: common settings and the learning-rate schedule."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from calibration.recipes.mse import Mse
+from calibration.run.dtypes import ComputeDtype, check_dtype
 from calibration.run.setting_checks import at_least
 from calibration.student.student import Student
-from calibration.student.teacher import DTYPES
-from calibration.training import distillation
+from calibration.training.distillation import TrainingSchedule
 from calibration.training.param_group import ParamGroup
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationRecipe(Mse):
-    """Starts from the MSE calibration. Rates fall linearly to 0; nothing decays.
+    """Starts from the MSE calibration. Adam with linear decay of the rates to 0 and no weight decay.
 
     Attributes:
         steps: Training steps.
-        batch: Samples a step.
+        batch: Samples per step.
         scale_rate: Relative rate of the activation scales.
         bound_rate: Rate of the activation bounds, in codes.
-        warmup: Share of the steps in which the rates rise from 0. Source: none.
-        relative: Power of the teacher's mean square that each sample's loss is divided by; 1 counts relative errors. Source: 0.
-        compute: What the student computes in. Its weights, scales, rounding and updates are float32 always.
+        warmup: Share of the steps in which the rates rise linearly from 0. Source: none.
+        relative: Power of the teacher's mean square that each sample's loss is divided by; 1 is the relative error. Source: 0.
+        compute: Dtype in which the student computes. Weights, scales, rounding and updates are always float32.
     """
 
     trains = True
@@ -37,7 +36,7 @@ class DistillationRecipe(Mse):
     bound_rate: float = 5e-4
     warmup: float = 0.0
     relative: float = 0.0
-    compute: Literal["bf16", "fp32"] = "bf16"
+    compute: ComputeDtype = "bf16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,20 +44,19 @@ class DistillationRecipe(Mse):
             at_least(name, getattr(self, name), 1)
         for name in ("scale_rate", "bound_rate", "warmup", "relative"):
             at_least(name, getattr(self, name), 0.0)
-        if self.compute not in DTYPES:
-            distillation.refuse_compute(self.compute)
+        check_dtype("compute", self.compute)
 
     def pool_size(self) -> int:
-        """Enough for a batch."""
+        """At least the batch size."""
         return max(self.calibration_samples, self.batch)
 
     @property
-    def schedule(self) -> distillation.TrainingSchedule:
-        """Steps, batch and how rates change over them."""
-        return distillation.TrainingSchedule(self.steps, self.batch, self.warmup, self.relative)
+    def schedule(self) -> TrainingSchedule:
+        """Steps, batch and learning-rate schedule."""
+        return TrainingSchedule(self.steps, self.batch, self.warmup, self.relative)
 
     def table_groups(self, student: Student) -> list[ParamGroup]:
-        """Every table's scales and bounds, with their rates. Rates of zero leave their parameters alone."""
+        """Scales and bounds of every activation table, with their rates. A rate of 0 keeps its parameters fixed."""
         quantizers = student.quantizers.values()
         return [
             ParamGroup([quantizer.log_scale for quantizer in quantizers], self.scale_rate),

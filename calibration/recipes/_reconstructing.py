@@ -1,38 +1,36 @@
-"""What the recipes that reconstruct blocks have in common: their settings, and where their samples come from."""
+"""Base of the recipes that reconstruct blocks: common settings and the sampling of their inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from calibration.data.trajectory_pool import Batch, Trajectories
+from calibration.data.trajectory_pool import FORWARD_BATCH, Batch, Trajectories
 from calibration.recipes.mse import Mse
-from calibration.reconstruction.block_cache import CACHE_BYTES, PASS, ModelInputs
-from calibration.reconstruction.block_optimizers import LearnRounding
+from calibration.reconstruction.block_cache import CACHE_BYTES, ModelInputs
+from calibration.reconstruction.block_optimizers import RoundingOptimizer
 from calibration.reconstruction.blocks import Partition, check_partition
+from calibration.run.dtypes import ComputeDtype, check_dtype
 from calibration.run.setting_checks import at_least
 from calibration.student.student import Student
-from calibration.student.teacher import DTYPES
-from calibration.training import distillation
 
 Predict = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionRecipe(Mse):
-    """Starts from the MSE calibration. Rates are those at the named number of steps: a training of fewer takes longer steps, up to 0.1.
+    """Starts from the MSE calibration. Rates refer to the stated number of steps: training with fewer steps uses larger ones, up to 0.1.
 
     Attributes:
-        steps: Training steps of a block. Source: BRECQ and Q-Diffusion, 20000.
-        batch: Samples a step. Source: Q-Diffusion, 32.
-        rounding_rate: Rate of AdaRound's logits at 20000 steps. Source: Adam's own, 1e-3.
-        rounding_weight: Of AdaRound's regularizer. Source: AdaRound, 0.01.
-        partition: What is reconstructed together: `block`, `layer`, or blocks joined and cut by `entropy` (Q-VLM).
-        compute: What the student computes in. Its scales and rounding are float32 always.
+        steps: Training steps per block. Source: BRECQ and Q-Diffusion, 20000.
+        batch: Samples per step. Source: Q-Diffusion, 32.
+        rounding_rate: Rate of AdaRound's logits at 20000 steps. Source: Adam's default, 1e-3.
+        rounding_weight: Weight of AdaRound's regularizer. Source: AdaRound, 0.01.
+        partition: What is reconstructed together: `block`, `layer`, or blocks joined and divided by `entropy` (Q-VLM).
+        compute: Dtype in which the student computes. Scales and rounding are always float32.
     """
 
     trains = True
@@ -42,7 +40,7 @@ class ReconstructionRecipe(Mse):
     rounding_rate: float = 1e-3
     rounding_weight: float = 0.01
     partition: Partition = "block"
-    compute: Literal["bf16", "fp32"] = "bf16"
+    compute: ComputeDtype = "bf16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,12 +49,11 @@ class ReconstructionRecipe(Mse):
         for name in ("rounding_rate", "rounding_weight"):
             at_least(name, getattr(self, name), 0.0)
         check_partition(self.partition)
-        if self.compute not in DTYPES:
-            distillation.refuse_compute(self.compute)
+        check_dtype("compute", self.compute)
 
     @property
     def cached_bytes(self) -> int:
-        """A block's inputs and outputs."""
+        """Inputs and outputs of one block."""
         return CACHE_BYTES
 
     @property
@@ -64,22 +61,22 @@ class ReconstructionRecipe(Mse):
         """Inputs that blocks are reconstructed on: every trajectory at every row."""
         return self.calibration_samples * self.rows
 
-    def rounding(self, student: Student) -> LearnRounding:
+    def rounding(self, student: Student) -> RoundingOptimizer:
         """AdaRound with these settings."""
-        return LearnRounding(student, travel=20000 * self.rounding_rate, weight=self.rounding_weight)
+        return RoundingOptimizer(student, step_length=20000 * self.rounding_rate, weight=self.rounding_weight)
 
 
 @torch.no_grad()
 def sample_trajectories(trajectories: Trajectories, lead: Predict, count: int) -> ModelInputs:
-    """Samples of a pool that is staggered over the schedule: uniform in their timesteps, whoever leads.
+    """Draw samples from a pool that is staggered over the schedule, i.e. uniformly over its timesteps.
 
     Args:
-        trajectories: Goes on as far as is needed.
-        lead: Prediction of graph inputs by name: the teacher, or the student itself.
-        count: How many; a guided model's count once for both halves.
+        trajectories: Advanced as far as needed.
+        lead: Prediction from graph inputs by name: the teacher, or the student itself.
+        count: Minimum number of samples, not counting those without conditioning under classifier-free guidance.
     """
     batches: list[Batch] = []
-    while sum(len(batch.members) for batch in batches) < count:
-        batches.append(trajectories.take(min(PASS, trajectories.size)))
+    while sum(len(batch.indices) for batch in batches) < count:
+        batches.append(trajectories.next_batch(min(FORWARD_BATCH, trajectories.size)))
         trajectories.advance(batches[-1], batches[-1].conditioning.combine(lead(batches[-1].inputs).float()))
-    return ModelInputs.of(batches)
+    return ModelInputs.from_batches(batches)

@@ -1,4 +1,4 @@
-"""DilateQuant: weights dilated into the room that their scales leave, timesteps mixed in every batch, blocks distilled from the float network's.
+"""DilateQuant: weights dilated within the range of their scales, timesteps mixed in every batch, block-wise distillation.
 
 Source: Liu et al., DilateQuant, ACM MM 2025, arXiv 2409.14307. Constants are the paper's; github.com/BienLuky/DilateQuant was not read.
 """
@@ -6,23 +6,20 @@ Source: Liu et al., DilateQuant, ACM MM 2025, arXiv 2409.14307. Constants are th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from calibration.data.trajectory_pool import Trajectories
 from calibration.observers.channel_scaling import scalable, stacked_weight
+from calibration.recipe import TrainingContext
 from calibration.recipes._reconstructing import sample_trajectories
 from calibration.recipes.mse import Mse
-from calibration.reconstruction.block_optimizers import LearnScales, LearnWeights
+from calibration.reconstruction.block_optimizers import ActivationScaleOptimizer, WeightOptimizer
 from calibration.reconstruction.blocks import Partition, check_partition
 from calibration.reconstruction.reconstruct import Stage, reconstruct
-from calibration.run.options import Run
+from calibration.run.dtypes import DTYPES, ComputeDtype, check_dtype
 from calibration.run.setting_checks import at_least
 from calibration.student.student import Student
-from calibration.student.teacher import DTYPES, Teacher
-from calibration.training import distillation
 from edm_deploy.network.restructure import representable
 
 
@@ -30,26 +27,27 @@ from edm_deploy.network.restructure import representable
 class Dilate(Mse):
     """Weight dilation (WD), a time-parallel quantizer (TPQ: each sample of a batch has its own row), block-wise distillation (BKD).
 
-    Each block in turn learns from what the quantized network before it gives. Rates are told as the way that Adam may go in all the training of a
-    block, so that one of fewer steps takes longer ones, up to 0.05.
+    Each block in turn is trained on its input in the quantized network. Rates are given as the total step length of Adam over the training of a
+    block, so that fewer steps are longer ones, up to 0.1.
 
-    Not repeated: tables for each head of attention, whose products stay in floating point here; a rate of 1e-2 for weights as they are, which moves
-    them by a code at each step where their scale is 0.01.
+    Deviations from the paper: no tables per attention head, because attention's matrix products stay in floating point here; no absolute rate of
+    1e-2 for weights, which moves them by one code per step if their scale is 0.01.
 
     Attributes:
         dilation: Whether weights are dilated.
-        steps: Training steps of a block. Source: 5000.
-        batch: Samples a step. Source: 32.
-        samples: Inputs that the blocks learn on, at mixed timesteps. Source: 5120.
-        weight_travel: How far a weight may move, in its layer's mean weight scale. Source: see above; 5000 steps of 1e-3.
-        weight_scale_travel: Of the logarithm of weight scales. Source: 5000 steps of 1e-4.
-        scale_travel: Of the logarithm of activation scales. Source: 5000 steps of 1e-4.
-        bound_travel: Of the lowest activation code. Source: 5000 steps of 1e-4, of zero-points in codes.
-        partition: What is distilled together: `block`, `layer`, or blocks joined and cut by `entropy` (Q-VLM). Source: block.
-        compute: What the student computes in. Its scales and rounding are float32 always.
+        steps: Training steps per block. Source: 5000.
+        batch: Samples per step. Source: 32.
+        samples: Inputs that the blocks are trained on, at mixed timesteps. Source: 5120.
+        weight_travel: Total step length of a weight, in units of its layer's mean weight scale. Source: see above; 5000 steps of 1e-3.
+        weight_scale_travel: Total step length of the logarithm of a weight scale. Source: 5000 steps of 1e-4.
+        scale_travel: Total step length of the logarithm of an activation scale. Source: 5000 steps of 1e-4.
+        bound_travel: Total step length of the lowest activation code. Source: 5000 steps of 1e-4, of zero-points in codes.
+        partition: What is distilled together: `block`, `layer`, or blocks joined and divided by `entropy` (Q-VLM). Source: block.
+        compute: Dtype in which the student computes. Scales and rounding are always float32.
     """
 
     name = "dilate"
+    trains = True
     weight_bits: int = 4
     act_bits: int = 4
     bias_correction: bool = False
@@ -62,7 +60,7 @@ class Dilate(Mse):
     scale_travel: float = 0.5
     bound_travel: float = 0.5
     partition: Partition = "block"
-    compute: Literal["bf16", "fp32"] = "bf16"
+    compute: ComputeDtype = "bf16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,34 +69,34 @@ class Dilate(Mse):
         for name in ("weight_travel", "weight_scale_travel", "scale_travel", "bound_travel"):
             at_least(name, getattr(self, name), 0.0)
         check_partition(self.partition)
-        if self.compute not in DTYPES:
-            distillation.refuse_compute(self.compute)
+        check_dtype("compute", self.compute)
 
-    def fit(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
+    def fit(self, context: TrainingContext) -> None:
         """Dilate and calibrate, unless a checkpoint is resumed; then distill block by block."""
-        if not run.options.resume:
+        student = context.student
+        if not context.run.options.resume:
             if self.dilation:
                 dilate(student)
-            super().fit(student, teacher, trajectories, run)
+            super().fit(context)
         student.compute_dtype = DTYPES[self.compute]
         stage = Stage(
-            learners=[
-                LearnWeights(travel=self.weight_travel, scale_travel=self.weight_scale_travel),
-                LearnScales(travel=self.scale_travel, bound_travel=self.bound_travel),
+            optimizers=[
+                WeightOptimizer(step_length=self.weight_travel, scale_step_length=self.weight_scale_travel),
+                ActivationScaleOptimizer(step_length=self.scale_travel, bound_step_length=self.bound_travel),
             ],
             steps=self.steps,
             batch=self.batch,
             samples=self.samples,
-            draw=lambda count: sample_trajectories(trajectories, teacher, count),
+            draw=lambda count: sample_trajectories(context.trajectories, context.teacher, count),
         )
-        reconstruct(student, teacher, trajectories, self.partition, [stage], run, seed=self.seed)
+        reconstruct(context, self.partition, [stage], seed=self.seed)
 
 
 @torch.no_grad()
 def dilate(student: Student) -> None:
-    """WD: divide the input of every layer by what its weights can be multiplied by without moving any output channel's extremes.
+    """WD: divide the input of every layer by the largest factor that its weights can be multiplied by within the extremes of every output channel.
 
-    Weight scales stay as they are: they are what dilation must not change. The layers that are fed the same share one dilation.
+    Weight scales are not changed: dilation preserves them by construction. Layers that receive the same input share one dilation.
     """
     for name in scalable(student):
         factors = dilation_factors(stacked_weight(student, name))
@@ -107,16 +105,16 @@ def dilate(student: Student) -> None:
 
 
 def dilation_factors(weight: Tensor) -> Tensor:
-    """How much each input channel can be dilated: `s_k = min over o of W_max,o / W+_ok and W_min,o / W-_ok`.
+    """Dilation factor of each input channel: `s_k = min over o of W_max,o / W+_ok and W_min,o / W-_ok`.
 
-    W+_ok and W-_ok are the largest and smallest weight of input channel k in output channel o. A channel that is an extreme of any output is
+    W+_ok and W-_ok are the largest and smallest weight of input channel k in output channel o. A channel that attains the extreme of any output is
     saturated: its quotient there is 1, and so is its factor. Section 4.1.
 
     Args:
         weight: float32 [Cout, Cin, kernel].
 
     Returns:
-        float32 [Cin], each >= 1. A channel of zeros stays at 1.
+        float32 [Cin], each >= 1; 1 for a channel of zeros.
     """
     high, low = weight.amax(2), weight.amin(2)
     highest, lowest = high.amax(1, keepdim=True), low.amin(1, keepdim=True)
@@ -127,7 +125,7 @@ def dilation_factors(weight: Tensor) -> Tensor:
 
 
 def pre_scale_of(factors: Tensor) -> Tensor:
-    """`1 / s`, float32 [Cin], where float16 holds no such number the next larger one, so that no weight leaves its channel's extremes."""
+    """`1 / s`, float32 [Cin], rounded up to the next float16 value, so that no weight exceeds its channel's extremes."""
     scale = representable(1 / factors)
     return torch.where(scale * factors < 1, representable(scale * (1 + 2**-10)), scale)
 

@@ -1,4 +1,4 @@
-"""Min-max: ranges that clip nothing that was observed. The plain baseline."""
+"""Min-max: ranges that clip no observed value. The simplest baseline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from calibration.student.quantization_spec import LayerSpec, QuantRange
 
 @dataclass(frozen=True, kw_only=True)
 class MinMax(CalibrationRecipe):
-    """No settings of its own."""
+    """Has only the settings of every recipe."""
 
     name = "minmax"
 
@@ -23,7 +23,7 @@ class MinMax(CalibrationRecipe):
         return widest_weight_scale(weight, bits)
 
     def activation_range(self, observed: ActivationSamples, spec: LayerSpec) -> QuantRange:
-        """From the smallest to the largest value."""
+        """From the minimum to the maximum."""
         return range_between(observed.low, observed.high, spec)
 
 

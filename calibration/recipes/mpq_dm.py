@@ -1,4 +1,4 @@
-"""MPQ-DM: inputs smoothed, bits moved to output channels with outliers, EfficientDM's training, relations of the last features distilled.
+"""MPQ-DM: smoothed inputs, bits moved to output channels with outliers, EfficientDM's training, distilled relations of the last features.
 
 Source: Feng et al., MPQ-DM, AAAI 2025, arXiv 2412.11549; constants from the released code, github.com/cantbebetter2/MPQ-DM at 2b05dd7.
 Version 2: arXiv 2507.04290, without released code.
@@ -12,44 +12,44 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from calibration.data.trajectory_pool import Trajectories
 from calibration.observers.channel_scaling import channel_ranges, scalable, set_pre_scales, stacked_weight
 from calibration.observers.mixed_precision import kurtosis, mix_channel_bits, top_share
+from calibration.recipe import TrainingContext
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.reconstruction.blocks import blocks_of
-from calibration.run.options import Run
+from calibration.run.dtypes import DTYPES
 from calibration.run.setting_checks import at_least, within
 from calibration.student.layers import StudentLayer
 from calibration.student.student import Student
-from calibration.student.teacher import DTYPES, Teacher
-from calibration.training import distillation
 from calibration.training.binary_residual import FIRST_BITS, BinaryResidual, commit
+from calibration.training.distillation import distill
 from calibration.training.losses import RelationDistillationLoss
 from edm_deploy.errors import InputError
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 
 UpdateInit = Literal["zero", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MPQDM(EfficientDM):
-    """EfficientDM's settings, and these. One integer convolution a layer still: bits differ by output channel, and int8 storage holds them all.
+    """EfficientDM's settings and those below. A layer remains one integer convolution: bits differ by output channel, and int8 storage holds them all.
 
-    Unlike the released code: the relation term has a gradient (there, both feature maps are detached, so it trained nothing); it counts at every step,
-    over samples of mixed timesteps, instead of at every second one as a mean over two neighbouring timesteps; weights stay symmetric; smoothing looks
-    at all timesteps, not at one batch. At 2 and at 8 bits no channel can have a bit less and another a bit more, so all keep theirs.
+    Deviations from the released code: the relation term has a gradient (there, both feature maps are detached, so it trained nothing); it is used in
+    every step, over samples of mixed timesteps, instead of in every second step as a mean over two neighbouring timesteps; weights stay symmetric;
+    smoothing uses all timesteps, not one batch. At 2 and at 8 bits no channel can have one bit less and another one bit more, so all keep theirs.
 
-    Version 2's binary residual branch is not a second convolution: both terms lie on one grid of int8 codes (`calibration/training/binary_residual.py`), so a layer
-    that has it is an INT8 layer. Where 4-bit kernels are what counts, leave it at 0.
+    Version 2's binary residual branch is not a second convolution: both terms are on one grid of int8 codes (`calibration/training/binary_residual.py`), so a
+    layer with it is an INT8 layer. Leave it at 0 to use 4-bit kernels.
 
     Attributes:
-        smoothing: Power of `max|X_c| / max|W_c|` that inputs are divided by. Source: 0.5, SmoothQuant's. 0 leaves them.
-        mixed_share: Of each layer's output channels that get a bit more, and as many a bit less, where that lowers its output's error. Source: 0.1.
-        relation_weight: Of the divergence of pixel relations. Source: 100.
-        residual_share: Of each layer's output channels, those with the heaviest tails, that get a binary residual (version 2). Source: salient
-            channels, without their number. 0 is version 1.
-        update_init: Where the low-rank update's rows begin: `zero` as EfficientDM has it; `error` along the leading right singular vectors of the
-            weight's rounding error (version 2). The update itself begins at zero either way: the float weight that it is added to holds that error.
+        smoothing: Power of `max|X_c| / max|W_c|` that inputs are divided by. Source: 0.5, SmoothQuant's. 0 is no smoothing.
+        mixed_share: Share of each layer's output channels that get one bit more, and as many one bit less, if that lowers the error of its output.
+            Source: 0.1.
+        relation_weight: Weight of the divergence of pixel relations. Source: 100.
+        residual_share: Share of each layer's output channels, those with the heaviest tails, that get a binary residual (version 2). Source: salient
+            channels, number not stated. 0 is version 1.
+        update_init: Initial rows of the low-rank update's A: `zero` as in EfficientDM; `error` along the leading right singular vectors of the weight's
+            rounding error (version 2). The update itself is zero initially in both cases: the float weight that it is added to contains that error.
     """
 
     name = "mpq-dm"
@@ -72,14 +72,15 @@ class MPQDM(EfficientDM):
                 f"update_init is {self.update_init!r}; expected one of {', '.join(get_args(UpdateInit))}. Set another update_init."
             )
 
-    def fit(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
+    def fit(self, context: TrainingContext) -> None:
         """Smooth, calibrate and mix bits, unless a checkpoint is resumed; then train."""
+        student, run = context.student, context.run
         if self.smoothing and not run.options.resume:
-            self.smooth(student, teacher, trajectories)
-        self.prepare(student, teacher, trajectories, run)
+            self.smooth(context)
+        self.prepare(context)
         if not run.options.resume:
             student.compute_dtype = torch.float32
-            mixed, layers = mix_channel_bits(student, teacher, trajectories, self, self.mixed_share)
+            mixed, layers = mix_channel_bits(context, self, self.mixed_share)
             run.notes.update(mixed_layers=mixed, layers=layers)
             if self.update_init == "error":
                 for layer in student.layers.values():
@@ -88,28 +89,29 @@ class MPQDM(EfficientDM):
         if self.residual_share:
             self.add_residuals(student)
         terms = [RelationDistillationLoss(last_block(student), self.relation_weight)] if self.relation_weight else []
-        distillation.distill(student, teacher, trajectories, self.groups(student), self.schedule, run, terms=terms)
+        distill(context, self.groups(student), self.schedule, terms=terms)
         if self.residual_share:
             run.notes.update(residual_channels=commit(student.layers.values()))
 
     def add_residuals(self, student: Student) -> None:
-        """Give the channels with the heaviest tails a second term; a checkpoint that is resumed brings its own choice of them."""
+        """Give the channels with the heaviest tails a second term; resuming replaces the selection by that of the checkpoint."""
         for name, layer in student.layers.items():
             if student.family.placement(name) == "quantize" and layer.bits in FIRST_BITS:
                 layer.rounding = BinaryResidual(layer, top_share(kurtosis(layer.merged_weight().detach()), self.residual_share))
 
-    def smooth(self, student: Student, teacher: Teacher, trajectories: Trajectories) -> None:
-        """Divide the input of every layer by `s_c = (max|X_c| / max|W_c|)^smoothing`; the layers that are fed the same share it."""
-        ranges = channel_ranges(student, teacher, trajectories, scalable(student))
-        scales = {name: smoothing_scales(seen.amax(), stacked_weight(student, name), self.smoothing) for name, seen in ranges.items()}
+    def smooth(self, context: TrainingContext) -> None:
+        """Divide the input of every layer by `s_c = (max|X_c| / max|W_c|)^smoothing`; layers that receive the same input share it."""
+        student = context.student
+        ranges = channel_ranges(context, scalable(student))
+        scales = {name: smoothing_scales(each.amax(), stacked_weight(student, name), self.smoothing) for name, each in ranges.items()}
         set_pre_scales(student, self, {name: 1 / scale for name, scale in scales.items()})
 
 
-def smoothing_scales(reached: Tensor, weight: Tensor, power: float) -> Tensor:
-    """`(max|X_c| / max|W_c|)^power` in units in which their geometric mean is 1, which no quantizer notices; 1 for channels that are dead.
+def smoothing_scales(amax: Tensor, weight: Tensor, power: float) -> Tensor:
+    """`(max|X_c| / max|W_c|)^power`, normalized to a geometric mean of 1, which does not affect quantization; 1 for channels that are always 0.
 
     Args:
-        reached: float32 [Cin], max|X_c|.
+        amax: float32 [Cin], max|X_c|.
         weight: float32 [Cout, Cin, kernel].
         power: 0 to 1.
 
@@ -117,15 +119,15 @@ def smoothing_scales(reached: Tensor, weight: Tensor, power: float) -> Tensor:
         float32 [Cin], each > 0.
     """
     largest = weight.abs().amax((0, 2))
-    alive = (reached > 0) & (largest > 0)
-    logs = torch.where(alive, (reached / largest).log(), 0.0) * power
+    alive = (amax > 0) & (largest > 0)
+    logs = torch.where(alive, (amax / largest).log(), 0.0) * power
     mean = logs.sum() / alive.sum().clamp(min=1)
     return torch.where(alive, (logs - mean).exp(), 1.0)
 
 
 @torch.no_grad()
 def init_lora_from_error(layer: StudentLayer) -> None:
-    """Turn the rows of A to the directions in which rounding errs most; B stays zero, and A as large as it was."""
+    """Set the rows of A to the leading directions of the rounding error; B stays zero, and A keeps its norm."""
     assert layer.lora_a is not None  # added by `prepare`
     error = (layer.merged_weight() - layer.rounded_weight()).flatten(1)
     # Not torch.svd_lowrank: it draws from the global generator.
@@ -134,9 +136,9 @@ def init_lora_from_error(layer: StudentLayer) -> None:
 
 
 def last_block(student: Student) -> str:
-    """Name of the last block that holds several sites: of a UNet the end of its decoder."""
-    outline = meta_model(student.family, student.config, student.structure)
-    blocks = blocks_of(student, outline, "block")
+    """Name of the last block with several sites: of a UNet the last one of its decoder."""
+    skeleton = meta_model(student.family, student.config, student.structure)
+    blocks = blocks_of(student, skeleton, "block")
     return next((block for block in reversed(blocks) if len(block.sites) > 1), blocks[-1]).modules[-1]
 
 

@@ -1,4 +1,4 @@
-"""MSE: ranges with the least squared rounding error. The default of `calibrate`, and where training starts."""
+"""MSE: ranges with the least squared rounding error. The default of `calibrate`, and the start of training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from calibration.student.quantization_spec import LayerSpec, QuantRange
 
 @dataclass(frozen=True, kw_only=True)
 class Mse(CalibrationRecipe):
-    """Searches scale and lowest code together.
+    """Searches scale and lowest code jointly.
 
     Attributes:
-        weight_exponent: Of the weights' rounding error. Source: 2.4, EfficientDM's and Q-Diffusion's released code.
-        bias_correction: Whether biases make up for what rounding the weights takes from the mean output.
+        weight_exponent: Exponent of the weights' rounding error. Source: 2.4, EfficientDM's and Q-Diffusion's released code.
+        bias_correction: Whether biases are corrected for the mean output error of weight rounding.
     """
 
     name = "mse"
@@ -32,16 +32,16 @@ class Mse(CalibrationRecipe):
 
     @property
     def corrects_bias(self) -> bool:
-        """As set."""
+        """Whether bias correction is enabled."""
         return self.bias_correction
 
     def weight_scale(self, weight: Tensor, bits: int) -> Tensor:
-        """The scale with the least rounding error, by `weight_exponent`."""
+        """The scale with the least rounding error, with exponent `weight_exponent`."""
         return least_error_weight_scale(weight, bits, exponent=self.weight_exponent)
 
     def activation_range(self, observed: ActivationSamples, spec: LayerSpec) -> QuantRange:
-        """The least squared error, over scale and lowest code together."""
-        # 2, not 2.4: what a layer passes on is the squared error of its input.
+        """The range with the least squared error, over scale and lowest code jointly."""
+        # Exponent 2, not 2.4: a layer propagates the squared error of its input.
         return least_squares_range(observed.values, observed.low, observed.high, spec)
 
 

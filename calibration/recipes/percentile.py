@@ -1,4 +1,4 @@
-"""Percentile: ranges that clip a fixed share of what was observed at either end."""
+"""Percentile: ranges that clip a fixed share of the observed values at each end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Percentile(CalibrationRecipe):
     """Clips the tails.
 
     Attributes:
-        percentile: Percent of the values that lie within the range. Source: 99.99, the middle of QuEST's three candidates and TensorRT's choice.
+        percentile: Percent of the values within the range. Source: 99.99, the middle of QuEST's three candidates and TensorRT's choice.
     """
 
     name = "percentile"
@@ -33,7 +33,7 @@ class Percentile(CalibrationRecipe):
         return widest_weight_scale(weight, bits)
 
     def activation_range(self, observed: ActivationSamples, spec: LayerSpec) -> QuantRange:
-        """Between the two tails."""
+        """The range between the two tails."""
         tail = (1 - self.percentile / 100) / 2
         ordered = observed.values.sort().values
         last = len(ordered) - 1

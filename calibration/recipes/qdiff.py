@@ -10,15 +10,13 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from calibration.data.trajectory_pool import Trajectories
+from calibration.recipe import TrainingContext
 from calibration.recipes._reconstructing import ReconstructionRecipe, sample_trajectories
-from calibration.reconstruction.block_optimizers import LearnScales
+from calibration.reconstruction.block_optimizers import ActivationScaleOptimizer
 from calibration.reconstruction.concat_inputs import concatenated_inputs
 from calibration.reconstruction.reconstruct import Stage, reconstruct
-from calibration.run.options import Run
+from calibration.run.dtypes import DTYPES
 from calibration.run.setting_checks import at_least
-from calibration.student.student import Student
-from calibration.student.teacher import DTYPES, Teacher
 from edm_deploy.errors import InputError
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 from edm_deploy.pipelines.source import Source
@@ -29,15 +27,16 @@ SPLITS = get_args(Split)
 
 @dataclass(frozen=True, kw_only=True)
 class QDiff(ReconstructionRecipe):
-    """Weights first, with activations in floating point; then the activation scales.
+    """First the weights, with activations in floating point, then the activation scales.
 
-    Unlike the released code: weights are symmetric and the ranges' lowest code is an integer, as everywhere here; attention's products stay in floating
-    point; first and last layers stay at 8 bit; the weights' rounding starts from scales of the least error, which are not searched again after a split.
+    Deviations from the released code: weights are symmetric and the lowest code of a range is an integer, as in every recipe here; attention's matrix
+    products stay in floating point; first and last layers stay at 8 bit; rounding starts from weight scales of least error, which are not searched
+    again after a split.
 
     Attributes:
-        split: Which layers on a concatenation quantize its parts apart, each with scales of its own: `shortcut` the 1x1 convolutions that see it as it
-            is, `all` the layers behind its norm and activation too. Source: shortcut, section 4.3.
-        scale_rate: Rate of the logarithm of the activation scales at 5000 steps, falling as half a cosine. Source: 4e-4, of the scale itself.
+        split: Which layers on a concatenation quantize its parts separately, each with its own scales: `shortcut` the 1x1 convolutions whose input it
+            is, `all` also the layers behind its norm and activation. Source: shortcut, section 4.3.
+        scale_rate: Rate of the logarithm of the activation scales at 5000 steps, with half-cosine decay. Source: 4e-4, of the scale itself.
     """
 
     name = "qdiff"
@@ -56,37 +55,37 @@ class QDiff(ReconstructionRecipe):
 
     @property
     def static(self) -> bool:
-        """Yes: section 4.1's quantizers know no timestep."""
+        """Always true: one range for all timesteps (section 4.1)."""
         return True
 
     def structure(self, source: Source) -> NetworkRewrite:
-        """The layers on a concatenation, cut where its parts meet."""
+        """Layers on a concatenation, split between its parts."""
         if self.split == "none":
             return PUBLISHED
-        found = concatenated_inputs(source.family_object, source.config, through=self.split == "all")
-        layers = {name: source.model.get_submodule(name) for name in found}
-        return NetworkRewrite({name: sizes for name, sizes in found.items() if self.split == "all" or _is_shortcut(layers[name])})
+        segments = concatenated_inputs(source.family_object, source.config, through=self.split == "all")
+        layers = {name: source.model.get_submodule(name) for name in segments}
+        return NetworkRewrite({name: sizes for name, sizes in segments.items() if self.split == "all" or _is_shortcut(layers[name])})
 
-    def fit(self, student: Student, teacher: Teacher, trajectories: Trajectories, run: Run) -> None:
-        """Calibrate, unless a checkpoint is resumed; then round, then scale."""
+    def fit(self, context: TrainingContext) -> None:
+        """Calibrate, unless a checkpoint is resumed; then train the rounding, then the activation scales."""
         rounding = Stage(
-            learners=[self.rounding(student)],
+            optimizers=[self.rounding(context.student)],
             steps=self.steps,
             batch=self.batch,
             samples=self.samples,
-            draw=lambda count: sample_trajectories(trajectories, teacher, count),
-            rounds_activations=False,
+            draw=lambda count: sample_trajectories(context.trajectories, context.teacher, count),
+            quantizes_activations=False,
         )
         scales = Stage(
-            learners=[LearnScales(travel=5000 * self.scale_rate, static=True)],
+            optimizers=[ActivationScaleOptimizer(step_length=5000 * self.scale_rate, static=True)],
             steps=max(1, self.steps // 4),  # 5000 of 20000
             batch=self.batch,
             samples=self.samples,
         )
-        if not run.options.resume:
-            super().fit(student, teacher, trajectories, run)
-        student.compute_dtype = DTYPES[self.compute]
-        reconstruct(student, teacher, trajectories, self.partition, [rounding, scales], run, seed=self.seed)
+        if not context.run.options.resume:
+            super().fit(context)
+        context.student.compute_dtype = DTYPES[self.compute]
+        reconstruct(context, self.partition, [rounding, scales], seed=self.seed)
 
 
 def _is_shortcut(layer: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Static: one scale per layer for all timesteps, what a quantizer that knows no timestep ships. A baseline.
+"""Static: one scale per layer for all timesteps, as in a quantizer without timestep dependence. A baseline.
 
 Source: NVIDIA ModelOpt, modelopt/torch/quantization/config.py, INT8_DEFAULT_CFG with `algorithm: "max"`: weights by the largest magnitude of each output
 channel (axis 0), inputs by the largest magnitude of the tensor (axis None), both symmetric.
@@ -23,14 +23,14 @@ CALIBRATORS = get_args(Calibrator)
 
 @dataclass(frozen=True, kw_only=True)
 class Static(CalibrationRecipe):
-    """Every row of a table is the same.
+    """All rows of a table are equal.
 
     First and last layers stay W8A8, as in every recipe here; ModelOpt's example for diffusion models leaves some of them in floating point.
 
     Attributes:
         symmetric: Source: ModelOpt, which has no zero-points by default.
-        calibrator: Of weights and inputs: `max` clips nothing; `mse` has the least rounding error, and differs from the recipe `mse`
-            by nothing but the timesteps where symmetric is false. Source: max.
+        calibrator: For weights and inputs: `max` clips nothing; `mse` has the least rounding error, and with `symmetric` false differs from the recipe
+            `mse` only in being static. Source: max.
     """
 
     name = "static"
@@ -44,20 +44,20 @@ class Static(CalibrationRecipe):
 
     @property
     def static(self) -> bool:
-        """Yes."""
+        """Always true: one range for all timesteps."""
         return True
 
     @property
     def corrects_bias(self) -> bool:
-        """With the calibrator that does so elsewhere."""
+        """Whether the calibrator is `mse`, as in the recipe `mse`."""
         return self.calibrator == "mse"
 
     def weight_scale(self, weight: Tensor, bits: int) -> Tensor:
-        """By the calibrator."""
+        """The scale according to the calibrator."""
         return widest_weight_scale(weight, bits) if self.calibrator == "max" else least_error_weight_scale(weight, bits)
 
     def activation_range(self, observed: ActivationSamples, spec: LayerSpec) -> QuantRange:
-        """By the calibrator, of what was observed at all rows."""
+        """The range according to the calibrator, from the samples of all rows."""
         if self.calibrator == "max":
             return range_between(observed.low, observed.high, spec)
         return least_squares_range(observed.values, observed.low, observed.high, spec)

@@ -1,1 +1,1 @@
-"""Block-wise reconstruction: AdaRound and learned scales, one block at a time."""
+"""Block reconstruction: blocks, their cached inputs and targets, and the training of one block after another."""

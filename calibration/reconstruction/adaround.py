@@ -1,4 +1,4 @@
-"""AdaRound: whether each weight goes up or down to its code is learned, starting where it lies between the two.
+"""AdaRound: learned rounding of each weight up or down, initialized at its position between the two codes.
 
 Source: Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, ICML 2020, arXiv 2004.10568, equations 21 to 25.
 """
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from calibration.student.layers import StudentLayer
 from edm_deploy.numerics.codes import dequantize_weight, per_channel
 
-# Source: ibid., section 3.2: the sigmoid is stretched, so that it reaches 0 and 1 and keeps a gradient near them.
+# Source: ibid., section 3.2: the sigmoid is stretched, so that it reaches 0 and 1 and its gradient does not vanish near them.
 ZETA, GAMMA = 1.1, -0.1
-# Source: the released code's schedule: the exponent falls from 20 to 2, and for the first fifth of the steps nothing is regularized.
+# Source: schedule of the released code: the exponent decreases from 20 to 2; there is no regularization in the first fifth of the steps.
 START, END, WARMUP = 20.0, 2.0, 0.2
 
 
 class AdaRound(nn.Module):
-    """The rounding of one layer's weight while it is learned: `s * clip(floor(W / s) + h(V), qmin, qmax)`, h between 0 and 1.
+    """Learnable rounding of one layer's weight: `s * clip(floor(W / s) + h(V), qmin, qmax)`, h between 0 and 1.
 
-    Always: with `h` rounded to 0 or 1 each code is within one of the nearest. At the start the result is W, clipped.
+    Always true: with `h` rounded to 0 or 1 each code is at most one from the nearest. Initially the result is W, clipped.
 
     Args:
-        layer: Its weight scale is taken as it stands, and must not be learned meanwhile.
+        layer: Its current weight scale is used, and must not be trained meanwhile.
 
     Attributes:
         logits: float32, the shape of the weight: V.
@@ -43,7 +43,7 @@ class AdaRound(nn.Module):
         lowest, highest = layer.code_bounds()
         position = weight / per_channel(scale, weight)
         floor = position.floor()
-        # Beyond the bounds there is one code only, whatever h: int8 holds one code more on either side.
+        # Beyond the bounds the code does not depend on h; int8 holds one code more on either side.
         self.register_buffer("floor", floor.clamp(-128, 127).to(torch.int8))
         self.register_buffer("scale", scale)
         self.register_buffer("lowest", per_channel(lowest, weight))
@@ -51,23 +51,23 @@ class AdaRound(nn.Module):
         self.logits = nn.Parameter(logits_of(position - floor))
 
     def up(self) -> Tensor:
-        """h(V), float32 in [0, 1] of the weight's shape: how much of the way up each weight goes. Equation 23."""
+        """h(V), float32 in [0, 1] of the weight's shape: 0 rounds down, 1 rounds up. Equation 23."""
         return rectified_sigmoid(self.logits)
 
     def forward(self) -> Tensor:
-        """The softly rounded weight, float32: equation 22."""
+        """The softly quantized weight, float32: equation 22."""
         codes = torch.minimum(torch.maximum(self.floor + self.up(), self.lowest), self.highest)
         return codes * per_channel(self.scale, codes)
 
     def penalty(self, exponent: float) -> Tensor:
-        """`sum(1 - |2 h - 1|^exponent)`, a scalar: 0 where every weight has decided. Equation 24."""
+        """`sum(1 - |2 h - 1|^exponent)`, a scalar: 0 if every h is 0 or 1. Equation 24."""
         return (1 - (2 * self.up() - 1).abs().pow(exponent)).sum()
 
     @torch.no_grad()
     def codes(self) -> Tensor:
-        """The decided codes, int8, the shape of the weight."""
-        decided = self.floor.float() + (self.logits >= 0)  # h >= 0.5
-        return torch.minimum(torch.maximum(decided, self.lowest), self.highest).to(torch.int8)
+        """The codes with h rounded to 0 or 1, int8, the shape of the weight."""
+        codes = self.floor.float() + (self.logits >= 0)  # h >= 0.5
+        return torch.minimum(torch.maximum(codes, self.lowest), self.highest).to(torch.int8)
 
 
 def rectified_sigmoid(logits: Tensor) -> Tensor:
@@ -81,26 +81,26 @@ def logits_of(share: Tensor) -> Tensor:
 
 
 def exponent_at(share: float) -> float | None:
-    """The regularizer's exponent when `share` of the training, 0 to 1, is over; None while nothing is regularized."""
+    """The regularizer's exponent after `share` of the training, 0 to 1; None during warm-up, without regularization."""
     if share < WARMUP:
         return None
     return END + (START - END) * (1 - (share - WARMUP) / (1 - WARMUP))
 
 
 def begin(layers: Iterable[StudentLayer]) -> list[AdaRound]:
-    """From now on the rounding of these layers is learned, in the modules that are returned."""
-    learned = []
+    """Start learned rounding of these layers; returns the rounding modules."""
+    roundings = []
     for layer in layers:
         layer.rounding = AdaRound(layer)
-        learned.append(layer.rounding)
-    return learned
+        roundings.append(layer.rounding)
+    return roundings
 
 
 @torch.no_grad()
 def commit(layers: Iterable[StudentLayer]) -> None:
-    """Decide: each layer's weight becomes its dequantized codes, which rounding to nearest leaves as they are. Layers not begun stay alone.
+    """Replace each layer's weight by its dequantized codes, which rounding to nearest preserves. Layers without learned rounding are not changed.
 
-    The float weight goes; the teacher's is another.
+    The student's float weight is dropped; the teacher has its own.
     """
     for layer in layers:
         if isinstance(layer.rounding, AdaRound):

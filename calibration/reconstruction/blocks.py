@@ -1,4 +1,4 @@
-"""Which parts of a denoiser are reconstructed together: blocks by the model's own structure, layers, or blocks joined and cut by activation entropy."""
+"""Partition of a denoiser for reconstruction: blocks by the model's own structure, single layers, or blocks joined and divided by activation entropy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from calibration.student.shared_inputs import meta_inputs
 from calibration.student.student import Student
 from edm_deploy.errors import InputError
-from edm_deploy.network.family import SAMPLE, Config, Family
+from edm_deploy.network.family import Config, Family
 
 Partition = Literal["block", "layer", "entropy"]
-BINS = 256  # of the histogram that an entropy is taken of: at most 8 bits
+BINS = 256  # of the histogram of an entropy, which is therefore at most 8 bits
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Call:
     """How a module is called in a forward pass. Leaves are the tensors and constants of its arguments, in pytree order.
 
     Attributes:
-        batched: For each leaf the entries of its first axis that belong to one sample; 0 where all samples share it, or it is no tensor.
-        outputs: Likewise of the result.
-        wired: Leaves that are an earlier module's result: leaf -> (module, leaf of its result).
-        elements: Numbers that one sample's arguments and results hold.
-        macs: Multiply-accumulates of one sample; counted at the sites.
+        batched: For each leaf the entries along its first axis per sample; 0 if all samples share it, or it is not a tensor.
+        outputs: The same for the result.
+        wired: Leaves that are the result of an earlier module: leaf -> (module, leaf of its result).
+        elements: Elements of the arguments and results of one sample.
+        macs: Multiply-accumulates of one sample, if the module is a layer.
     """
 
     batched: tuple[int, ...]
@@ -40,7 +41,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Block:
-    """Modules that are reconstructed together, in the order in which they run; each but the first is fed by one before it.
+    """Modules that are reconstructed together, in execution order; each but the first receives a result of an earlier one.
 
     Attributes:
         modules: Names in the model.
@@ -56,60 +57,57 @@ class Block:
 
     @property
     def name(self) -> str:
-        """Of its modules."""
+        """Names of its modules."""
         return " + ".join(self.modules)
 
     @property
     def elements(self) -> int:
-        """Numbers that one sample's arguments and results hold."""
+        """Elements of the arguments and results of one sample."""
         return sum(call.elements for call in self.calls)
 
 
-def check_partition(found: str) -> None:
-    """Raises InputError for a partition that is none."""
-    if found not in get_args(Partition):
-        raise InputError(f"partition is {found!r}; expected one of {', '.join(get_args(Partition))}. Set another partition.")
+def check_partition(partition: str) -> None:
+    """Raises InputError for an unknown partition."""
+    if partition not in get_args(Partition):
+        raise InputError(f"partition is {partition!r}; expected one of {', '.join(get_args(Partition))}. Set another partition.")
 
 
-def blocks_of(student: Student, outline: nn.Module, partition: Partition, entropies: Mapping[str, float] | None = None) -> list[Block]:
-    """The blocks of a student in the order in which they run.
-
-    A block is the innermost entry of a module list that holds two sites or more and runs once in a forward pass: residual blocks, transformer
-    blocks, attention. Sites outside of such entries are blocks of their own. A layer that runs twice is in no block, unless a block holds both runs.
+def blocks_of(student: Student, skeleton: nn.Module, partition: Partition, entropies: Mapping[str, float] | None = None) -> list[Block]:
+    """The blocks of a student in execution order.
 
     Args:
-        student: Its sites are what is partitioned.
-        outline: The model on the meta device, with the student's module names.
-        partition: `layer` takes every site alone; `entropy` starts from `block`.
-        entropies: Of each site's input in bits; only `entropy` asks for them.
+        student: Its sites are partitioned.
+        skeleton: The model on the meta device, with the student's module names.
+        partition: `layer` is every site by itself; `entropy` starts from `block`.
+        entropies: Entropy of each site's input in bits; used by `entropy` only.
     """
-    calls = traced_calls(student.family, student.config, outline, student.layers)
+    calls = traced_calls(student.family, student.config, skeleton, student.layers)
     inside = {name: tuple(site for site in student.layers if _holds(name, site)) for name in calls}
-    whole = () if partition == "layer" else _innermost(outline, inside)
+    whole = () if partition == "layer" else _innermost(skeleton, inside)
     covered = {site for name in whole for site in inside[name]}
     names = [name for name in calls if name in whole or (name in student.layers and name not in covered)]
     blocks = [_block([name], calls, inside) for name in names]
     if partition != "entropy":
         return blocks
-    assert entropies is not None  # asked for by whoever asks for the partition
+    assert entropies is not None  # the caller measures them for this partition
     return by_entropy(blocks, calls, inside, entropies)
 
 
 def by_entropy(
     blocks: Sequence[Block], calls: Mapping[str, Call], inside: Mapping[str, tuple[str, ...]], entropies: Mapping[str, float]
 ) -> list[Block]:
-    """Blocks of high entropy joined to the one that feeds them, blocks of low entropy cut into their layers.
+    """Join blocks of high entropy to the block that they receive their input from, and divide blocks of low entropy into layers.
 
-    An activation of high entropy keeps much of the rounding error of the layers before it, so these are searched together; where it is low, apart.
-    High and low is what lies above the upper and below the lower quartile of the blocks; no more than two are joined, which bounds the search.
+    An activation of high entropy retains much of the rounding error of the layers before it, so these are optimized jointly; where it is low,
+    separately. High and low are above the upper and below the lower quartile of the blocks; at most two are joined, which bounds the search.
 
-    Source: Wang et al., Q-VLM, NeurIPS 2024, arXiv 2410.08119: activation entropy as the proxy of cross-layer dependency. The quarters are ours.
+    Source: Wang et al., Q-VLM, NeurIPS 2024, arXiv 2410.08119: activation entropy as the proxy of cross-layer dependency. The quartiles are ours.
 
     Args:
-        blocks: In the order in which they run, one module each.
-        calls: Of all modules.
+        blocks: In execution order, one module each.
+        calls: Calls of all modules.
         inside: Sites of all modules.
-        entropies: Of each site's input, in bits.
+        entropies: Entropy of each site's input, in bits.
     """
     means = [sum(entropies[site] for site in block.sites) / len(block.sites) for block in blocks]
     low, high = torch.tensor(means).quantile(torch.tensor([0.25, 0.75])).tolist()
@@ -127,7 +125,7 @@ def by_entropy(
 
 
 def entropy(x: Tensor, bins: int = BINS) -> float:
-    """Entropy in bits of the values of `x`, float of any shape, by a histogram of equal bins between the smallest and the largest."""
+    """Entropy in bits of the values of `x`, float of any shape, from a histogram of equal bins between minimum and maximum."""
     values = x.detach().float().flatten()
     low, high = torch.aminmax(values)
     if not bool(high > low):
@@ -137,57 +135,55 @@ def entropy(x: Tensor, bins: int = BINS) -> float:
     return -float(torch.special.xlogy(share, share).sum()) / float(torch.log(torch.tensor(2.0)))
 
 
-def traced_calls(family: Family, config: Config, outline: nn.Module, sites: Iterable[str]) -> dict[str, Call]:
-    """How every module that holds a site is called, in the order in which they begin; those that do not run exactly once are left out.
+def traced_calls(family: Family, config: Config, skeleton: nn.Module, sites: Iterable[str]) -> dict[str, Call]:
+    """How every module that contains a site is called, in execution order; modules that do not run exactly once are left out.
 
-    Two forward passes on the meta device, of two and of three samples: what grows with the batch belongs to the samples.
+    Two forward passes on the meta device, of two and of three samples: axes that grow with the batch belong to the samples.
 
     Args:
-        family: Of the model.
-        config: Likewise.
-        outline: The model on the meta device.
+        family: Family of the model.
+        config: Its configuration.
+        skeleton: The model on the meta device.
         sites: Names of the layers.
     """
-    names = [name for name, _ in outline.named_modules() if name and any(_holds(name, site) for site in sites)]
-    two, three = (_forward(family, config, outline, names, batch) for batch in (2, 3))
-    once = [name for name, seen in three.items() if len(seen) == 1 and len(two[name]) == 1]
+    names = [name for name, _ in skeleton.named_modules() if name and any(_holds(name, site) for site in sites)]
+    two, three = (_forward(family, config, skeleton, names, batch) for batch in (2, 3))
+    once = [name for name, captured in three.items() if len(captured) == 1 and len(two[name]) == 1]
     results: list[tuple[Tensor, tuple[str, int]]] = []
     calls = {}
     for name in once:
         (small, small_out), (large, large_out) = two[name][0], three[name][0]
         batched, outputs = _per_sample(small, large), _per_sample(small_out, large_out)
         if not outputs or 0 in outputs:
-            continue  # gives something else than tensors of the samples
+            continue  # the result is not made of tensors of the samples
         wired = {index: source for index, leaf in enumerate(large) for tensor, source in results if tensor is leaf}
         results += [(leaf, (name, index)) for index, leaf in enumerate(large_out)]
-        held = [leaf.numel() // 3 for leaf, count in zip([*large, *large_out], [*batched, *outputs], strict=True) if count]
-        calls[name] = Call(batched, outputs, wired, sum(held), _macs(outline.get_submodule(name), large_out[0]) // 3)
+        elements = [leaf.numel() // 3 for leaf, count in zip([*large, *large_out], [*batched, *outputs], strict=True) if count]
+        calls[name] = Call(batched, outputs, wired, sum(elements), _macs(skeleton.get_submodule(name), large_out[0]) // 3)
     return calls
 
 
 def _forward(
-    family: Family, config: Config, outline: nn.Module, names: Sequence[str], batch: int
-) -> dict[str, list[tuple[list[Any], list[Any]]]]:  # leaves are tensors and whatever else an argument is
-    seen: dict[str, list[tuple[list[Any], list[Any]]]] = {}
+    family: Family, config: Config, skeleton: nn.Module, names: Sequence[str], batch: int
+) -> dict[str, list[tuple[list[Any], list[Any]]]]:  # Any: leaves are tensors and other arguments
+    captured: dict[str, list[tuple[list[Any], list[Any]]]] = {}
 
     def before(name: str) -> Any:
-        return lambda module, args, kwargs: seen.setdefault(name, []).append((tree_leaves((args, kwargs)), []))
+        return lambda module, args, kwargs: captured.setdefault(name, []).append((tree_leaves((args, kwargs)), []))
 
     def after(name: str) -> Any:
-        return lambda module, args, output: seen[name][-1][1].extend(leaf for leaf in tree_leaves(output) if leaf is not None)
+        return lambda module, args, output: captured[name][-1][1].extend(leaf for leaf in tree_leaves(output) if leaf is not None)
 
-    modules = {name: outline.get_submodule(name) for name in names}
+    modules = {name: skeleton.get_submodule(name) for name in names}
     handles = [module.register_forward_pre_hook(before(name), with_kwargs=True) for name, module in modules.items()]
     handles += [module.register_forward_hook(after(name)) for name, module in modules.items()]
-    inputs = {SAMPLE: torch.empty(batch, *family.sample_shape(config), device="meta"), "timestep": torch.zeros(batch, device="meta")}
-    conditioning = family.random_conditioning(config, batch, torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
-            family.forward(outline, inputs | {name: value.to("meta") for name, value in conditioning.items()})
+            family.forward(skeleton, meta_inputs(family, config, batch=batch))
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return captured
 
 
 def _per_sample(two: Sequence[Any], three: Sequence[Any]) -> tuple[int, ...]:
@@ -198,11 +194,11 @@ def _per_sample(two: Sequence[Any], three: Sequence[Any]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _innermost(outline: nn.Module, inside: Mapping[str, tuple[str, ...]]) -> set[str]:
+def _innermost(skeleton: nn.Module, inside: Mapping[str, tuple[str, ...]]) -> set[str]:
     entries = {
         name
         for name in inside
-        if len(inside[name]) > 1 and "." in name and isinstance(outline.get_submodule(name.rpartition(".")[0]), nn.ModuleList)
+        if len(inside[name]) > 1 and "." in name and isinstance(skeleton.get_submodule(name.rpartition(".")[0]), nn.ModuleList)
     }
     return {name for name in entries if not any(other != name and _holds(name, other) for other in entries)}
 

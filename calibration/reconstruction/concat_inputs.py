@@ -1,8 +1,8 @@
-"""Which layers see several tensors side by side in their input channels: the concatenations of a forward pass, followed to the layers."""
+"""Layers whose input is a concatenation along channels, found by tracing the concatenations of a forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from edm_deploy.network.family import SAMPLE, Config, Family, meta_model
+from calibration.student.shared_inputs import meta_inputs
+from edm_deploy.network.family import Config, Family
+from edm_deploy.network.meta_model import meta_model
 
 _JOIN: frozenset[Callable[..., Any]] = frozenset({torch.cat, torch.concat, torch.concatenate})
-# What leaves every channel where it is, so that a layer behind sees the segments still.
+# Functions that preserve channels, so that the segments continue to a layer behind them.
 _KEEP: frozenset[Callable[..., Any]] = frozenset(
     {
         functional.group_norm,
@@ -30,51 +32,46 @@ _KEEP: frozenset[Callable[..., Any]] = frozenset(
 
 
 def concatenated_inputs(family: Family, config: Config, *, through: bool) -> dict[str, tuple[int, ...]]:
-    """For each site whose input is a concatenation along its channels, the channels of every part.
+    """For each site whose input is a concatenation along its channels, the channels of each part.
 
-    One forward pass on the meta device: what is joined is seen as it happens, whatever the layers are called. Sites that are kept at 8 bit are left out.
+    One forward pass on the meta device, independent of layer names. Sites that are kept at 8 bit are left out.
 
     Args:
-        family: Of the model.
-        config: Likewise.
-        through: Whether layers behind a norm, an activation or a resize of the concatenation count too.
+        family: Family of the model.
+        config: Its configuration.
+        through: Whether layers behind a norm, an activation or a resize of the concatenation are included.
     """
     model = meta_model(family, config)
-    joined = _Joined(through)
-    found: dict[str, tuple[int, ...]] = {}
+    tracer = _ConcatTracer(through)
+    segments: dict[str, tuple[int, ...]] = {}
 
-    def look(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sizes = joined.segments(args[0], 1 if isinstance(layer, nn.Conv2d) else args[0].ndim - 1)
+            sizes = tracer.segments(args[0], 1 if isinstance(layer, nn.Conv2d) else args[0].ndim - 1)
             if sizes and not (isinstance(layer, nn.Conv2d) and layer.groups > 1):
-                found[name] = sizes
+                segments[name] = sizes
 
         return hook
 
     for name, layer in family.sites(model).items():
         if family.placement(name) == "quantize":
-            layer.register_forward_pre_hook(look(name))
-    inputs: Mapping[str, Tensor] = {
-        SAMPLE: torch.empty(1, *family.sample_shape(config), device="meta"),
-        "timestep": torch.zeros(1, device="meta"),
-    }
-    conditioning = family.random_conditioning(config, 1, torch.Generator().manual_seed(0))
-    with joined, torch.no_grad():
-        family.forward(model, {**inputs, **{name: value.to("meta") for name, value in conditioning.items()}})
-    return found
+            layer.register_forward_pre_hook(record(name))
+    with tracer, torch.no_grad():
+        family.forward(model, meta_inputs(family, config, batch=1))
+    return segments
 
 
-class _Joined(TorchFunctionMode):
-    """Remembers the tensors that were joined, and what became of them."""
+class _ConcatTracer(TorchFunctionMode):
+    """Records the tensors that are concatenations, and the results of channel-preserving functions of them."""
 
     def __init__(self, through: bool) -> None:
         super().__init__()
         self.through = through
-        self.seen: list[tuple[Tensor, int, tuple[int, ...]]] = []  # holds the tensors, so that no address is used twice
+        self.joined: list[tuple[Tensor, int, tuple[int, ...]]] = []  # holds the tensors, so that no id is reused
 
     def segments(self, x: Tensor, axis: int) -> tuple[int, ...]:
-        """Sizes of the parts of `x` along `axis`; empty where it is no concatenation along it."""
-        return next((sizes for tensor, at, sizes in self.seen if tensor is x and at == axis), ())
+        """Sizes of the parts of `x` along `axis`; empty if it is not a concatenation along it."""
+        return next((sizes for tensor, dim, sizes in self.joined if tensor is x and dim == axis), ())
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,7 +79,7 @@ class _Joined(TorchFunctionMode):
         if function in _JOIN:
             tensors = args[0] if args else kwargs["tensors"]
             axis = (args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))) % out.ndim
-            self.seen.append((out, axis, tuple(int(tensor.shape[axis]) for tensor in tensors)))
+            self.joined.append((out, axis, tuple(int(tensor.shape[axis]) for tensor in tensors)))
         elif self.through and function in _KEEP and isinstance(out, Tensor):
-            self.seen += [(out, axis, sizes) for tensor, axis, sizes in self.seen if tensor is args[0] and tensor is not out]
+            self.joined += [(out, axis, sizes) for tensor, axis, sizes in self.joined if tensor is args[0] and tensor is not out]
         return out

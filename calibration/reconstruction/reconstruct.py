@@ -1,7 +1,7 @@
-"""Block reconstruction: each block in turn learns to give the float network's output from what the quantized network before it feeds it.
+"""Block reconstruction: each block in turn is trained to reproduce the float network's output from its input in the quantized network.
 
 Source: Li et al., BRECQ, ICLR 2021, arXiv 2102.05426, as Q-Diffusion, arXiv 2302.04304, applies it: inputs from the quantized network, targets from
-the float one, samples of all timesteps mixed. Each sample is rounded by its own row of the tables.
+the float one, samples of all timesteps mixed. Each sample is quantized by its own row of the tables.
 """
 
 from __future__ import annotations
@@ -14,283 +14,247 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from calibration.data.trajectory_pool import Trajectories
-from calibration.reconstruction.block_cache import PASS, BlockCache, ModelInputs, entropies_of, fill_block_cache
+from calibration.data.trajectory_pool import FORWARD_BATCH
+from calibration.recipe import TrainingContext
+from calibration.reconstruction.block_cache import BlockCache, ModelInputs, entropies_of, fill_block_cache
 from calibration.reconstruction.block_optimizers import BlockOptimizer, quantizers_inside, train_only
 from calibration.reconstruction.blocks import Partition, blocks_of
 from calibration.reconstruction.time_allocation import TimeAllocation, training_steps
-from calibration.run.checkpoint import load_checkpoint, restore, save_checkpoint
-from calibration.run.memory import peak_memory
-from calibration.run.options import Progress, Run, interrupted
-from calibration.run.sigint import InterruptFlag
-from calibration.run.time_budget import Budget
-from calibration.student.module_outputs import activations_unquantized
-from calibration.student.student import Student
-from calibration.student.teacher import DTYPES, Teacher
+from calibration.run.checkpoint import TrainingState, add_prefix, restore, resume_training, save_training, strip_prefix
+from calibration.run.dtypes import DTYPES
+from calibration.run.progress import ProgressMeter
+from calibration.student.student import Student, activations_unquantized
 from calibration.training.param_group import ParamGroup
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 
-SAVING = 20  # between two checkpoints lies this many times what the first of them took
-FILLING = 0.25  # share of a budget that filling the caches may take
-LONGEST = 0.1  # bound of every step: with 60 steps a block, 0.2 rounds no better than this, and 0.05 worse
-TOTAL = 1000  # progress counts thousandths of the work
+SAVE_INTERVAL = 20  # the time between two checkpoints is at least this many times the time that the previous one took
+CACHE_SHARE = 0.25  # share of a budget that filling the caches may take
+MAX_STEP = 0.1  # upper bound of every learning rate: with 60 steps per block, 0.2 rounds no better than this, and 0.05 worse
+TOTAL = 1000  # progress is reported in thousandths of the work
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One walk over all blocks.
+    """One pass over all blocks.
 
     Attributes:
-        learners: What is learned, together.
-        steps: Training steps a block. Where a budget decides, only their ratio between the stages counts.
-        batch: Samples a step.
-        samples: As many are drawn, unless fewer are enough for the steps, or for what a budget leaves.
-        draw: Gives as many samples as it is asked for; None keeps those of the stage before.
-        rounds_activations: Whether activations are rounded meanwhile, or pass as they are.
+        optimizers: What is trained of each block, jointly.
+        steps: Training steps per block. Under a budget only their ratio between the stages matters.
+        batch: Samples per step.
+        samples: Number of samples; fewer are drawn if the steps, or the remaining budget, cannot use as many.
+        draw: Returns the requested number of samples; None keeps those of the previous stage.
+        quantizes_activations: Whether activations are quantized meanwhile.
     """
 
-    learners: Sequence[BlockOptimizer]
+    optimizers: Sequence[BlockOptimizer]
     steps: int
     batch: int
     samples: int
     draw: Callable[[int], ModelInputs] | None = None
-    rounds_activations: bool = True
+    quantizes_activations: bool = True
 
 
-def reconstruct(
-    student: Student, teacher: Teacher, trajectories: Trajectories, partition: Partition, stages: Sequence[Stage], run: Run, *, seed: int
-) -> None:
+def reconstruct(context: TrainingContext, partition: Partition, stages: Sequence[Stage], *, seed: int) -> None:
     """Reconstruct every block in every stage, in place.
 
-    A finished block is in the checkpoint soon after, and in any case when Ctrl-C ends the run; the block under way then begins anew.
+    Finished blocks are saved at intervals, and always when SIGINT or SIGTERM ends the run; an unfinished block starts again on resume.
 
     Args:
-        student: Calibrated, unless a checkpoint is resumed.
-        teacher: Gives the targets, in the dtype that the run's options say.
-        trajectories: What the stages draw from; its state belongs to the checkpoint.
-        partition: What a block is.
-        stages: In turn; the first draws its samples.
-        run: Options, progress, and perhaps a budget: then what is left of it is divided over the blocks by their multiply-accumulates.
-        seed: Of the batches' order.
+        context: The student is calibrated, unless a checkpoint is resumed; the teacher gives the targets, in the dtype of the run's options; the
+            stages draw from the trajectories, whose state is part of the checkpoint. The remainder of the run's budget, if it has one, is divided
+            over the blocks in proportion to their multiply-accumulates.
+        partition: Granularity of the blocks.
+        stages: Run one after the other; the first one draws samples.
+        seed: Seed of the batch order.
 
     Raises:
-        Interrupted: Ctrl-C; the blocks that were finished are saved, where the run has a place for them.
-        ArtifactError: The checkpoint to resume is not of this run.
-        InputError: The budget is used up already.
+        Interrupted: SIGINT or SIGTERM; finished blocks are saved if the run has a checkpoint directory.
+        ArtifactError: The checkpoint to resume is missing, damaged or from a different run.
+        InputError: The budget is already used up.
     """
-    teacher.set_dtype(DTYPES[run.options.teacher_dtype])
-    work = _Work(student, teacher, trajectories, partition, stages, run, seed)
-    done = work.resume() if run.options.resume else work.begin()
-    with InterruptFlag() as interrupt:
-        for number in range(done, work.count):
-            finished = work.take(number, lambda: interrupt.seen)
-            done += finished
-            if interrupt.seen and done < work.count:
+    run = context.run
+    context.teacher.set_dtype(DTYPES[run.options.teacher_dtype])
+    work = _Reconstruction(context, partition, stages, seed)
+    done = work.resume(state) if (state := resume_training(run)) is not None else work.begin()
+    with ProgressMeter(run, "reconstruct", context.trajectories.device, first_step=work.steps) as meter:
+        for task in range(done, work.tasks):
+            done += work.train_block(task, meter)
+            if meter.interrupted and done < work.tasks:
                 work.save(done)
-                raise interrupted(run, f"block {done} of {work.count}")
-            if done == work.count or work.saving_pays():
+                raise meter.interruption(f"block {done} of {work.tasks}")
+            if done == work.tasks or work.save_is_due():
                 work.save(done)
     if work.budget is not None and not work.steps:
-        work.budget.check_left("calibration with the walks over the network that reconstruction needs")
+        work.budget.check_left("calibration with the forward passes that reconstruction needs")
     run.notes.update(steps_done=work.steps, blocks=len(work.blocks), samples=len(work.samples))
 
 
-class _Work:
-    """What the walk over the blocks carries from one to the next."""
+class _Reconstruction:
+    """State between blocks. A task is one block in one stage, numbered stage by stage."""
 
-    def __init__(
-        self,
-        student: Student,
-        teacher: Teacher,
-        trajectories: Trajectories,
-        partition: Partition,
-        stages: Sequence[Stage],
-        run: Run,
-        seed: int,
-    ) -> None:
-        self.student, self.teacher, self.trajectories, self.partition = student, teacher, trajectories, partition
-        self.stages, self.run, self.seed = stages, run, seed
-        self.float_weights = {name: layer.layer.weight for name, layer in student.layers.items()}
-        self.samples, self.drawn = ModelInputs({}), -1  # for the stage of this number
-        self.budget = run.budget
-        self.steps = self.steps_before = 0
-        self.share_before = 0.0  # of all training, at a resumed run's start
-        self.started = self.saved = time.perf_counter()
-        self.saving = 0.0
-        self.sample_seconds = 0.0  # of student and teacher together, for one sample; known where a budget asks for it
+    def __init__(self, context: TrainingContext, partition: Partition, stages: Sequence[Stage], seed: int) -> None:
+        self.student, self.teacher, self.trajectories, self.run = context.student, context.teacher, context.trajectories, context.run
+        self.partition, self.stages, self.seed = partition, stages, seed
+        self.float_weights = {name: layer.layer.weight for name, layer in self.student.layers.items()}
+        self.samples, self.sampled_stage = ModelInputs({}), -1  # samples, and the stage that they were drawn for
+        self.budget = self.run.budget
+        self.steps = 0
+        self.resumed_share = 0.0  # share of all training that was done when the run was resumed
+        self.saved_at, self.save_seconds = time.perf_counter(), 0.0
+        self.sample_seconds = 0.0  # time of student and teacher together for one sample; measured only under a budget
 
     @property
-    def count(self) -> int:
-        """Of blocks, each counted once a stage."""
+    def tasks(self) -> int:
+        """Number of blocks, each counted once per stage."""
         return len(self.stages) * len(self.blocks)
 
     def begin(self) -> int:
-        """Part the model and draw the first samples; blocks done."""
+        """Partition the model and draw the first samples; returns the blocks done, 0."""
         if self.budget is not None:
             self.budget.check_left("calibration")
         assert self.stages[0].draw is not None
-        few = self.stages[0].draw(PASS) if self.partition == "entropy" or self.budget is not None else ModelInputs({})
-        self._part(entropies_of(self.teacher, few, self.student.layers) if self.partition == "entropy" else {})
-        self._time(few)
+        by_entropy = self.partition == "entropy"
+        probe = self.stages[0].draw(FORWARD_BATCH) if by_entropy or self.budget is not None else ModelInputs({})
+        self._divide(entropies_of(self.teacher, probe, self.student.layers) if by_entropy else {})
+        self._measure_forward(probe)
         self._draw(0)
         return 0
 
-    def _part(self, entropies: Mapping[str, float]) -> None:
+    def _divide(self, entropies: Mapping[str, float]) -> None:
         self.entropies = entropies
-        self.blocks = blocks_of(
-            self.student, meta_model(self.student.family, self.student.config, self.student.structure), self.partition, entropies
-        )
-        self.plan = TimeAllocation([block.macs for block in self.blocks], [stage.steps for stage in self.stages])
+        skeleton = meta_model(self.student.family, self.student.config, self.student.structure)
+        self.blocks = blocks_of(self.student, skeleton, self.partition, entropies)
+        self.allocation = TimeAllocation([block.macs for block in self.blocks], [stage.steps for stage in self.stages])
 
     @torch.no_grad()
-    def _time(self, few: ModelInputs) -> None:
+    def _measure_forward(self, probe: ModelInputs) -> None:
         if self.budget is not None:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             for network in (self.student, self.teacher):
-                network(few.values)
-            self.sample_seconds = (time.perf_counter() - begun) / len(few)
+                network(probe.values)
+            self.sample_seconds = (time.perf_counter() - start) / len(probe)
 
-    def _draw(self, at: int) -> None:
-        stage = self.stages[at]
+    def _draw(self, stage_index: int) -> None:
+        stage = self.stages[stage_index]
         count = min(stage.samples, stage.steps * stage.batch)
         if self.budget is not None:
-            passes = self.plan.passes(at * len(self.blocks))
-            count = min(count, max(PASS, int(FILLING * self.budget.left() / (self.sample_seconds * passes))))
+            passes = self.allocation.forward_passes(stage_index * len(self.blocks))
+            count = min(count, max(FORWARD_BATCH, int(CACHE_SHARE * self.budget.left() / (self.sample_seconds * passes))))
         if stage.draw is not None:
             self.samples = stage.draw(count)
-        self.drawn = at
+        self.sampled_stage = stage_index
 
-    def take(self, number: int, stopped: Callable[[], bool]) -> bool:
-        """One block of one stage; False, and all of it as it was, where it was interrupted."""
-        at, index = divmod(number, len(self.blocks))
-        stage, block = self.stages[at], self.blocks[index]
-        if at != self.drawn:
-            self._draw(at)
-        with nullcontext() if stage.rounds_activations else activations_unquantized(self.student):
-            begun = time.perf_counter()
-            replay = fill_block_cache(block, self.student, self.teacher, self.samples)
-            self.plan.cached(number, time.perf_counter() - begun)
+    def train_block(self, task: int, meter: ProgressMeter) -> bool:
+        """Train one block in one stage. Returns False, with the block as before, if the run was interrupted."""
+        stage_index, index = divmod(task, len(self.blocks))
+        stage, block = self.stages[stage_index], self.blocks[index]
+        if stage_index != self.sampled_stage:
+            self._draw(stage_index)
+        with nullcontext() if stage.quantizes_activations else activations_unquantized(self.student):
+            start = time.perf_counter()
+            cache = fill_block_cache(block, self.student, self.teacher, self.samples)
+            self.allocation.record_cache(task, time.perf_counter() - start)
             layers = [self.student.layers[site] for site in block.sites]
             quantizers = quantizers_inside(self.student, block.sites)
             weights = [layer.layer.weight for layer in layers]
-            learned = [(learner, group) for learner in stage.learners for group in learner.begin(layers, quantizers) if group.rate > 0]
-            with train_only(layers, quantizers, [group for _, group in learned]) as undo:
-                generator = torch.Generator().manual_seed(1_000_003 * self.seed + number)
-                trained = _trained(replay, self.student, stage, learned, self._pace(number), generator)
-                for count, (loss, share) in enumerate(trained, start=1):
+            trained = [
+                (optimizer, group) for optimizer in stage.optimizers for group in optimizer.begin(layers, quantizers) if group.rate > 0
+            ]
+            with train_only(layers, quantizers, [group for _, group in trained]) as undo:
+                generator = torch.Generator().manual_seed(1_000_003 * self.seed + task)
+                steps = _train(cache, self.student, stage, trained, self._training_steps(task), generator)
+                for count, (loss, share) in enumerate(steps, start=1):
                     self.steps += 1
-                    self._report(number, share, loss)
-                    if stopped():
+                    self._report(meter, self.allocation.done(task, share), loss)
+                    if meter.interrupted:
                         undo()
                         self.steps -= count
                         for layer, weight in zip(layers, weights, strict=True):
                             layer.layer.weight, layer.rounding = weight, None
                         return False
-            for learner in stage.learners:
-                learner.end(layers)
+            for optimizer in stage.optimizers:
+                optimizer.end(layers)
         return True
 
-    def saving_pays(self) -> bool:
-        """Whether the last checkpoint is long enough ago."""
-        return time.perf_counter() - self.saved >= SAVING * self.saving
-
-    def save(self, done: int) -> None:
-        """Write the state after `done` blocks, where there is a place for it."""
-        if self.run.options.checkpoint is None:
-            return
-        begun = time.perf_counter()
-        tensors: dict[str, Tensor] = {f"parameter.{name}": value for name, value in self.student.checkpoint_parameters().items()}
-        for name, layer in self.student.layers.items():
-            if layer.layer.weight is not self.float_weights[name]:
-                tensors[f"weight.{name}"] = layer.layer.weight
-        tensors |= {f"samples.{name}": value for name, value in self.samples.values.items()}
-        tensors |= {"drawn": torch.tensor(self.drawn), "steps": torch.tensor(self.steps)}
-        if self.budget is not None:
-            tensors["budget"] = torch.tensor([self.budget.seconds, self.budget.used()], dtype=torch.float64)
-        tensors |= {f"entropy.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.entropies.items()}
-        tensors |= {f"trajectories.{name}": value for name, value in self.trajectories.state().items()}
-        save_checkpoint(self.run.options.checkpoint, step=done, identity=self.run.identity, tensors=tensors)
-        self.saved = time.perf_counter()
-        self.saving = self.saved - begun
-
-    @torch.no_grad()
-    def resume(self) -> int:
-        """Load the state; blocks done."""
-        assert self.run.options.checkpoint is not None  # RunOptions sees to it
-        done, tensors = load_checkpoint(self.run.options.checkpoint, self.run.identity)
-        self.student.allocate_for_state(_under("parameter.", tensors))
-        for name, value in self.student.checkpoint_parameters().items():
-            restore(value, tensors[f"parameter.{name}"])
-        for name, layer in self.student.layers.items():
-            if f"weight.{name}" in tensors:
-                weight = torch.empty_like(layer.layer.weight, dtype=torch.float32).copy_(tensors[f"weight.{name}"])
-                layer.layer.weight = nn.Parameter(weight, requires_grad=False)
-        self.trajectories.load_state(_under("trajectories.", tensors))
-        self.samples = ModelInputs({name: value.to(self.trajectories.device) for name, value in _under("samples.", tensors).items()})
-        self.drawn, self.steps = int(tensors["drawn"]), int(tensors["steps"])
-        self.steps_before = self.steps
-        if self.budget is not None:
-            seconds, used = tensors["budget"].tolist()
-            self.budget = Budget(seconds, used=used)
-        self._time(self.samples.spread(PASS))
-        self._part({name: float(value) for name, value in _under("entropy.", tensors).items()})
-        self.share_before = self.plan.done(done, 0.0) if done < self.count else 0.0
-        return done
-
-    def _pace(self, number: int) -> Iterator[tuple[float, float]]:
-        steps = self.stages[number // len(self.blocks)].steps
-        return training_steps(steps, None if self.budget is None else self.budget.part(self.plan.part(number, self.budget.left())))
-
-    def _report(self, number: int, share: float, loss: float) -> None:
-        done = self.plan.done(number, share)
-        passed = time.perf_counter() - self.started
-        left = self.budget.left() if self.budget is not None else passed * (1 - done) / max(done - self.share_before, 1e-9)
-        self.run.on_progress(
-            Progress(
-                stage="reconstruct",
-                step=int(done * TOTAL),
-                total=TOTAL,
-                loss=loss,
-                rate=(self.steps - self.steps_before) / passed,
-                eta_seconds=left,
-                memory_bytes=peak_memory(self.trajectories.device),
-            )
+    def _training_steps(self, task: int) -> Iterator[tuple[float, float]]:
+        steps = self.stages[task // len(self.blocks)].steps
+        return training_steps(
+            steps, None if self.budget is None else self.budget.part(self.allocation.task_share(task, self.budget.left()))
         )
 
+    def _report(self, meter: ProgressMeter, done: float, loss: float) -> None:
+        estimate = meter.elapsed() * (1 - done) / max(done - self.resumed_share, 1e-9)
+        left = estimate if self.budget is None else self.budget.left()
+        meter.report(int(done * TOTAL), TOTAL, loss=loss, rate=meter.rate(self.steps), eta_seconds=left)
 
-def _trained(
-    replay: BlockCache,
+    def save_is_due(self) -> bool:
+        """Whether the previous checkpoint is old enough for the next one."""
+        return time.perf_counter() - self.saved_at >= SAVE_INTERVAL * self.save_seconds
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint after `done` blocks, if the run has a checkpoint directory."""
+        if self.run.options.checkpoint is None:
+            return
+        start = time.perf_counter()
+        weights = {name: layer.layer.weight for name, layer in self.student.layers.items()}
+        method = add_prefix("weight.", {name: value for name, value in weights.items() if value is not self.float_weights[name]})
+        method |= add_prefix("samples.", self.samples.values)
+        method |= add_prefix("entropy.", {name: torch.tensor(value, dtype=torch.float64) for name, value in self.entropies.items()})
+        method |= {"drawn": torch.tensor(self.sampled_stage), "steps": torch.tensor(self.steps)}
+        parameters = self.student.checkpoint_parameters()
+        state = TrainingState(step=done, parameters=parameters, trajectories=self.trajectories.state(), method=method, budget=self.budget)
+        save_training(self.run, state)
+        self.saved_at = time.perf_counter()
+        self.save_seconds = self.saved_at - start
+
+    @torch.no_grad()
+    def resume(self, state: TrainingState) -> int:
+        """Continue from `state`; returns the blocks done."""
+        self.student.allocate_for_state(state.parameters)
+        restore(self.student.checkpoint_parameters(), state.parameters)
+        for name, value in strip_prefix("weight.", state.method).items():
+            layer = self.student.layers[name].layer
+            layer.weight = nn.Parameter(torch.empty_like(layer.weight, dtype=torch.float32).copy_(value), requires_grad=False)
+        self.trajectories.load_state(state.trajectories)
+        samples = strip_prefix("samples.", state.method)
+        self.samples = ModelInputs({name: value.to(self.trajectories.device) for name, value in samples.items()})
+        self.sampled_stage, self.steps = int(state.method["drawn"]), int(state.method["steps"])
+        self.budget = state.budget
+        self._measure_forward(self.samples.spread(FORWARD_BATCH))
+        self._divide({name: float(value) for name, value in strip_prefix("entropy.", state.method).items()})
+        self.resumed_share = self.allocation.done(state.step, 0.0) if state.step < self.tasks else 0.0
+        return state.step
+
+
+def _train(
+    cache: BlockCache,
     student: Student,
     stage: Stage,
-    learned: Sequence[tuple[BlockOptimizer, ParamGroup]],
+    trained: Sequence[tuple[BlockOptimizer, ParamGroup]],
     steps: Iterator[tuple[float, float]],
     generator: torch.Generator,
 ) -> Iterator[tuple[float, float]]:
-    """Train, and after each step give its distance and how much of the training is over."""
-    if not learned:
+    """Train a block; yields the reconstruction error and the share of the training done after each step."""
+    if not trained:
         return
-    optimizer = torch.optim.Adam([{"params": list(group.parameters), "lr": 0.0} for _, group in learned], fused=True)
-    order = _batches(len(replay.rows), stage.batch, generator)
+    adam = torch.optim.Adam([{"params": list(group.parameters), "lr": 0.0} for _, group in trained], fused=True)
+    batches = _batches(len(cache.rows), stage.batch, generator)
     for share, stride in steps:
-        distance = replay.distance(student, next(order))
-        penalties = [penalty for learner in stage.learners if (penalty := learner.penalty(share)) is not None]
-        optimizer.zero_grad(set_to_none=True)
-        torch.stack([distance, *penalties]).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        for entry, (learner, group) in zip(optimizer.param_groups, learned, strict=True):
-            entry["lr"] = min(group.rate * stride, LONGEST) * learner.factor(share)
-        optimizer.step()
-        yield float(distance.detach()), share + stride
+        error = cache.reconstruction_error(student, next(batches))
+        penalties = [penalty for optimizer in stage.optimizers if (penalty := optimizer.penalty(share)) is not None]
+        adam.zero_grad(set_to_none=True)
+        torch.stack([error, *penalties]).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        for entry, (optimizer, group) in zip(adam.param_groups, trained, strict=True):
+            entry["lr"] = min(group.rate * stride, MAX_STEP) * optimizer.factor(share)
+        adam.step()
+        yield float(error.detach()), share + stride
 
 
 def _batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices of samples, int64 [batch]: each sample once before any comes again."""
+    """Indices of samples, int64 [batch], shuffled: each sample occurs once before any occurs again."""
     order = torch.zeros(0, dtype=torch.int64)
     while True:
         while len(order) < batch:
             order = torch.cat([order, torch.randperm(count, generator=generator)])
         yield order[:batch]
         order = order[batch:]
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,1 +1,1 @@
-"""A run and what surrounds it: options, checkpoints, time budget, Ctrl-C, memory."""
+"""Infrastructure of a run: options, progress, checkpoints, time budget, signals, memory."""

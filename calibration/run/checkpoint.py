@@ -1,9 +1,10 @@
-"""A training run on disk: written whole or not at all, resumed bit for bit, refused where it belongs to another run. No pickle."""
+"""Training checkpoints: written atomically, resumed bit for bit, refused for a different run. JSON and safetensors, no pickle."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,104 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from calibration.run.options import Run
+from calibration.run.time_budget import Budget
 from edm_deploy.errors import ArtifactError
 from edm_deploy.storage.directories import new_directory, read_json, sha256_of, write_json
+from edm_deploy.storage.leftovers import recover
 
 JSON_NAME = "checkpoint.json"
 TENSORS_NAME = "checkpoint.safetensors"
+PARAMETERS, TRAJECTORIES, NOTES, BUDGET = "parameter.", "trajectories.", "note.", "budget"  # prefixes and the name of tensors on disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """State of a training run between two steps: everything that determines how it continues.
+
+    Attributes:
+        step: Training steps done; in block reconstruction, blocks done.
+        parameters: The student's parameters by name.
+        trajectories: State of the trajectory pool by name.
+        method: Further state of the training method by name, such as the optimizer's. No name has a prefix of the other groups.
+        budget: Wall time at this step; None where the run has no budget.
+    """
+
+    step: int
+    parameters: Mapping[str, Tensor]
+    trajectories: Mapping[str, Tensor]
+    method: Mapping[str, Tensor]
+    budget: Budget | None
+
+
+def save_training(run: Run, state: TrainingState) -> None:
+    """Replace the checkpoint of a run by `state` and the numbers in its notes. Does nothing if the run has no checkpoint directory.
+
+    Raises:
+        ArtifactError: The directory contains other files, or cannot be written; the previous checkpoint is kept.
+    """
+    if run.options.checkpoint is None:
+        return
+    tensors = add_prefix(PARAMETERS, state.parameters) | add_prefix(TRAJECTORIES, state.trajectories) | dict(state.method)
+    # float64 stores a Python float exactly; integers become int64.
+    numbers = {name: value for name, value in run.notes.items() if isinstance(value, int | float)}
+    notes = {name: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None) for name, value in numbers.items()}
+    tensors |= add_prefix(NOTES, notes)
+    if state.budget is not None:
+        tensors[BUDGET] = torch.tensor([state.budget.seconds, state.budget.used()], dtype=torch.float64)
+    save_checkpoint(run.options.checkpoint, step=state.step, identity=run.identity, tensors=tensors)
+
+
+def resume_training(run: Run) -> TrainingState | None:
+    """State to resume from, or None if the run starts from the beginning. Adds the saved notes to `run.notes`.
+
+    Raises:
+        ArtifactError: The checkpoint is missing, damaged or from a different run.
+    """
+    if not run.options.resume or run.options.checkpoint is None:
+        return None
+    step, tensors = load_checkpoint(run.options.checkpoint, run.identity)
+    run.notes.update({name: value.item() for name, value in strip_prefix(NOTES, tensors).items()})
+    budget = None
+    if BUDGET in tensors:
+        seconds, used = tensors[BUDGET].tolist()
+        budget = Budget(seconds, used=used)
+    return TrainingState(
+        step=step,
+        parameters=strip_prefix(PARAMETERS, tensors),
+        trajectories=strip_prefix(TRAJECTORIES, tensors),
+        method={name: value for name, value in tensors.items() if not name.startswith((PARAMETERS, TRAJECTORIES, NOTES, BUDGET))},
+        budget=budget,
+    )
+
+
+def restore(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Set parameters to loaded values of the same names, in newly allocated memory of the same layout: the old memory may be the teacher's too."""
+    for name, parameter in parameters.items():
+        parameter.data = torch.empty_like(parameter).copy_(values[name])
+
+
+def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` with `prefix` before each name."""
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+def strip_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `tensors` whose name starts with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def save_checkpoint(directory: Path, *, step: int, identity: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Replace the checkpoint in `directory`.
 
     Args:
-        directory: Made where it does not stand yet.
+        directory: Created if it does not exist.
         step: Steps done.
-        identity: json; what must be equal for the run to be resumed.
-        tensors: The whole state by name.
+        identity: JSON values; a run is resumed only if its identity is equal.
+        tensors: The complete state by name.
 
     Raises:
-        ArtifactError: `directory` holds something else, or the disk refuses; the checkpoint before stays.
+        ArtifactError: `directory` contains other files, or cannot be written; the previous checkpoint is kept.
     """
     with new_directory(directory, marker=JSON_NAME) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary / TENSORS_NAME)
@@ -40,19 +121,20 @@ def load_checkpoint(directory: Path, identity: Mapping[str, Any]) -> tuple[int, 
     """Steps done, and the state by name.
 
     Args:
-        directory: Where `save_checkpoint` wrote.
-        identity: Of the run that wants to go on.
+        directory: As given to `save_checkpoint`.
+        identity: Identity of the run to be resumed.
 
     Raises:
-        ArtifactError: No checkpoint, a damaged one, or one of another run; the message names the first difference.
+        ArtifactError: The checkpoint is missing, damaged or from a different run; the message names the first difference.
     """
+    recover(directory)
     if not (directory / JSON_NAME).is_file():
         raise ArtifactError(f"{directory} holds no checkpoint to resume. Start without --resume, or check --out.")
     description = read_json(directory / JSON_NAME, what="checkpoint")
-    found = description.get("identity")
-    if found != json.loads(json.dumps(identity)):
+    saved = description.get("identity")
+    if saved != json.loads(json.dumps(identity)):
         raise ArtifactError(
-            f"{directory} is the checkpoint of another run: {_difference(found, identity)}. Use the settings it was made with, or start without --resume."
+            f"{directory} is the checkpoint of another run: {_difference(saved, identity)}. Use the settings it was made with, or start without --resume."
         )
     path = directory / TENSORS_NAME
     try:
@@ -63,13 +145,12 @@ def load_checkpoint(directory: Path, identity: Mapping[str, Any]) -> tuple[int, 
         raise ArtifactError(f"{path} cannot be read ({err}). Start without --resume.") from err
 
 
-def _difference(found: Any, expected: Mapping[str, Any]) -> str:
-    # Any: whatever the file holds.
-    if not isinstance(found, dict):
-        return "it says nothing about its settings"
-    flat_found, flat_expected = _flat(found), _flat(expected)
-    name = next(key for key in sorted(flat_found | flat_expected) if flat_found.get(key) != flat_expected.get(key))
-    return f"{name} is {flat_found.get(name)!r} there and {flat_expected.get(name)!r} here"
+def _difference(saved: Any, expected: Mapping[str, Any]) -> str:  # Any: whatever the file contains
+    if not isinstance(saved, dict):
+        return "its settings are missing"
+    flat_saved, flat_expected = _flat(saved), _flat(expected)
+    name = next(key for key in sorted(flat_saved | flat_expected) if flat_saved.get(key) != flat_expected.get(key))
+    return f"{name} is {flat_saved.get(name)!r} there and {flat_expected.get(name)!r} here"
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,8 +158,3 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in tree.items():
         flat |= value if isinstance(value, dict) else {key: value}
     return flat
-
-
-def restore(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter a loaded value in memory of its own, in the layout that it had: until now it may have been the teacher's too."""
-    parameter.data = torch.empty_like(parameter).copy_(value)

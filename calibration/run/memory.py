@@ -1,4 +1,4 @@
-"""How much memory the work took at its peak."""
+"""Peak memory of a run: estimate and measurement."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
-_BASE = 1_000_000_000  # bytes of libraries and of activations at a usual sample size
+_BASE = 1_000_000_000  # bytes of libraries and of activations at usual sample sizes
 
 
 def needed_memory(parameters: int, *, trains: bool, low_memory: bool = False, cached: int = 0) -> int:
-    """Bytes that quantizing a model of so many parameters is expected to take on the CPU, rounded up.
+    """Estimated bytes of memory for quantizing a model on the CPU, rounded up.
 
-    Four bytes a parameter for the float weights (none where they stay in their files), one and a half for codes and what one layer takes
-    beside them. Training adds a bfloat16 teacher, and for the backward pass the merged and the rounded weights: 12 bytes.
+    Four bytes per parameter for the float weights (none if they stay in their files), and one and a half for codes and the temporaries of one
+    layer. Training adds a bfloat16 teacher and, for the backward pass, the merged and the rounded weights: 12 bytes.
 
     Args:
-        parameters: Of the denoiser.
+        parameters: Number of parameters of the denoiser.
         trains: Whether the recipe trains.
         low_memory: Whether the float weights stay in their files.
-        cached: Bytes of activations that the recipe keeps at most.
+        cached: Maximum bytes of activations that the recipe caches.
     """
     per_parameter = (0.0 if low_memory else 4.0) + 1.5 + (12.0 if trains else 0.0)
     return _BASE + cached + int(per_parameter * parameters)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak so far: of the accelerator's allocator, or of this process where the device is the CPU."""
+    """Peak bytes so far: of the accelerator's allocator, or of this process if the device is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if _STATUS.exists():  # not ru_maxrss: on Linux a new process starts with that of the process that started it
+    if _STATUS.exists():  # not ru_maxrss: on Linux a new process inherits that of its parent
         return next(int(line.split()[1]) for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""Many small pieces of work side by side."""
+"""Map a function over items in threads."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def each_in_a_thread(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`work` of every item, in the order of the items; as many at a time as torch has threads, each on one thread of its own.
+def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`function` of every item, in the order of the items; as many threads as torch has, each with one intra-op thread.
 
-    Operators of a few microseconds gain nothing from torch's own threads, and wait for them for milliseconds on a busy machine.
+    Operators of a few microseconds do not benefit from torch's intra-op threads, and wait for them for milliseconds on a busy machine.
 
     Args:
-        work: Calls torch and nothing that may not run twice at once.
-        items: What to call it with.
+        function: Calls torch; must be safe to run in several threads.
+        items: Its arguments.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what threads that are started from here on begin with
+    torch.set_num_threads(1)  # inherited by threads started from here on
     try:
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(work, items))
+            return list(pool.map(function, items))
     finally:
         torch.set_num_threads(threads)

@@ -6,12 +6,12 @@ from edm_deploy.errors import InputError
 
 
 def at_least(name: str, value: float, lowest: float) -> None:
-    """Raises InputError where a setting is below its smallest legal value."""
+    """Raises InputError if a setting is below its minimum."""
     if not value >= lowest:
         raise InputError(f"{name} is {value}; expected at least {lowest}. Set another {name}.")
 
 
 def within(name: str, value: float, lowest: float, highest: float) -> None:
-    """Raises InputError where a setting is outside its legal range."""
+    """Raises InputError if a setting is outside its range."""
     if not lowest <= value <= highest:
         raise InputError(f"{name} is {value}; expected {lowest} to {highest}. Set another {name}.")

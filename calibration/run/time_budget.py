@@ -1,4 +1,4 @@
-"""Wall time that a run may take, and how much of it is used: training by the clock instead of by a number of steps."""
+"""Wall-time budget of a run: training for a given time instead of a given number of steps."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}  # seconds
 
 
 class Budget:
-    """A span of wall time, counted from when it is made.
+    """A duration of wall time that starts on construction.
 
     Args:
-        seconds: How long, above 0.
-        used: Seconds of it that are gone already: a resumed run's.
-        clock: Seconds since some moment; tests have one of their own.
+        seconds: Duration, above 0.
+        used: Seconds used before, by an interrupted run.
+        clock: Monotonic clock in seconds; replaced in tests.
     """
 
     def __init__(self, seconds: float, *, used: float = 0.0, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -25,29 +25,29 @@ class Budget:
         self._start = clock() - used
 
     def used(self) -> float:
-        """Seconds since it was made."""
+        """Seconds used so far."""
         return self._clock() - self._start
 
     def share(self) -> float:
-        """How much of it is used, 0 to 1."""
+        """Share used so far, 0 to 1."""
         return min(self.used() / self.seconds, 1.0) if self.seconds > 0 else 1.0
 
     def left(self) -> float:
-        """Seconds, 0 or more."""
+        """Seconds left, 0 or more."""
         return max(self.seconds - self.used(), 0.0)
 
     def part(self, share: float = 1.0) -> Budget:
-        """A budget of its own, from now on: `share` of what is left. A loop over it sees its own share rise from 0 to 1."""
+        """A new budget that starts now: `share` of what is left."""
         return Budget(share * self.left(), clock=self._clock)
 
     def check_left(self, before: str) -> None:
-        """Refuse to train where nothing is left to train in.
+        """Refuse to train if nothing is left.
 
         Args:
-            before: What took the time, as in `calibration`.
+            before: What used the time, e.g. `calibration`.
 
         Raises:
-            InputError: The budget is used up; the message says what `before` took.
+            InputError: The budget is used up; the message states the time that `before` took.
         """
         if self.share() >= 1:
             raise InputError(
@@ -57,12 +57,12 @@ class Budget:
 
 
 def seconds_of(text: str) -> float:
-    """Seconds of a duration as it is written on a command line: `30s`, `5m`, `1.5h`.
+    """Seconds of a duration as written on the command line: `30s`, `5m`, `1.5h`.
 
     Raises:
-        InputError: It is none, or no longer than 0.
+        InputError: It is not a duration, or not above 0.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text)
     if match is None or not float(match[1]) > 0:
-        raise InputError(f"Budget {text!r}: expected a duration above 0 such as 30s, 5m or 1h. Write number and unit.")
+        raise InputError(f"Budget {text!r}: expected a duration above 0 such as 30s, 5m or 1h. Write a number and a unit.")
     return float(match[1]) * UNITS[match[2]]

@@ -1,4 +1,4 @@
-"""Rounding that training can see through: quantize to codes and back, with a backward written by hand."""
+"""Differentiable fake quantization: quantize and dequantize, with a hand-written backward pass."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def fake_quantize(x: Tensor, scale: Tensor, qmin: Tensor, levels: int | Tensor) 
     """`clip(round(x / s), qmin, qmin + levels) * s` along the first axis: samples of an activation, output channels of a weight.
 
     The codes are computed in float32 with the float32 reciprocal that the reference multiplies by. Gradients, with `u = x / s` and the
-    rounding taken as the identity (straight-through):
+    rounding taken as the identity (straight-through estimator):
 
-    - to x: the incoming one where `u` rounds to a code within the bounds, 0 elsewhere;
-    - to s: `round(u) - u` within, the bound outside (LSQ, arXiv 1902.08153, equation 3, without its gradient scale);
-    - to qmin, with which both bounds move: `s` outside, 0 within.
+    - to x: the incoming gradient where `u` rounds to a code within the bounds, 0 elsewhere;
+    - to s: `round(u) - u` within the bounds, the bound outside (LSQ, arXiv 1902.08153, equation 3, without its gradient scale);
+    - to qmin, which moves both bounds: `s` outside, 0 within.
 
     Args:
         x: float [N, ...]; the result has its dtype.
         scale: float32 [N], each > 0.
-        qmin: float32 [N] holding integers.
-        levels: Number of codes less one; one for all, or float32 [N] holding integers.
+        qmin: float32 [N] with integer values.
+        levels: Number of codes minus one; one for all, or float32 [N] with integer values.
     """
     result: Tensor = _FakeQuantize.apply(x, scale, qmin, levels)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return result
@@ -37,7 +37,7 @@ def round_straight_through(x: Tensor) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    # For backward only x and the result are kept, in the dtype of x: a following convolution keeps the result anyway.
+    # Only x and the result are saved for backward, in the dtype of x: a following convolution saves the result anyway.
 
     @staticmethod
     def forward(
@@ -57,8 +57,8 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, y, scale, qmin = ctx.saved_tensors
         grad = grads[0].to(x.dtype)
-        # All of this in the dtype of x: in bfloat16 half the traffic, and only values within 2^-8 of an edge may fall on its other side.
-        # Shifted so that the bounds are the same two numbers for every sample: one fused kernel then makes the mask and applies it.
+        # All of this in the dtype of x: bfloat16 halves the memory traffic, and only values within 2^-8 of a bound may be assigned to its other side.
+        # Shifted so that the bounds are the same two numbers for every sample: one fused kernel then computes and applies the mask.
         position = x * per_channel(reciprocal(scale), x).to(x.dtype)
         position.sub_(per_channel(qmin, x).to(x.dtype))
         if isinstance(ctx.levels, int):

@@ -1,4 +1,4 @@
-"""The student's layers: a Conv2d or Linear whose weight and input pass through learnable rounding."""
+"""Layers of the student: a Conv2d or Linear whose weight and input are fake-quantized with learnable parameters."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from edm_deploy.numerics.codes import channel_bounds, dequantize_weight, per_cha
 
 
 class ActivationQuantizer(nn.Module):
-    """Rounds an activation by a table with one row for each calibrated timestep; each sample of a batch has its own row.
+    """Quantizes an activation by a table with one row per calibrated timestep; each sample of a batch has its own row.
 
-    Scales are stored as logarithms, so that they stay above 0 and a rate is relative. The lowest code is rounded while training, straight-through,
-    so that bounds are integers from the first step.
+    Scales are stored as logarithms, so that they stay above 0 and learning rates are relative. The lowest code is rounded during training with a
+    straight-through gradient, so that bounds are integers from the first step.
 
     Args:
         spec: Bits and symmetry.
@@ -27,9 +27,9 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         log_scale: float32 [R].
-        qmin: float32 [R], the lowest code before rounding; learnable where the spec is not symmetric.
-        current: int64 [B], the row of each sample; set before each forward by whoever knows the timesteps.
-        relaxed: bool [B], samples that are left as they are, set likewise; None where there are none.
+        qmin: float32 [R], the lowest code before rounding; learnable unless the spec is symmetric.
+        rows: int64 [B], the row of each sample; set before each forward pass by `Student.at_rows`.
+        float_samples: bool [B], samples that are not quantized, set likewise; None if there are none.
     """
 
     def __init__(self, spec: LayerSpec, rows: int) -> None:
@@ -39,9 +39,9 @@ class ActivationQuantizer(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(rows))
         fixed = spec.fixed_qmin
         self.qmin = nn.Parameter(torch.full((rows,), float(fixed or 0)), requires_grad=fixed is None)
-        self.current = torch.zeros(0, dtype=torch.int64)
-        self.relaxed: Tensor | None = None
-        self._last: tuple[Tensor, Tensor] | None = None
+        self.rows = torch.zeros(0, dtype=torch.int64)
+        self.float_samples: Tensor | None = None
+        self._cache: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def set_row(self, row: int | slice, range_: QuantRange) -> None:
@@ -50,25 +50,25 @@ class ActivationQuantizer(nn.Module):
         self.qmin[row] = range_.qmin
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [B, ...] rounded to codes and back, in its own dtype. Layers that are fed the same tensor get the same result."""
-        if self._last is None or self._last[0] is not x:
-            self._last = x, self._rounded(x)
-        return self._last[1]
+        """`x` [B, ...] quantized and dequantized, in its own dtype. Layers that receive the same tensor get the same result."""
+        if self._cache is None or self._cache[0] is not x:
+            self._cache = x, self._quantize(x)
+        return self._cache[1]
 
-    def _rounded(self, x: Tensor) -> Tensor:
-        if self.relaxed is not None and bool(self.relaxed.all()):
+    def _quantize(self, x: Tensor) -> Tensor:
+        if self.float_samples is not None and bool(self.float_samples.all()):
             return x
         qmin = round_straight_through(self.qmin.clamp(-self.levels, 0))
-        rounded = fake_quantize(x, self.log_scale.exp()[self.current], qmin[self.current], self.levels)
-        return rounded if self.relaxed is None else torch.where(per_channel(self.relaxed, x), x, rounded)
+        quantized = fake_quantize(x, self.log_scale.exp()[self.rows], qmin[self.rows], self.levels)
+        return quantized if self.float_samples is None else torch.where(per_channel(self.float_samples, x), x, quantized)
 
-    def forget(self) -> None:
-        """Drop the last input and result, which would otherwise live until the next forward."""
-        self._last = None
+    def clear_cache(self) -> None:
+        """Drop the cached input and result, which would otherwise be kept until the next forward pass."""
+        self._cache = None
 
     @torch.no_grad()
     def table(self) -> ActivationTable:
-        """The table as an artifact holds it."""
+        """The table as artifacts store it."""
         qmin = self.qmin.clamp(-self.levels, 0).round()
         scale, lowest, highest = self.log_scale.exp().cpu(), qmin.to(torch.int8).cpu(), (qmin + self.levels).to(torch.int8).cpu()
         return ActivationTable(bits=self.bits, scale=scale, qmin=lowest, qmax=highest)
@@ -77,19 +77,19 @@ class ActivationQuantizer(nn.Module):
 class StudentLayer(nn.Module):
     """A quantized Conv2d or Linear: `y = conv(Q(p x), Q(W / p + B @ A)) + bias`. The low-rank update is merged before rounding (QALoRA).
 
-    The pre-scale `p` by input channel, on the layer itself as `edm_deploy.network.restructure` has it, is there only where one was set.
+    The pre-scale `p` by input channel is a parameter of the layer itself, as in `edm_deploy.network.restructure`, and exists only if it was set.
 
     Args:
-        layer: The float layer; its weight stays as it is.
+        layer: The float layer; its weight is not changed.
         spec: Bits of its weight.
-        quantizer: For its input, shared with the layers that are fed the same tensor; None leaves the input alone.
+        quantizer: Quantizer of its input, shared by the layers that receive the same tensor; None leaves the input in floating point.
 
     Attributes:
-        bits: Of the weight codes.
-        channel_bits: uint8 [Cout], where they differ by output channel, else None.
+        bits: Bits of the weight codes.
+        channel_bits: uint8 [Cout] if bits differ by output channel, else None.
         log_weight_scale: float32 [Cout].
         lora_a: float32 [rank, Cin * kernel]; lora_b: float32 [Cout, rank]. None before `add_update`.
-        rounding: Gives the rounded weight, float32, while its rounding is learned; None rounds to nearest.
+        rounding: Module that returns the quantized weight, float32, while its rounding is learned; None rounds to nearest.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, spec: LayerSpec, quantizer: ActivationQuantizer | None) -> None:
@@ -108,27 +108,27 @@ class StudentLayer(nn.Module):
         self.log_weight_scale.copy_(scale.log())
 
     def set_channel_bits(self, bits: Tensor | None) -> None:
-        """Give each output channel bits of its own, any integer dtype [Cout]; None gives all the same again."""
-        # A parameter, so that checkpoints hold it.
+        """Set the bits of each output channel, any integer dtype [Cout]; None restores the same bits for all."""
+        # A parameter, so that checkpoints contain it.
         self.channel_bits = None if bits is None else nn.Parameter(bits.to(self.log_weight_scale.device, torch.uint8), requires_grad=False)
 
     def set_pre_scale(self, scale: Tensor | None) -> None:
-        """Multiply the input by `scale`, float32 [Cin] > 0, rounded to what float16 holds, and divide the weight by it; None does neither."""
+        """Multiply the input by `scale`, float32 [Cin] > 0, rounded to values that float16 represents, and divide the weight by it; None removes it."""
         value = None if scale is None else nn.Parameter(representable(scale).to(self.layer.weight.device), requires_grad=False)
         self.layer.register_parameter(PRE_SCALE, value)
 
     @property
     def pre_scale(self) -> Tensor | None:
         """float32 [Cin], or None."""
-        found: Tensor | None = getattr(self.layer, PRE_SCALE, None)
-        return found
+        pre_scale: Tensor | None = getattr(self.layer, PRE_SCALE, None)
+        return pre_scale
 
     @torch.no_grad()
     def correct_bias(self, mean_input: Tensor) -> None:
-        """Add to the bias what rounding the weight takes from the mean output; a layer without a bias stays as it is.
+        """Add to the bias the mean output error that rounding the weight causes; a layer without a bias is not changed.
 
         Args:
-            mean_input: float32 [Cin], the mean of each input channel, pre-scaled where the input is.
+            mean_input: float32 [Cin], mean of each input channel, after the pre-scale if there is one.
 
         Source: Nagel et al., Data-Free Quantization, arXiv 1906.04721, section 4.2, with measured means.
         """
@@ -137,13 +137,13 @@ class StudentLayer(nn.Module):
         codes, scale = self.codes()
         error = self.merged_weight() - dequantize_weight(codes, scale)
         groups = self.layer.groups if isinstance(self.layer, nn.Conv2d) else 1
-        seen = mean_input.to(error.device).reshape(groups, -1).repeat_interleave(error.shape[0] // groups, dim=0)
-        # A new parameter: the old one may be the teacher's too.
-        moved = self.layer.bias.float() + (error.reshape(*error.shape[:2], -1).sum(2) * seen).sum(1)
-        self.layer.bias = nn.Parameter(moved, requires_grad=False)
+        means = mean_input.to(error.device).reshape(groups, -1).repeat_interleave(error.shape[0] // groups, dim=0)
+        # A new parameter: the old one may be shared with the teacher.
+        corrected = self.layer.bias.float() + (error.reshape(*error.shape[:2], -1).sum(2) * means).sum(1)
+        self.layer.bias = nn.Parameter(corrected, requires_grad=False)
 
     def add_update(self, rank: int, generator: torch.Generator) -> None:
-        """Add a low-rank update that starts at zero: A uniform in +-1/sqrt(fan in), B zero.
+        """Add a low-rank update that is zero initially: A uniform in +-1/sqrt(fan in), B zero.
 
         Source: LoRA, arXiv 2106.09685; the released code's kaiming_uniform(a=sqrt(5)).
         """
@@ -164,27 +164,27 @@ class StudentLayer(nn.Module):
         return torch.addmm(weight.flatten(1), self.lora_b, self.lora_a).view_as(weight)
 
     def rounded_weight(self) -> Tensor:
-        """The weight that the layer computes with: float32, the shape of the layer's weight."""
+        """The quantized weight that the layer computes with: float32, the shape of the layer's weight."""
         if self.rounding is not None:
             learned: Tensor = self.rounding()
             return learned
         return self.nearest_weight()
 
     def nearest_weight(self) -> Tensor:
-        """The weight rounded to the nearest codes: float32, the shape of the layer's weight."""
+        """The weight rounded to the nearest codes and dequantized: float32, the shape of the layer's weight."""
         lowest, highest = self.code_bounds()
         levels = weight_bounds(self.bits)[1] - weight_bounds(self.bits)[0] if self.channel_bits is None else highest - lowest
         return fake_quantize(self.merged_weight(), self.log_weight_scale.exp(), lowest, levels)
 
     def code_bounds(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest weight code of each output channel, float32 [Cout] both."""
+        """Smallest and largest weight code of each output channel, float32 [Cout] each."""
         if self.channel_bits is not None:
             return channel_bounds(self.channel_bits)
         qmin, qmax = weight_bounds(self.bits)
         return torch.full_like(self.log_weight_scale, qmin), torch.full_like(self.log_weight_scale, qmax)
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
-        """Output of the layer; under autocast input, weight and bias are taken in its dtype, scales and rounding stay float32."""
+        """Output of the layer. Under autocast, input, weight and bias are cast to its dtype; scales and rounding stay float32."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))

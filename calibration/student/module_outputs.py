@@ -1,66 +1,65 @@
-"""Capture what chosen modules receive and return in a forward pass."""
+"""Capture the arguments and results of chosen modules in a forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from calibration.student.student import Student
-from calibration.student.teacher import Teacher
-
 
 @contextmanager
-def activations_unquantized(student: Student) -> Iterator[None]:
-    """Within it the student's activations pass as they are."""
-    quantizers = {name: layer.quantizer for name, layer in student.layers.items()}
-    for layer in student.layers.values():
-        layer.quantizer = None
+def capture_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Within the context every forward pass stores the last output tensor of each of these modules in the yielded dict, by name."""
+    outputs: dict[str, Tensor] = {}
+
+    def store(name: str) -> Any:
+        return lambda module, args, output: outputs.__setitem__(name, tensors_of(output)[-1])
+
+    with ExitStack() as stack:
+        for name in names:
+            handle = model.get_submodule(name).register_forward_hook(store(name))
+            stack.callback(handle.remove)
+        yield outputs
+
+
+def module_calls(network: nn.Module, inputs: Mapping[str, Tensor], names: Sequence[str], *, results: bool) -> list[Any]:
+    """Run `network` until the last of some submodules is reached, and return their arguments or results.
+
+    Args:
+        network: Teacher or student; its submodules are those of its `model`.
+        inputs: Graph inputs by name.
+        names: Modules in the order in which they run, each exactly once per forward pass.
+        results: Whether to return results; otherwise each entry is (args, kwargs).
+    """
+    captured: list[Any] = []
+
+    def store(value: Any) -> None:
+        captured.append(value)
+        if len(captured) == len(names):
+            raise _AllCaptured
+
+    modules = [network.get_submodule(f"model.{name}") for name in names]
+    if results:
+        handles = [module.register_forward_hook(lambda _, args, output: store(output)) for module in modules]
+    else:
+        handles = [module.register_forward_pre_hook(lambda _, args, kwargs: store((args, kwargs)), with_kwargs=True) for module in modules]
     try:
-        yield
-    finally:
-        for name, layer in student.layers.items():
-            layer.quantizer = quantizers[name]
-
-
-def tensors_of(result: Any) -> list[Tensor]:
-    """The tensors of whatever a module returns."""
-    return [leaf for leaf in tree_leaves(result) if leaf is not None]
-
-
-class _Enough(Exception):  # noqa: N818  # no error: it ends a forward pass early
-    pass
-
-
-def _until_enough(network: Student | Teacher, part: Mapping[str, Tensor]) -> None:
-    try:
-        network(part)
-    except _Enough:
-        return
-    raise AssertionError("a block ran in the traced pass and not in this one")
-
-
-@contextmanager
-def _watched(model: nn.Module, names: Sequence[str], *, before: bool) -> Iterator[list[Any]]:
-    """What the modules are called with (`before`) or return, in their order; the pass ends with the last."""
-    seen: list[Any] = []
-
-    def look(value: Any) -> None:
-        seen.append(value)
-        if len(seen) == len(names):
-            raise _Enough
-
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, kwargs: look((args, kwargs)), with_kwargs=True)
-        if before
-        else module.register_forward_hook(lambda _, args, output: look(output))
-        for module in map(model.get_submodule, names)
-    ]
-    try:
-        yield seen
+        network(inputs)
+    except _AllCaptured:
+        return captured
     finally:
         for handle in handles:
             handle.remove()
+    raise AssertionError("a block ran in the traced pass and not in this one")
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """The tensors of a module's result."""
+    return [leaf for leaf in tree_leaves(result) if leaf is not None]
+
+
+class _AllCaptured(Exception):  # noqa: N818  # not an error: ends a forward pass early
+    pass

@@ -1,51 +1,46 @@
-"""Which layers read the very same tensor, so that they can share one quantizer."""
+"""Layers that receive the same input tensor, so that they can share one quantizer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edm_deploy.network.family import SAMPLE
-from edm_deploy.pipelines.source import Source
+from edm_deploy.network.family import SAMPLE, Config, Family
+from edm_deploy.network.meta_model import meta_model
+from edm_deploy.network.restructure import NetworkRewrite
 
 
-def shared_input_layers(model: nn.Module, forward: Any, inputs: Mapping[str, Tensor], sites: Mapping[str, nn.Module]) -> dict[str, str]:
-    """For each site the first site that is fed the very same tensor (itself, for most), so that an exporter can share one quantization.
+def shared_inputs(family: Family, config: Config, structure: NetworkRewrite) -> dict[str, str]:
+    """For each site the first site that receives the same tensor (most sites: itself). One forward pass on the meta device.
 
     Args:
-        model: The float model.
-        forward: The family's forward.
-        inputs: Graph inputs by name; one forward is run on them.
-        sites: Layers by name.
+        family: Family of the model.
+        config: Its configuration.
+        structure: Layers that are split into segments.
     """
-    seen: list[tuple[Tensor, str]] = []  # holds the tensors, so that no address is used twice
-    leaders = {name: name for name in sites}
+    model = meta_model(family, config, structure)
+    sites = family.sites(model)
+    inputs: list[tuple[Tensor, str]] = []  # holds the tensors, so that no id is reused
+    first_site = {name: name for name in sites}
 
-    def watch(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            leaders[name] = next((leader for x, leader in seen if x is args[0]), name)
-            seen.append((args[0], leaders[name]))
+            first_site[name] = next((first for x, first in inputs if x is args[0]), name)
+            inputs.append((args[0], first_site[name]))
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in sites.items()]
-    try:
-        with torch.no_grad():
-            forward(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return leaders
+    for name, layer in sites.items():
+        layer.register_forward_pre_hook(record(name))
+    with torch.no_grad():
+        family.forward(model, meta_inputs(family, config, batch=1))
+    return first_site
 
 
-def example_inputs(source: Source, device: torch.device) -> dict[str, Tensor]:
-    """Graph inputs of one sample, by name: noise in the middle of the schedule."""
-    generator = torch.Generator().manual_seed(0)
-    family = source.family_object
-    sample = torch.randn(1, *family.sample_shape(source.config), generator=generator)
-    inputs = {SAMPLE: sample, "timestep": torch.tensor([float(source.num_train_timesteps // 2)])}
-    inputs |= family.random_conditioning(source.config, 1, generator)
-    return {name: value.to(device) for name, value in inputs.items()}
+def meta_inputs(family: Family, config: Config, *, batch: int) -> dict[str, Tensor]:
+    """Graph inputs by name, [batch, ...] each, on the meta device."""
+    conditioning = family.random_conditioning(config, batch, torch.Generator().manual_seed(0))
+    inputs = {SAMPLE: torch.empty(batch, *family.sample_shape(config)), "timestep": torch.zeros(batch), **conditioning}
+    return {name: value.to("meta") for name, value in inputs.items()}

@@ -8,36 +8,36 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from calibration.run.parallel_map import each_in_a_thread
+from calibration.run.parallel_map import parallel_map
 from calibration.student.layers import ActivationQuantizer, StudentLayer
 from calibration.student.quantization_spec import LayerSpec
-from calibration.student.shared_inputs import example_inputs, shared_input_layers
+from calibration.student.shared_inputs import shared_inputs
 from calibration.student.teacher import Teacher, share_weights
-from edm_deploy.network.family import SAMPLE, Placement, meta_model
+from edm_deploy.network.family import SAMPLE, Placement
 from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite
 from edm_deploy.numerics.activation_table import nearest_rows, table_rows
 from edm_deploy.pipelines.source import Source
 
 
 class Student(nn.Module):
-    """The quantized copy: graph inputs by name in, prediction out; rows follow each sample's timestep.
+    """The fake-quantized model: graph inputs by name to prediction; each sample is quantized by the table row of its timestep.
 
     Args:
         source: Its model is not changed.
         layer_spec: Bit widths of a layer by its name and its family's placement, as `Recipe.layer_spec`.
         weight_scale: Scale of each output channel by weight and bits, as `Recipe.weight_scale`.
-        timesteps: int32 [R] ascending, one a table row.
-        device: Where the student lives.
-        folded: Sites that stay in floating point, because exporters make a table of what they compute.
-        segments: Layers of the source's model that are cut already, as `Structure` has them.
-        teacher: Its float weights on `device` are the student's too; None shares those of the source.
+        timesteps: int32 [R] ascending, one per table row.
+        device: Device of the student.
+        folded: Sites that stay in floating point, because exporters replace their output by a table.
+        segments: Layers of the source's model that are already split, as `NetworkRewrite.segments`.
+        teacher: Its float weights on `device` are shared with the student; None shares those of the source.
 
     Attributes:
         layers: Every quantized layer by site name.
-        quantizers: Every activation quantizer by the name of the first site that it serves.
-        shared_input: For each site the first one that is fed the very same tensor.
-        relaxed_rows: bool [R], rows at which activations stay in floating point; None where there are none.
-        shared_row: int32 [R], for each row the one that stands for it; None where each stands for itself.
+        quantizers: Every activation quantizer by the name of the first site that uses it.
+        shared_input: For each site the first site that receives the same tensor.
+        float_rows: bool [R], rows at which activations stay in floating point; None if there are none.
+        shared_row: int32 [R], for each row the row whose values it uses; None if each uses its own.
     """
 
     def __init__(
@@ -59,24 +59,29 @@ class Student(nn.Module):
         self.row_of_timestep = nearest_rows(timesteps, source.num_train_timesteps)
         self.compute_dtype = torch.float32
         self.folded = folded
-        self.relaxed_rows: Tensor | None = None
-        self.shared_row: nn.Parameter | None = None  # a parameter, so that checkpoints hold it
+        self.float_rows: Tensor | None = None
+        self.shared_row: nn.Parameter | None = None  # a parameter, so that checkpoints contain it
         self.segments = segments
+        self.shared_input = shared_inputs(self.family, self.config, NetworkRewrite(segments))
         sites = {name: layer for name, layer in self.family.sites(self.model).items() if name not in folded}
-        # On the meta device: who is fed what follows from the graph, and nothing is computed.
-        outline = meta_model(self.family, source.config, NetworkRewrite(segments))
-        inputs = example_inputs(source, torch.device("meta"))
-        self.shared_input = leaders = shared_input_layers(outline, self.family.forward, inputs, self.family.sites(outline))
         specs = {name: layer_spec(name, self.family.placement(name)) for name in sites}
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.layers: dict[str, StudentLayer] = {}
         for name, layer in sites.items():
-            quantizer = self._quantizer(leaders[name], specs[name], specs[leaders[name]], name).to(device) if specs[name].act_bits else None
+            quantizer = self._quantizer(name, specs).to(device) if specs[name].act_bits else None
             self.layers[name] = StudentLayer(layer, specs[name], quantizer).to(device)
             _replace(self.model, name, self.layers[name])
-        scales = each_in_a_thread(lambda name: weight_scale(self.layers[name].layer.weight, specs[name].weight_bits), sites)
+        scales = parallel_map(lambda name: weight_scale(self.layers[name].layer.weight, specs[name].weight_bits), sites)
         for name, scale in zip(sites, scales, strict=True):
             self.layers[name].set_weight_scale(scale)
+
+    def _quantizer(self, name: str, specs: Mapping[str, LayerSpec]) -> ActivationQuantizer:
+        """The quantizer of the first site with the same input, or a separate one if the two sites' specs differ."""
+        first, spec = self.shared_input[name], specs[name]
+        key = first if (spec.act_bits, spec.symmetric) == (specs[first].act_bits, specs[first].symmetric) else name
+        if key not in self.quantizers:
+            self.quantizers[key] = ActivationQuantizer(spec, len(self.timesteps))
+        return self.quantizers[key]
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Prediction, [B, ...] in the compute dtype."""
@@ -85,42 +90,44 @@ class Student(nn.Module):
 
     @contextmanager
     def at_rows(self, rows: Tensor, device: torch.device) -> Iterator[None]:
-        """Within it the layers quantize by these table rows, int64 [B], and compute in the student's dtype: for whoever runs a part of the model."""
-        relaxed = None if self.relaxed_rows is None else self.relaxed_rows.to(rows.device)[rows]
+        """Quantize by these table rows, int64 [B], and compute in the student's dtype: for a forward pass of the model or of a part of it."""
+        float_samples = None if self.float_rows is None else self.float_rows.to(rows.device)[rows]
+        if float_samples is not None and not bool(float_samples.any()):
+            float_samples = None
         shared = rows if self.shared_row is None else self.shared_row.to(rows.device)[rows].long()
         for quantizer in self.quantizers.values():
-            quantizer.current, quantizer.relaxed = shared, relaxed if relaxed is not None and bool(relaxed.any()) else None
+            quantizer.rows, quantizer.float_samples = shared, float_samples
         try:
             with torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
                 yield
         finally:
             for quantizer in self.quantizers.values():
-                quantizer.forget()
+                quantizer.clear_cache()
 
     def shared_input_layers(self, name: str) -> tuple[str, ...]:
-        """The layers that are fed the very same tensor as `name`, itself among them, in the model's order."""
+        """The layers that receive the same tensor as `name`, including itself, in the model's order."""
         return tuple(other for other in self.layers if self.shared_input[other] == self.shared_input[name])
 
     def set_pre_scale(self, name: str, scale: Tensor | None) -> None:
-        """Scale the input of `name`, and of its siblings, channel by channel: float32 [Cin], each > 0; None takes an earlier one away.
+        """Multiply the input of `name`, and of the layers that share it, by `scale`, float32 [Cin] > 0, and divide their weights; None removes it.
 
-        The function stays what it was: weights are divided by what inputs are multiplied by. Weight scales and tables are the caller's to set anew.
+        The float function does not change. The caller sets weight scales and tables anew.
         """
-        for sibling in self.shared_input_layers(name):
-            self.layers[sibling].set_pre_scale(scale)
+        for layer in self.shared_input_layers(name):
+            self.layers[layer].set_pre_scale(scale)
 
     def allocate_for_state(self, names: Iterable[str]) -> None:
-        """Give layers the pre-scales and channel bits that a state of these parameter names holds, for it to be loaded."""
-        held = set(names)
+        """Add the pre-scales and per-channel bits that occur among the parameter names of a saved state, so that it can be loaded."""
+        saved = set(names)
         for name, layer in self.layers.items():
-            if f"model.{name}.layer.{PRE_SCALE}" in held and layer.pre_scale is None:
+            if f"model.{name}.layer.{PRE_SCALE}" in saved and layer.pre_scale is None:
                 layer.set_pre_scale(torch.ones(layer.layer.weight.shape[1]))
-            if f"model.{name}.channel_bits" in held and layer.channel_bits is None:
+            if f"model.{name}.channel_bits" in saved and layer.channel_bits is None:
                 layer.set_channel_bits(torch.full_like(layer.log_weight_scale, layer.bits))
 
     @property
     def structure(self) -> NetworkRewrite:
-        """What the student's network computes otherwise than the published one."""
+        """How the student's network differs from the published one: segments and pre-scales."""
         scaled = tuple(name for name, layer in self.layers.items() if layer.pre_scale is not None)
         return NetworkRewrite(self.segments, scaled)
 
@@ -129,16 +136,23 @@ class Student(nn.Module):
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
 
     def checkpoint_parameters(self) -> dict[str, nn.Parameter]:
-        """What `learnable` gives before a rate of 0 fixes some of it: all that a checkpoint must hold."""
-        kept = {id(layer.layer.weight) for layer in self.layers.values()}
-        own = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()} - kept | {id(self.shared_row)}
-        return {name: value for name, value in self.named_parameters() if id(value) in own}
+        """Every parameter that a checkpoint contains: those of `learnable` before rates of 0 fix some of them, and integer ones."""
+        weights = {id(layer.layer.weight) for layer in self.layers.values()}
+        saved = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()} - weights | {id(self.shared_row)}
+        return {name: value for name, value in self.named_parameters() if id(value) in saved}
 
-    def _quantizer(self, leader: str, spec: LayerSpec, leading_spec: LayerSpec, name: str) -> ActivationQuantizer:
-        key = leader if (spec.act_bits, spec.symmetric) == (leading_spec.act_bits, leading_spec.symmetric) else name
-        if key not in self.quantizers:
-            self.quantizers[key] = ActivationQuantizer(spec, len(self.timesteps))
-        return self.quantizers[key]
+
+@contextmanager
+def activations_unquantized(student: Student) -> Iterator[None]:
+    """Within the context no activation of the student is quantized."""
+    quantizers = {name: layer.quantizer for name, layer in student.layers.items()}
+    for layer in student.layers.values():
+        layer.quantizer = None
+    try:
+        yield
+    finally:
+        for name, layer in student.layers.items():
+            layer.quantizer = quantizers[name]
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

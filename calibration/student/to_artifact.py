@@ -1,4 +1,4 @@
-"""The artifact that a calibrated or trained student becomes."""
+"""Conversion of a calibrated or trained student to an artifact."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from edm_deploy.pipelines.source import Source
 
 
 def artifact_from_student(student: Student, source: Source, provenance: Mapping[str, Any]) -> Artifact:
-    """The student as an artifact: updates merged, weights rounded, tables as integers.
+    """The student as an artifact: low-rank updates merged, weights rounded, tables with integer bounds.
 
     Raises:
-        ArtifactError: Training left a value that is not finite.
+        ArtifactError: A value is not finite after training.
     """
     replaced = {f"{name}.weight" for name in student.layers}
     params = {name: value.detach().float().cpu() for name, value in source.model.state_dict().items() if name not in replaced}

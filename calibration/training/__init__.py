@@ -1,1 +1,1 @@
-"""End-to-end distillation: the training loop, its losses, and what is trained."""
+"""End-to-end distillation: the training loop, its losses, and the trained parameters."""

@@ -1,6 +1,6 @@
-"""A binary residual on salient output channels: `W ~ s n + alpha sign(W - s n)`, on a grid that int8 codes hold, so that a layer stays one integer sum.
+"""Binary residual on salient output channels: `W ~ s n + alpha sign(W - s n)`, on a grid of int8 codes, so that a layer remains one integer product.
 
-Source: MPQ-DMv2, arXiv 2507.04290, of which there is no released code: a binary residual branch on salient channels. alpha as in XNOR-Net, Rastegari et al.,
+Source: MPQ-DMv2, arXiv 2507.04290, without released code: a binary residual branch on salient channels. alpha as in XNOR-Net, Rastegari et al.,
 arXiv 1603.05279, equation 6.
 """
 
@@ -15,30 +15,30 @@ from calibration.student.layers import StudentLayer
 from edm_deploy.numerics.codes import per_channel, weight_bounds
 
 LARGEST = weight_bounds(8)[1]
-FIRST_BITS = range(2, 7)  # bits of the first term that leave room for a second
+FIRST_BITS = range(2, 7)  # bits of the first term for which a second term fits into int8
 
 
 class BinaryResidual(nn.Module):
-    """The rounding of one layer whose salient channels have a second term while they are trained.
+    """Weight rounding of one layer whose salient channels have a second, binary term during training.
 
-    alpha is the channel's mean |W - s n|, which has the least squared error of all, rounded to a multiple of s / k; k is as large as codes
-    `k n + j sign` within [-127, 127] allow.
+    alpha is the channel's mean |W - s n|, which minimizes the squared error, rounded to a multiple of s / k; k is the largest value for which the
+    codes `k n + j sign` stay within [-127, 127].
 
     Args:
-        layer: The layer; its weight, update and scale may be learned meanwhile.
+        layer: The layer; its weight, update and scale may be trained meanwhile.
         salient: Whether each output channel has the second term, [Cout]. Channels of 7 and 8 bits never have it.
 
     Attributes:
-        salient: uint8 [Cout]. A parameter, so that checkpoints hold it.
+        salient: uint8 [Cout]. A parameter, so that checkpoints contain it.
     """
 
     def __init__(self, layer: StudentLayer, salient: Tensor) -> None:
         super().__init__()
-        self._layer = (layer,)  # in a tuple: the layer holds this module, not the other way round
+        self._layer = (layer,)  # in a tuple, because this module is a submodule of the layer and not the reverse
         self.salient = nn.Parameter(salient.to(layer.log_weight_scale.device, torch.uint8), requires_grad=False)
 
     def forward(self) -> Tensor:
-        """The rounded weight, float32."""
+        """The quantized weight, float32."""
         (layer,) = self._layer
         nearest = layer.nearest_weight()
         error = (layer.merged_weight() - nearest).detach()
@@ -46,7 +46,7 @@ class BinaryResidual(nn.Module):
         return nearest + per_channel(alpha, error) * error.sign()
 
     def fineness(self) -> Tensor:
-        """k: float32 [Cout], grid points a step of the first term is divided into; 1 where there is no second."""
+        """k: float32 [Cout], the number of grid points per step of the first term; 1 where there is no second term."""
         (layer,) = self._layer
         lowest, _ = layer.code_bounds()
         allowed = [
@@ -56,7 +56,7 @@ class BinaryResidual(nn.Module):
 
     @torch.no_grad()
     def steps(self, error: Tensor) -> Tensor:
-        """J = alpha k / s, rounded: float32 [Cout], of what the first term leaves, float32 [Cout, ...]."""
+        """J = alpha k / s, rounded: float32 [Cout], from the error of the first term, float32 [Cout, ...]."""
         (layer,) = self._layer
         fine = self.fineness()
         alpha = error.flatten(1).abs().mean(1)
@@ -64,7 +64,7 @@ class BinaryResidual(nn.Module):
 
 
 def grid_points(largest: int) -> int:
-    """The largest k of which `k * largest + k // 2` is a code: 15 for codes down to -8."""
+    """The largest k for which `k * largest + k // 2` is a code: 15 for codes down to -8."""
     points = LARGEST // largest
     while points > 1 and points * largest + points // 2 > LARGEST:
         points -= 1
@@ -73,7 +73,7 @@ def grid_points(largest: int) -> int:
 
 @torch.no_grad()
 def commit(layers: Iterable[StudentLayer]) -> int:
-    """Put both terms into one code: salient channels get 8 bits and the finer scale. Updates are merged. Returns how many channels that is."""
+    """Merge both terms into one code per weight: salient channels get 8 bits and the finer scale; updates are merged. Returns the number of such channels."""
     channels = 0
     for layer in layers:
         residual = layer.rounding

@@ -10,7 +10,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters that share a rate; a rate of 0 leaves them as they are."""
+    """Parameters with a common learning rate; a rate of 0 keeps them fixed."""
 
     parameters: Sequence[nn.Parameter]
     rate: float

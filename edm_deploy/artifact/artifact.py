@@ -13,15 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edm_deploy.artifact.disk_format import (
+    ArtifactDescription,
+    TensorReader,
+    layer_from_tensors,
+    tensor_from_param,
+    tensors_from_layer,
+)
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
-from edm_deploy.artifact.timestep_correction import Correction, channel_axis
+from edm_deploy.artifact.timestep_correction import Correction, latent_channels
 from edm_deploy.errors import ArtifactError, EdmDeployError
 from edm_deploy.models import family_named
-from edm_deploy.network.family import Family, meta_model
+from edm_deploy.network.family import Family
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite
-from edm_deploy.numerics.activation_table import ActivationTable
-from edm_deploy.numerics.codes import fits_int4, pack_int4, unpack_int4
-from edm_deploy.storage.directories import PIPELINE_FILES, copy_pipeline_files, new_directory, read_json, write_json
+from edm_deploy.storage.directories import copy_pipeline_files, new_directory, read_json, read_pipeline_files, write_json
+from edm_deploy.storage.json_schema import MAX_TIMESTEPS, check_config, check_schema, convert
 from edm_deploy.storage.tensor_file import DeferredTensor, check_params, digest_of, read_tensors, write_tensors
 
 SCHEMA = 3  # 2 brought `folded`; 3 `structure`, `channel_bits`, `correction` and `relaxed`
@@ -92,10 +99,13 @@ class Artifact:
 
     def validate(self) -> None:
         """Raises ArtifactError, naming the site, where something could not run."""
+        for name, column in (("timesteps", self.timesteps), ("row_of_timestep", self.row_of_timestep), ("relaxed", self.relaxed)):
+            if column is not None and (column.ndim != 1 or not 1 <= len(column) <= MAX_TIMESTEPS):
+                raise ArtifactError(f"Artifact's {name} has shape {list(column.shape)}, expected 1 to {MAX_TIMESTEPS} numbers.")
         rows = len(self.timesteps)
-        if rows == 0 or bool((self.timesteps.diff() <= 0).any()):
+        if bool((self.timesteps.diff() <= 0).any()):
             raise ArtifactError("Artifact's timesteps are not ascending; expected at least one, each once.")
-        if not len(self.row_of_timestep) or int(self.row_of_timestep.min()) < 0 or int(self.row_of_timestep.max()) >= rows:
+        if int(self.row_of_timestep.min()) < 0 or int(self.row_of_timestep.max()) >= rows:
             raise ArtifactError(f"Artifact's row_of_timestep points outside its {rows} table rows.")
         if problem := self._problem_by_timestep():
             raise ArtifactError(f"Artifact's {problem}. Make the artifact again.")
@@ -128,8 +138,8 @@ class Artifact:
             )
         if self.correction is None:
             return None
-        sample = torch.empty(1, *self.family_object.latent_shape(self.config), device="meta")
-        problem = self.correction.problem(self.num_train_timesteps, sample.shape[channel_axis(sample)])
+        channels = latent_channels(self.family_object.latent_shape(self.config))
+        problem = self.correction.problem(self.num_train_timesteps, channels)
         return f"correction: {problem}" if problem else None
 
     def save(self, path: Path | str, *, overwrite: bool = True) -> Path:
@@ -152,21 +162,25 @@ class Artifact:
         """Read and validate an artifact; nothing is executed, nothing is partly loaded.
 
         Raises:
-            ArtifactError: `path` is no artifact, was made by a newer version, or is damaged; the message names the mend.
+            ArtifactError: `path` is no artifact, was made by a newer version, or is damaged; the message names the remedy.
         """
         directory = Path(path)
-        description = read_json(directory / JSON_NAME, what="artifact")
-        schema = description.get("schema")
-        if not isinstance(schema, int) or schema > SCHEMA:
-            raise ArtifactError(
-                f"{directory} has artifact schema {schema!r}; this edm-deploy reads up to {SCHEMA}. Install a newer edm-deploy, or make the artifact again."
-            )
-        tensors = read_tensors(directory / TENSORS_NAME, str(description.get("tensors_sha256")), said_by=JSON_NAME)
+        content = read_json(directory / JSON_NAME, what="artifact", home=directory, finite=True)
+        check_schema(content.pop("schema", None), SCHEMA, directory / JSON_NAME)
         try:
-            artifact = _artifact_from_parts(description, tensors, directory)
+            description = convert(content, ArtifactDescription)
+            check_config(description.config)
+        except ArtifactError as err:
+            raise ArtifactError(f"{directory / JSON_NAME} does not describe an artifact: {err} Make the artifact again.") from err
+        tensors = read_tensors(directory / TENSORS_NAME, description.tensors_sha256, listed_in=JSON_NAME)
+        try:
+            artifact = _artifact_from_parts(description, tensors, read_pipeline_files(directory))
+            if (actual := artifact._digest(description.tensors_sha256)) != description.digest:
+                raise ArtifactError(
+                    f"{JSON_NAME} was changed or damaged: its digest is {description.digest[:12]}, its content has {actual[:12]}. "
+                    "Copy or make the artifact again."
+                )
             artifact.validate()
-        except (KeyError, TypeError, ValueError, AttributeError) as err:
-            raise ArtifactError(f"{directory / JSON_NAME} does not describe its tensors ({err!r}). Make the artifact again.") from err
         except EdmDeployError as err:
             raise ArtifactError(f"{directory}: {err}") from err
         return artifact
@@ -191,93 +205,37 @@ class Artifact:
         """What the file holds; codes are packed and parameters narrowed one at a time, when their turn comes."""
         tensors = {"timesteps": DeferredTensor.of(self.timesteps), "row_of_timestep": DeferredTensor.of(self.row_of_timestep)}
         for name, site in self.sites.items():
-            tensors[f"sites.{name}.codes"] = _stored_codes(site.codes)
-            tensors[f"sites.{name}.weight_scale"] = DeferredTensor.of(site.weight_scale)
-            if site.channel_bits is not None:
-                tensors[f"sites.{name}.channel_bits"] = DeferredTensor.of(site.channel_bits)
-            if site.activation:
-                tensors[f"sites.{name}.act_scale"] = DeferredTensor.of(site.activation.scale)
-                tensors[f"sites.{name}.act_qmin"] = DeferredTensor.of(site.activation.qmin)
-                tensors[f"sites.{name}.act_qmax"] = DeferredTensor.of(site.activation.qmax)
+            tensors |= tensors_from_layer(name, site)
         if self.correction is not None:
             tensors |= {f"correction.{name}": DeferredTensor.of(value) for name, value in vars(self.correction).items()}
         if self.relaxed is not None:
             tensors["relaxed"] = DeferredTensor.of(self.relaxed)
-        return tensors | {f"params.{name}": _stored_param(value) for name, value in self.params.items()}
+        return tensors | {f"params.{name}": tensor_from_param(value) for name, value in self.params.items()}
 
 
-def _stored_codes(codes: Tensor) -> DeferredTensor:
-    """Packed two to a byte where all codes fit in 4 bits."""
-    if not fits_int4(codes):
-        return DeferredTensor.of(codes)
-    return DeferredTensor(torch.uint8, ((codes.numel() + 1) // 2,), lambda: pack_int4(codes))
-
-
-def _stored_param(value: Tensor) -> DeferredTensor:
-    """float16 where that loses nothing, float32 otherwise."""
-    exact = torch.equal(value.to(torch.float16).float(), value.float())
-    dtype = torch.float16 if exact else torch.float32
-    return DeferredTensor(dtype, tuple(value.shape), lambda: value.to(dtype))
-
-
-def _artifact_from_parts(description: Mapping[str, Any], tensors: Mapping[str, Tensor], directory: Path) -> Artifact:
-    used: set[str] = set()
-
-    def take(name: str, *dtypes: torch.dtype) -> Tensor:
-        if name not in tensors:
-            raise ArtifactError(f"tensor {name!r} is missing. Make the artifact again.")
-        if tensors[name].dtype not in dtypes:
-            raise ArtifactError(
-                f"tensor {name!r} is {tensors[name].dtype}, expected {' or '.join(map(str, dtypes))}. Make the artifact again."
-            )
-        used.add(name)
-        return tensors[name]
-
-    def site(name: str, entry: Mapping[str, Any]) -> QuantizedLayer:
-        shape = tuple(int(n) for n in entry["weight_shape"])
-        codes = take(f"sites.{name}.codes", torch.int8, torch.uint8)
-        codes = unpack_int4(codes, shape) if codes.dtype == torch.uint8 else codes
-        activation = None
-        if entry["act_bits"] is not None:
-            activation = ActivationTable(
-                bits=int(entry["act_bits"]),
-                scale=take(f"sites.{name}.act_scale", torch.float32),
-                qmin=take(f"sites.{name}.act_qmin", torch.int8),
-                qmax=take(f"sites.{name}.act_qmax", torch.int8),
-            )
-        scale = take(f"sites.{name}.weight_scale", torch.float32)
-        mixed = f"sites.{name}.channel_bits"
-        return QuantizedLayer(
-            op=entry["op"],
-            codes=codes,
-            weight_scale=scale,
-            weight_bits=int(entry["weight_bits"]),
-            channel_bits=take(mixed, torch.uint8) if mixed in tensors else None,
-            activation=activation,
+def _artifact_from_parts(description: ArtifactDescription, tensors: Mapping[str, Tensor], pipeline: Mapping[str, Any]) -> Artifact:
+    reader = TensorReader(tensors)
+    correction = None
+    if "correction.scale" in tensors:
+        correction = Correction(
+            row_of_timestep=reader.take("correction.row_of_timestep", torch.int32),
+            scale=reader.take("correction.scale", torch.float32),
+            input_bias=reader.take("correction.input_bias", torch.float32),
         )
-
+    params = [name for name in tensors if name.startswith("params.")]
     artifact = Artifact(
-        family=str(description["family"]),
-        config=description["config"],
-        timesteps=take("timesteps", torch.int32),
-        row_of_timestep=take("row_of_timestep", torch.int32),
-        sites={name: site(name, entry) for name, entry in description["sites"].items()},
-        params={
-            name.removeprefix("params."): take(name, torch.float32, torch.float16).float() for name in tensors if name.startswith("params.")
-        },
-        structure=NetworkRewrite.from_json(description.get("structure", {})),
-        folded=tuple(str(name) for name in description.get("folded", ())),
-        correction=Correction(
-            row_of_timestep=take("correction.row_of_timestep", torch.int32),
-            scale=take("correction.scale", torch.float32),
-            input_bias=take("correction.input_bias", torch.float32),
-        )
-        if "correction.scale" in tensors
-        else None,
-        relaxed=take("relaxed", torch.uint8) if "relaxed" in tensors else None,
-        provenance=description.get("provenance", {}),
-        pipeline={name: read_json(directory / name, what="pipeline") for name in PIPELINE_FILES if (directory / name).is_file()},
+        family=description.family,
+        config=description.config,
+        timesteps=reader.take("timesteps", torch.int32),
+        row_of_timestep=reader.take("row_of_timestep", torch.int32),
+        sites={name: layer_from_tensors(name, entry, reader) for name, entry in description.sites.items()},
+        params={name.removeprefix("params."): reader.take(name, torch.float32, torch.float16).float() for name in params},
+        structure=description.structure,
+        folded=description.folded,
+        correction=correction,
+        relaxed=reader.take_if_present("relaxed", torch.uint8),
+        provenance=description.provenance,
+        pipeline=pipeline,
     )
-    if left := sorted(set(tensors) - used):
-        raise ArtifactError(f"tensor {left[0]!r} belongs to nothing that {JSON_NAME} describes. Make the artifact again.")
+    reader.check_all_taken()
     return artifact

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
+from edm_deploy.errors import ArtifactError
 from edm_deploy.network.family import SAMPLE, TIMESTEP
 from edm_deploy.numerics.activation_table import table_rows
+from edm_deploy.storage.json_schema import MAX_TIMESTEPS, Timestep, Timesteps, convert
 
 DenoiseFn = Callable[[Mapping[str, Tensor]], Tensor]  # graph inputs by name -> the graph's output
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CorrectionDescription:
+    """What `Correction.to_json` writes."""
+
+    num_train_timesteps: Timesteps
+    first: Annotated[tuple[Timestep, ...], Meta(max_length=MAX_TIMESTEPS)]
+    row: Annotated[tuple[Timestep, ...], Meta(max_length=MAX_TIMESTEPS)]
+    scale: Annotated[tuple[tuple[float, ...], ...], Meta(min_length=1, max_length=MAX_TIMESTEPS)]
+    input_bias: Annotated[tuple[tuple[float, ...], ...], Meta(min_length=1, max_length=MAX_TIMESTEPS)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,22 +92,31 @@ class Correction:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Correction:
-        """What `to_json` gave.
+        """The inverse of `to_json`.
 
         Raises:
-            KeyError, TypeError, ValueError: `content` is something else.
+            ArtifactError: A field has another type, or the rows do not cover the schedule.
         """
-        ends = [*content["first"][1:], content["num_train_timesteps"]]
-        lengths = torch.tensor([end - start for start, end in zip(content["first"], ends, strict=True)])
-        found = cls(
-            row_of_timestep=torch.tensor(content["row"], dtype=torch.int32).repeat_interleave(lengths),
-            scale=torch.tensor(content["scale"], dtype=torch.float32),
-            input_bias=torch.tensor(content["input_bias"], dtype=torch.float32),
+        description = convert(content, _CorrectionDescription, path="correction")
+        ends = [*description.first[1:], description.num_train_timesteps]
+        if len(description.row) != len(ends) or description.first[:1] != (0,):
+            raise ArtifactError(
+                f"correction has {len(description.row)} rows from timesteps {_few(description.first)}, expected one from each, the first 0."
+            )
+        if any(start >= end for start, end in zip(description.first, ends, strict=True)):
+            raise ArtifactError(f"correction.first is {_few(description.first)}, expected ascending timesteps.")
+        channels = len(description.scale[0]) if description.scale else 0
+        if any(len(row) != channels for row in (*description.scale, *description.input_bias)):
+            raise ArtifactError(f"correction has rows of different lengths, expected {channels} channels in each.")
+        lengths = torch.tensor([end - start for start, end in zip(description.first, ends, strict=True)])
+        correction = cls(
+            row_of_timestep=torch.tensor(description.row, dtype=torch.int32).repeat_interleave(lengths),
+            scale=torch.tensor(description.scale, dtype=torch.float32),
+            input_bias=torch.tensor(description.input_bias, dtype=torch.float32),
         )
-        channels = found.scale.shape[-1] if found.scale.ndim == 2 else 0
-        if problem := found.problem(content["num_train_timesteps"], channels):
-            raise ValueError(f"correction: {problem}")
-        return found
+        if problem := correction.problem(description.num_train_timesteps, channels):
+            raise ArtifactError(f"correction: {problem}.")
+        return correction
 
     def summary(self) -> str:
         """For people, in one line."""
@@ -105,6 +128,15 @@ class Correction:
         """float32 [B, C, 1, 1], or [B, 1, C] where `like` is a sequence of tokens."""
         values = table.to(like.device)[table_rows(self.row_of_timestep, timestep).to(like.device)]
         return values[:, :, None, None] if channel_axis(like) == 1 else values[:, None, :]
+
+
+def latent_channels(shape: Sequence[int]) -> int:
+    """Channels of latents of this shape, which is without the batch."""
+    return int(shape[0] if len(shape) == 3 else shape[-1])
+
+
+def _few(numbers: Sequence[int]) -> str:
+    return str(list(numbers[:4]))[:-1] + (", ...]" if len(numbers) > 4 else "]")
 
 
 def channel_axis(sample: Tensor) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.artifact.timestep_correction import DenoiseFn
+from edm_deploy.errors import ArtifactError
 from edm_deploy.network.family import TIMESTEP
 from edm_deploy.numerics.activation_table import table_rows
 
@@ -48,17 +49,29 @@ def intervals_from_mask(engine_of_timestep: Tensor) -> Intervals:
 
 
 def mask_from_intervals(spans: Sequence[Sequence[int]], num_train_timesteps: int) -> Tensor:
-    """uint8 [num_train_timesteps], 1 within the stretches: undoes `spans_of`.
+    """uint8 [num_train_timesteps], 1 within the intervals: the inverse of `intervals_from_mask`.
 
     Raises:
-        ValueError: A stretch lies outside the schedule.
+        ArtifactError: As `check_intervals`.
     """
+    check_intervals(spans, num_train_timesteps)
     chosen = torch.zeros(num_train_timesteps, dtype=torch.uint8)
     for first, last in spans:
-        if not 0 <= first <= last < num_train_timesteps:
-            raise ValueError(f"timesteps {first} to {last} lie outside a schedule of {num_train_timesteps}")
         chosen[first : last + 1] = 1
     return chosen
+
+
+def check_intervals(spans: Sequence[Sequence[int]], num_train_timesteps: int) -> None:
+    """Raises ArtifactError where an interval is outside the schedule, or the intervals do not ascend."""
+    free = 0  # the first timestep that is in no interval yet
+    for first, last in spans:
+        if not 0 <= first <= last < num_train_timesteps:
+            raise ArtifactError(
+                f"relaxed timesteps {first} to {last} are outside a schedule of {num_train_timesteps}, expected 0 to {num_train_timesteps - 1}."
+            )
+        if first < free:
+            raise ArtifactError(f"relaxed timesteps {first} to {last} overlap an earlier interval, expected ascending ones.")
+        free = last + 1
 
 
 def describe_intervals(spans: Sequence[Sequence[int]]) -> str:

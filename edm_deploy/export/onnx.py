@@ -39,22 +39,22 @@ def onnx_from_artifact(
 ) -> Manifest:
     """Export an artifact to directory `out`, whole or not at all.
 
-    An artifact with relaxed timesteps becomes two graphs of the same weights; the second stands in the folder `relaxed`, with a manifest of its own.
+    An artifact with float-activation timesteps becomes two graphs of the same weights; the second is in the folder `relaxed`, with its own manifest.
 
     Args:
         artifact: A valid artifact.
         out: Directory to write: model.onnx, manifest.json and the pipeline's files.
-        dtype: Floating-point type of the graph outside the quantized islands, which are float32 always.
+        dtype: Floating-point type of the graph outside the quantized layers, which are float32 in any case.
         weight_storage: `int4` packs weight codes that fit in [-8, 7] two to a byte.
-        int4: `plugin` writes sites whose codes fit 4 bits as nodes of our TensorRT plugins, which multiply 4-bit integers; such a graph is for
-            backend `trt` alone. `qdq` is standard ONNX for any backend, where 4-bit codes are computed as INT8.
+        int4: `plugin` writes sites whose codes fit 4 bits as nodes of this package's TensorRT plugins, which multiply 4-bit integers; only backend
+            `trt` builds such a graph. `qdq` is standard ONNX for any backend, where 4-bit codes are computed as INT8.
 
     Returns:
         The manifest that was written.
 
     Raises:
-        InputError: dtype or weight_storage is none of the above.
-        UnsupportedError: torch cannot trace the model, or no site is one for a plugin.
+        InputError: A dtype or weight_storage other than these, or a combination that `int4` excludes.
+        UnsupportedError: torch cannot trace the model, or the plugins can compute none of its sites.
         ArtifactError: `out` holds something else or cannot be written.
     """
     if dtype not in TORCH_DTYPES or weight_storage not in ("int8", "int4"):
@@ -62,20 +62,33 @@ def onnx_from_artifact(
     if int4 == "plugin" and dtype != "fp16":
         raise InputError(f"--int4 plugin: the plugins compute in float16, and the graph is {dtype}. Add --dtype fp16.")
     if int4 == "plugin" and weight_storage != "int8":
-        raise InputError("--weight-storage int4 beside --int4 plugin: plugin nodes hold packed weights anyway. Leave --weight-storage out.")
+        raise InputError("--weight-storage int4 with --int4 plugin: plugin nodes always store packed weights. Leave --weight-storage out.")
     plugins = plugin_kinds(artifact) if int4 == "plugin" else None
-    model, site_nodes = graph_from_artifact(artifact, TORCH_DTYPES[dtype], weight_storage, plugins)
+    traced = trace(artifact.family_object, artifact.config, TORCH_DTYPES[dtype], artifact.structure)
+    return _export(artifact, traced, Path(out), dtype, weight_storage, plugins)
+
+
+def _export(
+    artifact: Artifact,
+    traced: ir.Model,
+    out: Path,
+    dtype: GraphDtype,
+    weight_storage: WeightStorage,
+    plugins: Mapping[str, CodeFormat] | None,
+) -> Manifest:
+    # Of two graphs, the second is rewritten from a copy: tracing is nine tenths of an export's work.
+    second = None if artifact.relaxed is None else traced.clone()
+    model, site_nodes = _quantized(artifact, traced, TORCH_DTYPES[dtype], weight_storage, plugins)
     manifest = Manifest.of(artifact, site_nodes, kind="onnx", dtype=dtype, weight_storage=weight_storage, plugins=plugins)
     manifest = replace(manifest, folded=json.loads(model.metadata_props[FOLDED]))
-    with new_directory(Path(out), marker=NAME) as directory:
+    with new_directory(out, marker=NAME) as directory:
         files = save_graph(model, directory)
         copy_pipeline_files(artifact.pipeline, directory)
         files += artifact.pipeline
-        if artifact.relaxed is not None:
-            second = directory / FOLDER
-            # Plugin nodes multiply integers, of which it has none.
-            onnx_from_artifact(float_activation_graph(artifact), second, dtype=dtype, weight_storage=weight_storage)
-            files += [path.relative_to(directory).as_posix() for path in second.rglob("*") if path.is_file()]
+        if second is not None:
+            # Without plugin nodes, which multiply integers: this graph has no quantized activations.
+            _export(float_activation_graph(artifact), second, directory / FOLDER, dtype, weight_storage, plugins=None)
+            files += [path.relative_to(directory).as_posix() for path in (directory / FOLDER).rglob("*") if path.is_file()]
         return manifest.write(directory, files)
 
 
@@ -83,8 +96,15 @@ def graph_from_artifact(
     artifact: Artifact, dtype: torch.dtype, storage: WeightStorage, plugins: Mapping[str, CodeFormat] | None = None
 ) -> tuple[ir.Model, dict[str, str]]:
     """The Q/DQ graph of an artifact, optimised, and the node name of each site; those in `plugins` as plugin nodes."""
-    model = trace(artifact.family_object, artifact.config, dtype, artifact.structure)
-    # Before any optimisation: fused or renamed nodes no longer tell which parameter they came from.
+    traced = trace(artifact.family_object, artifact.config, dtype, artifact.structure)
+    return _quantized(artifact, traced, dtype, storage, plugins)
+
+
+def _quantized(
+    artifact: Artifact, model: ir.Model, dtype: torch.dtype, storage: WeightStorage, plugins: Mapping[str, CodeFormat] | None = None
+) -> tuple[ir.Model, dict[str, str]]:
+    """As `graph_from_artifact`, from its float graph as `trace` returns it, which is rewritten in place."""
+    # Before any optimisation: the name of a fused node does not lead to its parameter.
     sites = find_sites(model.graph, list(artifact.sites))
     folded = fold_time(model, artifact, [node for site in sites.values() for node in site.dead])
     site_nodes = insert_qdq(model, artifact, sites, storage) if plugins is None else insert_plugins(model, artifact, sites, plugins)

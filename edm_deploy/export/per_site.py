@@ -13,6 +13,7 @@ from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.reference import SiteRecord
 from edm_deploy.export.onnx import graph_from_artifact, save_graph
 from edm_deploy.network.family import TIMESTEP, ModelInput
+from edm_deploy.network.graph_names import biased, rescaled
 from edm_deploy.runtime.manifest import NAME, TORCH_DTYPES, GraphDtype, Manifest
 from edm_deploy.storage.directories import new_directory
 
@@ -45,7 +46,7 @@ def onnx_cut_at_sites(artifact: Artifact, records: Mapping[str, SiteRecord], out
             value = ir.Value(name=f"{site}.x", shape=ir.Shape(inputs[scaled].dims), type=ir.TensorType(ir.DataType.FLOAT))
             scaled.replace_input_with(0, value)
             cut.append(value)
-        last = next(nodes[name] for name in (f"{site}/biased", f"{site}/rescaled", layer_name) if name in nodes)
+        last = next(nodes[name] for name in (biased(site), rescaled(site), layer_name) if name in nodes)
         y = last.outputs[0]
         y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", *records[site].y.shape[1:]])
         outputs.append(_output(model.graph, last, y, f"{site}.y"))

@@ -19,7 +19,7 @@ from torch import Tensor
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
 from edm_deploy.export.trace import SiteNodes
-from edm_deploy.network.graph_names import ROW_NAME
+from edm_deploy.network.graph_names import ROW_NAME, TableColumn, biased, layer_node, lookup, rescaled
 from edm_deploy.numerics.activation_table import ActivationTable
 from edm_deploy.numerics.codes import fits_int4, pack_int4
 
@@ -112,23 +112,23 @@ class GraphWriter:
             x = self.cast(at, x, ir.DataType.FLOAT, f"{name}/x_f32")
         weight = self._weight(at, name, site, storage, transpose=nodes.node.op_type != "Conv")
         op = "Conv" if nodes.node.op_type == "Conv" else "MatMul"
-        value = self.node(at, op, [x, weight], f"{name}/sum", like=nodes.y)
+        value = self.node(at, op, [x, weight], layer_node(name), like=nodes.y)
         layer = value.producer()
         assert layer is not None
         if op == "Conv":
             layer.attributes.update(nodes.node.attributes)
         if site.activation is not None:
             scale = self._lookup(at, name, "scale", site.activation.scale, _rank(nodes.x))
-            value = self.node(at, "Mul", [value, scale], f"{name}/rescaled", like=nodes.y)
+            value = self.node(at, "Mul", [value, scale], rescaled(name), like=nodes.y)
         if (bias := self.artifact.params.get(f"{name}.bias")) is not None:
             # After the Mul: the layer ran on x / s, so a bias added before it would be scaled too.
             shape = (1, -1, 1, 1) if op == "Conv" else (-1,)
             value = self.node(
-                at, "Add", [value, self.constant(f"{name}.bias_f32", bias.numpy().reshape(shape))], f"{name}/biased", like=nodes.y
+                at, "Add", [value, self.constant(f"{name}.bias_f32", bias.numpy().reshape(shape))], biased(name), like=nodes.y
             )
         value = self.cast(at, value, self.float_dtype, f"{name}/y")
         self.replace(nodes, value)
-        return f"{name}/sum"
+        return layer_node(name)
 
     def replace(self, nodes: SiteNodes, value: ir.Value) -> None:
         """Put `value` in the place of a site's output and drop its float nodes."""
@@ -165,13 +165,13 @@ class GraphWriter:
             value = self.node(at, op, [value, bound], f"{name}/{op.lower()}", like=value)
         return value
 
-    def _lookup(self, at: ir.Node, name: str, what: str, column: Tensor, rank: int) -> ir.Value:
+    def _lookup(self, at: ir.Node, name: str, what: TableColumn, column: Tensor, rank: int) -> ir.Value:
         """`column[row]` as [B, 1, ...] of `rank` dimensions; a scalar constant where all rows agree."""
         if bool((column == column[0]).all()):
             return self.constant(f"{name}.{what}", np.float32(column[0].item()))
         table = self.constant(f"{name}.{what}", column.numpy().astype(np.float32).reshape(-1, *[1] * (rank - 1)))
         assert self.row is not None and self.row.shape is not None
-        value = self.node(at, "Gather", [table, self.row], f"{name}/{what}", axis=0)
+        value = self.node(at, "Gather", [table, self.row], lookup(name, what), axis=0)
         value.shape = ir.Shape([self.row.shape[0], *[1] * (rank - 1)])
         return value
 

@@ -17,7 +17,7 @@ LABELS = "class_labels"
 
 
 class UNet2D(UNetFamily):
-    """Models whose timesteps are integers of a training schedule; labels enter as index, embedding or not at all."""
+    """Models indexed by the timestep of a training schedule. A label is an index, an embedding, or no input at all."""
 
     class_name = "UNet2DModel"
     model_class = UNet2DModel
@@ -28,7 +28,13 @@ class UNet2D(UNetFamily):
         if config.get("time_embedding_type", "positional") == "fourier":
             raise UnsupportedError(
                 "UNet2DModel with time_embedding_type 'fourier' is indexed by noise level, not by timestep; "
-                "scale tables need a model with integer timesteps ('positional' or 'learned')."
+                "activation tables need a model with integer timesteps ('positional' or 'learned')."
+            )
+        full = self.full_config(config)
+        if full["in_channels"] != full["out_channels"]:
+            raise UnsupportedError(
+                f"UNet2DModel with in_channels={full['in_channels']} and out_channels={full['out_channels']}: expected equal numbers. A scheduler "
+                "steps a sample by a prediction of its shape; neither conditioning in extra channels nor a learned variance is supported."
             )
         return super().build(config)
 
@@ -53,6 +59,9 @@ class UNet2D(UNetFamily):
     def classes(self, config: Config) -> int | None:
         return None if _label_kind(config) in ("none", "identity") else int(config.get("num_class_embeds") or 1000)
 
+    def embedded_timesteps(self, config: Config) -> int | None:
+        return int(config["num_train_timesteps"]) if config.get("time_embedding_type") == "learned" else None
+
     def random_conditioning(self, config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         match _label_kind(config):
             case "none":
@@ -64,7 +73,7 @@ class UNet2D(UNetFamily):
 
 
 def _label_kind(config: Config) -> str:
-    """How labels enter: `none`, `identity` (an embedding is given), `timestep` or `embedding` (an index is given)."""
+    """The kind of label input: `none`, `identity` (an embedding), `timestep` or `embedding` (an index)."""
     kind = config.get("class_embed_type")
     if kind is None:
         return "embedding" if config.get("num_class_embeds") is not None else "none"

@@ -1,1 +1,1 @@
-"""The float network: families, rewrites that keep its function, its traced program, what its layers cost."""
+"""The float network: model families, rewrites that preserve its function, its traced program, the cost of its layers."""

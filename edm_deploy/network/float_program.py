@@ -1,4 +1,4 @@
-"""The float program of a denoiser as torch.export sees it: aten operators on dynamic shapes, drawn from empty weights. Needs no onnx."""
+"""The float program of a denoiser: aten operators on dynamic shapes, traced by torch.export without weights. Does not need onnx."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edm_deploy.errors import UnsupportedError, first_line
-from edm_deploy.network.family import Config, Family, ModelInput, meta_model
+from edm_deploy.network.family import Config, Family, ModelInput
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 
-# In multiples; distinct, so that no two dimensions are taken for one.
+# In units of size_multiple; distinct, so that torch.export does not identify two dimensions.
 _TRACE_SIZES = {"batch": 2, "height": 4, "width": 6, "tokens": 7, "image_tokens": 9}
-MODEL = "model."  # stands before each parameter's name in the program
+MODEL = "model."  # prefix of each parameter's name in the program
 
 
 class _Denoiser(nn.Module):
-    """A model behind the family's input names, so that the exporter sees plain tensors; casts where the model's type is not the inputs'."""
+    """A model as a function of plain tensors in the order of the family's inputs; casts where its dtype differs from that of the inputs."""
 
     def __init__(
         self, family: Family, model: nn.Module, inputs: tuple[ModelInput, ...], dtype: torch.dtype, input_dtype: torch.dtype
@@ -32,25 +33,25 @@ class _Denoiser(nn.Module):
         self.dtype, self.input_dtype = dtype, input_dtype
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        given = {declared.name: value for declared, value in zip(self.inputs, inputs, strict=True)}
+        named = {declared.name: value for declared, value in zip(self.inputs, inputs, strict=True)}
         if self.dtype == self.input_dtype:
-            return self.family.forward(self.model, given)
+            return self.family.forward(self.model, named)
         floats = {declared.name for declared in self.inputs if declared.kind == "float"}
-        cast = {name: value.to(self.dtype) if name in floats else value for name, value in given.items()}
+        cast = {name: value.to(self.dtype) if name in floats else value for name, value in named.items()}
         return self.family.forward(self.model, cast).to(self.input_dtype)
 
 
 def exported_program(
     family: Family, config: Config, dtype: torch.dtype, *, input_dtype: torch.dtype | None = None, structure: NetworkRewrite = PUBLISHED
 ) -> ExportedProgram:
-    """The float model, traced; parameters are named as in its state dict, behind `model.`, and hold no data.
+    """Trace the float model. Parameters are named as in its state dict with the prefix `model.`, and hold no data.
 
     Args:
         family: The model family.
-        config: Its config.
-        dtype: Floating-point type that the model computes in. Timesteps stay float32.
+        config: Config of the model.
+        dtype: Floating-point type of the computation. Timesteps are float32 in any case.
         input_dtype: Floating-point type of the program's inputs and output; None is `dtype`.
-        structure: What the network computes otherwise.
+        structure: Rewrites of the network.
 
     Raises:
         UnsupportedError: torch cannot trace this config.
@@ -58,7 +59,7 @@ def exported_program(
     inputs = family.inputs(config)
     multiple = family.size_multiple(config)
     input_dtype = input_dtype or dtype
-    # Empty tensors cost address space only: the tracer looks at shapes, never at values, so no float weight is ever in memory.
+    # Empty tensors take address space only: the tracer reads shapes, not values, so that no float weight is ever in memory.
     with quiet():
         model = meta_model(family, config, structure).to(dtype).to_empty(device="cpu")
         wrapped = _Denoiser(family, model, inputs, dtype, input_dtype).eval()
@@ -83,7 +84,7 @@ def _dynamic_dims(declared: ModelInput, multiple: int, limits: Mapping[str, int]
     dims: dict[int, object] = {}
     for axis, dim in enumerate(declared.dims):
         if isinstance(dim, str):
-            # diffusers' upsampling makes its input contiguous from 64 samples on, which changes no value: below it, one trace serves all.
+            # From 64 samples on, diffusers' upsampling makes its input contiguous, which changes no value; below, one trace covers all sizes.
             factor = _factor(dim, multiple)
             largest = 63 if dim == "batch" else limits[dim] // factor if dim in limits else None
             base = torch.export.Dim(dim, max=largest)
@@ -93,7 +94,7 @@ def _dynamic_dims(declared: ModelInput, multiple: int, limits: Mapping[str, int]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The exporters print and warn about packages that they do not need; none of it is the user's to mend."""
+    """Silence torch's exporters, which print and warn about packages that they do not need. A user can remedy none of it."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""What a denoiser computes, from shapes alone: every layer's sizes and multiply-accumulates, and those outside the layers."""
+"""Cost of a denoiser from shapes alone: sizes and multiply-accumulates of every layer, and multiply-accumulates outside the layers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from edm_deploy.network.family import SAMPLE, Config, Family, meta_model
+from edm_deploy.network.family import SAMPLE, Config, Family
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteWork:
-    """Sizes of one Conv2d or Linear, for one sample at the model's own size.
+    """Sizes of one Conv2d or Linear, for one sample at the model's sample size.
 
     Attributes:
         channels: Input channels of one filter.
         taps: Filter positions, 9 for 3x3; 1 for a Linear.
         outputs: Output channels.
-        inputs_at: Positions of the input, pixels or tokens.
+        inputs_at: Positions of the input: pixels or tokens.
         outputs_at: Positions of the output.
     """
 
@@ -50,14 +51,14 @@ class SiteWork:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelWork:
-    """Work of one forward pass of one sample at the model's own size.
+    """Cost of one forward pass of one sample at the model's sample size.
 
     Attributes:
-        sites: By layer name, in the model's order; a layer that is used twice counts its positions twice.
-        shared_input: For each site the first one that is fed the very same tensor: itself, or the sibling whose quantized input it can share.
-        other_macs: Multiply-accumulates outside the sites: attention's two matmuls above all.
-        parameters: Of the whole model.
-        activation_bytes: Most memory that values between the layers take at once, in float32; attention never holds its whole matrix.
+        sites: By layer name, in model order. Positions of a layer that is used twice count twice.
+        shared_input: For each site the first site that reads the same tensor: itself, or the sibling whose quantized input it can share.
+        other_macs: Multiply-accumulates outside the sites, mostly attention's two matmuls.
+        parameters: Number of parameters of the whole model.
+        activation_bytes: Peak memory of the activations in float32. The attention matrix is never stored as a whole.
     """
 
     sites: Mapping[str, SiteWork]
@@ -73,35 +74,35 @@ class ModelWork:
 
 
 def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLISHED) -> ModelWork:
-    """Run the model once on the meta device, which costs neither memory nor arithmetic, and write down what each layer saw.
+    """Run the model once on the meta device, without memory or arithmetic, and record the shapes at each layer.
 
     Args:
         family: The model family.
-        config: Its config.
-        structure: What the network computes otherwise. Pre-scales are left out: q, k and v still read one tensor, and a Mul has no work to speak of.
+        config: Config of the model.
+        structure: Rewrites of the network. Pre-scales are left out, so that q, k and v still read one tensor; the cost of a Mul is negligible.
 
     Raises:
         UnsupportedError: The family cannot build this config.
     """
     model = meta_model(family, config, NetworkRewrite(structure.segments))
-    seen: dict[str, list[SiteWork]] = {}
-    fed: list[tuple[Hashable, str]] = []
+    uses: dict[str, list[SiteWork]] = {}
+    inputs_of: list[tuple[Hashable, str]] = []
     counter, attention, live = FlopCounterMode(display=False), _Attention(), _LiveBytes()
 
-    def look(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        seen.setdefault(name, []).append(_site_work(layer, x, y))
-        fed.append((live.identity(x), name))
+    def record(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        uses.setdefault(name, []).append(_site_work(layer, x, y))
+        inputs_of.append((live.identity(x), name))
 
     for name, layer in family.sites(model).items():
-        layer.register_forward_hook(lambda module, args, y, name=name: look(name, module, args[0], y))
+        layer.register_forward_hook(lambda module, args, y, name=name: record(name, module, args[0], y))
     conditioning = family.random_conditioning(config, 1, torch.Generator().manual_seed(0))
     inputs = {SAMPLE: torch.empty(1, *family.sample_shape(config), device="meta"), "timestep": torch.zeros(1, device="meta")}
     with counter, live, attention, torch.no_grad():
         family.forward(model, inputs | {name: value.to("meta") for name, value in conditioning.items()})
-    sites = {name: _sum(seen[name]) for name in family.sites(model) if name in seen}
+    sites = {name: _sum(uses[name]) for name in family.sites(model) if name in uses}
     return ModelWork(
         sites=sites,
-        shared_input=_leaders(fed),
+        shared_input=_first_readers(inputs_of),
         other_macs=attention.macs + max(0, counter.get_total_flops() // 2 - sum(site.macs for site in sites.values())),
         parameters=sum(value.numel() for value in model.parameters()),
         activation_bytes=live.most,
@@ -109,7 +110,7 @@ def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLI
 
 
 class _Attention(TorchFunctionMode):
-    """Counts attention's two matmuls, and answers with a tensor of the right shape: on the meta device torch would write the matrix out."""
+    """Count attention's two matmuls and return a tensor of the right shape; on the meta device torch would materialize the attention matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +127,7 @@ class _Attention(TorchFunctionMode):
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its modes untyped
-    """The most bytes that tensors take at once, by the life of what each operator returns; views of one storage count once."""
+    """Peak number of bytes of live tensors, by the lifetime of each operator's result. Views of one storage count once."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -135,7 +136,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         self.serials: dict[int, int] = {}
 
     def identity(self, tensor: Tensor) -> Hashable:
-        """What tells a value from every other of the pass, though memory is used again."""
+        """A key that is unique to a value within the forward pass, even where memory is reused."""
         key = tensor.untyped_storage()._cdata
         return self.serials.get(key, -key), tensor.shape, tensor.stride(), tensor.storage_offset()
 
@@ -175,12 +176,12 @@ def _site_work(layer: Any, x: Tensor, y: Tensor) -> SiteWork:
     return SiteWork(channels=x.shape[-1], taps=1, outputs=y.shape[-1], inputs_at=positions, outputs_at=positions)
 
 
-def _leaders(fed: list[tuple[Hashable, str]]) -> dict[str, str]:
+def _first_readers(inputs_of: list[tuple[Hashable, str]]) -> dict[str, str]:
     first: dict[Hashable, str] = {}
-    leaders: dict[str, str] = {}
-    for value, name in fed:
-        leaders.setdefault(name, first.setdefault(value, name))
-    return leaders
+    readers: dict[str, str] = {}
+    for value, name in inputs_of:
+        readers.setdefault(name, first.setdefault(value, name))
+    return readers
 
 
 def _sum(uses: list[SiteWork]) -> SiteWork:

@@ -1,6 +1,6 @@
-"""How a quantized denoiser's float network differs from the published one: inputs cut into segments, inputs scaled channel by channel.
+"""Rewrites of the float network that preserve its function: inputs split into segments, inputs scaled by channel.
 
-Both are written as a rewrite of the network, so that tracer, reference and backends meet ordinary layers with a Split or a Mul in front of them.
+Both rewrite the network's modules, so that tracer, reference and backends process ordinary layers after a Split or a Mul.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edm_deploy.errors import ArtifactError
+from edm_deploy.storage.json_schema import convert
 
 PRE_SCALE = "pre_scale"
 SEGMENT = "segment"
@@ -22,11 +23,11 @@ _PART = re.compile(rf"\.{SEGMENT}\d+$")
 
 @dataclass(frozen=True)
 class NetworkRewrite:
-    """What the network computes otherwise, and the same: in exact arithmetic its function is that of the published one.
+    """Rewrites of a published network. In exact arithmetic its function is unchanged.
 
     Attributes:
-        segments: For each layer that is cut, the input channels of its parts in order. Part `i` is the layer `<name>.segment<i>`.
-        pre_scaled: Layers, parts too, whose input is multiplied by their parameter `pre_scale`, float32 [Cin]; their weight is divided by it.
+        segments: For each layer that is split, the input channels of its parts in order. Part `i` is the layer `<name>.segment<i>`.
+        pre_scaled: Layers (or parts of one) whose input is multiplied by their parameter `pre_scale`, float32 [Cin]; their weight is divided by it.
     """
 
     segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -36,36 +37,35 @@ class NetworkRewrite:
         return bool(self.segments or self.pre_scaled)
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in an artifact's description; empty where nothing is changed."""
+        """The rewrite as an artifact's description stores it; empty where nothing is rewritten."""
         segments = {"segments": {name: list(sizes) for name, sizes in self.segments.items()}} if self.segments else {}
         return segments | ({"pre_scaled": list(self.pre_scaled)} if self.pre_scaled else {})
 
     def summary(self) -> str:
-        """As people read it."""
-        cut = [f"{name} into {' + '.join(map(str, sizes))} channels" for name, sizes in self.segments.items()]
-        phrases = [f"{len(cut)} layers cut: {', '.join(cut[:3])}{', ...' if cut[3:] else ''}"] if cut else []
+        """A summary for reports."""
+        split = [f"{name} into {' + '.join(map(str, sizes))} channels" for name, sizes in self.segments.items()]
+        phrases = [f"{len(split)} layers split: {', '.join(split[:3])}{', ...' if split[3:] else ''}"] if split else []
         if named := self.pre_scaled[:3]:
             more = ", ..." if self.pre_scaled[3:] else ""
-            phrases.append(f"{len(self.pre_scaled)} inputs multiplied by channel, of {', '.join(named)}{more}")
+            phrases.append(f"{len(self.pre_scaled)} inputs scaled by channel: {', '.join(named)}{more}")
         return "; ".join(phrases) or "as published"
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> NetworkRewrite:
-        """Raises ValueError, TypeError or AttributeError where `to_json` did not write this."""
-        segments = {str(name): tuple(int(size) for size in sizes) for name, sizes in content.get("segments", {}).items()}
-        return cls(segments, tuple(str(name) for name in content.get("pre_scaled", ())))
+        """Undo `to_json`; raises ArtifactError if a field has another type."""
+        return convert(content, cls, path="structure")
 
 
 PUBLISHED = NetworkRewrite()
 
 
 class SplitInputLayer(nn.Module):
-    """A Conv2d or Linear on the concatenation of several tensors as one layer for each, summed; the first holds the bias.
+    """A Conv2d or Linear on a concatenation, computed as the sum of one layer for each of its tensors. The first holds the bias.
 
     Source: Li et al., Q-Diffusion, arXiv 2302.04304, section 4.3 (shortcut-splitting quantization).
 
     Args:
-        layer: Ungrouped; its weights are cut, as float32.
+        layer: The layer to split, ungrouped; the parts hold its weight as float32.
         sizes: Input channels of each part.
     """
 
@@ -81,35 +81,35 @@ class SplitInputLayer(nn.Module):
             self.add_module(f"{SEGMENT}{index}", part)
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
-        """The layer's output, of its whole input."""
+        """The output of the whole layer, for its whole input."""
         parts = [part(piece) for part, piece in zip(self.children(), torch.split(x, list(self.sizes), dim=self.axis), strict=True)]
         total: Tensor = sum(parts[1:], start=parts[0])
         return total
 
 
 def layer_of(site: str) -> str:
-    """The published layer that a site is, or is a part of."""
+    """The published layer that a site is, or is a segment of."""
     return _PART.sub("", site)
 
 
 def restructure(model: nn.Module, structure: NetworkRewrite) -> None:
-    """Change a network in place. Pre-scales start at 1, with the weights as they are; `scale_input` sets one.
+    """Rewrite a network in place. Pre-scales are initialized to 1 and the weights are unchanged.
 
     Raises:
-        ArtifactError: A layer is not there, or cannot be cut so.
+        ArtifactError: A layer does not exist, or cannot be rewritten so.
     """
     for name, sizes in structure.segments.items():
         layer = _layer(model, name)
-        if problem := _uncuttable(layer, sizes):
-            raise ArtifactError(f"Layer {name!r} cannot be cut into segments {list(sizes)}: {problem}.")
+        if problem := _unsplittable(layer, sizes):
+            raise ArtifactError(f"Layer {name!r} cannot be split into segments {list(sizes)}: {problem}.")
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, SplitInputLayer(layer, sizes))
     for name in structure.pre_scaled:
         layer = _layer(model, name)
         if hasattr(layer, PRE_SCALE):
-            raise ArtifactError(f"Layer {name!r} is named twice among those whose input is scaled.")
+            raise ArtifactError(f"Layer {name!r} is listed twice among the layers whose input is scaled.")
         if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-            raise ArtifactError(f"Layer {name!r} is a grouped convolution; its input cannot be scaled channel by channel.")
+            raise ArtifactError(f"Layer {name!r} is a grouped convolution; its input cannot be scaled by channel.")
         layer.register_parameter(
             PRE_SCALE, nn.Parameter(torch.ones(layer.weight.shape[1], device=layer.weight.device), requires_grad=False)
         )
@@ -117,7 +117,7 @@ def restructure(model: nn.Module, structure: NetworkRewrite) -> None:
 
 
 def scaled_input(layer: nn.Module, x: Tensor) -> Tensor:
-    """`x` as the layer's arithmetic sees it: multiplied by its pre-scale where it has one, in the dtype of `x`."""
+    """The input of the layer's arithmetic: `x` multiplied by the layer's pre-scale where it has one, in the dtype of `x`."""
     scale: Tensor | None = getattr(layer, PRE_SCALE, None)
     if scale is None:
         return x
@@ -125,7 +125,7 @@ def scaled_input(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def representable(scale: Tensor) -> Tensor:
-    """The nearest pre-scale that float16 holds, float32 [Cin], so that a float16 graph multiplies by the very number the weights were divided by."""
+    """Round a pre-scale to float16, as float32 [Cin], so that a float16 graph multiplies by exactly the number that the weights were divided by."""
     finest, largest = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
     return scale.detach().float().clamp(finest, largest).half().float()
 
@@ -141,28 +141,30 @@ def _layer(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
     except AttributeError:
         found = None
     if not isinstance(found, nn.Conv2d | nn.Linear):
-        raise ArtifactError(f"Layer {name!r} is no convolution or linear layer of this model, and its input was to be cut or scaled.")
+        raise ArtifactError(
+            f"Layer {name!r} is not a convolution or linear layer of this model, so that its input cannot be split or scaled."
+        )
     return found
 
 
-def _uncuttable(layer: nn.Conv2d | nn.Linear, sizes: Sequence[int]) -> str | None:
-    """Why a layer's input cannot be cut so, as a phrase, or None."""
+def _unsplittable(layer: nn.Conv2d | nn.Linear, sizes: Sequence[int]) -> str | None:
+    """The reason why a layer's input cannot be split so, as a phrase, or None."""
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         return "it is a grouped convolution"
     if len(sizes) < 2 or min(sizes) < 1 or sum(sizes) != layer.weight.shape[1]:
-        return f"it has {layer.weight.shape[1]} input channels, expected two or more parts that add up to them"
+        return f"it has {layer.weight.shape[1]} input channels, expected two or more parts that add up to that number"
     return None
 
 
 def _like(layer: nn.Conv2d | nn.Linear, channels: int, *, bias: bool) -> nn.Conv2d | nn.Linear:
-    """A layer of the same geometry on other input channels, without data."""
+    """A layer of the same geometry with another number of input channels, without data."""
     with torch.device("meta"):
         if isinstance(layer, nn.Linear):
             return nn.Linear(channels, layer.out_features, bias=bias)
         return nn.Conv2d(
             channels,
             layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type]  # torch types what it was given as wider than what it keeps
+            layer.kernel_size,  # type: ignore[arg-type]  # torch types the argument wider than the attribute
             layer.stride,  # type: ignore[arg-type]
             layer.padding,  # type: ignore[arg-type]
             layer.dilation,  # type: ignore[arg-type]

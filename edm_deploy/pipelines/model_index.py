@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 from edm_deploy.errors import ArtifactError, UnsupportedError
 from edm_deploy.models import family_named, name_of_family
-from edm_deploy.network.family import Config, Family, meta_model
+from edm_deploy.network.config_check import check_config, check_schedule
+from edm_deploy.network.family import Config, Family
 from edm_deploy.storage.directories import PIPELINE_FILES, SOURCE_KEY, read_json
 
 INDEX = "model_index.json"
@@ -82,23 +82,15 @@ def read_pipeline_config(directory: Path, name: str | None = None) -> PipelineCo
         raise UnsupportedError(
             f"{name} is quantized already ({method}); expected float weights. Start from the model that it was made from."
         )
+    files = {path: read_json(directory / path, what="diffusers pipeline") for path in PIPELINE_FILES}
+    config = family_named(family).full_config(config)
+    check_config(family_named(family), config)
+    check_schedule(family_named(family), config, files["scheduler/scheduler_config.json"])
     return PipelineConfig(
         name=name,
         family=family,
         component=component,
-        config=whole_config(family, config),
+        config=config,
         scheduler_class=str(index["scheduler"][1]),
-        pipeline={path: read_json(directory / path, what="diffusers pipeline") for path in PIPELINE_FILES}
-        | {INDEX: index | {SOURCE_KEY: found_by}},
+        pipeline=files | {INDEX: index | {SOURCE_KEY: found_by}},
     )
-
-
-def whole_config(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with diffusers' defaults for what it does not say, as json holds it.
-
-    Raises:
-        UnsupportedError: The family cannot carry it.
-    """
-    model: Any = meta_model(family_named(family), {key: value for key, value in config.items() if not key.startswith("_")})
-    whole: dict[str, Any] = json.loads(json.dumps({key: value for key, value in model.config.items() if not key.startswith("_")}))
-    return whole

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from edm_deploy.errors import ArtifactError, UnsupportedError, first_line
+from edm_deploy.network.family import Config, Family
 from edm_deploy.pipelines.custom import ClassConditionalPipeline, ClassEmbedder, UnconditionalPipeline
 from edm_deploy.pipelines.schedulers import scheduler_from_config, scheduler_named
 from edm_deploy.pipelines.source import local_directory
@@ -23,6 +24,7 @@ from edm_deploy.storage.directories import SOURCE_KEY, other_components, read_js
 LARGE = 4 << 30  # bytes of text encoders from which on they are loaded in bfloat16: T5-XXL takes 19 GB in float32
 OWN = {"ClassConditionalPipeline": ClassConditionalPipeline}
 TEXT = ("text_encoder", "tokenizer")
+UNCONDITIONAL_INPUTS = ("class_labels",)  # that UnconditionalPipeline passes on, besides sample and timestep
 
 
 def _not_torchvision(record: logging.LogRecord) -> bool:
@@ -49,7 +51,7 @@ def pipeline_from_directory(
         ArtifactError: The directory holds no pipeline, or a component cannot be read.
         UnsupportedError: A component of the pipeline is found nowhere.
     """
-    index = read_json(directory / "model_index.json", what="pipeline")
+    index = index_with_components(directory, denoiser.family, denoiser.manifest.config, source)
     config = read_json(directory / "scheduler" / "scheduler_config.json", what="pipeline")
     chosen = scheduler_named(scheduler, config) if scheduler else scheduler_from_config(str(index["scheduler"][1]), config)
     if not other_components(index, component):
@@ -64,6 +66,32 @@ def pipeline_from_directory(
     accepted = set(inspect.signature(type(loaded).__init__).parameters)
     settings = {key: value for key, value in index.items() if key in accepted and not isinstance(value, list)}
     return type(loaded)(**{**loaded.components, component: denoiser}, **settings).to(denoiser.device)
+
+
+def index_with_components(directory: Path, family: Family, config: Config, source: str | Path | None) -> dict[str, Any]:
+    """model_index.json of the pipeline to rebuild: that of the engine, or that of `source` if the engine was saved without other components.
+
+    Args:
+        directory: An engine's directory.
+        family: Family of the engine's model.
+        config: Config of the model.
+        source: As in `pipeline_from_directory`.
+
+    Raises:
+        ArtifactError: There is no pipeline in `directory` or `source`.
+        UnsupportedError: The model needs conditioning, and no component of the pipeline provides it.
+    """
+    index, component = read_json(directory / "model_index.json", what="pipeline"), family.component
+    if source is not None and not other_components(index, component):
+        index = read_json(local_directory(source) / "model_index.json", what="diffusers pipeline")
+    needed = [declared.name for declared in family.inputs(config)[2:] if declared.name not in UNCONDITIONAL_INPUTS]
+    if (needed or component != "unet") and not other_components(index, component):
+        reason = f"needs {' and '.join(needed)}" if needed else "needs a VAE"
+        raise UnsupportedError(
+            f"{directory} is an engine of a {family.class_name}, which {reason}, and its pipeline was saved without the components that provide it. "
+            + _remedy(directory, component)
+        )
+    return index
 
 
 def text_pipeline(directory: Path) -> DiffusionPipeline | None:
@@ -116,10 +144,7 @@ def _home(directory: Path, index: Mapping[str, Any], component: str, source: str
     """Where the other components are: in the engine's own directory, or in the source pipeline."""
     others = other_components(index, component)
     found = source or (directory if all((directory / name).is_dir() for name in others) else index.get(SOURCE_KEY))
-    mend = (
-        "Name the pipeline with --source or load_pipeline(..., source=...), build the engine with --with-pipeline, "
-        f"or put it into a pipeline of your own: pipe.{component} = edm_deploy.load_denoiser({str(directory)!r})."
-    )
+    mend = _remedy(directory, component)
     if found is None:
         raise UnsupportedError(
             f"{directory} has no {others[0]!r}, which a {index['_class_name']} needs, and does not say where it is. {mend}"
@@ -131,6 +156,13 @@ def _home(directory: Path, index: Mapping[str, Any], component: str, source: str
     if missing := [name for name in others if not (home / name).is_dir()]:
         raise UnsupportedError(f"{home} has no {missing[0]!r}, which a {index['_class_name']} needs. {mend}")
     return home
+
+
+def _remedy(directory: Path, component: str) -> str:
+    return (
+        "Name the pipeline with --source or load_pipeline(..., source=...), build the engine with --with-pipeline, "
+        f"or put it into a pipeline of your own: pipe.{component} = edm_deploy.load_denoiser({str(directory)!r})."
+    )
 
 
 def _class_conditional(home: Path, denoiser: Any, scheduler: Any, dtype: torch.dtype) -> ClassConditionalPipeline:

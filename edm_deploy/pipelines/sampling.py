@@ -1,4 +1,4 @@
-"""The one walk from noise to sample: any diffusers scheduler, any denoiser. Samplers walk; they never train."""
+"""The sampling loop, from noise to sample, for any diffusers scheduler and any denoiser."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edm_deploy.errors import InputError, first_line
+
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (sample [B, ...], timestep float32 [B]) -> prediction [B, ...]
 
 
@@ -21,9 +23,9 @@ class Step:
     Attributes:
         index: Position in the schedule, 0 is the noisiest.
         timestep: In the units of the training schedule; fractional for some schedulers.
-        sample: What went into the denoiser, [B, ...], already scaled for it.
-        prediction: What came out.
-        next_sample: What the scheduler made of it.
+        sample: Input of the denoiser, [B, ...], after the scheduler's input scaling.
+        prediction: Output of the denoiser.
+        next_sample: The scheduler's sample for the next timestep.
     """
 
     index: int
@@ -44,19 +46,22 @@ def trajectory(
     generator: torch.Generator | list[torch.Generator] | None = None,
     options: Mapping[str, float] | None = None,
 ) -> Iterator[Step]:
-    """Walk from noise to a sample.
+    """Sample from noise, one scheduler step at a time.
 
     Args:
-        denoise: The denoiser; conditioning is already bound in it.
+        denoise: The denoiser, with its conditioning bound.
         scheduler: Any diffusers scheduler; its timesteps are set here.
         noise: float [B, ...], standard normal; scaled by the scheduler's `init_noise_sigma` here.
         steps: Number of inference steps.
         sigmas: As `set_steps`.
-        generator: Where a stochastic scheduler draws its noise.
-        options: Further arguments of `scheduler.step`, such as `eta`; the ones that it does not take are left out.
+        generator: Source of a stochastic scheduler's noise.
+        options: Further arguments of `scheduler.step`, such as `eta`; those that the scheduler does not accept are left out.
 
     Yields:
         One `Step` for each timestep.
+
+    Raises:
+        InputError: As `set_steps`.
     """
     set_steps(scheduler, steps, sigmas)
     sample = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))  # flow matching starts from the noise itself, and scales no input
@@ -72,17 +77,21 @@ def trajectory(
 
 
 def is_flow(scheduler: Any) -> bool:  # Any: as above
-    """Whether a diffusers scheduler walks a flow (sigmas from 1 to 0, a velocity predicted) rather than a diffusion."""
+    """Whether a diffusers scheduler integrates a flow (sigmas from 1 to 0, velocity prediction) rather than a diffusion."""
     return type(scheduler).__name__.startswith("FlowMatch")
 
 
 def set_steps(scheduler: Any, steps: int, sigmas: Sequence[float] | None = None) -> None:  # Any: as above
-    """Set the scheduler's timesteps; where it shifts them by the size of the image, as for an image of the largest size that it knows.
+    """Set the scheduler's timesteps. A scheduler that shifts them by image size uses its largest shift.
 
     Args:
         scheduler: A diffusers scheduler.
-        steps: How many.
-        sigmas: Noise levels, descending, before any shift: `Family.sigmas`. None, or a scheduler that takes none, spaces them by itself.
+        steps: Number of inference steps.
+        sigmas: Noise levels before any shift, descending, as in `Family.sigmas`. The scheduler spaces them itself where this is None or where it
+            accepts none.
+
+    Raises:
+        InputError: The scheduler has no such number of steps.
 
     Source: Esser et al., arXiv 2403.03206, section 5.3.2 (the shift, whose logarithm diffusers calls mu).
     """
@@ -92,10 +101,19 @@ def set_steps(scheduler: Any, steps: int, sigmas: Sequence[float] | None = None)
         options["mu"] = float(scheduler.config.max_shift)
     if sigmas is not None and "sigmas" in accepted:
         options["sigmas"] = list(sigmas)
-    scheduler.set_timesteps(steps, **options)
+    name, longest = type(scheduler).__name__, int(scheduler.config.num_train_timesteps)
+    if steps < 1:
+        raise InputError(f"{steps} inference steps: expected 1 or more.")
+    try:
+        scheduler.set_timesteps(steps, **options)
+    except (ValueError, IndexError) as err:
+        raise InputError(f"{name} cannot sample in {steps} steps: {first_line(err)}. Choose another number of steps.") from err
+    # Integer timesteps would repeat, which multistep schedulers meet with a failed assertion.
+    if steps > longest and not scheduler.timesteps.is_floating_point():
+        raise InputError(f"{name} cannot sample in {steps} steps: its training schedule has {longest}. Choose {longest} or fewer.")
 
 
 def last_sample(steps: Iterator[Step]) -> Tensor:
-    """The sample that a trajectory ends in."""
+    """The final sample of a trajectory, [B, ...]."""
     (last,) = deque(steps, maxlen=1)
     return last.next_sample

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.reference import SiteRecord
-from edm_deploy.errors import UnsupportedError, flag
+from edm_deploy.errors import InputError, UnsupportedError, flag
 from edm_deploy.numerics.kernel_layout import CodeFormat
 from edm_deploy.runtime.capabilities import BackendCapabilities, Execution, capabilities_of
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
@@ -21,14 +22,69 @@ from edm_deploy.runtime.manifest import Manifest, ShapeRange
 Content = TypeVar("Content")  # what a backend builds from, as it is in memory: the path of a graph, an Artifact
 
 
-class Session(Protocol):
-    """An opened engine."""
+class Session(ABC):
+    """An opened engine.
 
-    device: torch.device
+    Thread safety: `run` may be called from several threads at once, and each call returns what it would return alone. A backend whose vendor computes
+    one call at a time serializes them. `close` waits for the calls that are running and releases the engine's memory; a later `run` raises InputError.
+    A session is a context manager that closes on exit.
+
+    Attributes:
+        device: Device of inputs and outputs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._changed = threading.Condition()  # guards the three fields below
+        self._running = 0
+        self._closed = False
+        self._released = False
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name for inputs by name: contiguous tensors on `device`, of the manifest's dtypes and within its profile."""
-        ...
+        """Compute outputs by name from inputs by name.
+
+        Args:
+            inputs: Contiguous tensors on `device`, of the manifest's dtypes and within its profile. They are not modified.
+
+        Returns:
+            Tensors on `device` that no later call overwrites.
+
+        Raises:
+            InputError: The session is closed.
+        """
+        with self._changed:
+            if self._closed:
+                raise InputError("This engine has been closed. Open it again with load_denoiser or open_session.")
+            self._running += 1
+        try:
+            return self._infer(inputs)
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Release the engine's memory once the running calls have returned. Closing again has no effect."""
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: self._running == 0)
+            if not self._released:
+                self._released = True
+                self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def _infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `run`, of an open session; called from several threads at once."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Drop what holds the engine's memory; called once, while no `_infer` runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +112,9 @@ class BuildOptions:
     threads: int | None = None
     int4_where: Literal["fits", "faster"] | None = None
     allow_float_sites: bool = False
+
+
+COMMON_OPTIONS = frozenset({"profile", "allow_float_sites"})  # of every backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +161,7 @@ class Backend(ABC, Generic[Content]):
     Attributes:
         name: As users type it.
         builds_from: Kind of directory that it builds from.
-        options: The fields of BuildOptions that it has, beyond `profile` and `allow_float_sites`.
+        options: The fields of BuildOptions that it supports in addition to COMMON_OPTIONS.
         device: Where its engines run unless a user names another device.
     """
 
@@ -173,7 +232,7 @@ class Backend(ABC, Generic[Content]):
 
     def refuse_foreign_options(self, options: BuildOptions) -> None:
         """Raises UnsupportedError where an option is set that this backend has not."""
-        for name in ("gpu", "precision", "optimization_level", "timing_cache", "workspace_mib", "threads", "int4_where"):
-            if getattr(options, name) is not None and name not in self.options:
+        for name in sorted({option.name for option in fields(BuildOptions)} - COMMON_OPTIONS - self.options):
+            if getattr(options, name) is not None:
                 has = ", ".join(sorted(flag(option) for option in self.options)) or "none"
                 raise UnsupportedError(f"{self.name} has no option {flag(name)}. Leave it out; its options: {has}.")

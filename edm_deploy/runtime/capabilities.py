@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
@@ -33,6 +33,7 @@ class BackendCapabilities:
         plugins: Whether it runs the nodes of our INT4 plugins.
         int4_storage: Whether packed INT4 initialisers can be read beside quantized activations.
         float_dtypes: Floating-point types that the rest of the graph can run in, the default first.
+        recorded_options: Build options that opening an engine reads from its manifest.
     """
 
     backend: str
@@ -43,7 +44,8 @@ class BackendCapabilities:
     filters: tuple[tuple[int, int], ...] | None = None
     plugins: bool = False
     int4_storage: bool = False
-    float_dtypes: tuple[str, ...] = field(default=("fp32",))
+    float_dtypes: tuple[str, ...] = ("fp32",)
+    recorded_options: tuple[str, ...] = ()
 
 
 CAPABILITIES: Mapping[str, BackendCapabilities] = {
@@ -54,9 +56,14 @@ CAPABILITIES: Mapping[str, BackendCapabilities] = {
             executes={"conv2d": "float", "linear": "int8"},
             reason="ONNX Runtime's CPU provider has no integer convolution with a floating-point output: exact codes, float arithmetic",
             int4_storage=True,
+            recorded_options=("threads",),
         ),
         BackendCapabilities(
-            backend="openvino", executes={"conv2d": "int8", "linear": "int8"}, int4_storage=True, float_dtypes=("fp32", "bf16")
+            backend="openvino",
+            executes={"conv2d": "int8", "linear": "int8"},
+            int4_storage=True,
+            float_dtypes=("fp32", "bf16"),
+            recorded_options=("precision", "threads"),
         ),
         BackendCapabilities(
             backend="trt-rtx", executes={"conv2d": "int8", "linear": "int8"}, weight_only=None, float_dtypes=("fp16", "fp32")
@@ -71,6 +78,7 @@ CAPABILITIES: Mapping[str, BackendCapabilities] = {
             int4=True,
             filters=((1, 1), (2, 2), (3, 3)),  # 2x2: a transformer's patches
             float_dtypes=("fp16", "bf16"),
+            recorded_options=("gpu", "precision"),
         ),
     )
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +22,20 @@ TIMESTEP = "timestep"
 class EngineDenoiser(nn.Module):
     """`.config`, `.dtype`, `.device`, forward signature and output type of the diffusers model that it replaces. Has no parameters.
 
+    May be called from several threads, as its sessions may. A context manager: it closes its engines on exit, after which a call raises InputError.
+
     Args:
-        manifest: Of the engine.
-        session: It, opened.
-        relaxed: The second engine, where the manifest sends timesteps to one.
+        manifest: The engine's manifest.
+        session: The opened engine.
+        relaxed: The opened second engine, where the manifest routes timesteps to one.
     """
 
     def __init__(self, manifest: Manifest, session: Session, relaxed: Session | None = None) -> None:
         super().__init__()
         self.manifest = manifest
         self.session = session
-        sessions = [self._runs(opened) for opened in (session, relaxed) if opened is not None]
-        self._run = route_by_timestep(sessions, manifest.engine_of_timestep)
+        self._sessions = [opened for opened in (session, relaxed) if opened is not None]
+        self._run = route_by_timestep([self._runs(opened) for opened in self._sessions], manifest.engine_of_timestep)
         if manifest.correction:
             self._run = Correction.from_json(manifest.correction).around(self._run)
         self.family: Family = family_named(manifest.family)
@@ -76,6 +78,17 @@ class EngineDenoiser(nn.Module):
             InputError: As `forward`.
         """
         return self._run(self._inputs(given, given[SAMPLE]))
+
+    def close(self) -> None:
+        """Release the memory of every engine, once the running calls have returned. Closing again has no effect."""
+        for session in self._sessions:
+            session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def to(self, *args: Any, **kwargs: Any) -> EngineDenoiser:
         """Stays where it is: an engine is bound to its device when it is opened. Another device raises InputError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 
 from edm_deploy import registry
 from edm_deploy.artifact.float_timesteps import FOLDER
+from edm_deploy.errors import ArtifactError
+from edm_deploy.models import family_named
+from edm_deploy.network.graph_names import OUTPUT
 from edm_deploy.runtime.backend import Backend, Session
 from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.manifest import Manifest
@@ -27,9 +31,13 @@ def open_session(path: Path | str, *, device: str | torch.device | None = None) 
         UnsupportedError: Its backend is not installed, or it was built for another version or device.
     """
     manifest = Manifest.read(path, kind="engine")
-    # The one place where the ground reaches up: by name, and only when an engine is opened.
+    return manifest, _open(Path(path), manifest, device)
+
+
+def _open(directory: Path, manifest: Manifest, device: str | torch.device | None) -> Session:
+    # The only import of a higher package: by name, and only when an engine is opened.
     backend: Backend[Any] = registry.load(importlib.import_module("engines"), str(manifest.backend), "BACKEND")
-    return manifest, backend.open(Path(path), manifest, torch.device(device or backend.device))
+    return backend.open(directory, manifest, torch.device(device or backend.device))
 
 
 def load_denoiser(path: Path | str, *, device: str | torch.device | None = None) -> EngineDenoiser:
@@ -38,9 +46,31 @@ def load_denoiser(path: Path | str, *, device: str | torch.device | None = None)
     Raises:
         ArtifactError, UnsupportedError: As `open_session`.
     """
-    manifest, session = open_session(path, device=device)
-    relaxed = open_session(Path(path) / FOLDER, device=device)[1] if manifest.relaxed else None
-    return EngineDenoiser(manifest, session, relaxed)
+    directories = [Path(path)]
+    manifests = [Manifest.read(path, kind="engine")]
+    if manifests[0].relaxed:
+        directories.append(Path(path) / FOLDER)
+        manifests.append(Manifest.read(directories[1], kind="engine"))
+    for directory, manifest in zip(directories, manifests, strict=True):
+        _check_denoiser(directory, manifest, like=manifests[0])
+    with contextlib.ExitStack() as stack:  # closes the first session where the second cannot be opened
+        sessions = [
+            stack.enter_context(_open(directory, manifest, device)) for directory, manifest in zip(directories, manifests, strict=True)
+        ]
+        stack.pop_all()
+    return EngineDenoiser(manifests[0], *sessions)
+
+
+def _check_denoiser(directory: Path, manifest: Manifest, *, like: Manifest) -> None:
+    """Raises ArtifactError where an engine's inputs and outputs are not those of the whole denoiser that its config describes."""
+    expected = family_named(like.family).inputs(like.config)
+    if manifest.inputs != expected or manifest.outputs != (OUTPUT,) or manifest.dtype != like.dtype:
+        names = ", ".join(f"{declared.name} {list(declared.dims)}" for declared in manifest.inputs)
+        wanted = ", ".join(f"{declared.name} {list(declared.dims)}" for declared in expected)
+        raise ArtifactError(
+            f"{directory} has inputs {names} and outputs {', '.join(manifest.outputs)}; expected {wanted} and {OUTPUT} by its config. "
+            "Build the engine again."
+        )
 
 
 def load_pipeline(

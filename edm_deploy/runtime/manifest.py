@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from msgspec import Meta
 
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.quantized_layer import Op
 from edm_deploy.artifact.timestep_correction import Correction
-from edm_deploy.artifact.timestep_routing import Intervals, intervals_from_mask, mask_from_intervals
-from edm_deploy.errors import ArtifactError, InputError
+from edm_deploy.artifact.timestep_routing import Intervals, check_intervals, intervals_from_mask, mask_from_intervals
+from edm_deploy.errors import ArtifactError, EdmDeployError, InputError
 from edm_deploy.network.family import ModelInput
-from edm_deploy.network.graph_names import OUTPUT
+from edm_deploy.network.graph_names import GRAPH_NAME, OUTPUT
 from edm_deploy.network.restructure import NetworkRewrite
 from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 from edm_deploy.numerics.kernel_layout import CodeFormat
 from edm_deploy.runtime.capabilities import SitePlan
-from edm_deploy.storage.directories import read_json, sha256_of, write_json
+from edm_deploy.runtime.manifest_checks import FoldedDescription, check_build, check_family, check_files, check_tensors
+from edm_deploy.storage.directories import read_json, read_pipeline_files, sha256_of, write_json
+from edm_deploy.storage.json_schema import Scheme, Sha256, Timesteps, check_schema, convert
 
 SCHEMA = 2  # 2 brought `structure`, `correction` and `relaxed`
 NAME = "manifest.json"
@@ -28,13 +31,17 @@ GraphDtype = Literal["fp32", "fp16"]
 TORCH_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
 
+# Batches below an engine's smallest are filled up to it, so that a size is memory.
+ProfileSize = Annotated[int, Meta(le=2**16)]
+
+
 @dataclass(frozen=True)
 class ShapeRange:
     """Sizes that one dynamic dimension may take: smallest, the one to optimise for, largest."""
 
-    min: int
-    opt: int
-    max: int
+    min: ProfileSize
+    opt: ProfileSize
+    max: ProfileSize
 
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
@@ -54,7 +61,7 @@ class GraphSite:
 
     node: str
     op: Op
-    scheme: str
+    scheme: Scheme
     plugin: CodeFormat | None = None
 
     @property
@@ -89,21 +96,21 @@ class Manifest:
     """
 
     kind: Literal["onnx", "engine"]
-    artifact: str
-    scheme: str
+    artifact: Sha256
+    scheme: Scheme
     family: str
     config: Mapping[str, Any]
-    num_train_timesteps: int
+    num_train_timesteps: Timesteps
     dtype: GraphDtype
-    weight_storage: str
-    inputs: tuple[ModelInput, ...]
-    outputs: tuple[str, ...]
+    weight_storage: Literal["int8", "int4"]
+    inputs: Annotated[tuple[ModelInput, ...], Meta(min_length=1)]
+    outputs: Annotated[tuple[str, ...], Meta(min_length=1)]
     sites: Mapping[str, GraphSite]
     structure: Mapping[str, Any] = field(default_factory=dict)
     folded: Mapping[str, Any] = field(default_factory=dict)
     correction: Mapping[str, Any] = field(default_factory=dict)
     relaxed: Intervals = ()
-    files: Mapping[str, str] = field(default_factory=dict)
+    files: Annotated[Mapping[str, Sha256], Meta(min_length=1)] = field(default_factory=dict)
     plan: Mapping[str, SitePlan] = field(default_factory=dict)
     backend: str | None = None
     profile: Mapping[str, ShapeRange] = field(default_factory=dict)
@@ -137,7 +144,7 @@ class Manifest:
         *,
         kind: Literal["onnx", "engine"],
         dtype: GraphDtype,
-        weight_storage: str,
+        weight_storage: Literal["int8", "int4"],
         plugins: Mapping[str, CodeFormat] | None = None,
     ) -> Manifest:
         """What is written beside what is made of `artifact`; its files are hashed when it is written.
@@ -182,50 +189,47 @@ class Manifest:
             ArtifactError: No manifest, one of the other kind or of a newer schema, or a file that is missing or not the one that was written.
         """
         directory = Path(directory)
-        content = read_json(directory / NAME, what=kind)
-        schema = content.pop("schema", None)
-        if not isinstance(schema, int) or schema > SCHEMA:
-            raise ArtifactError(
-                f"{directory / NAME} has schema {schema!r}; this edm-deploy reads up to {SCHEMA}. Install a newer edm-deploy, or make it again."
-            )
-        if content.get("kind") != kind:
-            mend = "Run edm-deploy build-engine on it first." if kind == "engine" else "Pass the directory that edm-deploy export wrote."
-            raise ArtifactError(f"{directory} holds an {content.get('kind')}, expected an {kind} directory. {mend}")
+        content = read_json(directory / NAME, what=kind, home=directory, finite=True)
+        check_schema(content.pop("schema", None), SCHEMA, directory / NAME)
+        if (actual := content.get("kind")) != kind:
+            remedy = "Run edm-deploy build-engine on it first." if kind == "engine" else "Pass the directory that edm-deploy export wrote."
+            shown = f"an {actual}" if actual in ("onnx", "engine") else "something else"
+            raise ArtifactError(f"{directory} holds {shown}, expected an {kind} directory. {remedy}")
         try:
-            manifest = cls(
-                **content
-                | {
-                    "inputs": tuple(ModelInput(entry["name"], entry["kind"], tuple(entry["dims"])) for entry in content["inputs"]),
-                    "outputs": tuple(content["outputs"]),
-                    "sites": {site: GraphSite(**entry) for site, entry in content["sites"].items()},
-                    "plan": {site: SitePlan(**entry) for site, entry in content["plan"].items()},
-                    "profile": {dim: ShapeRange(**entry) for dim, entry in content["profile"].items()},
-                    "relaxed": tuple((int(first), int(last)) for first, last in content.get("relaxed", ())),
-                }
-            )
-            manifest._check_by_timestep()
-        except (KeyError, TypeError, AttributeError, ValueError) as err:
-            raise ArtifactError(f"{directory / NAME} is not a manifest that edm-deploy wrote ({err!r}). Make the directory again.") from err
-        if not all(isinstance(name, str) and isinstance(digest, str) for name, digest in dict(content["files"] or {"": None}).items()):
-            raise ArtifactError(f"{directory / NAME} lists no files with their hashes. Make the directory again.")
-        manifest._check_files(directory)
+            manifest = convert(content, cls, forbid_unknown=True)
+            manifest._check()
+        except EdmDeployError as err:
+            raise ArtifactError(f"{directory / NAME} is not a manifest that edm-deploy wrote: {err} Make the directory again.") from err
+        check_files(directory, manifest.files, listed_in=NAME)
+        read_pipeline_files(directory)
         return manifest
 
-    def _check_by_timestep(self) -> None:
-        """Raises ValueError and its like where what the runtime does by timestep is not what `of` wrote."""
-        _ = self.engine_of_timestep
+    def require_files(self, *names: str) -> None:
+        """Raises ArtifactError where one of `names` is not among `files`: a file without a hash is not opened."""
+        if missing := [name for name in names if name not in self.files]:
+            raise ArtifactError(
+                f"{NAME} does not list {missing[0]!r} among its files, which {self.backend or 'a graph'} has. Make it again."
+            )
+
+    def _check(self) -> None:
+        """Raises ArtifactError or UnsupportedError, naming the field, where the content is not what an export or a build writes."""
+        check_tensors(self.inputs, self.outputs)
+        channels = check_family(self.family, self.config)
+        check_intervals(self.relaxed, self.num_train_timesteps)
         NetworkRewrite.from_json(self.structure)
         if self.correction:
-            Correction.from_json(self.correction)
-
-    def _check_files(self, directory: Path) -> None:
-        for name, expected in self.files.items():
-            path = directory / name
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ArtifactError(
-                    f"{directory / NAME} lists {name!r}, which lies outside its directory. Do not use it; make the directory again."
-                )
-            if not path.is_file():
-                raise ArtifactError(f"{path} is missing, but {NAME} lists it. Copy the whole directory, or make it again.")
-            if sha256_of(path) != expected:
-                raise ArtifactError(f"{path} does not match {NAME} (sha256 differs): it was changed or damaged. Make the directory again.")
+            problem = Correction.from_json(self.correction).problem(self.num_train_timesteps, channels)
+            if problem:
+                raise ArtifactError(f"correction: {problem}.")
+        if self.folded:
+            convert(self.folded, FoldedDescription, path="folded")
+        if self.kind == "onnx":
+            self.require_files(GRAPH_NAME)
+            return
+        if self.backend is None:
+            raise ArtifactError("backend is null, expected the name of a backend.")
+        check_build(self.build, self.backend)
+        if set(self.plan) != set(self.sites):
+            raise ArtifactError(f"plan and sites differ in {min(set(self.plan) ^ set(self.sites))!r}, expected the same layers in both.")
+        if set(self.profile) != set(self.dynamic_dims):
+            raise ArtifactError(f"profile has {sorted(self.profile)}, expected the dynamic dimensions {sorted(self.dynamic_dims)}.")

@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edm_deploy.errors import ArtifactError
+from edm_deploy.errors import ArtifactError, first_line
+from edm_deploy.storage.json_schema import MAX_DEPTH, Timesteps, check_bounded, convert
+from edm_deploy.storage.leftovers import recover, reserve
 
 # What rebuilds a diffusers pipeline beside its denoiser. Text encoders and VAE stay where the source pipeline has them.
-PIPELINE_FILES = ("model_index.json", "scheduler/scheduler_config.json")
+INDEX_FILE = "model_index.json"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+PIPELINE_FILES = (INDEX_FILE, SCHEDULER_FILE)
+MAX_JSON_BYTES = 64 << 20
+AGAIN = "Copy or make it again."
 SOURCE_KEY = "_name_or_path"  # diffusers' own, in model_index.json: where the pipeline was loaded from
 VARIANTS = ("*.fp16.*", "*.non_ema.*")  # further copies of the same weights, which no pipeline of ours loads
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.onnx")
@@ -23,37 +29,45 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.onnx")
 
 @contextlib.contextmanager
 def new_directory(path: Path, *, marker: str, overwrite: bool = True) -> Iterator[Path]:
-    """A temporary directory beside `path`, renamed to `path` when the block ends well and removed when it does not.
+    """A temporary directory next to `path`, renamed to `path` when the block succeeds and removed when it fails.
+
+    What killed runs with the same `path` left is removed first; see `edm_deploy.storage.leftovers`.
 
     Args:
-        path: Where it will stand.
-        marker: Name of the file that tells that a directory is one of ours; only such a one (or an empty one) is replaced.
-        overwrite: Whether one of ours may be replaced.
+        path: Of the directory.
+        marker: Name of a file that only directories of edm-deploy have; only such a directory, or an empty one, is replaced.
+        overwrite: Whether such a directory may be replaced.
 
     Raises:
         ArtifactError: `path` is something else, or the system refuses to write (disk full, no permission).
     """
+    recover(path)
     check_replaceable(path, marker=marker, overwrite=overwrite)
-    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        os.chmod(temporary, 0o755)  # mkdtemp makes it private; the result is for everybody who may read its parent
-        yield temporary
-        old = None
-        if path.is_dir():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(old / "replaced")
-        temporary.rename(path)
-        if old:
-            shutil.rmtree(old, ignore_errors=True)
+        with reserve(path.parent, f".{path.name}.") as reservation:
+            yield reservation.directory
+            _open_permissions(reservation.directory, reservation.file_mode)
+            try:
+                if path.is_dir():
+                    path.rename(reservation.replaced)
+                reservation.directory.rename(path)
+            except BaseException:
+                if reservation.replaced.is_dir() and not path.exists():
+                    reservation.replaced.rename(path)
+                raise
     except OSError as err:
         raise ArtifactError(
             f"Cannot write {path}: {err.strerror or err}. Nothing was left behind; free space or choose another path."
         ) from err
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open_permissions(directory: Path, file_mode: int) -> None:
+    """Give every file at least the permissions of a new one: libraries write some for their owner alone."""
+    directory_mode = stat.S_IMODE(directory.stat().st_mode)
+    for path in directory.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | (directory_mode if path.is_dir() else file_mode))
 
 
 def check_replaceable(path: Path, *, marker: str, overwrite: bool = True) -> None:
@@ -70,27 +84,46 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: Path, *, what: str) -> dict[str, Any]:
+def read_json(path: Path, *, what: str, home: Path | None = None, finite: bool = False) -> dict[str, Any]:
     """The json object in `path`.
 
     Args:
         path: The file.
         what: What its directory should be, for the message: `artifact`, `engine`.
+        home: Directory that the file must be in even after its links are followed; None allows any link, as a hub cache consists of links.
+        finite: Whether NaN and infinity are refused. diffusers writes infinity into scheduler configs (`lambda_min_clipped`).
 
     Raises:
-        ArtifactError: No such file, or it holds no json object.
+        ArtifactError: No such file, not a regular file, too large, too deeply nested, or it holds no json object.
     """
     if not path.parent.exists():
         raise ArtifactError(f"{path.parent} does not exist; expected {_a(what)} directory. Check the path.")
-    if not path.is_file():
+    if not path.exists():
         raise ArtifactError(f"{path.parent} is no {what} directory: it has no {path.name}. `edm-deploy inspect` says what a path is.")
+    check_regular(path, home=home)
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ArtifactError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES} of json. {AGAIN}")
         content = json.loads(path.read_text())
     except (OSError, ValueError) as err:
-        raise ArtifactError(f"{path} cannot be read as json ({err}). Copy or make it again.") from err
+        raise ArtifactError(f"{path} cannot be read as json ({first_line(err)}). {AGAIN}") from err
+    except RecursionError as err:
+        raise ArtifactError(f"{path} is nested deeper than {MAX_DEPTH} levels, expected at most {MAX_DEPTH}. {AGAIN}") from err
     if not isinstance(content, dict):
-        raise ArtifactError(f"{path} holds a {type(content).__name__}, expected a json object. Copy or make it again.")
+        raise ArtifactError(f"{path} holds a {type(content).__name__}, expected a json object. {AGAIN}")
+    try:
+        check_bounded(content, finite=finite)
+    except ArtifactError as err:
+        raise ArtifactError(f"{path}: {err} {AGAIN}") from err
     return content
+
+
+def check_regular(path: Path, *, home: Path | None = None) -> None:
+    """Raises ArtifactError where an existing `path` is a pipe, a device or a directory, or a link to a file outside `home`."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} is not a regular file, expected one. {AGAIN}")
+    if home is not None and not path.resolve().is_relative_to(home.resolve()):
+        raise ArtifactError(f"{path} is a link to {path.resolve()}, outside its directory. Copy the file itself, with `cp --dereference`.")
 
 
 def _a(what: str) -> str:
@@ -101,6 +134,37 @@ def copy_pipeline_files(pipeline: Mapping[str, Any], directory: Path) -> None:
     """Write the source pipeline's json files, by relative path, below `directory`."""
     for name, content in pipeline.items():
         write_json(directory / name, content)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What is read of a model_index.json that edm-deploy wrote."""
+
+    _class_name: str
+    scheduler: tuple[str, str]  # library and class
+
+
+@dataclass(frozen=True)
+class _SchedulerConfig:
+    """What is read of a scheduler's config before diffusers builds tables of this length."""
+
+    num_train_timesteps: Timesteps = 1000
+
+
+def read_pipeline_files(directory: Path) -> dict[str, Any]:
+    """The source pipeline's json files below `directory` by relative path, as far as they are there.
+
+    Raises:
+        ArtifactError: One cannot be read, or has not the fields that rebuild a pipeline.
+    """
+    files = [name for name in PIPELINE_FILES if (directory / name).exists()]
+    contents = {name: read_json(directory / name, what="pipeline", home=directory) for name in files}
+    for name, schema in ((INDEX_FILE, _Index), (SCHEDULER_FILE, _SchedulerConfig)):
+        try:
+            convert(contents.get(name, {}), schema) if name in contents else None
+        except ArtifactError as err:
+            raise ArtifactError(f"{directory / name}: {err} {AGAIN}") from err
+    return contents
 
 
 def other_components(index: Mapping[str, Any], component: str) -> list[str]:

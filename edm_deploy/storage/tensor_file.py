@@ -12,8 +12,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from edm_deploy.errors import ArtifactError
-from edm_deploy.storage.directories import sha256_of
+from edm_deploy.errors import ArtifactError, first_line
+from edm_deploy.storage.directories import check_regular, sha256_of
 
 NAMES = {  # the format's own
     torch.float32: "F32",
@@ -76,30 +76,41 @@ def digest_of(tensors: Mapping[str, DeferredTensor]) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(path: Path, expected_sha256: str, *, said_by: str) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected_sha256: str, *, listed_in: str) -> dict[str, Tensor]:
     """Every tensor of a file, mapped: its pages are read when they are looked at, and belong to no one's heap.
 
     Args:
         path: The file.
         expected_sha256: Its hash.
-        said_by: The file beside it that says so.
+        listed_in: The file of the same directory that states the hash.
 
     Raises:
         ArtifactError: It is missing, damaged, or no safetensors file.
     """
+    if path.exists():
+        check_regular(path, home=path.parent)
     try:
         found = sha256_of(path)
     except OSError as err:
         raise ArtifactError(f"{path} cannot be read ({err.strerror}); the artifact is incomplete. Make it again.") from err
     if found != expected_sha256:
         raise ArtifactError(
-            f"{path} is damaged: sha256 {found[:12]}, {said_by} says {expected_sha256[:12]}. Copy or make the artifact again."
+            f"{path} is damaged: its sha256 is {found[:12]}, {listed_in} states {expected_sha256[:12]}. Copy or make the artifact again."
         )
+    return load_tensors(path)
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Every tensor of a file whose hash has been checked; on the CPU its pages are mapped.
+
+    Raises:
+        ArtifactError: It is no safetensors file.
+    """
     try:
-        with safetensors.safe_open(path, framework="pt") as stream:
+        with safetensors.safe_open(path, framework="pt", device=device) as stream:
             return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # it is no dict
-    except (safetensors.SafetensorError, ValueError, RuntimeError, OSError) as err:
-        raise ArtifactError(f"{path} is no safetensors file ({err}). Make the artifact again.") from err
+    except (safetensors.SafetensorError, ValueError, RuntimeError, OSError, KeyError, AttributeError) as err:
+        raise ArtifactError(f"{path} is no safetensors file that torch can read ({first_line(err)}). Make it again.") from err
 
 
 def tensor_bytes(value: Tensor) -> memoryview:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 WINDOW_BYTES = 256 << 20  # a file is mapped anew after so much: what was read of it then leaves this process's memory
 STEM = "diffusion_pytorch_model"
+WIDENS = "_widens_while_running"  # attribute of the class of a model whose layers hold float32 weights while they run
 INITS = frozenset(
     getattr(home, name) for home in (Tensor, nn.init) for name in dir(home) if name.endswith("_") and not name.startswith("_")
 )
@@ -73,10 +74,11 @@ def _filled(model: nn.Module, directory: Path, keep: bool) -> bool:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in another floating-point type, in place.
+    """The model in another floating-point type, in place; one that widens while it runs computes in `dtype` instead.
 
     diffusers' own `to` warns that some parts should stay in float32, of models too that name none.
     """
+    _stop_widening(model)
     return nn.Module.to(model, dtype=dtype)
 
 
@@ -88,7 +90,20 @@ def widen_while_running(model: nn.Module) -> None:
             module.register_forward_hook(_narrow, always_call=True)
     # diffusers casts by `dtype`, which is that of a parameter at rest.
     kind = type(model)
-    model.__class__ = type(kind.__name__, (kind,), {"dtype": property(lambda _: torch.float32), "__module__": kind.__module__})
+    model.__class__ = type(
+        kind.__name__, (kind,), {"dtype": property(lambda _: torch.float32), "__module__": kind.__module__, WIDENS: True}
+    )
+
+
+def _stop_widening(model: nn.Module) -> None:
+    """Undo `widen_while_running`."""
+    if not vars(type(model)).get(WIDENS):
+        return
+    model.__class__ = type(model).__bases__[0]
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_widen, _narrow)]:
+                del hooks[key]
 
 
 def _widen(module: nn.Module, _: object) -> None:

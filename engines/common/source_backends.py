@@ -13,6 +13,7 @@ from edm_deploy.artifact import artifact as artifact_module
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.float_timesteps import FOLDER, float_activation_graph, quantized_graph
 from edm_deploy.errors import ArtifactError
+from edm_deploy.network.family import TIMESTEP
 from edm_deploy.network.graph_names import GRAPH_NAME
 from edm_deploy.runtime.backend import Backend, BuildOptions, SiteTestCase
 from edm_deploy.runtime.capabilities import check_plugins, check_storage
@@ -33,6 +34,7 @@ class GraphBackend(Backend[Path]):
                 f"Run edm-deploy export {source} --out {source}-onnx, then build from {source}-onnx."
             )
         manifest = Manifest.read(source, kind="onnx")
+        manifest.require_files(*graph_files(source))
         check_storage(self.target, manifest.weight_storage)
         check_plugins(self.target, len(manifest.plugin_sites))
         return source / GRAPH_NAME, manifest
@@ -50,10 +52,10 @@ class GraphBackend(Backend[Path]):
             onnx_cut_at_sites(quantized_graph(cut.artifact), cut.records, onnx, dtype=engine.dtype)
         options = dataclasses.replace(options_of(engine), profile={"batch": ShapeRange(batch, batch, batch)})
         built = build_engine(onnx, cut.scratch / self.name, backend=self.name, options=options)
-        _, session = open_session(cut.scratch / self.name, device=device)
-        given = {"timestep": cut.timestep} | {f"{name}.x": record.x for name, record in cut.records.items()}
-        inputs = {declared.name: given[declared.name].to(device).contiguous() for declared in built.inputs}
-        return session.run(inputs)
+        values = {TIMESTEP.name: cut.timestep} | {f"{name}.x": record.x for name, record in cut.records.items()}
+        inputs = {declared.name: values[declared.name].to(device).contiguous() for declared in built.inputs}
+        with open_session(cut.scratch / self.name, device=device)[1] as session:
+            return session.run(inputs)
 
 
 class ArtifactBackend(Backend[Artifact]):
@@ -76,6 +78,11 @@ class ArtifactBackend(Backend[Artifact]):
 
     def _described(self, artifact: Artifact) -> tuple[Artifact, Manifest]:
         return artifact, Manifest.of(artifact, {name: name for name in artifact.sites}, kind="engine", dtype="fp32", weight_storage="int4")
+
+
+def graph_files(directory: Path) -> list[str]:
+    """The graph's file in a directory, and those of its weights where they are separate."""
+    return [GRAPH_NAME, *sorted(path.name for path in directory.glob(f"{GRAPH_NAME}.*"))]
 
 
 def options_of(engine: Manifest) -> BuildOptions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,16 +15,17 @@ from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session
 from edm_deploy.runtime.capabilities import Execution
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
 from edm_deploy.storage.directories import write_json
+from edm_deploy.storage.leftovers import scratch_directory
+from engines.common.serialized_runs import SerializedRuns
 from engines.common.source_backends import GraphBackend
 from engines.common.vendor_package import refuse_other_build, vendor
-from engines.nvidia.build_process import Request, run_in_child
-from engines.nvidia.layer_audit import Layer, LayerAudit, audit
-from engines.performance.gpus import capabilities
+from engines.nvidia.build_process import BuildRequest, run_in_child
+from engines.nvidia.layer_audit import EngineLayer, LayerAudit, audit
+from engines.performance.gpus import capabilities, has_int4
 
 ENGINE_NAME = "engine.trt"
 AUDIT_NAME = "audit.json"
 OPTIMIZATION_LEVELS = range(6)
-INT4_GPUS = ("sm_80", "sm_86", "sm_87", "sm_89")  # Ampere and Ada; on later ones 4-bit products are emulated
 
 
 class Nvinfer(GraphBackend):
@@ -48,8 +48,8 @@ class Nvinfer(GraphBackend):
         gpus = capabilities(options.gpu) if options.gpu else self.default_gpus
         _check_level(options.optimization_level)
         version = str(vendor(self.package, mend=self.install).__version__)
-        with tempfile.TemporaryDirectory() as scratch:
-            request = Request(
+        with scratch_directory("tensorrt") as scratch:
+            request = BuildRequest(
                 graph=str(content.resolve()),
                 engine=str(out / ENGINE_NAME),
                 reply=f"{scratch}/reply.json",
@@ -60,10 +60,10 @@ class Nvinfer(GraphBackend):
                 workspace_mib=options.workspace_mib,
                 plugins=bool(manifest.plugin_sites),
             )
-            reply = run_in_child(self.module, request, Path(scratch))
+            reply = run_in_child(self.module, request, scratch)
         plugins = manifest.plugin_sites  # nothing to audit: their nodes are our kernels, or the graph would not have parsed
         audited = {name: site for name, site in manifest.sites.items() if name not in plugins}
-        findings = audit([Layer(**{key: _tuples(value) for key, value in layer.items()}) for layer in reply["layers"]], audited)
+        findings = audit([EngineLayer(**{key: _tuples(value) for key, value in layer.items()}) for layer in reply["layers"]], audited)
         write_json(out / AUDIT_NAME, {site: asdict(finding) for site, finding in findings.items()})
         floats = {site: finding for site, finding in findings.items() if finding.problem}
         if floats and not options.allow_float_sites:
@@ -80,6 +80,7 @@ class Nvinfer(GraphBackend):
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
         """Open an engine on a CUDA device. Written against the documented API; not executed where this was written, which has no GPU."""
         gpus = manifest.build.get("gpus", [])
+        manifest.require_files(ENGINE_NAME)
         if manifest.backend == self.name and (device.type != "cuda" or not torch.cuda.is_available()):
             raise UnsupportedError(
                 f"This engine needs an NVIDIA GPU (built for {', '.join(gpus)}); device is {device}, and torch sees "
@@ -95,11 +96,16 @@ class Nvinfer(GraphBackend):
         return NvinferSession(module, directory / ENGINE_NAME, manifest, device)
 
 
-class NvinferSession:
-    """An engine on torch's CUDA tensors, on torch's current stream. Not executed where this was written, which has no GPU."""
+class NvinferSession(Session):
+    """An engine on torch's CUDA tensors, on torch's current stream. Not executed where this was written, which has no GPU.
+
+    An execution context serves one thread and one stream at a time, so runs are serialized.
+    Source: NVIDIA TensorRT documentation, Developer Guide, "Threading".
+    """
 
     def __init__(self, module: Any, engine: Path, manifest: Manifest, device: torch.device) -> None:
-        self.device = device
+        super().__init__(device)
+        self._runs = SerializedRuns(device)
         self.inputs = [declared.name for declared in manifest.inputs]
         self.outputs = manifest.outputs
         self._runtime = module.Runtime(module.Logger(module.Logger.WARNING))
@@ -118,21 +124,25 @@ class NvinferSession:
         }
         self._types = {name: types[self._engine.get_tensor_dtype(name).name] for name in self.outputs}
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name for inputs by name; asynchronous, as any kernel on torch's current stream."""
-        contiguous = {name: inputs[name].contiguous() for name in self.inputs}  # the engine knows an address, no strides
-        for name, value in contiguous.items():
-            self._context.set_input_shape(name, tuple(value.shape))
-            self._context.set_tensor_address(name, value.data_ptr())
+    def _infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Asynchronous, as any kernel on torch's current stream."""
+        contiguous = {name: inputs[name].contiguous() for name in self.inputs}  # the engine takes an address, no strides
         results = {}
-        for name in self.outputs:
-            shape = tuple(self._context.get_tensor_shape(name))
-            results[name] = torch.empty(shape, dtype=self._types[name], device=self.device)
-            self._context.set_tensor_address(name, results[name].data_ptr())
-        with torch.cuda.device(self.device):
-            if not self._context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
-                raise RuntimeError("the engine refused to run; its own message stands on stderr.")
+        with self._runs.next() as stream:
+            for name, value in contiguous.items():
+                self._context.set_input_shape(name, tuple(value.shape))
+                self._context.set_tensor_address(name, value.data_ptr())
+            for name in self.outputs:
+                shape = tuple(self._context.get_tensor_shape(name))
+                results[name] = torch.empty(shape, dtype=self._types[name], device=self.device)
+                self._context.set_tensor_address(name, results[name].data_ptr())
+            if not self._context.execute_async_v3(stream.cuda_stream):
+                raise RuntimeError("TensorRT could not enqueue the engine; its message is on stderr.")
         return results
+
+    def _release(self) -> None:
+        self._runs.finish()
+        self._context = self._engine = self._runtime = None
 
 
 def _shapes(dims: tuple[str | int, ...], profile: Mapping[str, ShapeRange]) -> list[list[int]]:
@@ -164,7 +174,7 @@ def _warnings(manifest: Manifest, floats: Mapping[str, LayerAudit], gpus: Sequen
     warnings = [f"{site}: {finding.problem}" for site, finding in floats.items()]
     if manifest.dtype == "fp32":
         warnings.append("The graph between the quantized sites is float32, which is slow on a GPU; export with --dtype fp16.")
-    if manifest.plugin_sites and (without := [gpu for gpu in gpus if gpu not in INT4_GPUS]):
+    if manifest.plugin_sites and (without := [gpu for gpu in gpus if not has_int4(gpu)]):
         warnings.append(
             f"{', '.join(without)} has no INT4 tensor cores: the {len(manifest.plugin_sites)} plugin sites are exact there, and slow. "
             "Export without --int4 plugin for it."

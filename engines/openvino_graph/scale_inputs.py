@@ -6,7 +6,7 @@ graph: each looked-up row becomes an input, and the session looks it up. The tim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,45 +14,45 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from edm_deploy.network.graph_names import ROW_NAME
+from edm_deploy.network.graph_names import ROW_NAME, TABLE_COLUMNS, lookup
 from edm_deploy.numerics.codes import unpack_int4
 
 KEEP_FLOAT32 = {"name": "precise", "version": "0"}  # OpenVINO's own mark in its graph files; its Python API cannot set it
 ENDS_OF_TIMESTEP = ("FakeQuantize", "MatMul", "Convolution")
 
 
-def scales_to_inputs(ov: Any, model: Any) -> dict[str, Tensor]:
-    """Replace each lookup by the samples' rows with a graph input of the same name, float32 [B, 1, ...].
+def scales_to_inputs(ov: Any, model: Any, sites: Iterable[str]) -> dict[str, Tensor]:
+    """Replace each table lookup of the exported graph with a graph input of the same name, float32 [B, 1, ...].
 
     Args:
         ov: The openvino module.
         model: An ov.Model as read from the exported graph; changed in place.
+        sites: Names of the quantized layers.
 
     Returns:
         The tables, float32 [R, 1, ...], by input name; and `row`, int32 [num_train_timesteps], unless every table is constant.
     """
     tables: dict[str, Tensor] = {}
     inputs = []
-    for gather in [node for node in model.get_ordered_ops() if _is_lookup(node)]:
+    nodes = {node.get_friendly_name(): node for node in model.get_ordered_ops()}
+    names = {lookup(site, column) for site in sites for column in TABLE_COLUMNS}
+    for name in [name for name in nodes if name in names]:
         if ROW_NAME not in tables:
-            tables[ROW_NAME] = torch.from_numpy(gather.input_value(1).get_node().input_value(0).get_node().data.copy()).reshape(-1)
-        table = gather.input_value(0).get_node().data
-        looked_up = ov.op.Parameter(ov.Type.f32, gather.get_output_partial_shape(0))
-        looked_up.set_friendly_name(gather.get_friendly_name())
-        looked_up.output(0).set_names({gather.get_friendly_name()})
-        gather.output(0).replace(looked_up.output(0))
-        tables[gather.get_friendly_name()] = torch.from_numpy(table.copy())
+            tables[ROW_NAME] = _gathered(nodes[ROW_NAME]).reshape(-1)
+        looked_up = ov.op.Parameter(ov.Type.f32, nodes[name].get_output_partial_shape(0))
+        looked_up.set_friendly_name(name)
+        looked_up.output(0).set_names({name})
+        nodes[name].output(0).replace(looked_up.output(0))
+        tables[name] = _gathered(nodes[name])
         inputs.append(looked_up)
     model.add_parameters(inputs)
     model.validate_nodes_and_infer_types()
     return tables
 
 
-def _is_lookup(node: Any) -> bool:
-    if node.get_type_name() != "Gather":
-        return False
-    table, rows = (node.input_value(index).get_node() for index in (0, 1))
-    return bool(table.get_type_name() == "Constant" and rows.get_friendly_name() == ROW_NAME)
+def _gathered(gather: Any) -> Tensor:
+    """The table that a Gather reads."""
+    return torch.from_numpy(gather.input_value(0).get_node().data.copy())
 
 
 def widen_int4(ov: Any, model: Any) -> None:

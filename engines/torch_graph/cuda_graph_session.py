@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from edm_deploy.runtime.backend import Session
+from engines.common.serialized_runs import SerializedRuns
+
 CAPTURED_SHAPES = 4  # graphs kept; all draw their memory from one pool
 WARM_UP = 3  # eager runs before a capture: kernels are built and loaded, cuBLAS and cuDNN take their workspaces
 
@@ -32,37 +35,45 @@ class Captured:
     outputs: Mapping[str, Tensor]
 
 
-class CudaSession:
+class CudaSession(Session):
     """A graph of torch operators and our kernels on one device.
 
-    Table rows are computed in the graph from `timestep`, so a captured graph serves every timestep, and a batch may mix them.
+    Table rows are computed in the graph from `timestep`, so a captured graph serves every timestep, and a batch may mix them. Captured graphs share one
+    memory pool, so their runs are serialized; eager runs hold no state and overlap.
     """
 
     def __init__(
         self, module: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str], device: torch.device, *, capture: bool = True
     ) -> None:
-        self.device = device
-        self._module = module
+        super().__init__(device)
+        self._module: fx.GraphModule | None = module
+        self._runs = SerializedRuns(device)
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
         self._capture = capture and device.type == "cuda"
         self._captured: OrderedDict[tuple[tuple[int, ...], ...], Captured] = OrderedDict()
         self._pool: Any = None
 
     @torch.no_grad()
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name for inputs by name; on a GPU asynchronous, on torch's current stream."""
+    def _infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On a GPU asynchronous, on torch's current stream."""
         if not self._capture:
             return self._eager(inputs)
-        with torch.cuda.device(self.device):
+        with self._runs.next():
             captured = self._for_shapes(inputs)
             for name, value in captured.inputs.items():
                 value.copy_(inputs[name], non_blocking=True)
             captured.graph.replay()
             return {name: value.clone() for name, value in captured.outputs.items()}
 
+    def _release(self) -> None:
+        self._runs.finish()
+        self._captured.clear()
+        self._module = self._pool = None
+
     def _eager(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        given = (_channels_last(inputs[name]) for name in self._inputs)
-        return dict(zip(self._outputs, self._module(*given), strict=True))
+        assert self._module is not None  # until _release
+        ordered = (_channels_last(inputs[name]) for name in self._inputs)
+        return dict(zip(self._outputs, self._module(*ordered), strict=True))
 
     def _for_shapes(self, inputs: Mapping[str, Tensor]) -> Captured:
         """The graph for these shapes, captured when they are met first; the one unused for longest makes room."""

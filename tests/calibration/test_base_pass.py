@@ -18,7 +18,7 @@ class Ranges(Pass):
         needs_rows(self, recipe, 4)
 
 
-def test_a_pass_that_fits_is_taken():
+def test_a_compatible_pass_is_accepted():
     check_passes([Ranges()], MinMax(rows=4))
 
 

@@ -1,20 +1,24 @@
+from dataclasses import fields
+
 import pytest
 
-from calibration.recipe import Recipe
+from calibration import recipes
 from calibration.recipes.efficientdm import EfficientDM
+from calibration.recipes.minmax import MinMax
 from calibration.recipes.percentile import Percentile
 from calibration.student.quantization_spec import LayerSpec
+from edm_deploy import registry
 from edm_deploy.errors import InputError
 
 
 @pytest.mark.parametrize(
     ("made", "settings", "message"),
     [
-        (Recipe, {"weight_bits": 9}, "weight_bits is 9; expected 2 to 8"),
-        (Recipe, {"act_bits": 2}, "act_bits is 2; expected 3 to 8, or 16"),
-        (Recipe, {"rows": 0}, "rows is 0; expected at least 1"),
-        (Recipe, {"eta": 1.5}, "eta is 1.5; expected 0.0 to 1.0"),
-        (Recipe, {"calibration_samples": 0}, "calibration_samples is 0"),
+        (MinMax, {"weight_bits": 9}, "weight_bits is 9; expected 2 to 8"),
+        (MinMax, {"act_bits": 2}, "act_bits is 2; expected 3 to 8, or 16"),
+        (MinMax, {"rows": 0}, "rows is 0; expected at least 1"),
+        (MinMax, {"eta": 1.5}, "eta is 1.5; expected 0.0 to 1.0"),
+        (MinMax, {"calibration_samples": 0}, "calibration_samples is 0"),
         (Percentile, {"percentile": 10.0}, "percentile is 10.0; expected 50.0 to 100.0"),
         (EfficientDM, {"steps": 0}, "steps is 0; expected at least 1"),
         (EfficientDM, {"update_rate": -1.0}, "update_rate is -1.0; expected at least 0"),
@@ -31,13 +35,17 @@ def test_kept_sites_are_w8a8_and_symmetric_whatever_the_bits():
     assert EfficientDM(weight_bits=2, act_bits=3).layer_spec("conv_in", "w8a8") == LayerSpec(8, 8, symmetric=True)
 
 
-def test_below_eight_bit_bounds_may_lie_anywhere_unless_asked_to_be_symmetric():
-    assert LayerSpec(4, 4, symmetric=False).fixed_qmin is None
-    assert LayerSpec(4, 4, symmetric=False).levels == 15
-    assert (LayerSpec(4, 4, symmetric=True).fixed_qmin, LayerSpec(4, 4, symmetric=True).levels) == (-7, 14)
-    assert Recipe(act_bits=4, symmetric=True).layer_spec("x", "quantize").symmetric
-
-
 def test_published_constants_are_the_defaults():
     recipe = EfficientDM()
     assert (recipe.rows, recipe.rank, recipe.steps, recipe.update_rate, recipe.scale_rate) == (100, 32, 16000, 1 / 2500, 5e-4)
+
+
+@pytest.mark.parametrize("name", registry.names(recipes))
+def test_a_recipe_trains_exactly_if_it_has_steps(name):
+    recipe = registry.load(recipes, name, "RECIPE")
+    assert recipe.trains == ("steps" in {field.name for field in fields(recipe)})
+
+
+def test_symmetric_bounds_below_eight_bit_are_a_setting():
+    assert not MinMax(act_bits=4).layer_spec("x", "quantize").symmetric
+    assert MinMax(act_bits=4, symmetric=True).layer_spec("x", "quantize").symmetric

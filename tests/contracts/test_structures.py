@@ -35,7 +35,8 @@ class Restructuring(MinMax):
         channels = source.model.get_submodule(SHORTCUT).in_channels
         return NetworkRewrite({SHORTCUT: (channels - 8, 8)})
 
-    def fit(self, student, teacher, trajectories, run):
+    def fit(self, context):
+        student = context.student
         generator = torch.Generator().manual_seed(1)
         for name in SCALED:
             student.set_pre_scale(name, 0.5 + torch.rand(student.layers[name].layer.weight.shape[1], generator=generator))
@@ -46,7 +47,7 @@ class Restructuring(MinMax):
         offsets = torch.tensor([-1, 0, 1, 0] * (len(layer.log_weight_scale) // 4)).clamp(max=8 - layer.bits)
         layer.set_weight_scale(self.weight_scale(layer.merged_weight(), layer.bits) * 2.0**-offsets)
         layer.set_channel_bits(layer.bits + offsets)
-        super().fit(student, teacher, trajectories, run)
+        super().fit(context)
 
 
 def restructured(bits):

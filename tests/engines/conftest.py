@@ -1,13 +1,17 @@
-"""ONNX directories of the tiny model, and broken relatives of them."""
+"""ONNX directories of the tiny model, one of them outside what TensorRT-RTX computes in integers, and CUDA streams without a GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.export.onnx import onnx_from_artifact
@@ -29,6 +33,35 @@ def onnx_w4a4_fp16(artifact_w4a4: Artifact, tmp_path_factory: pytest.TempPathFac
     path = tmp_path_factory.mktemp("onnx") / "w4a4_fp16"
     onnx_from_artifact(artifact_w4a4, path, dtype="fp16")
     return path
+
+
+class FakeStream:
+    """A CUDA stream that notes what is enqueued on it: `wait <event>` and `record <event>`, events numbered as they are recorded."""
+
+    events = 0
+
+    def __init__(self) -> None:
+        self.cuda_stream = id(self)
+        self.enqueued: list[str] = []
+
+    def wait_event(self, event: types.SimpleNamespace) -> None:
+        self.enqueued.append(f"wait {event.number}")
+
+    def record_event(self) -> types.SimpleNamespace:
+        FakeStream.events += 1
+        number = FakeStream.events
+        self.enqueued.append(f"record {number}")
+        return types.SimpleNamespace(number=number, synchronize=lambda: self.enqueued.append(f"synchronize {number}"))
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> dict[int, FakeStream]:
+    """torch.cuda with a current stream for each thread, by the thread's id, on a machine without a GPU."""
+    made: dict[int, FakeStream] = {}
+    monkeypatch.setattr(FakeStream, "events", 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: made.setdefault(threading.get_ident(), FakeStream()))
+    return made
 
 
 @pytest.fixture

@@ -1,18 +1,22 @@
 import shutil
+import types
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from edm_deploy.artifact.reference import Reference
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.export.per_site import onnx_cut_at_sites
-from edm_deploy.network.graph_names import GRAPH_NAME
+from edm_deploy.network.graph_names import GRAPH_NAME, ROW_NAME
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.load import load_denoiser, open_session
 from edm_deploy.runtime.manifest import Manifest
 from engines import build_engine
+from engines.openvino import COMPILED_SHAPES, ENGINE_NAME, TABLES_NAME, OpenvinoSession
 from engines.openvino_graph.group_norm import split_group_norms
 from tests.conftest import check_no_further, tiny_inputs, tiny_model
+from tests.contracts.test_sessions import resident_mib
 from tests.engines.judge import check_against_reference
 
 
@@ -32,9 +36,9 @@ def bf16_engine(onnx_w4a4, tmp_path_factory):
 
 def runtime_precisions(session) -> dict[str, str]:
     """Data type that each node of the last compiled graph runs in, by the names of the nodes that it was made from."""
-    (compiled,) = session._compiled.values()
+    (model,) = session._models.values()
     found = {}
-    for node in compiled.request.get_compiled_model().get_runtime_model().get_ordered_ops():
+    for node in model.compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
         for name in info["originalLayersNames"].astype(str).split(","):
             found[name] = info["runtimePrecision"].astype(str)
@@ -66,7 +70,7 @@ def test_one_engine_serves_every_batch_size_of_its_profile(engine, artifact_w4a4
     for batch in (1, 5, 2, 3, 4, 6):  # more shapes than stay compiled
         inputs = tiny_inputs("unet2d", batch)
         assert denoiser(**inputs).sample.shape == (batch, 3, 8, 8)
-    assert len(denoiser.session._compiled) < 6
+    assert len(denoiser.session._models) == COMPILED_SHAPES
 
 
 def test_a_sample_does_not_depend_on_its_neighbours_timesteps(engine):
@@ -77,6 +81,55 @@ def test_a_sample_does_not_depend_on_its_neighbours_timesteps(engine):
     # Other batch sizes take other float kernels: sums differ in their last bits, and a tie may fall to the other side.
     family, _, model = tiny_model("unet2d")
     check_no_further(together, alone, family.forward(model, inputs))
+
+
+def small_session(directory) -> OpenvinoSession:
+    """A convolution whose result is multiplied by a scale that is looked up by timestep, as an engine directory holds it."""
+    ov = pytest.importorskip("openvino")
+    sample = ov.opset13.parameter([-1, 8, -1, -1], ov.Type.f32, name="sample")
+    timestep = ov.opset13.parameter([-1], ov.Type.f32, name="timestep")
+    scale = ov.opset13.parameter([-1, 1, 1, 1], ov.Type.f32, name="scale")
+    weight = torch.eye(8)[:, :, None, None].numpy()
+    product = ov.opset13.multiply(ov.opset13.convolution(sample, weight, [1, 1], [0, 0], [0, 0], [1, 1]), scale)
+    nodes = {"sample": sample, "timestep": timestep, "scale": scale, "prediction": product}
+    for name, node in nodes.items():
+        node.output(0).set_names({name})
+    model = ov.Model([ov.opset13.result(product)], [sample, timestep, scale])
+    ov.save_model(model, directory / ENGINE_NAME, compress_to_fp16=False)
+    rows = {ROW_NAME: torch.arange(1000, dtype=torch.int32) // 500, "scale": torch.tensor([2.0, 3.0]).reshape(2, 1, 1, 1)}
+    save_file(rows, directory / TABLES_NAME)
+    manifest = types.SimpleNamespace(outputs=("prediction",), build={"options": {"precision": "fp32", "threads": 1}})
+    return OpenvinoSession(ov, directory, manifest, torch.device("cpu"))
+
+
+def test_shapes_that_change_at_every_call_do_not_grow_memory(tmp_path):
+    session = small_session(tmp_path)
+
+    def run(sizes):
+        for size in sizes:
+            inputs = {"sample": torch.ones(2, 8, size, size), "timestep": torch.tensor([0.0, 999.0])}
+            found = session.run(inputs)["prediction"]
+            assert torch.equal(found, inputs["sample"] * torch.tensor([2.0, 3.0])[:, None, None, None])
+        return resident_mib()
+
+    before = run(range(320, 330))
+    # A compiled shape holds two maps of 2 x 8 x 256 x 256 float32 or more, 8 MiB: sixty of them would be 480 MiB.
+    assert run(range(256, 316)) < before + 150
+    assert len(session._models) == COMPILED_SHAPES
+    session.close()
+    assert not session._models
+
+
+def test_calls_that_overlap_take_a_request_each_and_give_it_back(tmp_path):
+    session = small_session(tmp_path)
+    inputs = {"sample": torch.ones(1, 8, 4, 4), "timestep": torch.tensor([0.0])}
+    session.run(inputs)
+    (model,) = session._models.values()
+    with model.slot() as first, model.slot() as second:
+        assert first.request is not second.request
+        assert session.run(inputs)["prediction"].unique().tolist() == [2.0]
+    session.run(inputs)
+    assert len(model._idle) == 3
 
 
 def test_every_site_alone_gives_the_references_codes(artifact_w4a4, tmp_path):

@@ -1,4 +1,4 @@
-"""The whole chain once, on a model of a few thousand parameters: what every test of `tools` looks at."""
+"""A model of a few thousand parameters, quantized, exported and built once for all tests of `tools`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.conftest import TINY_UNET
 
 @dataclass(frozen=True)
 class Chain:
-    """Directories of one model, from the float model to an engine."""
+    """Directories of a model, its artifact, its ONNX graph and its engine."""
 
     model: Path
     artifact: Path
@@ -26,7 +26,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command did."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -34,8 +34,12 @@ class Ran:
 
     @property
     def complaint(self) -> str:
-        """The one line on stderr of a command that refused."""
-        assert self.code == 2
+        """The line on stderr of a command that was refused."""
+        return self.error(2)
+
+    def error(self, code: int) -> str:
+        """The line on stderr of a command that ended with an error and this exit code."""
+        assert self.code == code
         assert "Traceback" not in self.err
         assert self.err.count("\n") == 1, self.err
         assert self.err.startswith("Error: ")

@@ -11,11 +11,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from edm_deploy.storage.directories import sha256_of
+
 # Arguments, where {model}, {artifact}, {onnx}, {engine}, {empty}, {file}, {out} stand for paths, and what the line must say.
 REFUSED = {
     "unknown command": ("calibrte {model} --out {out}", "Did you mean 'calibrate'"),
     "unknown option": ("calibrate {model} --out {out} --recip mse", "--recip"),
-    "missing argument": ("calibrate --out {out}", "REFERENCE_MODEL"),
+    "missing argument": ("calibrate --out {out}", "MODEL"),
     "number that is none": ("calibrate {model} --out {out} --rows many", "--rows"),
     "model that is not there": ("calibrate ./nothing --out {out}", "does not exist"),
     "directory that is no model": ("calibrate {empty} --out {out}", "no diffusers pipeline directory"),
@@ -33,6 +35,11 @@ REFUSED = {
     "scheme that the target cannot carry": ("calibrate {model} --out {out} --act-bits 16 --for trt-rtx", "Nearest: W8A8"),
     "out that holds something else": ("calibrate {model} --out {model}", "holds other files"),
     "out that is a file": ("calibrate {model} --out {file}", "is a file"),
+    "out that is the working directory": ("calibrate {model} --out .", "is or contains the working directory"),
+    "out above the working directory": ("export {artifact} --out ..", "is or contains the working directory"),
+    "seed of 20 digits": ("calibrate {model} --out {out} --seed 12345678901234567890", "--seed"),
+    "seed of 20 digits to sample": ("sample {engine} --out {out} --seed 12345678901234567890", "--seed"),
+    "negative seed": ("evaluate {artifact} --out {out} --seed -1", "--seed"),
     "resume of nothing": ("finetune {model} --out {out} --resume", "no checkpoint to resume"),
     "export of nothing": ("export {out}-missing --out {out}", "does not exist"),
     "export to an unknown type": ("export {artifact} --out {out} --dtype fp8", "fp8"),
@@ -64,7 +71,7 @@ REFUSED = {
     "evaluation of a model": ("evaluate {model} --out {out}", "takes artifacts and engines"),
     "evaluation of a graph": ("evaluate {onnx} --out {out}", "build-engine"),
     "evaluation of nothing": ("evaluate {empty} --out {out}", "is no model, artifact"),
-    "engine without a reference": ("evaluate {engine} --out {out}", "--reference REFERENCE_MODEL"),
+    "engine without a reference": ("evaluate {engine} --out {out}", "--reference MODEL"),
     "no samples": ("evaluate {artifact} --out {out} --samples 0", "expected 1 or more"),
     "benchmark of nothing": ("bench", "No engine was given"),
     "unknown baseline": ("bench {engine} --against torhc", "Did you mean 'torch'"),
@@ -87,6 +94,10 @@ def test_bad_input_is_refused_in_one_line(run, chain, tmp_path, case):
     assert said in ran.complaint
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"empty", "file"}, "something was half-written"
+
+
+def test_a_suggestion_ends_in_one_punctuation_mark(run):
+    assert "Did you mean 'calibrate'? `edm-deploy --help` shows how." in run("calibrte").complaint
 
 
 def test_a_flipped_byte_in_an_artifact_is_found(run, chain, copy_of, tmp_path):
@@ -139,7 +150,7 @@ def test_ctrl_c_ends_in_one_line(run, chain, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("edm_deploy_tools.inspection.describe.describe", interrupt)
-    assert "Interrupted" in run("inspect", chain.artifact).complaint
+    assert "Interrupted" in run("inspect", chain.artifact).error(130)
 
 
 def test_a_fault_of_ours_is_one_line_too(run, chain, monkeypatch):
@@ -233,7 +244,7 @@ def test_a_model_that_cannot_be_quantized_is_refused_in_one_line(run, chain, cop
 def test_too_little_memory_is_refused_in_one_line(run, chain, tmp_path, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**8))
     ran = run("calibrate", chain.model, "--out", tmp_path / "out", "--rows", 2)
-    assert re.search(r"needs about 1\.\d GB of memory to be quantized so, 0\.1 GB are free\. Use --low-memory", ran.complaint)
+    assert re.search(r"needs about 1\.\d GB of memory; 0\.1 GB are available\. Use --low-memory", ran.complaint)
     assert not (tmp_path / "out").exists()
 
 
@@ -253,6 +264,35 @@ def test_a_model_of_text_must_be_told_something(run, prompted, tmp_path):
     assert "Add --prompt TEXT" in run("sample", prompted.engine, "--out", tmp_path / "out").complaint
     missing = ("--prompts", tmp_path / "none")
     assert "cannot be read" in run("sample", prompted.engine, "--out", tmp_path / "out", *missing).complaint
+
+
+@pytest.fixture
+def alone(run, prompted, tmp_path):
+    """An engine of a text-conditional UNet whose pipeline was saved without text encoder and VAE."""
+    engine = tmp_path / "alone"
+    shutil.copytree(prompted.engine, engine, ignore=shutil.ignore_patterns("text_encoder", "tokenizer", "vae"))
+    index = json.loads((engine / "model_index.json").read_text())
+    kept = {name: value for name, value in index.items() if not isinstance(value, list) or name in ("unet", "scheduler")}
+    (engine / "model_index.json").write_text(json.dumps(kept))
+    edit(
+        engine / "manifest.json",
+        lambda c: c.update(files={name: sha256_of(engine / name) for name in c["files"] if (engine / name).exists()}),
+    )
+    return engine
+
+
+def test_an_engine_without_the_rest_of_its_pipeline_is_refused_before_it_is_loaded(run, alone, monkeypatch, tmp_path):
+    monkeypatch.setattr("edm_deploy_tools.images.sample.load_pipeline", lambda *_, **__: pytest.fail("was loaded"))
+    ran = run("sample", alone, "--out", tmp_path / "out", "--prompt", "a cat")
+    assert "is an engine of a UNet2DConditionModel, which needs encoder_hidden_states, and its pipeline was saved without" in ran.complaint
+    assert "--source" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_rest_of_a_pipeline_is_taken_from_the_named_source(run, alone, prompted, tmp_path):
+    ran = run("sample", alone, "--out", tmp_path / "out", "--prompt", "a cat", "--steps", 1, "--source", prompted.model)
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "out" / "000.png").is_file()
 
 
 def test_a_text_encoder_that_is_gone_is_named_with_the_mend(run, prompted, copy_of, tmp_path):

@@ -1,4 +1,4 @@
-"""What is measured, what is printed, and what is refused. Times are made up here; only a GPU has real ones."""
+"""What is measured, printed and refused. Times are invented here; real ones need a GPU."""
 
 import json
 from types import SimpleNamespace
@@ -8,21 +8,21 @@ import torch
 
 from edm_deploy.errors import InputError
 from edm_deploy_tools import bench_kernels
-from edm_deploy_tools.bench_kernels import L2, LEAST_REPLAYS, Row, batches_of, chosen, main, show, summary, words
+from edm_deploy_tools.bench_kernels import L2, LEAST_REPLAYS, LayerTiming, batches_of, chosen, main, show, summary, words
 from edm_deploy_tools.benchmarks.layer_shapes import BATCHES, LAYERS, Layer
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
 
-def row(layer: str, float16: float, int8: float, *, batch: int = 2, uses: int = 1, int4: float | None = None) -> Row:
+def row(layer: str, float16: float, int8: float, *, batch: int = 2, uses: int = 1, int4: float | None = None) -> LayerTiming:
     times = {"float16": float16, "int_mm": None, "int8": int8, "int4": int4, "quantize8": 5.0, "quantize4": 4.0}
-    return Row(model="sd15", batch=batch, layer=layer, uses=uses, quantize_share=0.75, **times)
+    return LayerTiming(model="sd15", batch=batch, layer=layer, uses=uses, quantize_share=0.75, **times)
 
 
 ROWS = [row("a", 30, 10), row("b", 20, 20, uses=3), row("c", 40, 20), row("a", 90, 30, batch=8)]
 
 
-def test_each_model_is_measured_at_its_own_batches():
+def test_each_model_is_measured_at_the_batches_of_its_table():
     assert {(model, batch) for model, batch, _ in chosen(list(LAYERS), [])} == {(m, b) for m in LAYERS for b in BATCHES[m]}
     assert {batch for _, batch, _ in chosen(["sdxl"], [1, 4])} == {1, 4}
     assert len(chosen(["sd15"], [2])) == len(LAYERS["sd15"])
@@ -47,7 +47,7 @@ def test_a_row_is_printed_with_its_speedups():
 
 @pytest.mark.parametrize(("capability", "has_int4"), [((8, 6), True), ((9, 0), False)])
 def test_a_layer_is_checked_then_timed_on_copies_beyond_l2(capability, has_int4, monkeypatch):
-    """On the CPU, with a clock that counts: as many seconds as there are copies. L2 of 1000 bytes, so copies of 3000 in all."""
+    """On the CPU, with as many seconds as there are copies. L2 has 1000 bytes, so the copies have 3000 in total."""
     properties = SimpleNamespace(L2_cache_size=1000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -73,16 +73,16 @@ def test_a_layer_is_checked_then_timed_on_copies_beyond_l2(capability, has_int4,
     assert warm.int8 == warm.float16 == 1e6
 
 
-def test_where_int4_is_emulated_its_time_is_left_out(capsys):
+def test_the_time_of_emulated_int4_is_omitted(capsys):
     show({"gpu": "H200"}, ROWS, as_json=False)
-    said = capsys.readouterr().out
-    assert "This GPU emulates 4-bit products: their bits were checked, their time says nothing." in said
-    assert "Speedup over float16" in said
+    printed = capsys.readouterr().out
+    assert "This GPU emulates 4-bit products: their results were checked, and their time is not meaningful." in printed
+    assert "Speedup over float16" in printed
     show({"gpu": "RTX 3090"}, [row("a", 30, 10, int4=6)], as_json=False)
     assert "emulates" not in capsys.readouterr().out
 
 
-def test_json_is_whole_and_alone(capsys):
+def test_the_json_is_complete(capsys):
     show({"gpu": "H200"}, ROWS, as_json=True)
     content = json.loads(capsys.readouterr().out)
     assert content["conditions"] == {"gpu": "H200"}
@@ -93,10 +93,10 @@ def test_json_is_whole_and_alone(capsys):
 @no_gpu
 def test_without_a_gpu_it_ends_in_one_line(capfd):
     assert main([]) == 2
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("Error: These kernels run on an NVIDIA GPU, and none can be used here.")
-    assert said.err.count("\n") == 1
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("Error: These kernels run on an NVIDIA GPU, and none can be used here.")
+    assert captured.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,10 @@ def test_without_a_gpu_it_ends_in_one_line(capfd):
     [
         (["sd16"], "", "No layers of 'sd16' are listed. Known: reference, ldm4-imagenet, sd15, sdxl."),
         (["sd15"], "0", "--batch 0: expected 1 or more."),
-        (["sd15"], "2,many", "--batch 2,many: expected whole numbers with commas, such as 2,8,16."),
+        (["sd15"], "2,many", "--batch 2,many: expected whole numbers separated by commas, such as 2,8,16."),
     ],
 )
-def test_what_cannot_be_measured_is_refused(models, batch, message):
+def test_an_invalid_request_is_refused(models, batch, message):
     with pytest.raises(InputError, match=message):
         chosen(models, batches_of(batch))
 

@@ -31,14 +31,14 @@ def test_cuda_is_built_from_the_artifact_for_the_same_gpu():
     assert made["build cuda"][-2:] == ("--gpu", "sm_86")
 
 
-def test_bits_that_are_no_scheme_are_said():
+def test_bits_that_are_no_scheme_are_refused():
     with pytest.raises(InputError, match=r"--bits '4': expected a scheme such as W4A8"):
         steps_of("sd15", "4", 20, 2, [], "sm_86", low_memory=False)
 
 
 @pytest.fixture
 def commands(monkeypatch, tmp_path):
-    """What was run; each command makes its directory and takes a second and a gigabyte."""
+    """The commands that were run; each makes its directory and takes a second and a gigabyte."""
     run = []
 
     def pretend(command, *, cwd):
@@ -51,13 +51,13 @@ def commands(monkeypatch, tmp_path):
     return run
 
 
-def test_what_was_done_by_the_same_command_is_not_done_again(commands, tmp_path):
+def test_a_step_of_the_same_command_is_kept(commands, tmp_path):
     first = run_steps(steps(), tmp_path)
     assert run_steps(steps(), tmp_path) == first
     assert commands == ["calibrate", "export", "build-engine"]
 
 
-def test_a_build_says_how_its_sites_are_computed(commands, tmp_path):
+def test_a_build_counts_how_its_sites_are_computed(commands, tmp_path):
     assert run_steps(steps(), tmp_path)["build trt-rtx"]["sites"] == {"int8": 3}
 
 
@@ -68,7 +68,7 @@ def test_sites_are_counted_in_the_manifest_of_the_engine(onnx_w4a4, tmp_path):
     assert sum(sites_of(tmp_path / "engine").values()) == len(manifest.sites)
 
 
-def test_another_command_runs_again_with_all_that_follows(commands, tmp_path):
+def test_a_changed_command_runs_again_with_all_later_steps(commands, tmp_path):
     run_steps(steps(), tmp_path)
     known = json.loads((tmp_path / RESULTS).read_text())
     known["export fp16"]["arguments"] = []
@@ -84,7 +84,7 @@ def test_a_failed_step_ends_the_run_with_its_last_line(monkeypatch, tmp_path):
         run_steps(steps(), tmp_path)
 
 
-def test_each_limit_is_compared_with_what_was_found():
+def test_each_limit_is_compared_with_the_measurement():
     record = {"seconds": 90.0, "peak_bytes": 3e9, "out_bytes": 5e8}
     records = {"calibrate": record | {"peak_bytes": 9e9}, "export fp16": record, "build trt-rtx": record}
     found = {row["limit"]: row["kept"] for row in verdicts("sd15", "W4A8", records, float_bytes=int(1.72e9))}
@@ -97,7 +97,7 @@ def test_each_limit_is_compared_with_what_was_found():
 
 
 @pytest.mark.parametrize(("layers", "limits"), [(None, True), (2, False)])
-def test_limits_are_those_of_a_whole_model(layers, limits, commands, monkeypatch, tmp_path, capsys):
+def test_limits_apply_to_complete_models(layers, limits, commands, monkeypatch, tmp_path, capsys):
     written = []
     monkeypatch.setattr(
         "edm_deploy_tools.inspection.random_model.write_random_model",

@@ -15,16 +15,16 @@ MODELS = "tests/edm_deploy/models/test_{}.py::"
 SITES_IN_CONTRACTS = "tests/contracts/test_family_engines.py::test_at_every_site_the_codes_are_those_of_the_reference"
 WITH_EVERY_SCHEDULER = "test_its_pipeline_comes_back_with_every_scheduler"
 THROUGH_ENCODERS = "test_prompts_become_what_the_pipeline_itself_makes_of_them"
-NOTHING_TO_TELL = "takes none"
+TAKES_NONE = "takes none"
 
 
 def transformer(name: str, kind: str, *, pipeline: str = WITH_EVERY_SCHEDULER, prompts: bool = True) -> tuple[str, ...]:
     tests = MODELS.format(name)
-    return kind, SITES_IN_CONTRACTS, tests + pipeline, tests + THROUGH_ENCODERS if prompts else NOTHING_TO_TELL
+    return kind, SITES_IN_CONTRACTS, tests + pipeline, tests + THROUGH_ENCODERS if prompts else TAKES_NONE
 
 
 def variant() -> tuple[str, ...]:
-    """A variant of the UNet with conditioning; its engine is held against the reference whole, not site by site."""
+    """A variant of the UNet with conditioning; its engine is compared with the reference as a whole, not site by site."""
     tests = MODELS.format("unet2d_condition")
     return tests + "test_it_is_fine_tuned", "", tests + WITH_EVERY_SCHEDULER, tests + THROUGH_ENCODERS
 
@@ -36,19 +36,19 @@ RAN: dict[str, tuple[str, ...]] = {
     "`UNet2DModel`": (
         "unet2d",
         "tests/contracts/test_backends.py::test_at_every_site_the_codes_are_those_of_the_reference",
-        "tests/tools/test_sample.py::test_more_images_than_a_batch_are_drawn",
-        NOTHING_TO_TELL,
+        "tests/tools/images/test_sample.py::test_more_images_than_a_batch_are_sampled",
+        TAKES_NONE,
     ),
     "`UNet2DConditionModel`: Stable Diffusion": (
         "unet2d-condition",
-        "tests/tools/test_evaluate.py::test_a_prompted_model_is_judged_guided_and_decoded",
-        "tests/edm_deploy/test_assembly.py::test_a_pipeline_around_a_float_engine_is_the_original",
-        "tests/edm_deploy/test_encoding.py::test_prompts_become_what_the_pipeline_itself_makes_of_them",
+        "tests/tools/evaluation/test_evaluate.py::test_a_text_conditional_model_is_evaluated_guided_and_decoded",
+        "tests/edm_deploy/pipelines/test_rebuild.py::test_a_pipeline_around_a_float_engine_is_the_original",
+        "tests/edm_deploy/pipelines/test_prompt_encoding.py::test_prompts_become_what_the_pipeline_itself_makes_of_them",
     ),
     "`UNet2DConditionModel`: Stable Diffusion 2": variant(),
     "`UNet2DConditionModel`: SDXL": ("sdxl", SITES_IN_CONTRACTS, *variant()[2:]),
     "`UNet2DConditionModel`: inpainting": variant(),
-    "`UNet2DConditionModel`: LDM-4, a label as token": (*variant()[:3], NOTHING_TO_TELL),
+    "`UNet2DConditionModel`: LDM-4, a label as token": (*variant()[:3], TAKES_NONE),
     "`DiTTransformer2DModel`": transformer("dit_transformer_2d", "dit", prompts=False),
     "`PixArtTransformer2DModel`": transformer("pixart_transformer_2d", "pixart"),
     "`SD3Transformer2DModel`": transformer("sd3_transformer_2d", "sd3"),
@@ -57,10 +57,10 @@ RAN: dict[str, tuple[str, ...]] = {
 
 
 def words(proof: str) -> str:
-    return proof if proof == NOTHING_TO_TELL else "yes" if proof else "-"
+    return proof if proof == TAKES_NONE else "yes" if proof else "-"
 
 
-def test_the_committed_page_is_what_the_families_say():
+def test_the_committed_page_is_current():
     assert (ROOT / "docs" / "families.md").read_text() == page(), f"run: {COMMAND}"
 
 
@@ -70,13 +70,13 @@ def test_every_family_has_its_section():
         assert f"\n## {family_named(name).class_name}\n" in text
 
 
-def test_the_page_is_written_where_it_is_asked_for(tmp_path, monkeypatch, capsys):
+def test_the_page_is_written_to_the_file_or_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("edm_deploy_tools.families.page", lambda: "a page\n")
     assert main([str(tmp_path / "p.md")]) == main([]) == 0
     assert (tmp_path / "p.md").read_text() == capsys.readouterr().out == "a page\n"
 
 
-def test_the_readme_says_what_tests_have_run():
+def test_the_table_of_the_readme_follows_the_tests():
     rows = [[label, *(words(proof) for proof in proofs)] for label, proofs in RAN.items()]
     assert table(COLUMNS, rows) in (ROOT / "README.md").read_text(), "README's table must be:\n" + table(COLUMNS, rows)
 
@@ -86,7 +86,7 @@ def test_the_readme_names_every_family_in_it():
 
 
 @pytest.mark.parametrize("label", RAN)
-def test_what_the_readme_calls_run_is_a_test(label):
+def test_each_claim_of_the_readme_has_a_test(label):
     calibrated = RAN[label][0]
     assert calibrated in TINY or "::" in calibrated or not calibrated
     for proof in RAN[label]:

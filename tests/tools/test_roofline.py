@@ -5,13 +5,13 @@ import json
 import pytest
 
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy_tools.roofline import app, draw, layers_of, site_rows, to_json, total_rows
+from edm_deploy_tools.roofline import app, layers_of, rooflines_of, site_rows, to_json, total_rows
 from engines.performance.gpus import gpu_named
 
 
 @pytest.fixture(scope="module")
 def sd15():
-    return draw("sd15", "rtx3090", "1,8")
+    return rooflines_of("sd15", "rtx3090", "1,8")
 
 
 def test_totals_are_the_sums_of_the_sites(sd15):
@@ -25,12 +25,12 @@ def test_totals_are_the_sums_of_the_sites(sd15):
         assert totals["INT4 where faster"]["layers ms"] <= totals["INT4"]["layers ms"]
 
 
-def test_shares_of_what_bounds_sum_to_all_of_it(sd15):
+def test_shares_of_the_bounds_sum_to_100(sd15):
     for row in total_rows(sd15[0]):
         assert sum(row[f"{bound} %"] for bound in ("tensor cores", "L2", "DRAM", "launch")) == pytest.approx(100, abs=0.3)
 
 
-def test_the_sites_come_longest_first(sd15):
+def test_the_slowest_sites_are_first(sd15):
     rows = site_rows(sd15[0])
     assert [row["int4 us"] or row["int8 us"] for row in rows[:3]] == sorted(
         (row["int4 us"] or row["int8 us"] for row in rows[:3]), reverse=True
@@ -59,45 +59,45 @@ def test_projections_that_share_an_input_share_its_quantization(sd15):
     assert times[f"{block}.to_k"]["int8"].quantize_seconds == 0
 
 
-def test_a_gpu_without_int4_runs_int8_and_says_so():
-    (found,) = draw("sd15", "h200", "2")
+def test_a_gpu_without_int4_runs_int8():
+    (found,) = rooflines_of("sd15", "h200", "2")
     assert "INT8 throughout" in to_json(found)["advice"]
     assert "without INT4" in to_json(found)["GPU"]
     assert all(row["int4 us"] is None for row in site_rows(found))
 
 
-def test_everything_says_that_it_is_expected_and_reads_as_json(sd15):
+def test_the_json_states_that_times_are_expected(sd15):
     content = json.loads(json.dumps(to_json(sd15[0])))
     assert content["expected"] is True
     assert content["note"].startswith("Expected, not measured")
 
 
-def test_an_artifact_is_drawn_by_its_own_codes(chain):
+def test_the_roofline_of_an_artifact_uses_its_codes(chain):
     layers = layers_of(str(chain.artifact))  # W8A8
     assert not layers.four_bit
-    (found,) = draw(str(chain.artifact), "rtx3090", "4")
+    (found,) = rooflines_of(str(chain.artifact), "rtx3090", "4")
     assert "no site has 4-bit codes" in to_json(found)["advice"]
 
 
 def test_a_fused_quantization_is_never_slower():
-    (separate,), (fused,) = draw("sd15", "rtx4090", "2"), draw("sd15", "rtx4090", "2", fused=True)
+    (separate,), (fused,) = rooflines_of("sd15", "rtx4090", "2"), rooflines_of("sd15", "rtx4090", "2", fused=True)
     assert all(fused.sites[name]["int8"].seconds <= separate.sites[name]["int8"].seconds for name in fused.sites)
 
 
 @pytest.mark.parametrize("batch", ["0", "1,x", ""])
-def test_a_batch_that_is_no_number_is_refused(batch):
+def test_a_batch_that_is_not_a_number_is_refused(batch):
     with pytest.raises(InputError, match="--batch"):
-        draw("sd15", "rtx3090", batch)
+        rooflines_of("sd15", "rtx3090", batch)
 
 
 def test_a_gpu_without_figures_is_refused_with_those_that_have_them():
     with pytest.raises(UnsupportedError, match="Known: rtx3090"):
-        draw("sd15", "rtx2080", "1")
+        rooflines_of("sd15", "rtx2080", "1")
 
 
-def test_an_engine_is_no_model(chain):
+def test_an_engine_is_refused(chain):
     with pytest.raises(InputError, match="engine directory; expected a model"):
-        draw(str(chain.engine), "rtx3090", "1")
+        rooflines_of(str(chain.engine), "rtx3090", "1")
 
 
 def test_the_command_prints_a_table_for_each_batch(capfd, chain):
@@ -106,7 +106,7 @@ def test_the_command_prints_a_table_for_each_batch(capfd, chain):
     assert run_app.run(app, "roofline", [str(chain.model), "--gpu", "a100", "--batch", "1,4", "--top", "3"]) == 0
     printed = capfd.readouterr().out
     assert f"Expected step on {gpu_named('a100').title}, batch 4" in printed
-    assert "The 3 longest of" in printed
+    assert "The 3 slowest of" in printed
     assert run_app.run(app, "roofline", [str(chain.model), "--json"]) == 0
     assert len(json.loads(capfd.readouterr().out)["rooflines"]) == 2
 

@@ -10,7 +10,7 @@ SMALL = Settings(size=8, channels=(8, 16), steps=4, batch=2)
 
 
 @pytest.fixture
-def pictures():
+def images():
     return torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -20,14 +20,14 @@ def training() -> Training:
     return Training(SMALL, DDIMScheduler(), torch.device("cpu"))
 
 
-def test_a_resumed_run_goes_on_as_an_uninterrupted_one(pictures, tmp_path):
+def test_a_resumed_run_is_identical_to_an_uninterrupted_one(images, tmp_path):
     straight, first, second = training(), training(), training()
-    losses = [straight.step(number, pictures) for number in range(4)]
+    losses = [straight.step(number, images) for number in range(4)]
     for number in range(2):
-        first.step(number, pictures)
+        first.step(number, images)
     first.save(tmp_path / "state", 2)
     assert second.load(tmp_path / "state") == 2
-    assert [second.step(number, pictures) for number in (2, 3)] == losses[2:]
+    assert [second.step(number, images) for number in (2, 3)] == losses[2:]
     for a, b in zip(straight.average.parameters(), second.average.parameters(), strict=True):
         assert torch.equal(a, b)
 

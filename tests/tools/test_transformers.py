@@ -38,7 +38,7 @@ def test_folded_time_goes_from_calibration_to_every_kind_of_engine(run, tmp_path
 def test_time_that_cannot_be_folded_is_said_with_the_reason(kind, beside, run, tmp_path):
     prompts = () if kind == "dit" else ("--prompts", _prompts(tmp_path, "a cat"))
     asked = run("calibrate", home(kind), "--out", tmp_path / "a", *FAST, "--fold-time", *prompts)
-    assert f"can be a table of the timestep alone: {beside} enters the embedding that shapes every block. Leave it out." in asked.complaint
+    assert f"depends on the timestep alone: {beside} enters the embedding that every block uses. Leave it out." in asked.complaint
     assert not (tmp_path / "a").exists()
 
 

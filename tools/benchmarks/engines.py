@@ -1,12 +1,12 @@
-"""Engines and float baselines timed in turns, in one process: what disturbs one disturbs all."""
+"""Time engines and float baselines alternately in one process, so that a disturbance affects all of them alike."""
 
 from __future__ import annotations
 
-import datetime
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,26 +18,29 @@ from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.models import family_named
 from edm_deploy.network.family import SAMPLE, Family
 from edm_deploy.registry import suggestion
+from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.load import load_denoiser
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.weight_loading import cast
 from edm_deploy_tools.benchmarks.float_engine import float_engine
 from edm_deploy_tools.common.console import Row
-from edm_deploy_tools.common.machine import machine, versions
+from edm_deploy_tools.common.machine import measurement_conditions
 from engines import backend_named
+
+log = logging.getLogger(__name__)
 
 BASELINES = ("torch", "torch-bf16", "torch-fp16", "openvino-fp32", "openvino-bf16", "ort-fp32")
 HALVES: Mapping[str, torch.dtype] = {"torch-bf16": torch.bfloat16, "torch-fp16": torch.float16}
-WARM_UP = 3  # calls before the first one that counts: compilation, caches, memory pools
+WARM_UP = 3  # calls before the first measured one: compilation, caches, memory pools
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One contestant.
+    """Measured calls of an engine or a baseline.
 
     Attributes:
-        name: In the table.
+        name: Name in the table.
         seconds: Wall time of each measured call.
     """
 
@@ -52,20 +55,22 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A finished benchmark.
+    """A completed benchmark.
 
     Attributes:
-        conditions: What a number needs to mean something: machine, versions, batch, n, date.
-        timings: The baseline first.
-        batch: Samples a call.
+        conditions: Machine, versions, batch, number of measurements, date.
+        timings: The baselines, then the engines.
+        batch: Samples per call.
+        skipped: Engines that cannot run on this machine, with the reason, by path.
     """
 
     conditions: Mapping[str, Any]
     timings: tuple[Timing, ...]
     batch: int
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
-        """One line for each contestant, with its speed relative to the first."""
+        """One row for each baseline and engine, with its speed relative to the first."""
         first = self.timings[0]
         return [
             {
@@ -80,11 +85,12 @@ class Bench:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Every figure, by name."""
+        """All figures by name."""
         return {
             "conditions": dict(self.conditions),
             "results": self.rows(),
             "seconds": {timing.name: list(timing.seconds) for timing in self.timings},
+            "skipped": dict(self.skipped),
         }
 
 
@@ -99,73 +105,104 @@ def bench_engines(
 ) -> Bench:
     """Time one forward pass of a batch: baselines first, then the engines.
 
+    An engine that cannot run on this machine is skipped with a warning if another one can.
+
     Args:
         engines: Engine directories of one architecture.
-        against: Names of BASELINES: the float model of the engines' architecture (weights are random: they do not change the time).
-        batch: Samples a call, each at its own timestep.
-        rounds: Measurements of each contestant, in turns.
-        threads: CPU threads of torch and of the float baselines; None leaves their own defaults. An engine keeps the threads it was built with.
-        device: Where engines and torch's baselines run; None is where the first engine's backend does.
+        against: Names from BASELINES: the float model of the engines' architecture, with random weights, which do not change the time.
+        batch: Samples per call, each at a different timestep.
+        rounds: Measurements of each baseline and engine; every round measures each once.
+        threads: CPU threads of torch and of the float baselines; None is their default. An engine uses the threads it was built with.
+        device: Where engines and torch's baselines run; None is the default device of the first engine's backend.
 
     Raises:
-        InputError: No engines, a number below 1, engines of different architectures, or a batch over an engine's profile.
-        UnsupportedError: An unknown baseline, or an engine that cannot run on this machine.
+        InputError: No engines, a number below 1, engines of different architectures, or a batch outside an engine's profile.
+        UnsupportedError: An unknown baseline, or no engine can run on this machine.
     """
-    manifests = [Manifest.read(path, kind="engine") for path in engines]
-    check_request(engines, manifests, against, batch, rounds, threads)
+    manifests = {path: Manifest.read(path, kind="engine") for path in engines}
+    check_request(manifests, against, batch, rounds, threads)
     if threads:
         torch.set_num_threads(threads)
-    family, config = family_named(manifests[0].family), manifests[0].config
-    device = device or backend_named(str(manifests[0].backend)).device
-    inputs = {name: value.to(device) for name, value in inputs_of(family, config, manifests[0].num_train_timesteps, batch).items()}
+    denoisers, skipped = open_engines(manifests, device)
+    manifest = manifests[next(iter(denoisers))]
+    for path in denoisers:
+        check_batch(path, manifests[path], batch)
+    family, config = family_named(manifest.family), manifest.config
+    device = device or backend_named(str(manifest.backend)).device
+    inputs = {name: value.to(device) for name, value in inputs_of(family, config, manifest.num_train_timesteps, batch).items()}
     with ExitStack() as scratch:
         model = random_model(family, config).to(device)
         calls: dict[str, Call] = {}
         for name in against:
-            calls[name] = baseline(name, manifests[0], model, inputs, threads, scratch)
-        for path in engines:
-            for part, call in engine_calls(path, inputs, device).items():
+            calls[name] = baseline(name, manifest, model, inputs, threads, scratch)
+        for path, denoiser in denoisers.items():
+            for part, call in engine_calls(denoiser, inputs).items():
                 calls[unused(f"{path.resolve().name}{part}", calls)] = call
-        timings = in_turns(calls, rounds)
-    return Bench(conditions=conditions(batch, rounds, threads), timings=timings, batch=batch)
+        timings = alternate(calls, rounds)
+    return Bench(conditions=conditions(batch, rounds, threads), timings=timings, batch=batch, skipped=skipped)
 
 
-def check_request(
-    engines: Sequence[Path], manifests: Sequence[Manifest], against: Sequence[str], batch: int, rounds: int, threads: int | None
-) -> None:
-    """Refuse what cannot be measured, before anything is loaded."""
-    if not engines:
+def check_request(manifests: Mapping[Path, Manifest], against: Sequence[str], batch: int, rounds: int, threads: int | None) -> None:
+    """Refuse a request that cannot be measured, before anything is loaded; see `bench_engines`."""
+    if not manifests:
         raise InputError("No engine was given. Name one or more directories that build-engine wrote, or use --finetune-step MODEL.")
     check_counts(batch, rounds, threads)
     for name in against:
         if name not in BASELINES:
             raise UnsupportedError(f"No baseline {name!r}.{suggestion(name, BASELINES)} Known: {', '.join(BASELINES)}.")
-    for path, manifest in zip(engines, manifests, strict=True):
-        if (manifest.family, manifest.config) != (manifests[0].family, manifests[0].config):
-            raise InputError(f"{path} and {engines[0]} are engines of different models. Compare engines of one model.")
-        allowed = manifest.profile.get("batch")
-        if allowed and not allowed.min <= batch <= allowed.max:
-            raise InputError(
-                f"--batch {batch} lies outside the profile {allowed.min}:{allowed.opt}:{allowed.max} of {path}. Choose one inside, or build again."
-            )
+    first_path, first = next(iter(manifests.items()))
+    for path, manifest in manifests.items():
+        if (manifest.family, manifest.config) != (first.family, first.config):
+            raise InputError(f"{path} and {first_path} are engines of different models. Compare engines of one model.")
+
+
+def open_engines(manifests: Mapping[Path, Manifest], device: str | None) -> tuple[dict[Path, EngineDenoiser], dict[str, str]]:
+    """The engines that run on this machine, and the reason why each other one does not, by path.
+
+    Raises:
+        UnsupportedError: No engine runs here; the error of the first one.
+    """
+    denoisers: dict[Path, EngineDenoiser] = {}
+    errors: dict[Path, UnsupportedError] = {}
+    for path, manifest in manifests.items():
+        try:
+            denoisers[path] = load_denoiser(path, device=device or backend_named(str(manifest.backend)).device)
+        except UnsupportedError as err:
+            errors[path] = err
+            continue
+        device = device or str(denoisers[path].device)
+    if not denoisers:
+        raise next(iter(errors.values()))
+    for path, err in errors.items():
+        log.warning("%s is skipped: %s", path, err)
+    return denoisers, {str(path): str(err) for path, err in errors.items()}
+
+
+def check_batch(path: Path, manifest: Manifest, batch: int) -> None:
+    """Raises InputError if a batch is outside the profile of an engine."""
+    allowed = manifest.profile.get("batch")
+    if allowed and not allowed.min <= batch <= allowed.max:
+        raise InputError(
+            f"--batch {batch} is outside the profile {allowed.min}:{allowed.opt}:{allowed.max} of {path}. Choose one inside, or build again."
+        )
 
 
 def check_counts(batch: int, rounds: int, threads: int | None) -> None:
-    """Raises InputError where one of them is below 1."""
+    """Raises InputError if one of the numbers is below 1."""
     for name, value in (("--batch", batch), ("--rounds", rounds), ("--threads", threads)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value}: expected 1 or more.")
 
 
 def random_model(family: Family, config: Mapping[str, Any]) -> nn.Module:
-    """The float model with random weights, without touching torch's random state."""
+    """The float model with random weights; torch's random state is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return family.build(config).eval().requires_grad_(False)
 
 
 def inputs_of(family: Family, config: Mapping[str, Any], num_train_timesteps: int, batch: int) -> dict[str, Tensor]:
-    """Inputs of one call, the timesteps spread over the schedule."""
+    """Random inputs of one call; the timesteps are spread over the noise schedule."""
     generator = torch.Generator().manual_seed(0)
     timesteps = torch.linspace(0, num_train_timesteps - 1, batch).round()
     sample = torch.randn(batch, *family.sample_shape(config), generator=generator)
@@ -182,7 +219,7 @@ def baseline(
         path = scratch.enter_context(
             float_engine(manifest, model, backend=backend, precision=precision, threads=threads, batch=len(inputs[SAMPLE]))
         )
-        (call,) = engine_calls(path, inputs, None).values()
+        (call,) = engine_calls(load_denoiser(path), inputs).values()
         return call
     if name in HALVES:
         model = cast(random_model(family, manifest.config).to(inputs[SAMPLE].device), HALVES[name])
@@ -192,27 +229,27 @@ def baseline(
     return torch.no_grad()(lambda: family.forward(model, inputs))
 
 
-def engine_calls(path: Path, inputs: Mapping[str, Tensor], device: str | None) -> dict[str, Call]:
-    """One call of an engine through the drop-in, checks included: what a pipeline pays. By what is added to the engine's name.
+def engine_calls(denoiser: EngineDenoiser, inputs: Mapping[str, Tensor]) -> dict[str, Call]:
+    """Calls of an engine through its drop-in denoiser, input checks included, by suffix of the engine's name.
 
-    A pipeline's batch stands at one timestep, so an engine with relaxed timesteps is two contestants, each at timesteps of its own.
+    All samples of a pipeline's batch have the same timestep, so an engine with float timesteps is timed twice, each time at timesteps of one of its
+    two graphs.
     """
-    denoiser = load_denoiser(path, device=device)
-    given = {name: value.to(denoiser.device) for name, value in inputs.items()}
+    placed = {name: value.to(denoiser.device) for name, value in inputs.items()}
     engine_of_timestep = denoiser.manifest.engine_of_timestep
     if engine_of_timestep is None:
-        return {"": lambda: denoiser(**given)}
+        return {"": lambda: denoiser(**placed)}
 
     def call(number: int) -> Call:
         own = torch.nonzero(engine_of_timestep == number)[:, 0]
-        timesteps = own[torch.linspace(0, len(own) - 1, len(given[SAMPLE])).round().long()].float()
-        placed = given | {"timestep": timesteps.to(denoiser.device)}
-        return lambda: denoiser(**placed)
+        timesteps = own[torch.linspace(0, len(own) - 1, len(placed[SAMPLE])).round().long()].float()
+        chosen = placed | {"timestep": timesteps.to(denoiser.device)}
+        return lambda: denoiser(**chosen)
 
     return {"": call(0), " relaxed": call(1)}
 
 
-def in_turns(calls: Mapping[str, Call], rounds: int) -> tuple[Timing, ...]:
+def alternate(calls: Mapping[str, Call], rounds: int) -> tuple[Timing, ...]:
     """Time each call `rounds` times; every round calls each once."""
     for call in calls.values():
         for _ in range(WARM_UP):
@@ -225,21 +262,14 @@ def in_turns(calls: Mapping[str, Call], rounds: int) -> tuple[Timing, ...]:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()  # a call returns before its kernels have run
             seconds[name].append(time.perf_counter() - start)
-    return tuple(Timing(name=name, seconds=tuple(found)) for name, found in seconds.items())
+    return tuple(Timing(name=name, seconds=tuple(times)) for name, times in seconds.items())
 
 
 def conditions(batch: int, rounds: int, threads: int | None) -> dict[str, Any]:
-    """What stands beside every figure."""
-    return {
-        "batch": batch,
-        "rounds": rounds,
-        "threads": threads or torch.get_num_threads(),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        **machine(),
-        **versions(),
-    }
+    """The conditions that are stated with every figure."""
+    return {"batch": batch, "rounds": rounds, "threads": threads or torch.get_num_threads(), **measurement_conditions()}
 
 
 def unused(name: str, taken: Mapping[str, object]) -> str:
-    """`name`, with a number where it is taken."""
+    """`name`, with a number appended if it is taken."""
     return name if name not in taken else next(f"{name} {count}" for count in range(2, 1000) if f"{name} {count}" not in taken)

@@ -1,9 +1,8 @@
-"""The float model as an engine: an artifact without quantized sites goes the same way as any other."""
+"""The float model as an engine: exported and built like any artifact, but without quantized sites."""
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,20 +15,21 @@ from edm_deploy.pipelines.model_index import INDEX
 from edm_deploy.pipelines.source import float_artifact, load_source
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
+from edm_deploy.storage.leftovers import scratch_directory
 from edm_deploy_tools.common.build_options import build
 
 
 @contextlib.contextmanager
 def float_engine(manifest: Manifest, model: nn.Module, *, backend: str, precision: str, threads: int | None, batch: int) -> Iterator[Path]:
-    """The directory of an engine of the float model, which vanishes with the block.
+    """The directory of an engine of the float model, deleted at the end of the block.
 
     Args:
-        manifest: Of an engine of the same architecture.
+        manifest: Manifest of an engine of the same architecture.
         model: The float model.
         backend: `openvino` or `ort`.
-        precision: `fp32` or `bf16`; ort has no other than its graph's.
+        precision: `fp32` or `bf16`; ignored by ort, which uses that of the graph.
         threads: CPU threads; None is the backend's default.
-        batch: The one batch size it will meet.
+        batch: The batch size of all calls.
 
     Raises:
         UnsupportedError: The backend is not installed.
@@ -45,14 +45,14 @@ def float_engine(manifest: Manifest, model: nn.Module, *, backend: str, precisio
     options = BuildOptions(
         profile={"batch": ShapeRange(batch, batch, batch)}, threads=threads, precision=None if backend == "ort" else precision
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        onnx_from_artifact(artifact, Path(scratch) / "onnx")
-        build(Path(scratch) / "onnx", Path(scratch) / "engine", backend=backend, options=options)
-        yield Path(scratch) / "engine"
+    with scratch_directory("float") as scratch:
+        onnx_from_artifact(artifact, scratch / "onnx")
+        build(scratch / "onnx", scratch / "engine", backend=backend, options=options)
+        yield scratch / "engine"
 
 
 def artifact_or_float(path: Path) -> Artifact:
-    """An artifact; or that of a diffusers model as it is, without a quantized site, to see what an engine loses by itself.
+    """The artifact in `path`, or an artifact without quantized sites of the diffusers model in `path`, to measure the error of an engine alone.
 
     Raises:
         ArtifactError, UnsupportedError: As Artifact.load and load_source.

@@ -1,4 +1,4 @@
-"""One layer's operands on a GPU: our operators and torch's on them, whether ours are right, and how long a call takes."""
+"""Random operands of one layer on a GPU: calls of our operators and of torch's, a check of the results, and timing."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from edm_deploy_tools.benchmarks.layer_shapes import Layer
 from engines.kernels import ops
 
 OPS = torch.ops.edm_deploy
-assert ops.SCHEMAS  # importing it defines them
+assert ops.SCHEMAS  # the import defines the operators
 Call = Callable[[], object]
 
-CALLS = 20  # of an operator in one graph, at least
-COPY_BYTES = 1 << 30  # that the bandwidth is measured by
+CALLS = 20  # of an operator in one CUDA graph, at least
+COPY_BYTES = 1 << 30  # copied to measure the bandwidth
 TABLE_ROWS = 20
-BOUNDS = {"s8": (-128, 127), "s4": (-8, 7), "u4": (-3, 12)}  # of the activation codes, by kind
+BOUNDS = {"s8": (-128, 127), "s4": (-8, 7), "u4": (-3, 12)}  # of activation codes, by code format
 
 
 class Problem:
     """Random operands of one layer on a device, and the operators' calls on them.
 
     Args:
-        layer, batch: The sizes.
-        kind: `s8`, `s4` or `u4`.
-        device: Where.
+        layer, batch: Sizes of the problem.
+        kind: Code format of the activations, `s8`, `s4` or `u4`.
+        device: Device of the operands.
     """
 
     def __init__(self, layer: Layer, batch: int, kind: str, device: torch.device) -> None:
@@ -54,29 +54,29 @@ class Problem:
 
     @property
     def sum_bytes(self) -> int:
-        """Of codes and weight."""
+        """Bytes of codes and weight."""
         return self.codes.numel() + self.operands[1].numel()
 
     @property
     def quantize_bytes(self) -> int:
-        """Read and written by quantization."""
+        """Bytes that quantization reads and writes."""
         return self.x.numel() * self.x.element_size() + self.codes.numel()
 
     def quantize(self) -> Tensor:
-        """Codes of x."""
+        """Quantize x to codes."""
         return OPS.quantize(self.x, *self.table)
 
     def sum(self) -> Tensor:
-        """The layer's output of the codes."""
+        """Output of the layer for the codes."""
         return self._sum(self.codes, self.operands)
 
     def check(self, what: str) -> None:
-        """Compare the last sample's codes and output with the CPU's, bit for bit; UnsupportedError where they differ."""
+        """Compare codes and output of the last sample with the CPU's, bit for bit; UnsupportedError if they differ."""
         rows, *table = (_last(value, column == 0) for column, value in enumerate(self.table))
         operands = tuple(_last(value, column == 0) for column, value in enumerate(self.operands))
         codes = OPS.quantize(self.x[-1:].cpu(), rows, *table)
-        for found, expected in ((self.codes, codes), (self.sum(), self._sum(codes, operands))):
-            wrong = int((_bits(found[-1:].cpu()) != _bits(expected)).sum())
+        for actual, expected in ((self.codes, codes), (self.sum(), self._sum(codes, operands))):
+            wrong = int((_bits(actual[-1:].cpu()) != _bits(expected)).sum())
             if wrong:
                 raise UnsupportedError(f"{what}: {wrong} of {expected.numel()} values differ from the CPU's arithmetic. Nothing was timed.")
 
@@ -96,7 +96,7 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def float_call(layer: Layer, batch: int, device: torch.device) -> Call:
-    """Torch's float16 convolution or matmul of a layer."""
+    """A call of torch's float16 convolution or matmul for a layer."""
     bias = torch.randn(layer.K, device=device).half()
     if layer.op == "linear":
         x, weight = torch.randn(batch, layer.H, layer.C, device=device).half(), torch.randn(layer.K, layer.C, device=device).half()
@@ -109,22 +109,22 @@ def float_call(layer: Layer, batch: int, device: torch.device) -> Call:
 
 
 def fits_int_mm(layer: Layer, batch: int) -> bool:
-    """Whether a layer is a matmul of the sizes that `torch._int_mm` takes: more than 16 rows, the others multiples of 8."""
+    """Whether `torch._int_mm` supports the sizes of a layer: a matmul with more than 16 rows, the other sizes multiples of 8."""
     return layer.R == layer.stride == 1 and batch * layer.H * layer.W > 16 and layer.C % 8 == layer.K % 8 == 0
 
 
 def int_mm_call(layer: Layer, batch: int, device: torch.device) -> Call:
-    """`torch._int_mm` of a layer that fits it."""
+    """A call of `torch._int_mm` for a layer that `fits_int_mm`."""
     rows = batch * layer.H * layer.W
     x, weight = (torch.randint(-127, 128, shape, dtype=torch.int8, device=device) for shape in ((rows, layer.C), (layer.K, layer.C)))
     return lambda: torch._int_mm(x, weight.T)
 
 
 def graph_seconds(calls: Sequence[Call], replays: int) -> float:
-    """Median seconds of one call, over replays of a CUDA graph that makes them in turn, CALLS at least."""
+    """Median seconds of one call, over replays of a CUDA graph that makes the calls cyclically, CALLS times at least."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for call in calls[:3]:  # loads kernels, and lets cuDNN choose, which a capture could not
+        for call in calls[:3]:  # loads kernels and lets cuDNN choose algorithms, which is not possible during capture
             call()
     torch.cuda.synchronize()
     count = len(calls) * math.ceil(CALLS / len(calls))
@@ -144,7 +144,7 @@ def graph_seconds(calls: Sequence[Call], replays: int) -> float:
 
 
 def copy_bandwidth(device: torch.device, replays: int) -> float:
-    """Bytes a second, read and written, of a copy far larger than L2."""
+    """Bandwidth of a copy far larger than L2, in bytes per second read and written."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / graph_seconds([lambda: target.copy_(source)], replays)

@@ -1,6 +1,6 @@
-"""Layers of the models that the kernels are measured on, as facts: what each computes for one sample, and how often the model has it.
+"""Shapes of the layers that the kernels are measured on, and the number of layers of each shape in its model.
 
-Every shape that does 1 % of a model's multiply-accumulates or more, and one of each kind that is smaller. A test compares them with the models themselves.
+Contains every shape with 1 % or more of a model's multiply-accumulates, and one of each smaller kind. A test compares the tables with the models.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Layer:
-    """A Conv2d or Linear that a model has `uses` times.
+    """Shape of a Conv2d or Linear, for one sample.
 
     Attributes:
         op: `conv` or `linear`.
-        C, K: Channels in and out.
-        H, W: Size of the input; of a Linear, its tokens and 1.
-        R: Height and width of the filter, padded by R // 2.
-        stride: Of both axes.
-        uses: How many layers of the model have this shape.
+        C, K: Input and output channels.
+        H, W: Height and width of the input; for a Linear the number of tokens and 1.
+        R: Height and width of the filter; the padding is R // 2.
+        stride: Stride of both axes.
+        uses: Number of layers of the model with this shape.
     """
 
     op: Literal["conv", "linear"]
@@ -52,9 +52,9 @@ class Layer:
         return f"conv {self.R}x{self.R} {self.C}->{self.K}, {self.H}x{self.W}" + (f" stride {self.stride}" if self.stride > 1 else "")
 
 
-BATCHES = {"reference": (2, 8, 16), "ldm4-imagenet": (2, 8, 16), "sd15": (2, 8, 16), "sdxl": (2,)}  # batches that each is measured at
+BATCHES = {"reference": (2, 8, 16), "ldm4-imagenet": (2, 8, 16), "sd15": (2, 8, 16), "sdxl": (2,)}  # batch sizes of the measurements
 LAYERS: dict[str, tuple[Layer, ...]] = {
-    # 96 % of its multiply-accumulates.
+    # 96 % of the model's multiply-accumulates.
     "reference": (
         Layer("conv", 64, 64, 32, 32, 3, 1, 4),
         Layer("conv", 128, 128, 16, 16, 3, 1, 4),
@@ -72,7 +72,7 @@ LAYERS: dict[str, tuple[Layer, ...]] = {
         Layer("conv", 256, 128, 16, 16, 1, 1, 1),
         Layer("linear", 256, 128, 1, 1, 1, 1, 8),
     ),
-    # 93 % of its multiply-accumulates.
+    # 93 % of the model's multiply-accumulates.
     "ldm4-imagenet": (
         Layer("conv", 192, 192, 64, 64, 3, 1, 7),
         Layer("conv", 384, 384, 32, 32, 3, 1, 6),
@@ -105,7 +105,7 @@ LAYERS: dict[str, tuple[Layer, ...]] = {
         Layer("conv", 384, 384, 32, 32, 3, 2, 1),
         Layer("linear", 768, 960, 1, 1, 1, 1, 7),
     ),
-    # 95 % of its multiply-accumulates.
+    # 95 % of the model's multiply-accumulates.
     "sd15": (
         Layer("conv", 320, 320, 64, 64, 3, 1, 7),
         Layer("conv", 1280, 1280, 16, 16, 3, 1, 7),
@@ -138,7 +138,7 @@ LAYERS: dict[str, tuple[Layer, ...]] = {
         Layer("linear", 768, 1280, 77, 1, 1, 1, 12),
         Layer("linear", 1280, 1280, 1, 1, 1, 1, 13),
     ),
-    # 97 % of its multiply-accumulates.
+    # 97 % of the model's multiply-accumulates.
     "sdxl": (
         Layer("linear", 1280, 10240, 1024, 1, 1, 1, 60),
         Layer("linear", 1280, 1280, 1024, 1, 1, 1, 372),

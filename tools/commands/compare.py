@@ -1,4 +1,4 @@
-"""The command that compares recipes."""
+"""The command `compare`."""
 
 from __future__ import annotations
 
@@ -13,40 +13,44 @@ from edm_deploy_tools.common import console
 
 def compare(
     model: opt.Model,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory of the comparison; what stands in it is kept.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory of the comparison; completed experiments in it are kept.")],
     recipes: Annotated[
         str,
         typer.Option(
-            metavar="LIST", help="all, or some with commas: mse, static:calibrator=mse with a setting, efficientdm+tac with a pass."
+            metavar="LIST",
+            help="all, or recipes separated by commas: mse, static:calibrator=mse with a setting, efficientdm+tac with a pass.",
         ),
     ] = "all",
-    bits: Annotated[str, typer.Option(metavar="LIST", help="Schemes with commas.")] = "W8A8,W4A8,W4A4",
-    budget: Annotated[str, typer.Option(metavar="TIME", help="Wall time of calibration and training of each recipe that trains.")] = "5m",
-    rows: Annotated[int, typer.Option(help="Timesteps to calibrate; one table row each.")] = 20,
+    bits: Annotated[str, typer.Option(metavar="LIST", help="Bits of weights and activations, separated by commas.")] = "W8A8,W4A8,W4A4",
+    budget: Annotated[
+        str, typer.Option(metavar="TIME", help="Wall time of calibration and training for each recipe that trains: 30s, 5m or 1h.")
+    ] = "5m",
+    rows: Annotated[int, typer.Option(help="Number of calibrated timesteps, one table row each.")] = 20,
     preset: Annotated[
         list[str] | None,
         typer.Option(
-            "--preset", metavar="RECIPE=NAME", help="A shipped preset, a TOML file, or published; default: demo-RECIPE where it is shipped."
+            "--preset",
+            metavar="RECIPE=NAME",
+            help="Shipped preset, TOML file, or published for the recipe's defaults; repeatable. Default: demo-RECIPE if it is shipped.",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each recipe that trains.")] = 1,
-    samples: Annotated[int, typer.Option(help="Samples of each model that are judged.")] = 64,
-    steps: Annotated[int, typer.Option(help="Steps that they are drawn in.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of their noise.")] = 123,
+    seeds: Annotated[int, typer.Option(help="Number of runs of each recipe that trains, with seeds 0, 1, ...")] = 1,
+    samples: Annotated[int, typer.Option(help="Samples of each model to evaluate, at least 2.")] = 64,
+    steps: Annotated[int, typer.Option(help="Inference steps of the samples.")] = 20,
+    seed: Annotated[int, opt.seed_option("Seed of the initial noise of the samples.")] = 123,
     guidance: opt.Guidance = None,
     prompts: opt.Prompts = None,
     backend: opt.For = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Compare recipes on MODEL at an equal budget; writes results.json, table.md and report.html. Run it again to go on after an interruption."""
+    """Compare recipes on MODEL at an equal budget; writes results.json, table.md and report.html. Run it again to continue."""
     from calibration.run.time_budget import seconds_of
-    from edm_deploy_tools.comparison.compare import REPORT, RESULTS, TABLE, ComparisonRequest
-    from edm_deploy_tools.comparison.compare import compare as run
+    from edm_deploy_tools.comparison.compare import REPORT, RESULTS, TABLE, ComparisonRequest, compare_recipes
     from edm_deploy_tools.comparison.grid import presets_of
-    from edm_deploy_tools.comparison.report import markdown_of
+    from edm_deploy_tools.comparison.report import comparison_markdown
     from edm_deploy_tools.evaluation.trajectory_error import EvaluationSettings
 
-    asked = ComparisonRequest(
+    request = ComparisonRequest(
         recipes=recipes,
         bits=bits,
         budget=seconds_of(budget),
@@ -55,13 +59,13 @@ def compare(
         seeds=seeds,
         backend=backend,
         prompts=prompts,
-        setup=EvaluationSettings(samples=samples, steps=steps, seed=seed, guidance=guidance),
+        settings=EvaluationSettings(samples=samples, steps=steps, seed=seed, guidance=guidance),
     )
-    results = run(model, out, asked, say=console.note)
+    results = compare_recipes(model, out, request, notify=console.note)
     if as_json:
         console.print_json(results)
         return
-    console.say(markdown_of(results))
-    console.wrote(out / RESULTS, "every figure")
+    console.say(comparison_markdown(results))
+    console.wrote(out / RESULTS, "all figures")
     console.wrote(out / TABLE, "the table")
-    console.wrote(out / REPORT, "the same to look at")
+    console.wrote(out / REPORT, "the same figures with charts and images")

@@ -1,4 +1,4 @@
-"""The whole way once with the shipped model. Every stage leaves a directory; what stands there already and still fits is kept."""
+"""The command `demo`: all stages with the shipped model. Each stage writes a directory; a directory that is up to date is kept."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.capabilities import summary
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.directories import write_json
-from edm_deploy_tools.commands.quantize_model import quantize
+from edm_deploy_tools.commands.quantize_model import QuantizeRequest, quantize
 from edm_deploy_tools.common import console
 from edm_deploy_tools.common.assets import REFERENCE_MODEL
 from edm_deploy_tools.common.build_options import build
 from edm_deploy_tools.common.console import Row
 from edm_deploy_tools.common.recipe_settings import recipe_with
-from edm_deploy_tools.evaluation.evaluate import HTML_NAME, JSON_NAME, evaluate_targets, open_subjects
-from edm_deploy_tools.evaluation.report import html_of
+from edm_deploy_tools.evaluation.evaluate import HTML_NAME, JSON_NAME, evaluate_targets, open_targets
+from edm_deploy_tools.evaluation.report import report_html
 from edm_deploy_tools.evaluation.results import Report, final_samples, headline
 from edm_deploy_tools.evaluation.trajectory_error import EvaluationSettings
-from edm_deploy_tools.images.sample import grid_of, sample
+from edm_deploy_tools.images.sample import grid_of, sample_images
 
 GRID_NAME = "grid.png"
 PRESET = "demo"
-IMAGES_IN_A_ROW = 8  # of grid.png
+IMAGES_IN_A_ROW = 8  # in grid.png
 
 
 @dataclass(frozen=True, kw_only=True)
-class Build:
-    """One engine of the demo.
+class EngineBuild:
+    """An engine of the demo.
 
     Attributes:
-        name: Of its directory, behind `engine-`.
-        backend: As build-engine takes it.
-        options: Of the build.
-        runs_here: False for one that is built for a GPU ahead of time.
+        name: Its directory is `engine-<name>`.
+        backend: Name of the backend, as for build-engine.
+        options: Options of the build.
+        runs_here: Whether it can run on this machine; False for one that is built ahead of time for a GPU.
     """
 
     name: str
@@ -63,23 +63,23 @@ class Build:
 
 
 BUILDS = (
-    Build(name="ort", backend="ort"),
-    Build(name="openvino", backend="openvino"),
-    Build(name="openvino-bf16", backend="openvino", options=BuildOptions(precision="bf16")),
-    Build(name="rtx3090", backend="trt-rtx", options=BuildOptions(gpu="rtx3090"), runs_here=False),
+    EngineBuild(name="ort", backend="ort"),
+    EngineBuild(name="openvino", backend="openvino"),
+    EngineBuild(name="openvino-bf16", backend="openvino", options=BuildOptions(precision="bf16")),
+    EngineBuild(name="rtx3090", backend="trt-rtx", options=BuildOptions(gpu="rtx3090"), runs_here=False),
 )
 
 
 def run_demo(out: Path, bits: str) -> None:
-    """Calibrate, fine-tune, export, build, sample, evaluate; leaves report.html and grid.png in `out`.
+    """Calibrate, fine-tune, export, build, sample, evaluate; writes report.html and grid.png into `out`.
 
     Args:
-        out: Directory for everything.
-        bits: `W4A4`.
+        out: Directory for all results.
+        bits: Scheme, for example `W4A4`.
 
     Raises:
         InputError: `bits` is no scheme.
-        Interrupted: Ctrl-C; the next call goes on from there.
+        Interrupted: Ctrl-C; the next call continues from there.
     """
     start = time.perf_counter()
     weight_bits, act_bits = scheme_bits(bits)
@@ -89,47 +89,47 @@ def run_demo(out: Path, bits: str) -> None:
     plain_recipe = recipe_with("mse", flags=flags | {"rows": tuned_recipe.rows})
 
     _stage(1, "Calibrate (no training)")
-    kept(
+    keep_or_make(
         work / "calibrated",
-        lambda found: made_by(found, plain_recipe),
-        lambda path: quantize(str(REFERENCE_MODEL), path, plain_recipe, RunOptions()),
+        lambda artifact: made_by(artifact, plain_recipe),
+        lambda path: quantize(QuantizeRequest(model=str(REFERENCE_MODEL), out=path, recipe=plain_recipe)),
     )
     _stage(2, "Fine-tune against the float model, without data")
-    tuned = kept(work / "finetuned", lambda found: made_by(found, tuned_recipe), lambda path: finetune(path, tuned_recipe))
+    tuned = keep_or_make(work / "finetuned", lambda artifact: made_by(artifact, tuned_recipe), lambda path: finetune(path, tuned_recipe))
     _stage(3, "Export to ONNX")
     export(work / "onnx", tuned)
     _stage(4, "Build engines")
-    engines = [made for made in (build_one(work, tuned, entry) for entry in BUILDS) if made]
+    engines = [built for built in (build_one(work, tuned, entry) for entry in BUILDS) if built]
     running = [path for path, entry in engines if entry.runs_here]
     _stage(5, "Sample")
     for path in running:
-        drawn = sample(path, work / path.name.replace("engine", "images"))
-        console.wrote(drawn.paths[0].parent, f"{drawn.count} images, {drawn.seconds_per_image:.3f} s each")
-    _stage(6, "Measure")
+        sampled = sample_images(path, work / path.name.replace("engine", "images"))
+        console.wrote(sampled.paths[0].parent, f"{sampled.count} images, {sampled.seconds_per_image:.3f} s each")
+    _stage(6, "Evaluate")
     report = measure(work, engines)
     write(report, out)
-    console.print_table(f"Against the float model ({console.time_words(time.perf_counter() - start)} in all)", headline(report))
+    console.print_table(f"Against the float model ({console.time_words(time.perf_counter() - start)} in total)", headline(report))
     console.wrote(out / HTML_NAME)
     console.wrote(out / GRID_NAME)
 
 
 def scheme_bits(bits: str) -> tuple[int, int]:
-    """Weight and activation bits of `W4A8`; InputError where it is not of that form."""
-    found = re.fullmatch(r"[Ww](\d+)[Aa](\d+)", bits)
-    if not found:
+    """Weight and activation bits of a scheme such as `W4A8`; InputError for another form."""
+    match = re.fullmatch(r"[Ww](\d+)[Aa](\d+)", bits)
+    if not match:
         raise InputError(f"--bits {bits!r}: expected a scheme such as W4A4 or W4A8.")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
-def kept(path: Path, fits: Callable[[Artifact], bool], make: Callable[[Path], Artifact]) -> Artifact:
-    """The artifact in `path` where it stands there and fits, made otherwise."""
+def keep_or_make(path: Path, is_current: Callable[[Artifact], bool], make: Callable[[Path], Artifact]) -> Artifact:
+    """The artifact in `path` if it exists and is current; otherwise a new one."""
     try:
-        found = Artifact.load(path)
+        existing = Artifact.load(path)
     except ArtifactError:
-        found = None
-    if found is not None and fits(found):
-        console.say(f"{path} stands from an earlier run")
-        return found
+        existing = None
+    if existing is not None and is_current(existing):
+        console.say(f"{path} is kept from an earlier run")
+        return existing
     artifact = make(path)
     console.wrote(path, f"artifact, {artifact.scheme}")
     return artifact
@@ -137,37 +137,38 @@ def kept(path: Path, fits: Callable[[Artifact], bool], make: Callable[[Path], Ar
 
 def made_by(artifact: Artifact, recipe: Any) -> bool:
     """Whether an artifact was made by this recipe with these settings."""
-    made_with = artifact.provenance.get("settings")
-    return artifact.provenance.get("recipe") == recipe.name and made_with == json.loads(json.dumps(recipe.settings()))
+    settings = artifact.provenance.get("settings")
+    return artifact.provenance.get("recipe") == recipe.name and settings == json.loads(json.dumps(recipe.settings()))
 
 
 def finetune(path: Path, recipe: Any) -> Artifact:
-    """Fine-tune the shipped model; goes on from the checkpoint of an interrupted demo where there is one of the same settings."""
+    """Fine-tune the shipped model, from the checkpoint of an interrupted demo if there is one with the same settings."""
     checkpoint = path.with_name(path.name + ".checkpoint")
     try:
-        return quantize(str(REFERENCE_MODEL), path, recipe, RunOptions(checkpoint=checkpoint, resume=checkpoint.is_dir()))
+        options = RunOptions(checkpoint=checkpoint, resume=checkpoint.is_dir())
+        return quantize(QuantizeRequest(model=str(REFERENCE_MODEL), out=path, recipe=recipe, options=options))
     except Interrupted as err:
-        raise Interrupted("Interrupted; what is done is kept. Run edm-deploy demo again to go on.") from err
+        raise Interrupted("Interrupted; completed stages are kept. Run edm-deploy demo again to continue.") from err
     except ArtifactError as err:
         if not checkpoint.is_dir():
             raise
-        console.say(f"Starting anew: {err}")  # the checkpoint of other settings, or a damaged one
+        console.say(f"Starting again: {err}")  # the checkpoint has other settings or is damaged
         shutil.rmtree(checkpoint)
         return finetune(path, recipe)
 
 
 def export(path: Path, artifact: Artifact) -> None:
-    """Export, unless the directory holds this very artifact."""
+    """Export the artifact, unless the directory holds its export."""
     if made_from(path, artifact, "onnx"):
-        console.say(f"{path} stands from an earlier run")
+        console.say(f"{path} is kept from an earlier run")
         return
     start = time.perf_counter()
     onnx_from_artifact(artifact, path)
     console.wrote(path, f"in {console.time_words(time.perf_counter() - start)}")
 
 
-def build_one(work: Path, artifact: Artifact, entry: Build) -> tuple[Path, Build] | None:
-    """One engine; None, and the reason said, where its backend is not installed."""
+def build_one(work: Path, artifact: Artifact, entry: EngineBuild) -> tuple[Path, EngineBuild] | None:
+    """Build one engine; None, with the reason printed, if its backend is not installed."""
     path = work / f"engine-{entry.name}"
     manifest = made_from(path, artifact, "engine")
     try:
@@ -180,7 +181,7 @@ def build_one(work: Path, artifact: Artifact, entry: Build) -> tuple[Path, Build
 
 
 def made_from(path: Path, artifact: Artifact, kind: Literal["onnx", "engine"]) -> Manifest | None:
-    """The manifest in `path` where it stands, is whole and was made from this artifact."""
+    """The manifest in `path` if it is complete and was made from this artifact, else None."""
     try:
         manifest = Manifest.read(path, kind=kind)
     except ArtifactError:
@@ -188,21 +189,22 @@ def made_from(path: Path, artifact: Artifact, kind: Literal["onnx", "engine"]) -
     return manifest if manifest.artifact == artifact.digest else None
 
 
-def measure(work: Path, engines: Sequence[tuple[Path, Build]]) -> Report:
-    """Evaluate both artifacts and every engine that runs here, and time these engines."""
+def measure(work: Path, engines: Sequence[tuple[Path, EngineBuild]]) -> Report:
+    """Evaluate both artifacts and every engine that can run here, and time these engines."""
     running = [(path, entry) for path, entry in engines if entry.runs_here]
     paths = [work / "calibrated", work / "finetuned", *(path for path, _ in running)]
     labels = ["calibrated", "fine-tuned", *(f"fine-tuned, {entry.name}" for _, entry in running)]
-    subjects = open_subjects(paths, labels)
-    report = evaluate_targets(subjects, load_source(str(REFERENCE_MODEL)), EvaluationSettings(), say=lambda text: console.say(f"  {text}"))
-    waiting = open_subjects([path for path, entry in engines if not entry.runs_here])
+    targets = open_targets(paths, labels)
+    source = load_source(str(REFERENCE_MODEL))
+    report = evaluate_targets(targets, source, EvaluationSettings(), notify=lambda text: console.say(f"  {text}"))
+    waiting = open_targets([path for path, entry in engines if not entry.runs_here])
     if not running:
         return dataclasses.replace(report, waiting=tuple(waiting))
-    return dataclasses.replace(report, waiting=tuple(waiting), bench=tuple(bench_apart([path for path, _ in running])))
+    return dataclasses.replace(report, waiting=tuple(waiting), bench=tuple(bench_in_new_process([path for path, _ in running])))
 
 
-def bench_apart(engines: Sequence[Path]) -> list[Row]:
-    """Rows of `edm-deploy bench`, run in a process of its own: this one's torch waits patiently, which a float baseline should not."""
+def bench_in_new_process(engines: Sequence[Path]) -> list[Row]:
+    """Rows of `edm-deploy bench` in a new process, because the passive OpenMP threads of this one would slow down the float baselines."""
     command = [
         sys.executable,
         "-m",
@@ -225,18 +227,18 @@ def bench_apart(engines: Sequence[Path]) -> list[Row]:
 
 
 def write(report: Report, out: Path) -> None:
-    """report.json, report.html and grid.png."""
+    """Write report.json, report.html and grid.png."""
     write_json(out / JSON_NAME, report.to_json())
-    (out / HTML_NAME).write_text(html_of(report))
+    (out / HTML_NAME).write_text(report_html(report))
     rows = {label: samples[:IMAGES_IN_A_ROW] for label, samples in final_samples(report)}
     labelled_rows(rows).save(out / GRID_NAME)
 
 
 def labelled_rows(rows: Mapping[str, Tensor]) -> Image.Image:
-    """One row of images for each label, the label before it.
+    """One image with a row of samples for each label, which is written in front of it.
 
     Args:
-        rows: float [B, C, H, W] in [-1, 1] by label.
+        rows: Samples, float [B, C, H, W] in [-1, 1], by label.
     """
     strips = {
         label: grid_of(UnconditionalPipeline.numpy_to_pil(images_from_sample(samples)), columns=len(samples))
@@ -245,13 +247,13 @@ def labelled_rows(rows: Mapping[str, Tensor]) -> Image.Image:
     font = ImageFont.load_default(size=17)
     margin, gap = 24 + max(int(font.getlength(label)) for label in strips), 10
     width = margin + max(strip.width for strip in strips.values()) + gap
-    picture = Image.new("RGB", (width, gap + sum(strip.height + gap for strip in strips.values())), "white")
+    image = Image.new("RGB", (width, gap + sum(strip.height + gap for strip in strips.values())), "white")
     top = gap
     for label, strip in strips.items():
-        ImageDraw.Draw(picture).text((gap, top + strip.height / 2), label, fill="#1c2024", font=font, anchor="lm")
-        picture.paste(strip, (margin, top))
+        ImageDraw.Draw(image).text((gap, top + strip.height / 2), label, fill="#1c2024", font=font, anchor="lm")
+        image.paste(strip, (margin, top))
         top += strip.height + gap
-    return picture
+    return image
 
 
 def _stage(number: int, words: str) -> None:

@@ -1,16 +1,18 @@
-"""The command line's options that several commands share, and the values that they are written in."""
+"""Command-line options that several commands share, and their values."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+LARGEST_SEED = 2**63 - 1  # torch's generators take 64 bits, and some seeds are derived by adding 1
+
 
 class Device(StrEnum):
-    """Where calibration and training run."""
+    """Device that calibration and training run on."""
 
     CPU = "cpu"
     CUDA = "cuda"
@@ -24,80 +26,64 @@ class FloatType(StrEnum):
 
 
 class TeacherType(StrEnum):
-    """Floating-point type that the teacher runs in."""
+    """Floating-point type of the teacher."""
 
     FP32 = "fp32"
     BF16 = "bf16"
 
 
 class Storage(StrEnum):
-    """How weight codes are stored in a graph."""
+    """Storage type of weight codes in a graph."""
 
     INT8 = "int8"
     INT4 = "int4"
 
 
 class Int4(StrEnum):
-    """How sites whose codes fit 4 bits stand in a graph."""
+    """Representation of 4-bit sites in a graph."""
 
     QDQ = "qdq"
     PLUGIN = "plugin"
 
 
 class Format(StrEnum):
-    """What an artifact is exported to."""
+    """Format that an artifact is exported to."""
 
     ONNX = "onnx"
 
 
 class Int4Sites(StrEnum):
-    """Which sites of 4 bits run in INT4."""
+    """Sites that the cuda backend computes in INT4: all whose codes fit, or those that are expected to be faster than in INT8."""
 
     FITS = "fits"
     FASTER = "faster"
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local diffusers directory, or a hub id such as google/ddpm-cifar10-32.")]
-Engine = Annotated[Path, typer.Argument(metavar="ENGINE_DIR", help="What build-engine wrote.")]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to write; appears whole or not at all.")]
-WeightBits = Annotated[int | None, typer.Option("--weight-bits", help="Bits of the weights, 2 to 8.")]
-ActBits = Annotated[int | None, typer.Option("--act-bits", help="Bits of the layers' inputs, 3 to 8.")]
-Rows = Annotated[int | None, typer.Option("--rows", help="Timesteps to calibrate; one table row each.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
-Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings of the recipe.")]
-Preset = Annotated[str | None, typer.Option("--preset", help="Settings shipped in calibration/presets.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="K=V", help="One setting of the recipe, or pass.setting=V; may be given again.")
-]
-For = Annotated[str | None, typer.Option("--for", metavar="BACKEND", help="Refuse at once what this backend cannot carry.")]
-EngineDevice = Annotated[
-    Device | None,
-    typer.Option("--device", help="Where engines run; default: where their backend does. cuda engines check arithmetic on cpu."),
-]
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where to calibrate or train.")]
-Teacher = Annotated[TeacherType | None, typer.Option("--teacher-dtype", help="The teacher's floating-point type.")]
-FoldTime = Annotated[
-    bool,
-    typer.Option(
-        "--fold-time/--no-fold-time", help="Leave layers that see the timestep alone in floating point: exports make a table of them."
-    ),
-]
-Profile = typer.Option(metavar="MIN:OPT:MAX", help="Sizes that the engine takes; one number stands for all three.")
-Int4Where = Annotated[
-    Int4Sites | None, typer.Option("--int4-where", help="faster: INT8 where 4 bits are expected to gain nothing on --gpu; for cuda.")
-]
-LowMemory = Annotated[
-    bool, typer.Option("--low-memory", help="Leave the float weights in their files until a layer runs: slower, same result.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Begin even where memory is expected to run out.")]
-Json = Annotated[bool, typer.Option("--json", help="Print json and nothing else on stdout.")]
+def check_out(path: Path) -> Path:
+    """`path`, unless it is the working directory or contains it: --out is replaced as a whole.
+
+    Raises:
+        BadParameter: It is.
+    """
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise typer.BadParameter(f"{path} is or contains the working directory; expected the name of a new directory.")
+    return path
 
 
-With = Annotated[list[str] | None, typer.Option("--with", metavar="PASS", help="A pass to compose the recipe with; may be given again.")]
-Budget = Annotated[
-    str | None,
-    typer.Option("--budget", metavar="TIME", help="Wall time of calibration and training, such as 30s, 5m or 1h, in place of steps."),
-]
+def check_seed(seed: int | None) -> int | None:
+    """`seed`, if it is in the range of a seed.
+
+    Raises:
+        BadParameter: It is not.
+    """
+    if seed is not None and not 0 <= seed <= LARGEST_SEED:
+        raise typer.BadParameter(f"{seed} is out of range; expected 0 to {LARGEST_SEED}.")
+    return seed
+
+
+def seed_option(what: str) -> Any:  # typer's OptionInfo
+    """An option for a seed, 0 to 2^63 - 1."""
+    return typer.Option("--seed", metavar="N", callback=check_seed, help=what)
 
 
 def example(command: str) -> str:
@@ -105,13 +91,80 @@ def example(command: str) -> str:
     return f"Example: edm-deploy {command}"
 
 
+def value(choice: StrEnum | None) -> str | None:
+    """The value of a choice; None if none was made."""
+    return None if choice is None else choice.value
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local diffusers directory, or a hub id such as google/ddpm-cifar10-32.")]
+Engine = Annotated[Path, typer.Argument(metavar="ENGINE_DIR", help="Directory written by build-engine.")]
+Out = Annotated[
+    Path,
+    typer.Option("--out", metavar="DIR", callback=check_out, help="Output directory; written completely or not at all."),
+]
+WeightBits = Annotated[int | None, typer.Option("--weight-bits", help="Bits of the weights, 2 to 8. Default: the recipe's.")]
+ActBits = Annotated[
+    int | None,
+    typer.Option("--act-bits", help="Bits of the layers' inputs, 3 to 8; 16 leaves them in floating point. Default: the recipe's."),
+]
+Rows = Annotated[
+    int | None, typer.Option("--rows", help="Number of calibrated timesteps, one table row each. Default: the recipe's, usually 100.")
+]
+Seed = Annotated[int | None, seed_option("Random seed of calibration and training. Default: 0.")]
+Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings of the recipe.")]
+Preset = Annotated[str | None, typer.Option("--preset", metavar="NAME", help="Shipped settings of the recipe, for example demo.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the recipe, or of a pass as PASS.KEY=VALUE; repeatable."),
+]
+With = Annotated[
+    list[str] | None, typer.Option("--with", metavar="PASS", help="Pass to compose the recipe with: tac, pcr or adp; repeatable.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", metavar="TIME", help="Wall time of calibration and training, such as 30s, 5m or 1h, instead of a number of steps."
+    ),
+]
+For = Annotated[
+    str | None, typer.Option("--for", metavar="BACKEND", help="Check first that this backend supports the request; for example openvino.")
+]
+EngineDevice = Annotated[
+    Device | None,
+    typer.Option(
+        "--device", help="Where engines run. Default: the device of their backend. On cpu, a cuda engine emulates its arithmetic, slowly."
+    ),
+]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where calibration and training run.")]
+Teacher = Annotated[
+    TeacherType | None, typer.Option("--teacher-dtype", help="Floating-point type of the teacher during training. Default: bf16.")
+]
+FoldTime = Annotated[
+    bool,
+    typer.Option(
+        "--fold-time/--no-fold-time",
+        help="Keep layers that depend on the timestep alone in floating point, so that export can replace them by a table.",
+    ),
+]
+Profile = typer.Option(metavar="MIN:OPT:MAX", help="Sizes that the engine accepts; one number sets all three.")
+Int4Where = Annotated[
+    Int4Sites | None,
+    typer.Option(
+        "--int4-where",
+        help="For cuda: fits computes each site whose codes fit 4 bits in INT4; faster uses INT8 where INT4 is not expected to be faster on --gpu.",
+    ),
+]
+LowMemory = Annotated[
+    bool, typer.Option("--low-memory", help="Load float weights only while their layer runs: slower, the same result in less memory.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Start although memory is expected to run out.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Prompts = Annotated[
     Path | None,
-    typer.Option("--prompts", metavar="FILE", help="What a model that takes text is told, one prompt a line; default: a built-in list."),
+    typer.Option(
+        "--prompts", metavar="FILE", help="Text file with one prompt a line, for a text-conditional model. Default: a built-in list."
+    ),
 ]
-Guidance = Annotated[float | None, typer.Option("--guidance", help="Scale of the guidance; 1 is off. Default: the model's usual one.")]
-
-
-def value(chosen: StrEnum | None) -> str | None:
-    """What a choice is called, or None where none was made."""
-    return None if chosen is None else chosen.value
+Guidance = Annotated[
+    float | None, typer.Option("--guidance", help="Guidance scale, 0 or more; 1 is off. Default: the usual scale of the model.")
+]

@@ -1,20 +1,22 @@
-"""The commands that quantize: `calibrate` and `finetune`, which differ in their recipe and in their checkpoints."""
+"""The commands that quantize a model: `calibrate` and `finetune`."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edm_deploy_tools.commands import options as opt
 from edm_deploy_tools.common import console
 
+if TYPE_CHECKING:
+    from edm_deploy_tools.commands.quantize_model import QuantizeRequest
+
 
 def calibrate(
     model: opt.Model,
     out: opt.Out,
-    recipe: Annotated[str, typer.Option(help="minmax, percentile, mse or static.")] = "mse",
+    recipe: Annotated[str, typer.Option(help="Calibration method: minmax, percentile, mse or static.")] = "mse",
     weight_bits: opt.WeightBits = None,
     act_bits: opt.ActBits = None,
     rows: opt.Rows = None,
@@ -31,16 +33,32 @@ def calibrate(
     low_memory: opt.LowMemory = False,
     force: opt.Force = False,
 ) -> None:
-    """Quantize MODEL without training: observe its layers along its own trajectories. W8A8 unless told otherwise."""
-    flags = {"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed}
-    run = {"device": device.value, "teacher_dtype": opt.value(teacher_dtype), "fold_time": fold_time, "prompts": prompts}
-    _quantize(model, out, recipe, flags, config, preset, settings, passes, backend, low_memory, force, **run)
+    """Quantize MODEL without training: ranges are observed on its own sampling trajectories. Default W8A8."""
+    from edm_deploy_tools.commands.quantize_model import QuantizeRequest, run_options
+    from edm_deploy_tools.common.recipe_settings import RecipeChoice
+
+    chosen, composed = RecipeChoice(
+        recipe=recipe,
+        preset=preset,
+        config=config,
+        flags={"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed},
+        overrides=settings or (),
+        passes=passes or (),
+    ).build()
+    options = run_options(device=device.value, teacher_dtype=opt.value(teacher_dtype), fold_time=fold_time, prompts=prompts)
+    _quantize(
+        QuantizeRequest(
+            model=model, out=out, recipe=chosen, options=options, passes=composed, backend=backend, low_memory=low_memory, force=force
+        )
+    )
 
 
 def finetune(
     model: opt.Model,
     out: opt.Out,
-    recipe: Annotated[str, typer.Option(help="efficientdm, quest, qdiff, dilate, mpq-dm, tcaq or qat.")] = "efficientdm",
+    recipe: Annotated[
+        str, typer.Option(help="Fine-tuning method: efficientdm, quest, qdiff, dilate, mpq-dm, tcaq or qat.")
+    ] = "efficientdm",
     weight_bits: opt.WeightBits = None,
     act_bits: opt.ActBits = None,
     rows: opt.Rows = None,
@@ -57,46 +75,43 @@ def finetune(
     low_memory: opt.LowMemory = False,
     force: opt.Force = False,
     budget: opt.Budget = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")] = False,
 ) -> None:
-    """Quantize MODEL and fine-tune it without data against itself. W4A4 unless told otherwise. Ctrl-C leaves a checkpoint for --resume."""
+    """Quantize MODEL and fine-tune it against the float model, without data. Default W4A4. Ctrl-C saves a checkpoint for --resume."""
     from calibration.run.time_budget import seconds_of
+    from edm_deploy_tools.commands.quantize_model import QuantizeRequest, run_options
+    from edm_deploy_tools.common.recipe_settings import RecipeChoice
 
-    flags = {"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed}
-    checkpoint = out.with_name(out.name + ".checkpoint")
-    run = {
-        "prompts": prompts,
-        "device": device.value,
-        "teacher_dtype": opt.value(teacher_dtype),
-        "fold_time": fold_time,
-        "checkpoint": checkpoint,
-        "budget_seconds": None if budget is None else seconds_of(budget),
-        "resume": resume,
-    }
-    _quantize(model, out, recipe, flags, config, preset, settings, passes, backend, low_memory, force, **run)
+    chosen, composed = RecipeChoice(
+        recipe=recipe,
+        preset=preset,
+        config=config,
+        flags={"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed},
+        overrides=settings or (),
+        passes=passes or (),
+    ).build()
+    options = run_options(
+        device=device.value,
+        teacher_dtype=opt.value(teacher_dtype),
+        fold_time=fold_time,
+        prompts=prompts,
+        checkpoint=out.with_name(out.name + ".checkpoint"),
+        budget_seconds=None if budget is None else seconds_of(budget),
+        resume=resume,
+    )
+    _quantize(
+        QuantizeRequest(
+            model=model, out=out, recipe=chosen, options=options, passes=composed, backend=backend, low_memory=low_memory, force=force
+        )
+    )
 
 
-def _quantize(
-    model: str,
-    out: Path,
-    recipe: str,
-    flags: dict[str, Any],
-    config: Path | None,
-    preset: str | None,
-    settings: list[str] | None,
-    passes: list[str] | None,
-    backend: str | None,
-    low_memory: bool,
-    force: bool,
-    **run: Any,
-) -> None:
-    from edm_deploy_tools.commands.quantize_model import quantize, run_options
-    from edm_deploy_tools.common.recipe_settings import passes_with, recipe_with, sorted_overrides
+def _quantize(request: QuantizeRequest) -> None:
+    from edm_deploy_tools.commands.quantize_model import quantize
 
-    of_recipe, of_passes = sorted_overrides(settings or ())
-    chosen = recipe_with(recipe, preset=preset, config=config, flags=flags, overrides=of_recipe)
-    composed = passes_with(passes or (), of_passes)
-    artifact = quantize(model, out, chosen, run_options(**run), passes=composed, backend=backend, low_memory=low_memory, force=force)
-    console.wrote(out, f"artifact, {artifact.scheme}, {len(artifact.sites)} sites, {len(artifact.timesteps)} rows")
+    artifact = quantize(request)
+    console.wrote(request.out, f"artifact, {artifact.scheme}, {len(artifact.sites)} sites, {len(artifact.timesteps)} rows")
     if artifact.folded:
-        console.say(f"{len(artifact.folded)} layers see the timestep alone: they stay in floating point, and export makes a table of them.")
+        console.say(
+            f"{len(artifact.folded)} layers depend on the timestep alone: they stay in floating point, and export replaces them by a table."
+        )

@@ -1,1 +1,1 @@
-"""What all commands share: console, settings, child processes, machine facts."""
+"""Shared by all commands: console output, recipe settings, build options, child processes, machine facts."""

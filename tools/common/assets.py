@@ -1,4 +1,4 @@
-"""Where the data that is shipped with the tools lies."""
+"""Paths of the data that is shipped with the tools."""
 
 from __future__ import annotations
 

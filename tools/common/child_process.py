@@ -1,4 +1,4 @@
-"""A command's wall time and the most memory that it and its children held at once."""
+"""Run a command and measure its wall time and the peak memory of the command and its children."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 
 import psutil
 
-INTERVAL = 0.05  # seconds between two looks at the processes
+INTERVAL = 0.05  # seconds between two samples of the memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A command that has ended.
+    """Measurements of a completed command.
 
     Attributes:
-        returncode: Of the command.
+        returncode: Exit status of the command.
         seconds: Wall time.
-        peak_bytes: The largest sum of resident memory over the command and its children, mapped files included; at least the peak that the
-            system has counted for any one of them.
-        last_line: Of its stderr.
+        peak_bytes: Largest sum of the resident memory of the command and its children, mapped files included; at least the peak that the
+            operating system has recorded for any one of them.
+        last_line: Last line of its stderr.
     """
 
     returncode: int
@@ -33,12 +33,12 @@ class Measured:
 
 
 def run_measured(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None) -> Measured:
-    """Run a command to its end; its stdout is dropped.
+    """Run a command and wait for it; its stdout is discarded.
 
     Args:
         command: Program and arguments.
-        cwd: Where it runs.
-        environment: None is this process's.
+        cwd: Working directory.
+        environment: Environment variables; None inherits those of this process.
     """
     peak = 0
     with tempfile.TemporaryFile() as errors:
@@ -49,7 +49,7 @@ def run_measured(command: Sequence[str], *, cwd: Path, environment: Mapping[str,
             while child.poll() is None:
                 peak = max(peak, _resident(root))
                 time.sleep(INTERVAL)
-        except BaseException:  # Ctrl-C above all: nothing runs on behind the caller's back
+        except BaseException:  # usually Ctrl-C: the command must not keep running
             child.terminate()
             child.wait()
             raise
@@ -71,7 +71,7 @@ def _resident(root: psutil.Process) -> int:
 
 
 def _high_water(pid: int) -> int:
-    """The system's own count of a process's peak, which no look between two of ours can miss; 0 where there is none."""
+    """Peak memory that the operating system has recorded for a process, exact between our samples; 0 if unknown."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

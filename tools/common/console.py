@@ -1,9 +1,10 @@
-"""What the commands print, and how: figures and files to stdout, progress to stderr, one line for an error."""
+"""Console output of the commands: figures and written files on stdout, progress on stderr."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,51 +17,65 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-PLAIN_LINE_SECONDS = 10.0  # between two lines of progress where stderr is no terminal
-WIDE = 160  # columns where stdout is no terminal: a log is not folded at 80
+PLAIN_LINE_SECONDS = 10.0  # between two progress lines if stderr is no terminal
+WIDE = 160  # columns if stdout is no terminal, so that a log is not wrapped at 80
 
 Row = Mapping[str, Any]
+Notify = Callable[[str], None]
+
+
+def silent(text: str) -> None:
+    """A Notify that prints nothing."""
 
 
 def out() -> Console:
-    """The console of stdout, as it is now: a test may have put another one there."""
+    """A console on the current stdout, which a test may have replaced."""
     return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 
 
 def err() -> Console:
-    """The console of stderr."""
+    """A console on the current stderr."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """A line on stdout as it stands: square brackets are not taken for markup."""
+    """Print a line on stdout; square brackets are no markup."""
     out().print(text, markup=False)
 
 
 def note(text: str) -> None:
-    """A line on stderr as it stands: what a long command is doing now."""
+    """Print a line on stderr, for example the current stage of a long command; square brackets are no markup."""
     err().print(text, markup=False)
 
 
 def wrote(path: Path, note: str = "") -> None:
-    """Say which file or directory now stands there, how large it is, and what it is."""
+    """Print the path and size of a file or directory that was written, and optionally a description of it."""
     out().print(f"Wrote [bold]{escape(str(path))}[/bold] ({size_words(bytes_of(path))}){': ' + escape(note) if note else ''}")
 
 
 def print_json(content: Mapping[str, Any]) -> None:
-    """`content` as json on stdout, the whole of it."""
-    sys.stdout.write(json.dumps(content, indent=2, default=str) + "\n")
+    """Print `content` as strict JSON on stdout: a number that is not finite becomes null."""
+    sys.stdout.write(json.dumps(finite(content), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value`, a JSON value, with None for each float that is infinite or NaN, which JSON cannot represent."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
-    """Names and values, one a line."""
+    """Print names and values, one pair a line."""
     width = max((len(name) for name in facts), default=0)
     for name, value in facts.items():
         out().print(f"[dim]{name.ljust(width)}[/dim]  {escape(str(value))}", markup=True)
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
-    """A table whose columns are the keys of the first row; numbers stand right."""
+    """Print a table whose columns are the keys of the first row; numbers are aligned right."""
     if not rows:
         return
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", title_style="bold")
@@ -72,14 +87,14 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
 
 
 def cell(value: Any) -> str:
-    """A value in a table: four significant digits for a fraction, a dash for nothing."""
+    """Text of a table cell: four significant digits for a float, a dash for None."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def size_words(size: int) -> str:
-    """Bytes as people read them: `4.4 MB`."""
+    """A number of bytes in decimal units: `4.4 MB`."""
     amount = float(size)
     for unit in ("B", "kB", "MB"):
         if amount < 1000:
@@ -89,7 +104,7 @@ def size_words(size: int) -> str:
 
 
 def time_words(seconds: float) -> str:
-    """Seconds as people read them: `48 s`, `5 min 12 s`, `2 h 05 min`."""
+    """A duration in readable units: `48 s`, `5 min 12 s`, `2 h 05 min`."""
     if seconds < 99.5:
         return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -103,7 +118,7 @@ def bytes_of(path: Path) -> int:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[Any], None]]:
-    """A function to hand a `calibration.recipe.Progress` to: a bar on a terminal, a line every ten seconds elsewhere."""
+    """A callback for `calibration.run.options.Progress`: shows a bar on a terminal, otherwise prints a line every ten seconds."""
     if not sys.stderr.isatty():
         yield plain_progress()
         return
@@ -125,7 +140,7 @@ def progress() -> Iterator[Callable[[Any], None]]:
 
 
 def progress_words(now: Any) -> str:
-    """Loss, rate, time left and memory of a `Progress`; what is not known is left out."""
+    """Loss, rate, time left and memory of a `Progress`; unknown values are omitted."""
     words = []
     if now.loss is not None:
         words.append(f"loss {now.loss:.4g}")
@@ -139,7 +154,7 @@ def progress_words(now: Any) -> str:
 
 
 def plain_progress() -> Callable[[Any], None]:
-    """A function that prints a line of progress every ten seconds, and at the end of each stage."""
+    """A callback that prints a line of progress every ten seconds and at the end of each stage."""
     last = {"stage": "", "time": 0.0}
 
     def show(now: Any) -> None:
@@ -150,3 +165,27 @@ def plain_progress() -> Callable[[Any], None]:
             sys.stderr.flush()
 
     return show
+
+
+def training_progress(total: int, *, first: int = 0, device: Any = "cpu") -> Callable[[int, float], None]:
+    """A callback for a training loop, called with the number of steps done and the last loss; prints rate, time left and peak memory.
+
+    Args:
+        total: Number of steps.
+        first: Steps that were done before this process started.
+        device: Device whose peak memory is reported.
+    """
+    import torch
+
+    from calibration.run.memory import peak_memory
+    from calibration.run.options import Progress as Training
+
+    show, start = plain_progress(), time.monotonic()
+
+    def step_done(done: int, loss: float) -> None:
+        rate = (done - first) / max(time.monotonic() - start, 1e-9)
+        left = (total - done) / rate
+        memory = peak_memory(torch.device(device))
+        show(Training(stage="train", step=done, total=total, loss=loss, rate=rate, eta_seconds=left, memory_bytes=memory))
+
+    return step_done

@@ -1,7 +1,8 @@
-"""Where and with what something was measured: without it a number says nothing."""
+"""Hardware and package versions of a measurement."""
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -14,9 +15,14 @@ import torch
 PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt")
 
 
+def measurement_conditions() -> dict[str, Any]:
+    """Date, machine and versions, as they are stated with every measured figure."""
+    return {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), **machine(), **versions()}
+
+
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory in GB, GPU where there is one, system."""
-    found: dict[str, Any] = {
+    """Processor, cores, torch's threads, memory in GB, operating system, and GPU if there is one."""
+    facts: dict[str, Any] = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
@@ -24,12 +30,12 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release().split('-')[0]}, Python {platform.python_version()}",
     }
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
 
 
 def cpu_name() -> str:
-    """The processor's name, as the system tells it."""
+    """The processor's name, as the operating system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -39,11 +45,11 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Version of edm-deploy and of each package that computes, where it is installed."""
-    found = {}
+    """Versions of edm-deploy and of each installed package that computes."""
+    installed = {}
     for name in ("edm-deploy", *PACKAGES):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

@@ -1,4 +1,4 @@
-"""A recipe with its settings: published defaults, overridden by a preset, a TOML file, flags and `--set`, in this order."""
+"""Build a recipe and its passes from the command line: published defaults, then a preset, a TOML file, options and `--set`, in this order."""
 
 from __future__ import annotations
 
@@ -16,6 +16,37 @@ from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 PRESETS = "presets"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeChoice:
+    """A recipe, its passes and where their settings come from, as the command line gives them.
+
+    Attributes:
+        recipe: Name of the recipe, as `edm-deploy finetune --recipe` takes it.
+        preset: A file of calibration/presets, without `.toml`; None uses no preset.
+        config: A TOML file of the user; None uses no file.
+        flags: Settings that have an option of their own; a value of None is ignored.
+        overrides: `key=value` for the recipe, `pass.key=value` for a pass; the value is read as TOML.
+        passes: Names of the passes, in the order in which they are composed.
+    """
+
+    recipe: str
+    preset: str | None = None
+    config: Path | None = None
+    flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: Sequence[str] = ()
+    passes: Sequence[str] = ()
+
+    def build(self) -> tuple[Any, tuple[Any, ...]]:  # a calibration.recipe.Recipe and calibration.base_pass.Pass
+        """The recipe and its passes, with all settings.
+
+        Raises:
+            UnsupportedError, InputError, ArtifactError: As `recipe_with` and `passes_with`.
+        """
+        of_recipe, of_passes = sorted_overrides(self.overrides)
+        recipe = recipe_with(self.recipe, preset=self.preset, config=self.config, flags=self.flags, overrides=of_recipe)
+        return recipe, passes_with(self.passes, of_passes)
+
+
 def recipe_with(
     name: str,
     *,
@@ -24,19 +55,19 @@ def recipe_with(
     flags: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
 ) -> Any:  # a calibration.recipe.Recipe
-    """An instance of recipe `name`; what comes later in this list of arguments overrides what comes earlier.
+    """An instance of recipe `name`; each argument overrides the settings of those before it.
 
     Args:
         name: As `edm-deploy finetune --recipe` takes it.
         preset: A file of calibration/presets, without `.toml`.
         config: A TOML file of the user.
-        flags: Settings that have an option of their own; None means not given.
+        flags: Settings that have an option of their own; a value of None is ignored.
         overrides: `key=value`, the value in TOML.
 
     Raises:
         UnsupportedError: No such recipe or preset.
         InputError: An unknown key (the message names the nearest), or a value of the wrong type or outside its range.
-        ArtifactError: The TOML file is missing or broken.
+        ArtifactError: The TOML file is missing or malformed.
     """
     import calibration.recipes
 
@@ -54,13 +85,13 @@ def recipe_with(
 
 
 def sorted_overrides(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides of the recipe, `key=value`, and those of passes, `pass.key=value`."""
+    """Split overrides into those of the recipe, `key=value`, and those of passes, `pass.key=value`."""
     of_passes = [text for text in texts if "." in text.partition("=")[0]]
     return [text for text in texts if text not in of_passes], of_passes
 
 
 def passes_with(names: Sequence[str], overrides: Sequence[str] = ()) -> tuple[Any, ...]:
-    """Instances of passes, in the order given.
+    """Instances of passes, in the given order.
 
     Args:
         names: As `edm-deploy finetune --with` takes them.
@@ -68,7 +99,7 @@ def passes_with(names: Sequence[str], overrides: Sequence[str] = ()) -> tuple[An
 
     Raises:
         UnsupportedError: No such pass.
-        InputError: A setting of a pass that is not among them, or one that it does not have.
+        InputError: A setting of a pass that is not in `names`, or a setting that the pass does not have.
     """
     import calibration.passes
 
@@ -80,12 +111,12 @@ def passes_with(names: Sequence[str], overrides: Sequence[str] = ()) -> tuple[An
             raise InputError(f"--set {text}: no pass {owner!r} in this run. Add --with {owner}, or leave the setting out.")
         settings[owner] |= dict([parse_override(override)])
     classes = {name: registry.load(calibration.passes, name, "PASS") for name in settings}
-    given = [name.replace("_", "-") for name in names]  # one that is named twice stands twice, and is refused by name
-    return tuple(classes[name](**checked(classes[name], settings[name], where=f"pass {name}")) for name in given)
+    requested = [name.replace("_", "-") for name in names]  # duplicates stay, so that check_passes can refuse them by name
+    return tuple(classes[name](**checked(classes[name], settings[name], where=f"pass {name}")) for name in requested)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Key and value of `key=value`; the value is read as TOML, and as a string where it is none.
+    """Key and value of `key=value`; the value is read as TOML, and as a string if it is not valid TOML.
 
     Raises:
         InputError: There is no `=` or no key.
@@ -101,17 +132,17 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Settings of a TOML file; ArtifactError where it is missing or broken."""
+    """Settings of a TOML file; ArtifactError if it is missing or malformed."""
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError as err:
         raise ArtifactError(f"{path} does not exist; expected a TOML file of settings. Check the path.") from err
     except (OSError, ValueError) as err:
-        raise ArtifactError(f"{path} cannot be read as TOML ({err}). Mend that line.") from err
+        raise ArtifactError(f"{path} cannot be read as TOML ({err}). Correct that line.") from err
 
 
 def preset_path(name: str) -> Path:
-    """The file of a shipped preset; UnsupportedError lists the known ones otherwise."""
+    """The file of a shipped preset; otherwise UnsupportedError, which lists the shipped ones."""
     import calibration
 
     folder = Path(calibration.__path__[0]) / PRESETS
@@ -122,13 +153,13 @@ def preset_path(name: str) -> Path:
 
 
 def checked(recipe_class: type[Any], settings: Mapping[str, Any], *, where: str, option: bool = False) -> dict[str, Any]:
-    """`settings`, each the name of a field of `recipe_class` and of that field's type.
+    """`settings` converted to the types of the fields of `recipe_class`.
 
     Args:
         recipe_class: A dataclass.
         settings: Values by key.
         where: Where they were written, for the message.
-        option: Whether they come from options of their own, which recipes without such a field refuse by the option's name.
+        option: Whether each setting has a command-line option, so that the message names the option.
 
     Raises:
         InputError: An unknown key or a wrong type.
@@ -140,12 +171,12 @@ def checked(recipe_class: type[Any], settings: Mapping[str, Any], *, where: str,
             name = "--" + key.replace("_", "-") if option else repr(key)
             raise InputError(f"{where} has no setting {name}.{registry.suggestion(key, known)} Known: {', '.join(known)}.")
         if not fits(value, hints[key]):
-            raise InputError(f"{where}: {key} is {value!r} ({type(value).__name__}), expected {words(hints[key])}.")
+            raise InputError(f"{where}: {key} is {value!r} ({type(value).__name__}), expected {type_words(hints[key])}.")
     return {key: _converted(value, hints[key]) for key, value in settings.items()}
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a TOML value is of a field's type: an int passes for a float, a bool for nothing but a bool."""
+    """Whether a TOML value has a field's type. An int is accepted as a float; a bool only as a bool."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -165,13 +196,13 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
-def words(hint: Any) -> str:
-    """A type as users read it: `a number`, `one of 'a', 'b'`."""
+def type_words(hint: Any) -> str:
+    """A type for an error message: `a number`, `one of 'a', 'b'`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return "one of " + ", ".join(repr(argument) for argument in arguments)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(words(argument) for argument in arguments if argument is not type(None))
+        return " or ".join(type_words(argument) for argument in arguments if argument is not type(None))
     simple = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     return simple.get(hint, "a list" if origin in (tuple, list, Sequence) else str(hint))
 

@@ -1,4 +1,4 @@
-"""Run a command line so that whatever a user can mend ends in one line on stderr and exit code 2, without libraries' chatter."""
+"""Run a command line: a user error ends in one line on stderr and exit code 2, and libraries' messages are suppressed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
-TRACEBACK_VARIABLE = "EDM_DEPLOY_TRACEBACK"  # set it to see where an error comes from
-INTERRUPTED = 130  # what typer returns for Ctrl-C outside its standalone mode
-NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # torch's RuntimeError and OutOfMemoryError
-OURS = ("edm_deploy", "calibration", "engines", "edm_deploy_tools")  # whose warnings a user sees
+from edm_deploy_tools.common.extras import missing_package
+
+TRACEBACK_VARIABLE = "EDM_DEPLOY_TRACEBACK"  # if set, an unexpected error shows its traceback
+USER_ERROR = 2
+INTERRUPTED = 130  # the shell's code for Ctrl-C, 128 + SIGINT; typer returns it outside its standalone mode
+CLOSED_STDOUT = 1  # as click and rich exit when the reader of a pipe has gone
+NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # in torch's RuntimeError and OutOfMemoryError
+OURS = ("edm_deploy", "calibration", "engines", "edm_deploy_tools")  # packages whose warnings are shown
 QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -23,58 +28,81 @@ QUIET = {
 }
 
 
+def app_with(**settings: Any) -> typer.Typer:
+    """A typer app with the settings that all commands share: `-h` as well as `--help`, no completion unless set, plain tracebacks."""
+    help_names = {"help_option_names": ["-h", "--help"]}
+    return typer.Typer(**{"add_completion": False, "pretty_exceptions_enable": False, "context_settings": help_names} | settings)
+
+
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> int:
-    """Run `app`; returns the exit code, 0 or 2.
+    """Run `app`; returns the exit code: 0, 2 after an error, 130 after Ctrl-C, 1 if stdout was closed early.
 
     Args:
-        app: Raises what goes wrong.
-        name: The command's, for its help.
-        arguments: None takes the process's.
+        app: Raises its errors as exceptions.
+        name: Name of the command in its help.
+        arguments: None takes those of the process.
     """
     _quiet()
     usage_error = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
         code = app(args=list(arguments) if arguments is not None else None, prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("Interrupted.")
+        return _fail("Interrupted.", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter reports a failed flush when it exits
+        return CLOSED_STDOUT
     except usage_error as err:
-        # No arguments at all: typer has printed the help, and has nothing to say.
-        message = err.format_message()  # type: ignore[attr-defined]  # ClickException's own
-        return _fail(f"{message.rstrip('.')}. `{name} --help` shows how.") if message else 2
+        # Without arguments typer has printed the help, and the message is empty.
+        message = err.format_message()  # type: ignore[attr-defined]  # a method of ClickException
+        return _fail(f"{_sentence(message)} `{name} --help` shows how.") if message else USER_ERROR
     except Exception as err:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        return _fail(_words(err))
-    return _fail("Interrupted.") if code == INTERRUPTED else 0
+        return _fail(_words(err), INTERRUPTED if _is_interruption(err) else USER_ERROR)
+    return _fail("Interrupted.", INTERRUPTED) if code == INTERRUPTED else 0
 
 
 def set_passive_openmp() -> None:
-    """Let torch's idle threads sleep instead of spin; effective before torch is imported.
+    """Let torch's idle threads sleep instead of spin; must be called before torch is imported.
 
-    Beside one other busy process on two cores, spinning made a forward pass of the shipped model's reference 3 to 15 times slower.
+    With another busy process on two cores, spinning made a forward pass of the shipped model's reference 3 to 15 times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def _sentence(text: str) -> str:
+    """`text` with final punctuation, which is not doubled."""
+    return text if text.endswith(("?", "!")) else text.rstrip(".") + "."
+
+
 def _words(err: Exception) -> str:
-    from edm_deploy.errors import EdmDeployError  # loads torch, which `--help` does not wait for
+    from edm_deploy.errors import EdmDeployError  # imports torch, which `--help` does not need
 
     if isinstance(err, EdmDeployError):
         return str(err)
+    if isinstance(err, ModuleNotFoundError) and (message := missing_package(err)):
+        return message
     if isinstance(err, OSError):
         return f"{err.filename or 'The system'}: {err.strerror or err}. Check the path and the free space."
     if isinstance(err, MemoryError) or any(words in str(err) for words in NO_MEMORY):
-        return "Out of memory. Choose a smaller batch, or --low-memory where the command has it: float weights then stay in their files."
-    return f"{type(err).__name__}: {err} - a fault of edm-deploy; please report it with what {TRACEBACK_VARIABLE}=1 prints."
+        return "Out of memory. Choose a smaller batch, or --low-memory where the command has it, which loads float weights only while they are used."
+    return f"{type(err).__name__}: {err} - a fault of edm-deploy; please report it with the output of {TRACEBACK_VARIABLE}=1."
 
 
-def _fail(message: str) -> int:
+def _is_interruption(err: Exception) -> bool:
+    """Whether `err` is a run that Ctrl-C ended; only a command that has imported calibration can raise it."""
+    options = sys.modules.get("calibration.run.options")
+    return options is not None and isinstance(err, options.Interrupted)
+
+
+def _fail(message: str, code: int = USER_ERROR) -> int:
     sys.stderr.write("Error: " + " ".join(message.split()) + "\n")
-    return 2
+    return code
 
 
 def _quiet() -> None:
-    """Keep libraries' chatter out of the output; their errors still come."""
+    """Suppress libraries' warnings and progress bars; their errors are still shown."""
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
     for library in ("diffusers", "transformers"):  # they read the variables when they are imported
@@ -91,16 +119,16 @@ def _quiet() -> None:
 
 
 class Lines(logging.Handler):
-    """Records as lines on stderr, each text once a command: what is at random for every layer is at random once for the reader."""
+    """Writes log records as lines on stderr, each distinct text once per command, because many layers may log the same."""
 
     def __init__(self, prefix: str = "") -> None:
         super().__init__()
         self.prefix = prefix
-        self.said: set[str] = set()
+        self.written: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the record, unless it has been said; to stderr as it is now."""
+        """Write the record to the current stderr, unless its text was written before."""
         text = " ".join(record.getMessage().split())
-        if text not in self.said:
-            self.said.add(text)
+        if text not in self.written:
+            self.written.add(text)
             sys.stderr.write(f"{self.prefix}{text}\n")

@@ -1,1 +1,1 @@
-"""Recipes side by side on one model."""
+"""Comparison of recipes on one model."""

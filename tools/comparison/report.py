@@ -1,4 +1,4 @@
-"""A comparison as a page, and as a table in markdown: ranked by noise error at each scheme."""
+"""A comparison as an HTML page and as a markdown table, ranked by noise error for each scheme."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from edm_deploy_tools.common.console import Row, size_words, time_words
 from edm_deploy_tools.evaluation.charts import curves
 from edm_deploy_tools.evaluation.report import STYLE, definitions, grid_uri, html_table
 
-LEFT = ("#", "recipe")  # columns that stand left
+LEFT = ("#", "recipe")  # columns that are aligned left
 DEFINED = {
-    "noise error": "||e_q - e||^2 / ||e||^2 of the prediction along the float model's own trajectory, over all samples, mean over the steps",
-    "PSNR": "of the final images, each model on its own trajectory from the same noise, peak 2",
+    "noise error": "||e_q - e||^2 / ||e||^2 of the prediction along the float model's trajectory, over all samples, mean over the steps",
+    "PSNR": "PSNR of the final images in dB, each model on its own trajectory from the same noise; the peak is 2",
     "Frechet": "squared Frechet distance between the features of the float model's and the quantized model's final images",
-    "time": "wall time of the whole process that made the artifact: start, loading, calibration, training, saving",
-    "memory": "the largest resident memory of that process",
-    "size": "of the artifact's directory",
+    "time": "wall time of the process that quantized the model: start-up, loading, calibration, training, saving",
+    "memory": "peak resident memory of that process",
+    "size": "size of the artifact's directory",
     "integer": "share of the multiply-accumulates of all Conv2d and Linear layers whose weights and inputs are both integer codes",
 }
 
 
-def rows_of(results: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]:
-    """One row for each recipe at a scheme, the best first and the failed last; figures are means over the seeds.
+def ranked_rows(results: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]:
+    """One row for each recipe at a scheme, by noise error, failed ones last; figures are means over the seeds.
 
-    A row holds `recipe`, `trains`, `cells` (its seeds' own), and either `failed` or the figures by their names in results.json.
+    A row has `recipe`, `trains`, `cells` (one for each seed), and either `failed` or the figures by their names in results.json.
     """
     by_recipe: dict[str, list[dict[str, Any]]] = {}
     for cell in results["cells"]:
@@ -54,14 +54,14 @@ def rows_of(results: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]:
 
 
 def schemes_in(results: Mapping[str, Any]) -> list[str]:
-    """Schemes in the order in which they were asked for."""
+    """The schemes, in the requested order."""
     return list(dict.fromkeys(cell["scheme"] for cell in results["cells"]))
 
 
 def table_of(results: Mapping[str, Any], scheme: str) -> list[Row]:
-    """The table of a scheme, as it is read."""
+    """The formatted table of a scheme."""
     table = []
-    for place, row in enumerate(rows_of(results, scheme), start=1):
+    for place, row in enumerate(ranked_rows(results, scheme), start=1):
         name = row["recipe"] + ("" if row["trains"] else " (no training)")
         if "failed" in row:
             blank = dict.fromkeys(("PSNR, dB", "Frechet", "time", "memory", "size", "integer"))
@@ -85,37 +85,37 @@ def table_of(results: Mapping[str, Any], scheme: str) -> list[Row]:
 
 
 def failures(results: Mapping[str, Any]) -> list[str]:
-    """Why cells have no figures, one line each."""
+    """The reason of each failed experiment, one line each."""
     return [f"{cell['recipe']} at {cell['scheme']}: {cell['failed']}" for cell in results["cells"] if "failed" in cell]
 
 
-def conditions(results: Mapping[str, Any]) -> str:
-    """What was measured, on what, as a sentence or two."""
-    asked, machine = results["asked"], results["machine"]
-    setup, seeds = asked["setup"], asked["seeds"]
+def describe_conditions(results: Mapping[str, Any]) -> str:
+    """Model, budget, samples and machine of the comparison, in sentences."""
+    request, machine = results["asked"], results["machine"]
+    settings, seeds = request["setup"], request["seeds"]
     return (
-        f"{Path(results['model']['name']).name}, {asked['rows']} table rows, {time_words(asked['budget'])} of calibration and training for each recipe that "
-        f"trains{f', mean of {seeds} seeds' if seeds > 1 else ''}. Judged on {setup['samples']} samples in {setup['steps']} steps of "
-        f"{results['walk']['scheduler']} from seed {setup['seed']}, by the reference executor. {machine['cpu']}, {machine['cores']} cores, "
-        f"torch {results['versions']['torch']}, {results['date'][:10]}. Two sets of {setup['samples']} samples of the float model itself, from "
-        f"different noise, are {results['frechet_floor']:.3g} apart in the Frechet distance."
+        f"{Path(results['model']['name']).name}, {request['rows']} table rows, {time_words(request['budget'])} of calibration and training for each recipe that "
+        f"trains{f', mean of {seeds} seeds' if seeds > 1 else ''}. Evaluated on {settings['samples']} samples in {settings['steps']} steps of "
+        f"{results['walk']['scheduler']} from seed {settings['seed']}, by the reference executor. {machine['cpu']}, {machine['cores']} cores, "
+        f"torch {results['versions']['torch']}, {results['date'][:10]}. The Frechet distance of two "
+        f"sets of {settings['samples']} samples of the float model, from different noise, is {results['frechet_floor']:.3g}."
     )
 
 
 def command_of(results: Mapping[str, Any]) -> str:
-    """The command line that asks for the same."""
-    asked = results["asked"]
-    setup = asked["setup"]
-    words = ["edm-deploy compare", Path(results["model"]["name"]).name, f"--recipes {asked['recipes']}", f"--bits {asked['bits']}"]
-    words += [f"--budget {asked['budget']:g}s", f"--rows {asked['rows']}", f"--seeds {asked['seeds']}"]
-    words += [f"--samples {setup['samples']}", f"--steps {setup['steps']}", f"--seed {setup['seed']}"]
-    words += [f"--preset {recipe}={preset}" for recipe, preset in asked["presets"].items()]
+    """The command line of this comparison."""
+    request = results["asked"]
+    settings = request["setup"]
+    words = ["edm-deploy compare", Path(results["model"]["name"]).name, f"--recipes {request['recipes']}", f"--bits {request['bits']}"]
+    words += [f"--budget {request['budget']:g}s", f"--rows {request['rows']}", f"--seeds {request['seeds']}"]
+    words += [f"--samples {settings['samples']}", f"--steps {settings['steps']}", f"--seed {settings['seed']}"]
+    words += [f"--preset {recipe}={preset}" for recipe, preset in request["presets"].items()]
     return " ".join([*words, "--out DIR"])
 
 
-def markdown_of(results: Mapping[str, Any]) -> str:
-    """Conditions, one table for each scheme, what failed."""
-    parts = [conditions(results), f"`{command_of(results)}`"]
+def comparison_markdown(results: Mapping[str, Any]) -> str:
+    """Conditions, one table for each scheme, and the failures, as markdown."""
+    parts = [describe_conditions(results), f"`{command_of(results)}`"]
     for scheme in schemes_in(results):
         rows = table_of(results, scheme)
         head = list(rows[0])
@@ -127,20 +127,20 @@ def markdown_of(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def html_of(results: Mapping[str, Any], images: Mapping[str, Tensor]) -> str:
-    """The page: one file, without a network, without a script.
+def comparison_html(results: Mapping[str, Any], images: Mapping[str, Tensor]) -> str:
+    """One self-contained HTML page without scripts or external files.
 
     Args:
-        results: What results.json holds.
-        images: Of the float model, under `float`, and of cells, under their folder; float [n, C, H, W] in [-1, 1].
+        results: Content of results.json.
+        images: float [n, C, H, W] in [-1, 1], by `float` for the float model and by folder for the experiments.
     """
     title = f"{Path(results['model']['name']).name}: recipes compared"
     sections = [
-        f'<h1>{escape(title)}</h1><p class="soft">{escape(conditions(results))}</p><p><code>{escape(command_of(results))}</code></p>'
+        f'<h1>{escape(title)}</h1><p class="soft">{escape(describe_conditions(results))}</p><p><code>{escape(command_of(results))}</code></p>'
     ]
     sections += [_scheme(results, scheme, images) for scheme in schemes_in(results)]
-    sections.append(f"<h2>What the figures are</h2>{definitions(DEFINED)}")
-    sections.append(f"<h2>Machine, versions</h2>{definitions({**results['machine'], **results['versions']})}{_made(results)}")
+    sections.append(f"<h2>Definitions</h2>{definitions(DEFINED)}")
+    sections.append(f"<h2>Machine and versions</h2>{definitions({**results['machine'], **results['versions']})}{_provenance(results)}")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>edm-deploy: {escape(title)}</title><style>{STYLE.read_text()}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
@@ -149,19 +149,19 @@ def html_of(results: Mapping[str, Any], images: Mapping[str, Tensor]) -> str:
 
 def _scheme(results: Mapping[str, Any], scheme: str, images: Mapping[str, Tensor]) -> str:
     table = table_of(results, scheme)
-    rows = [row for row in rows_of(results, scheme) if "failed" not in row]
+    rows = [row for row in ranked_rows(results, scheme) if "failed" not in row]
     notes = "".join(f'<p class="notes">{escape(line)}</p>' for line in failures(results) if f" at {scheme}:" in line)
     parts = [f"<h2>{scheme}</h2>", html_table(table, numbers=[name for name in table[0] if name not in LEFT]), notes]
     if rows:
         series = {row["recipe"]: row["noise_error_by_step"] for row in rows}
         label = "relative error of the predicted noise"
         parts.append(curves(series, results["walk"]["timesteps"], x_label="timestep, from noise to image", y_label=label))
-        parts.append(_pictures(rows, images))
+        parts.append(_images(rows, images))
     return "".join(parts)
 
 
-def _pictures(rows: Sequence[Mapping[str, Any]], images: Mapping[str, Tensor]) -> str:
-    shown = [("float", "the model itself", images["float"])]
+def _images(rows: Sequence[Mapping[str, Any]], images: Mapping[str, Tensor]) -> str:
+    shown = [("float", "the float model", images["float"])]
     for row in rows:
         folder = next(cell["folder"] for cell in row["cells"] if "failed" not in cell)
         if folder in images:
@@ -173,7 +173,7 @@ def _pictures(rows: Sequence[Mapping[str, Any]], images: Mapping[str, Tensor]) -
     return f'<div class="images">{figures}</div>'
 
 
-def _made(results: Mapping[str, Any]) -> str:
+def _provenance(results: Mapping[str, Any]) -> str:
     parts = []
     for cell in results["cells"]:
         made = cell["identity"]

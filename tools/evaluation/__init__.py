@@ -1,1 +1,1 @@
-"""Evaluation against the float model: errors by step, agreement by layer, Frechet distance, report."""
+"""Evaluation against the float model: error by step, agreement by layer, Frechet distance, report."""

@@ -1,4 +1,4 @@
-"""Pictures in a page: curves and heat maps as SVG, pixels as PNG, all inside the text of the page."""
+"""Charts for an HTML page: curves and heat maps as inline SVG, images as inline PNG."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-# Anchors of viridis, evenly spaced: dark is small, light is large, and it reads in grey too.
+# Evenly spaced anchors of viridis: dark is small, light is large, also in greyscale.
 COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 SERIES = 12  # line colours that report.css defines, --series-0 to --series-11
 CELL = 11  # pixels, height of a heat map's row
 
 
 def png_uri(image: Image.Image) -> str:
-    """A picture as a data URI."""
+    """A PNG data URI of an image."""
     stream = io.BytesIO()
     image.save(stream, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def curves(series: Mapping[str, Sequence[float]], ticks: Sequence[float], *, x_label: str, y_label: str) -> str:
-    """Lines over a common x axis, logarithmic in y, each labelled where it ends.
+    """Line chart as SVG with a logarithmic y axis; each line is labelled at its end. Values that are not positive and finite are not drawn.
 
     Args:
-        series: Values > 0 by name, each as long as `ticks`.
-        ticks: What stands at each position of the x axis.
-        x_label: Below it.
-        y_label: Above the y axis.
+        series: Values by name, each as long as `ticks`.
+        ticks: Number shown at each position of the x axis.
+        x_label: Label below the x axis.
+        y_label: Label above the y axis.
     """
     width, height, left, top, bottom = 860, 320, 64, 28, 46
     right = 24 + max((round(7.4 * len(name)) for name in series), default=0)  # room for the longest label in 12 px bold
-    values = [value for line in series.values() for value in line if value > 0]
+    series = {name: line for name, line in series.items() if any(map(_drawable, line))}
+    values = [value for line in series.values() for value in line if _drawable(value)]
     if not values:
         return ""
     low, high = math.log10(min(values)) - 0.05, math.log10(max(values)) + 0.05
@@ -57,25 +58,30 @@ def curves(series: Mapping[str, Sequence[float]], ticks: Sequence[float], *, x_l
         parts.append(f'<text class="tick" x="{x(index):.1f}" y="{height - bottom + 20}" text-anchor="middle">{ticks[index]:g}</text>')
     parts.append(f'<text class="axis" x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text class="axis" x="{left}" y="{top - 12}">{escape(y_label)}</text>')
-    label_heights = spread([y(line[-1]) for line in series.values()], gap=16)
+    label_heights = spread([y([value for value in line if _drawable(value)][-1]) for line in series.values()], gap=16)
     for order, ((name, line), label_y) in enumerate(zip(series.items(), label_heights, strict=True)):
         color = f"var(--series-{order % SERIES})"
-        points = " ".join(f"{x(index):.1f},{y(value):.1f}" for index, value in enumerate(line))
+        drawn = [(x(index), y(value)) for index, value in enumerate(line) if _drawable(value)]
+        points = " ".join(f"{column:.1f},{line_y:.1f}" for column, line_y in drawn)
         parts.append(f'<polyline class="line" style="stroke:{color}" points="{points}"/>')
-        parts += [f'<circle r="2.5" style="fill:{color}" cx="{x(index):.1f}" cy="{y(value):.1f}"/>' for index, value in enumerate(line)]
+        parts += [f'<circle r="2.5" style="fill:{color}" cx="{column:.1f}" cy="{line_y:.1f}"/>' for column, line_y in drawn]
         parts.append(f'<text class="name" style="fill:{color}" x="{width - right + 10}" y="{label_y + 4:.1f}">{escape(name)}</text>')
     return "".join([*parts, "</svg>"])
 
 
+def _drawable(value: float) -> bool:
+    return 0 < value < math.inf
+
+
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between 10^low and 10^high: 1, 2 and 5 of each decade, only the 1 where there are many decades."""
+    """Round numbers between 10^low and 10^high: 1, 2 and 5 times each power of ten, or only the powers over many decades."""
     steps = (1, 2, 5) if high - low < 2.5 else (1,)
     candidates = [step * 10.0**decade for decade in range(math.floor(low), math.ceil(high) + 1) for step in steps]
     return [value for value in candidates if low <= math.log10(value) <= high]
 
 
 def spread(heights: Sequence[float], *, gap: float) -> list[float]:
-    """`heights` moved down as little as keeps any two `gap` apart; the order of the arguments is kept."""
+    """`heights` increased as little as makes any two differ by at least `gap`, in the order of the arguments."""
     placed = list(heights)
     order = sorted(range(len(heights)), key=lambda index: heights[index])
     for before, after in itertools.pairwise(order):
@@ -84,14 +90,14 @@ def spread(heights: Sequence[float], *, gap: float) -> list[float]:
 
 
 def heat_map(values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[float], *, x_label: str, value_label: str) -> str:
-    """A map of positive values, coloured by their logarithm, with its scale below.
+    """Heat map as SVG of positive values on a logarithmic colour scale, with a colour bar below.
 
     Args:
         values: [rows, columns], each > 0.
-        rows: Names, from top to bottom.
-        columns: What stands at each column.
-        x_label: Below the x axis.
-        value_label: What the colour means.
+        rows: Name of each row, from top to bottom.
+        columns: Number shown at each column.
+        x_label: Label below the x axis.
+        value_label: Label of the colour bar.
     """
     left, right, top, width = 240, 16, 8, 860
     height_of_map = CELL * len(rows)
@@ -127,7 +133,7 @@ def _pixels(share: NDArray[np.float64], x: float, y: float, width: float, height
 
 
 def colored(share: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """uint8 [rows, columns, 3] for shares in [0, 1]."""
+    """RGB colours, uint8 [rows, columns, 3], of shares in [0, 1]."""
     anchors = np.array(COLORS, dtype=np.float64)
     positions = np.linspace(0, 1, len(anchors))
     return np.stack([np.interp(share, positions, anchors[:, channel]) for channel in range(3)], axis=-1).round().astype(np.uint8)

@@ -1,10 +1,9 @@
-"""Judge artifacts and engines against the float model that they were made from: figures in report.json, pictures in report.html."""
+"""Evaluate artifacts and engines against the float model that they were made from; writes report.json and report.html."""
 
 from __future__ import annotations
 
 import datetime
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +15,12 @@ from edm_deploy.pipelines.source import Source, load_source
 from edm_deploy.runtime.backend import SiteTestCase
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.directories import check_replaceable, new_directory, write_json
+from edm_deploy.storage.leftovers import scratch_directory
+from edm_deploy_tools.common.console import Notify, silent
 from edm_deploy_tools.common.machine import machine, versions
-from edm_deploy_tools.evaluation.report import html_of
+from edm_deploy_tools.evaluation.report import report_html
 from edm_deploy_tools.evaluation.results import EvaluationTarget, Report, Result
-from edm_deploy_tools.evaluation.site_agreement import agreement, cut_at_sites, statistics
+from edm_deploy_tools.evaluation.site_agreement import agreement, cut_from_trajectory, site_statistics
 from edm_deploy_tools.evaluation.trajectory_error import (
     EvaluationSettings,
     ReferenceTrajectory,
@@ -32,7 +33,6 @@ from edm_deploy_tools.inspection.describe import kind_of
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
-Say = Callable[[str], None]
 
 
 def evaluate_paths(
@@ -40,159 +40,163 @@ def evaluate_paths(
     out: Path,
     *,
     reference: str | None = None,
-    setup: EvaluationSettings | None = None,
+    settings: EvaluationSettings | None = None,
     device: str | None = None,
     low_memory: bool = False,
-    say: Say | None = None,
+    notify: Notify = silent,
 ) -> Report:
-    """Judge artifacts and engines, and write report.json and report.html into directory `out`.
+    """Evaluate artifacts and engines, and write report.json and report.html into directory `out`.
 
     Args:
-        paths: Artifact and engine directories; an engine is compared site by site with the artifact among them that it was built from.
-        out: Directory to write, whole or not at all.
-        reference: The float model; None takes the one that the first artifact was made from.
-        setup: Samples, steps, seed, guidance, prompts.
-        device: Where engines run; None is where the backend of each runs.
-        low_memory: Leave the float model's weights in their files until a layer runs.
-        say: Told what is being measured.
+        paths: Artifact and engine directories. An engine is compared site by site with the artifact that it was built from, if that is given too.
+        out: Output directory, written completely or not at all.
+        reference: The float model; None is the model that the first artifact was made from.
+        settings: Samples, steps, seed, guidance, prompts.
+        device: Where engines run; None is the default device of each engine's backend.
+        low_memory: Whether the float model's weights stay in their files until a layer runs.
+        notify: Called with a line of text before each measurement.
 
     Raises:
-        ArtifactError: A path is neither, or the float model is not found.
-        InputError: The model takes no prompts, or is not guided.
+        ArtifactError: A path is neither an artifact nor an engine, or the float model is not found.
+        InputError: Prompts or a guidance scale for a model that takes none.
         UnsupportedError: An engine cannot run on this machine.
     """
     check_replaceable(out, marker=JSON_NAME)
-    subjects = open_subjects(paths)
-    source = load_source(reference or reference_of(subjects), low_memory=low_memory)
-    report = evaluate_targets(subjects, source, setup or EvaluationSettings(), device=device, say=say)
+    targets = open_targets(paths)
+    source = load_source(reference or float_model_of(targets), low_memory=low_memory)
+    report = evaluate_targets(targets, source, settings or EvaluationSettings(), device=device, notify=notify)
     write_report(report, out)
     return report
 
 
-def open_subjects(paths: Sequence[Path], labels: Sequence[str] = ()) -> list[EvaluationTarget]:
-    """Artifacts and engines with the artifact that each was built from, where it is among them."""
+def open_targets(paths: Sequence[Path], labels: Sequence[str] = ()) -> list[EvaluationTarget]:
+    """Open artifacts and engines; each engine is linked to the artifact that it was built from, if that is among them."""
     kinds = [kind_of(str(path)) for path in paths]
     for path, kind in zip(paths, kinds, strict=True):
         if not path.exists():
             raise ArtifactError(f"{path} does not exist; evaluate takes artifacts and engines. Check the path.")
         if kind not in ("artifact", "engine"):
-            raise ArtifactError(f"{path} is {_a(kind)}; evaluate takes artifacts and engines.{_mend(kind, path)}")
+            raise ArtifactError(f"{path} is {_with_article(kind)}; evaluate takes artifacts and engines.{_remedy(kind, path)}")
     artifacts = {path: Artifact.load(path) for path, kind in zip(paths, kinds, strict=True) if kind == "artifact"}
     by_digest = {artifact.digest: artifact for artifact in artifacts.values()}
-    subjects = []
+    targets = []
     for path, label in zip(paths, labels or unique_labels(paths), strict=True):
         engine = None if path in artifacts else Manifest.read(path, kind="engine")
         artifact = artifacts.get(path) or (by_digest.get(engine.artifact) if engine else None)
-        subjects.append(EvaluationTarget(label=label, path=path, artifact=artifact, engine=engine))
-    return subjects
+        targets.append(EvaluationTarget(label=label, path=path, artifact=artifact, engine=engine))
+    return targets
 
 
 def unique_labels(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, or all of it where two would be the same."""
+    """The last part of each path, or the whole path if two have the same last part."""
     names = [path.resolve().name for path in paths]
     return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
-def reference_of(subjects: Sequence[EvaluationTarget]) -> str:
+def float_model_of(targets: Sequence[EvaluationTarget]) -> str:
     """The float model that the first artifact was made from, by its provenance.
 
     Raises:
-        ArtifactError: No artifact names one that is still there.
+        ArtifactError: No artifact records one, or it no longer exists.
     """
-    named = [
-        str(subject.artifact.provenance["source"]) for subject in subjects if subject.artifact and subject.artifact.provenance.get("source")
+    recorded = [
+        str(target.artifact.provenance["source"]) for target in targets if target.artifact and target.artifact.provenance.get("source")
     ]
-    if not named:
-        raise ArtifactError(f"{subjects[0].path} does not say which float model it was made from. Name it with --reference MODEL.")
-    if Path(named[0]).is_absolute() and not Path(named[0]).exists():
+    if not recorded:
+        raise ArtifactError(f"{targets[0].path} does not record the float model that it was made from. Name it with --reference MODEL.")
+    if Path(recorded[0]).is_absolute() and not Path(recorded[0]).exists():
         raise ArtifactError(
-            f"{subjects[0].path} was made from {named[0]}, which is not there. Name the float model with --reference MODEL."
+            f"{targets[0].path} was made from {recorded[0]}, which does not exist. Name the float model with --reference MODEL."
         )
-    return named[0]
+    return recorded[0]
 
 
 def evaluate_targets(
-    subjects: Sequence[EvaluationTarget], source: Source, setup: EvaluationSettings, *, device: str | None = None, say: Say | None = None
+    targets: Sequence[EvaluationTarget],
+    source: Source,
+    settings: EvaluationSettings,
+    *,
+    device: str | None = None,
+    notify: Notify = silent,
 ) -> Report:
-    """Measure each subject against the float model; engines on `device`, or where their backends run."""
-    say = say or (lambda text: None)
-    for subject in subjects:
-        check_same_model(subject, source)
-    say(f"float model: {setup.samples} samples, {setup.steps} steps")
-    reference = reference_trajectory(source, setup)
+    """Measure each target against the float model; engines run on `device`, or on the default device of their backend."""
+    for target in targets:
+        check_same_model(target, source)
+    notify(f"float model: {settings.samples} samples, {settings.steps} steps")
+    trajectory = reference_trajectory(source, settings)
     results = []
-    with tempfile.TemporaryDirectory() as scratch:
-        cuts = Cuts(reference, Path(scratch))
-        for subject in subjects:
-            say(f"{subject.label} ({subject.kind}, {subject.scheme})")
-            results.append(evaluate_engine(subject, reference, cuts, device) if subject.engine else evaluate_artifact(subject, reference))
+    with scratch_directory("evaluate") as scratch:
+        cases = SiteTestCases(trajectory, scratch)
+        for target in targets:
+            notify(f"{target.label} ({target.kind}, {target.scheme})")
+            results.append(evaluate_engine(target, trajectory, cases, device) if target.engine else evaluate_artifact(target, trajectory))
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    return Report(reference=source, walk=reference, results=tuple(results), date=now, machine=machine(), versions=versions())
+    return Report(reference=source, trajectory=trajectory, results=tuple(results), date=now, machine=machine(), versions=versions())
 
 
-def evaluate_artifact(subject: EvaluationTarget, reference: ReferenceTrajectory) -> Result:
-    """An artifact, computed by the reference executor, with each site's statistics."""
-    assert subject.artifact is not None  # an artifact subject holds it
-    far = trajectory_error(denoise_of_artifact(subject.artifact, reference.conditioning), reference)
-    return Result(subject=subject, distance=far, statistics=tuple(statistics(subject.artifact, reference)))
+def evaluate_artifact(target: EvaluationTarget, trajectory: ReferenceTrajectory) -> Result:
+    """Evaluate an artifact in the reference executor, with statistics of each site."""
+    assert target.artifact is not None  # the caller chose an artifact
+    error = trajectory_error(denoise_of_artifact(target.artifact, trajectory.conditioning), trajectory)
+    return Result(target=target, error=error, statistics=tuple(site_statistics(target.artifact, trajectory)))
 
 
-class Cuts:
-    """What the reference makes of every site alone, by artifact and rounding of the inputs, each made once: the engines of one artifact share it."""
+class SiteTestCases:
+    """Records of every site in the reference executor, cached by artifact and input dtype so that the engines of one artifact share them."""
 
-    def __init__(self, reference: ReferenceTrajectory, scratch: Path) -> None:
-        self.reference, self.scratch = reference, scratch
-        self.made: dict[tuple[str, torch.dtype], SiteTestCase] = {}
+    def __init__(self, trajectory: ReferenceTrajectory, scratch: Path) -> None:
+        self.trajectory, self.scratch = trajectory, scratch
+        self.cached: dict[tuple[str, torch.dtype], SiteTestCase] = {}
 
     def of(self, artifact: Artifact, engine: Manifest) -> SiteTestCase:
-        """The cut that an engine of `artifact` is compared on."""
+        """The records that an engine of `artifact` is compared with."""
         dtype = engines.backend_named(str(engine.backend)).site_dtype(engine)
         key = engine.artifact, dtype
-        if key not in self.made:
-            self.made[key] = cut_at_sites(artifact, self.reference, self.scratch / f"cut-{len(self.made)}", dtype=dtype)
-        return self.made[key]
+        if key not in self.cached:
+            self.cached[key] = cut_from_trajectory(artifact, self.trajectory, self.scratch / f"cut-{len(self.cached)}", dtype=dtype)
+        return self.cached[key]
 
 
-def evaluate_engine(subject: EvaluationTarget, reference: ReferenceTrajectory, cuts: Cuts, device: str | None) -> Result:
-    """An engine, with its agreement site by site where its artifact is known."""
-    assert subject.engine is not None  # an engine subject holds it
-    far = trajectory_error(denoise_of_engine(subject.path, reference.conditioning, device=device), reference)
-    if subject.artifact is None:
-        note = "Agreement with the reference was not measured: give the artifact that the engine was built from beside it."
-        return Result(subject=subject, distance=far, notes=(note,))
+def evaluate_engine(target: EvaluationTarget, trajectory: ReferenceTrajectory, cases: SiteTestCases, device: str | None) -> Result:
+    """Evaluate an engine, with its agreement site by site if its artifact is known."""
+    assert target.engine is not None  # the caller chose an engine
+    error = trajectory_error(denoise_of_engine(target.path, trajectory.conditioning, device=device), trajectory)
+    if target.artifact is None:
+        note = "Agreement with the reference was not measured: give the artifact that the engine was built from as well."
+        return Result(target=target, error=error, notes=(note,))
     try:
-        found = agreement(cuts.of(subject.artifact, subject.engine), subject.engine, device=device)
-        return Result(subject=subject, distance=far, agreement=tuple(found))
+        sites = agreement(cases.of(target.artifact, target.engine), target.engine, device=device)
+        return Result(target=target, error=error, agreement=tuple(sites))
     except UnsupportedError as err:
-        return Result(subject=subject, distance=far, notes=(f"Agreement with the reference was not measured: {err}",))
+        return Result(target=target, error=error, notes=(f"Agreement with the reference was not measured: {err}",))
 
 
-def check_same_model(subject: EvaluationTarget, source: Source) -> None:
-    """Raises ArtifactError where a subject was not made from a model of this architecture."""
-    holder = subject.engine or subject.artifact
-    assert holder is not None  # one of the two is there
+def check_same_model(target: EvaluationTarget, source: Source) -> None:
+    """Raises ArtifactError if a target has another architecture than the float model."""
+    holder = target.engine or target.artifact
+    assert holder is not None  # an artifact or an engine is always set
     if holder.family != source.family:
         raise ArtifactError(
-            f"{subject.path} is a {holder.family}, {source.name} a {source.family}. Name its own float model with --reference."
+            f"{target.path} is a {holder.family}, {source.name} a {source.family}. Name the float model that it was made from with --reference."
         )
     for key, value in holder.config.items():
         if key in source.config and source.config[key] != value:
             raise ArtifactError(
-                f"{subject.path} has {key}={value!r}, {source.name} has {source.config[key]!r}: not the model that it was made from. "
+                f"{target.path} has {key}={value!r}, {source.name} has {source.config[key]!r}: not the model that it was made from. "
                 "Name that one with --reference."
             )
 
 
 def write_report(report: Report, out: Path) -> None:
-    """report.json and report.html in directory `out`, whole or not at all."""
+    """Write report.json and report.html into directory `out`, completely or not at all."""
     with new_directory(out, marker=JSON_NAME) as directory:
         write_json(directory / JSON_NAME, report.to_json())
-        (directory / HTML_NAME).write_text(html_of(report))
+        (directory / HTML_NAME).write_text(report_html(report))
 
 
-def _a(kind: str) -> str:
+def _with_article(kind: str) -> str:
     return {"model": "a float model", "onnx": "an ONNX directory"}.get(kind, f"a {kind}")
 
 
-def _mend(kind: str, path: Path) -> str:
+def _remedy(kind: str, path: Path) -> str:
     return f" Run edm-deploy build-engine {path} first." if kind == "onnx" else " Run edm-deploy calibrate first."

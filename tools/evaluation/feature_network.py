@@ -1,4 +1,4 @@
-"""What a picture shows, as a vector: features of a small network of our own that was trained to tell CIFAR-10's classes apart."""
+"""Feature vectors of images, from a small network trained to classify CIFAR-10."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 from edm_deploy_tools.common.assets import ASSETS
 
 WEIGHTS = ASSETS / "features-cifar10" / "features.safetensors"
-SIZE = 32  # pixels, height and width that the network was trained at
+SIZE = 32  # pixels, height and width of the training images
 WIDTHS = (48, 128, 256)  # channels at 16, 8 and 4 pixels
 CLASSES = 10
 BATCH = 256
@@ -22,7 +22,7 @@ class FeatureNetwork(nn.Module):
     """Five convolutions, two of them residual, and a classifier that only training needs.
 
     Args:
-        normalized: With the batch norms that it is trained with; what is shipped has them folded into the convolutions.
+        normalized: Whether convolutions are followed by batch norms, as in training; in the shipped network they are folded into the convolutions.
     """
 
     def __init__(self, *, normalized: bool = False) -> None:
@@ -36,7 +36,7 @@ class FeatureNetwork(nn.Module):
         self.classifier = nn.Linear(third, CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
-        """float32 [N, 256]: each channel's mean over an image; `images` float32 [N, 3, 32, 32] in [-1, 1]."""
+        """Mean of each channel over an image, float32 [N, 256]; `images` is float32 [N, 3, 32, 32] in [-1, 1]."""
         x = functional.relu(self.stem(images))
         x = x + functional.relu(self.residual(x))
         x = functional.relu(self.middle(functional.max_pool2d(x, 2)))
@@ -45,7 +45,7 @@ class FeatureNetwork(nn.Module):
         return mean
 
     def forward(self, images: Tensor) -> Tensor:
-        """float32 [N, 10]: logits of the classes."""
+        """Class logits, float32 [N, 10]."""
         logits: Tensor = self.classifier(self.features(images))
         return logits
 
@@ -65,10 +65,10 @@ def shipped_network() -> FeatureNetwork:
 
 @torch.no_grad()
 def features_of(images: Tensor) -> Tensor:
-    """float32 [N, 256] of the shipped network.
+    """Features of the shipped network, float32 [N, 256].
 
     Args:
-        images: float [N, C, H, W] in [-1, 1], C 1 or 3; other sizes than 32 are scaled to it, smoothed where that is smaller.
+        images: float [N, C, H, W] in [-1, 1], with C 1 or 3. Sizes other than 32 are resized to 32, with antialiasing.
     """
     if images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)

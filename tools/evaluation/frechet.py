@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of feature vectors, each taken for a sample of a Gaussian."""
+"""Frechet distance between two sets of feature vectors, each modelled as a Gaussian."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from edm_deploy.errors import InputError
 
 
-def frechet_distance(found: Tensor, expected: Tensor) -> float:
+def frechet_distance(actual: Tensor, expected: Tensor) -> float:
     """||m1 - m2||^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2)), 0 or more.
 
-    The trace of the root is that of (C1^(1/2) C2 C1^(1/2))^(1/2), whose argument is symmetric: no root of a matrix that is not, which with few samples has
-    complex parts of rounding alone. Of n samples the covariances have at most rank n - 1, and the distance of two samples of one distribution is above 0
-    by about 1/n: distances are comparable at one n only.
+    The trace of the root is computed as that of (C1^(1/2) C2 C1^(1/2))^(1/2), whose argument is symmetric; the root of the product C1 C2 itself would have
+    complex parts from rounding when samples are few. The covariances of n samples have rank n - 1 at most, and the distance of two sets of samples from
+    one distribution is positive by about 1/n, so distances are comparable only at equal n.
 
     Args:
-        found: float [N, D].
+        actual: float [N, D].
         expected: float [M, D].
 
     Raises:
@@ -24,21 +24,21 @@ def frechet_distance(found: Tensor, expected: Tensor) -> float:
 
     Source: Dowson and Landau, 1982; Heusel et al., arXiv 1706.08500.
     """
-    for features in (found, expected):
+    for features in (actual, expected):
         if len(features) < 2:
-            raise InputError(f"A Frechet distance needs at least 2 samples of each model, {len(features)} given. Set a larger --samples.")
+            raise InputError(f"A Frechet distance needs at least 2 samples of each model, {len(features)} given. Increase --samples.")
         if not bool(features.isfinite().all()):
-            raise InputError("A sample has features that are not finite: the quantized model diverges. Use more bits.")
-    (mean_found, covariance_found), (mean_expected, covariance_expected) = moments(found), moments(expected)
-    root = symmetric_root(covariance_found)
+            raise InputError("Features of the samples are not finite: the quantized model diverges. Use more bits.")
+    (mean_actual, covariance_actual), (mean_expected, covariance_expected) = moments(actual), moments(expected)
+    root = symmetric_root(covariance_actual)
     product = root @ covariance_expected @ root
-    of_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    distance = (mean_found - mean_expected).square().sum() + covariance_found.trace() + covariance_expected.trace() - 2 * of_root
+    trace_of_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    distance = (mean_actual - mean_expected).square().sum() + covariance_actual.trace() + covariance_expected.trace() - 2 * trace_of_root
     return max(float(distance), 0.0)
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 [D] and [D, D]: mean, and covariance with N - 1 in its denominator."""
+    """Mean and covariance, float64 [D] and [D, D]; the covariance is divided by N - 1."""
     features = features.double()
     mean = features.mean(0)
     centred = features - mean
@@ -46,6 +46,6 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def symmetric_root(matrix: Tensor) -> Tensor:
-    """The root of a symmetric positive semidefinite matrix, float64 [D, D]; eigenvalues that rounding has brought below 0 are taken for 0."""
+    """Square root of a symmetric positive semidefinite matrix, float64 [D, D]; eigenvalues below 0, from rounding, are set to 0."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

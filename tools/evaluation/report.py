@@ -1,4 +1,4 @@
-"""report.html: one file that says it all, without a network, without a script."""
+"""report.html: an evaluation as one self-contained page without scripts or external files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from edm_deploy.pipelines.custom import images_from_sample
 from edm_deploy.runtime.capabilities import summary
 from edm_deploy_tools.common.console import Row, cell, size_words, time_words
 from edm_deploy_tools.evaluation.charts import curves, heat_map, png_uri
-from edm_deploy_tools.evaluation.results import EvaluationTarget, Report, Result, agreement_json, conditions, final_samples
+from edm_deploy_tools.evaluation.results import EvaluationTarget, Report, Result, agreement_json, describe_settings, final_samples
 from edm_deploy_tools.evaluation.site_agreement import SiteAgreement
 from edm_deploy_tools.images.sample import grid_of
 
-STYLE = Path(__file__).parents[1] / "report.css"
-COLUMNS = 4  # of the image grids
+STYLE = Path(__file__).parent / "report.css"
+COLUMNS = 4  # of an image grid
 
 
-def html_of(report: Report) -> str:
-    """The page."""
+def report_html(report: Report) -> str:
+    """The page as HTML text."""
     sections = [_head(report), _summary(report), _images(report), _curve(report), _engines(report), _bench(report)]
     sections += [_tables(result) for result in report.results if result.statistics]
     sections += [_sites(report), _conditions(report)]
@@ -54,93 +54,95 @@ def _summary(report: Report) -> str:
             "mean noise error": None,
             "PSNR, dB": None,
             "on disk": size_words(4 * parameters),
-            "one call": f"{1000 * report.walk.seconds:.0f} ms",
-            "computed by": "torch, float32",
+            "one call": f"{1000 * report.trajectory.seconds:.0f} ms",
+            "executed by": "torch, float32",
         }
     ]
     for result in report.results:
-        engine = result.subject.engine
+        engine = result.target.engine
         rows.append(
             {
-                "": result.subject.label,
-                "scheme": result.subject.scheme,
-                "mean noise error": f"{result.distance.noise_error:.4f}",
-                "PSNR, dB": f"{result.distance.psnr:.1f}",
-                "on disk": size_words(result.subject.bytes),
-                "one call": f"{1000 * result.distance.seconds:.0f} ms" if engine else None,
-                "computed by": str(engine.backend) if engine else "reference executor, exact integers",
+                "": result.target.label,
+                "scheme": result.target.scheme,
+                "mean noise error": f"{result.error.noise_error:.4f}",
+                "PSNR, dB": f"{result.error.psnr:.1f}",
+                "on disk": size_words(result.target.bytes),
+                "one call": f"{1000 * result.error.seconds:.0f} ms" if engine else None,
+                "executed by": str(engine.backend) if engine else "reference executor, exact integers",
             }
         )
     return (
-        "<h2>How far from the float model</h2>"
-        f'<p class="soft">{escape(conditions(report))} '
-        "Noise error: squared distance of the prediction to the float model's, relative to its square, along the float model's own trajectory, mean over the steps. "
-        "PSNR: final images from the same noise, each model on its own trajectory. One call: median over the trajectories, "
-        f"batch {len(report.walk.noise)}, both halves of a guided model.</p>"
+        "<h2>Error against the float model</h2>"
+        f'<p class="soft">{escape(describe_settings(report))} '
+        "Noise error: ||e<sub>q</sub> - e||<sup>2</sup> / ||e||<sup>2</sup> of the predicted noise along the float model's trajectory, mean over the steps. "
+        "PSNR: final images from the same initial noise, each model on its own trajectory. One call: median wall time of one forward pass, "
+        f"batch {len(report.trajectory.noise)}; with classifier-free guidance it includes the conditional and the unconditional half.</p>"
         + html_table(rows, numbers=("mean noise error", "PSNR, dB", "on disk", "one call"))
     )
 
 
 def _images(report: Report) -> str:
     figures = []
-    by_label = {result.subject.label: result for result in report.results}
+    by_label = {result.target.label: result for result in report.results}
     for label, samples in final_samples(report):
         result = by_label.get(label)
-        words = f"{result.subject.scheme}, {result.distance.psnr:.1f} dB" if result else "the model that it all starts from"
+        words = f"{result.target.scheme}, {result.error.psnr:.1f} dB" if result else "the float model"
         figures.append(
             f'<figure><img alt="samples, {escape(label)}" src="{grid_uri(samples)}"><figcaption><b>{escape(label)}</b>{words}</figcaption></figure>'
         )
-    return f'<h2>Images from the same noise</h2><div class="images">{"".join(figures)}</div>'
+    return f'<h2>Images from the same initial noise</h2><div class="images">{"".join(figures)}</div>'
 
 
 def grid_uri(samples: torch.Tensor) -> str:
-    """Samples, float [n, C, H, W] in [-1, 1], as one picture in a data URI."""
+    """A grid of samples, float [n, C, H, W] in [-1, 1], as a data URI."""
     pixels = (images_from_sample(samples) * 255).round().astype(np.uint8)
     images = [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image[..., :3]) for image in pixels]
     return png_uri(grid_of(images, columns=min(COLUMNS, len(images))))
 
 
 def _curve(report: Report) -> str:
-    series = {result.subject.label: result.distance.noise_errors for result in report.results}
-    chart = curves(series, report.walk.timesteps, x_label="timestep, from noise to image", y_label="relative error of the predicted noise")
-    return f"<h2>Error, step by step</h2>{chart}"
+    series = {result.target.label: result.error.noise_errors for result in report.results}
+    chart = curves(
+        series, report.trajectory.timesteps, x_label="timestep, from noise to image", y_label="relative error of the predicted noise"
+    )
+    return f"<h2>Error by step</h2>{chart}"
 
 
 def _engines(report: Report) -> str:
-    judged = [(result.subject, result.agreement) for result in report.results if result.subject.engine]
-    rows = [_engine_row(subject, agreement) for subject, agreement in [*judged, *((subject, None) for subject in report.waiting)]]
+    evaluated = [(result.target, result.agreement) for result in report.results if result.target.engine]
+    rows = [_engine_row(target, agreement) for target, agreement in [*evaluated, *((target, None) for target in report.waiting)]]
     if not rows:
         return ""
-    notes = [f"{result.subject.label}: {note}" for result in report.results for note in result.notes]
-    notes += [f"{subject.label} was built ahead of time for {_gpu(subject)} and has not run on this machine." for subject in report.waiting]
+    notes = [f"{result.target.label}: {note}" for result in report.results for note in result.notes]
+    notes += [f"{target.label} was built ahead of time for {_gpu(target)} and has not run on this machine." for target in report.waiting]
     return (
         "<h2>Engines</h2>"
-        '<p class="soft">Agreement: every quantized layer from the reference executor\'s own input. At a rounding tie two correct executors may be '
-        "one code apart; what differs by more is counted as beyond a tie.</p>"
+        '<p class="soft">Agreement: each quantized layer is computed from the reference executor\'s input and compared code by code. At a rounding tie two '
+        "correct executors may differ by one code; every other difference is counted as beyond a tie.</p>"
         + html_table(rows, numbers=("build", "codes compared", "ties", "beyond a tie", "largest output error"))
         + "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
     )
 
 
-def _engine_row(subject: EvaluationTarget, agreement: Sequence[SiteAgreement] | None) -> Row:
-    engine = subject.engine
+def _engine_row(target: EvaluationTarget, agreement: Sequence[SiteAgreement] | None) -> Row:
+    engine = target.engine
     assert engine is not None  # the caller chose the engines
     options = ", ".join(f"{name} {value}" for name, value in engine.build.get("options", {}).items() if value is not None)
-    found = agreement_json(agreement) if agreement is not None else None
+    totals = agreement_json(agreement) if agreement is not None else None
     return {
-        "": subject.label,
+        "": target.label,
         "plan": summary(engine.plan) + (f" ({options})" if options else ""),
         "build": time_words(float(engine.build.get("seconds", 0))),
-        "codes compared": f"{found['codes']:,}" if found else None,
-        "ties": f"{found['ties']:,}" if found else None,
-        "beyond a tie": f"{found['beyond_a_tie']:,} ({100 * found['beyond_a_tie'] / max(found['codes'], 1):.2g} %)" if found else None,
+        "codes compared": f"{totals['codes']:,}" if totals else None,
+        "ties": f"{totals['ties']:,}" if totals else None,
+        "beyond a tie": f"{totals['beyond_a_tie']:,} ({100 * totals['beyond_a_tie'] / max(totals['codes'], 1):.2g} %)" if totals else None,
         "largest output error": f"{max((site.output_error for site in agreement), default=0):.1e}" if agreement else None,
     }
 
 
-def _gpu(subject: EvaluationTarget) -> str:
-    assert subject.engine is not None  # only engines wait
-    return str(subject.engine.build.get("options", {}).get("gpu") or subject.engine.backend)
+def _gpu(target: EvaluationTarget) -> str:
+    assert target.engine is not None  # only engines are built ahead of time
+    return str(target.engine.build.get("options", {}).get("gpu") or target.engine.backend)
 
 
 def _bench(report: Report) -> str:
@@ -151,15 +153,15 @@ def _bench(report: Report) -> str:
 
 
 def _tables(result: Result) -> str:
-    artifact = result.subject.artifact
+    artifact = result.target.artifact
     assert artifact is not None  # statistics come from an artifact
     tables = {name: site.activation for name, site in artifact.sites.items() if site.activation}
     values = np.stack([table.scale.double().numpy() for table in tables.values()])
     timesteps = [float(timestep) for timestep in artifact.timesteps]
     chart = heat_map(values, list(tables), timesteps, x_label="timestep of the table row", value_label="input scale (log)")
     return (
-        f"<h2>Scale table: {escape(result.subject.label)}</h2>"
-        f'<p class="soft">{len(tables)} layers by {len(timesteps)} rows. A layer whose inputs shrink or grow along the trajectory has a row of changing colour.</p>{chart}'
+        f"<h2>Activation scales: {escape(result.target.label)}</h2>"
+        f'<p class="soft">Scale of the input of each of {len(tables)} layers at each of {len(timesteps)} calibrated timesteps. The colour of a row changes where the range of the layer input changes along the trajectory.</p>{chart}'
     )
 
 
@@ -181,25 +183,25 @@ def _sites(report: Report) -> str:
             for site in sorted(result.statistics, key=lambda site: fmean(site.sqnr))
         ]
         table = html_table(rows, numbers=list(rows[0])[2:], dense=True)
-        parts.append(f"<details><summary>{escape(result.subject.label)}: {len(rows)} layers, the noisiest first</summary>{table}</details>")
+        parts.append(f"<details><summary>{escape(result.target.label)}: {len(rows)} layers, lowest SQNR first</summary>{table}</details>")
     if not parts:
         return ""
     return (
         "<h2>Layers</h2>"
-        "<p class=\"soft\">What each layer's quantized input looks like along the float model's trajectory: share of the codes in use, share of values outside the range, "
-        f"and signal to quantization noise; means over the steps, then the worst step.</p>{''.join(parts)}"
+        '<p class="soft">The quantized input of each layer along the float model\'s trajectory: share of the codes in use, share of values outside the range, '
+        f"and signal-to-quantization-noise ratio (SQNR); mean over the steps, and the worst step.</p>{''.join(parts)}"
     )
 
 
 def _conditions(report: Report) -> str:
     parts = [definitions({**report.machine, **report.versions})]
     for result in report.results:
-        facts = {"path": str(result.subject.path)}
-        if result.subject.artifact and not result.subject.engine:
-            facts |= {name: _words(name, value) for name, value in result.subject.artifact.provenance.items()}
-        if result.subject.engine:
-            facts |= {f"build {name}": _words(name, value) for name, value in result.subject.engine.build.items()}
-        parts.append(f"<details><summary>{escape(result.subject.label)}: how it was made</summary>{definitions(facts)}</details>")
+        facts = {"path": str(result.target.path)}
+        if result.target.artifact and not result.target.engine:
+            facts |= {name: _words(name, value) for name, value in result.target.artifact.provenance.items()}
+        if result.target.engine:
+            facts |= {f"build {name}": _words(name, value) for name, value in result.target.engine.build.items()}
+        parts.append(f"<details><summary>{escape(result.target.label)}: how it was made</summary>{definitions(facts)}</details>")
     return f"<h2>Machine, versions, provenance</h2>{''.join(parts)}"
 
 
@@ -214,17 +216,17 @@ def _words(name: str, value: Any) -> str:
 
 
 def definitions(facts: Mapping[str, Any]) -> str:
-    """Names and values, one under the other."""
+    """Names and values as a definition list."""
     return "<dl>" + "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items()) + "</dl>"
 
 
 def html_table(rows: Sequence[Row], *, numbers: Sequence[str] = (), dense: bool = False) -> str:
-    """A table whose columns are the keys of the first row.
+    """An HTML table whose columns are the keys of the first row.
 
     Args:
         rows: Values by column.
-        numbers: Columns that stand right.
-        dense: Small type, for many rows.
+        numbers: Columns that are aligned right.
+        dense: Whether to use small type, for many rows.
     """
 
     def kind(index: int, name: str) -> str:

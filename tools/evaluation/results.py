@@ -1,4 +1,4 @@
-"""What an evaluation found: figures for people, for report.json and for report.html."""
+"""Results of an evaluation, as tables for the console, report.json and report.html."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.pipelines.source import Source
 from edm_deploy.runtime.capabilities import CAPABILITIES, plan_layers, summary
 from edm_deploy.runtime.manifest import Manifest
-from edm_deploy_tools.common.console import Row, bytes_of
+from edm_deploy_tools.common.console import Row, bytes_of, finite
 from edm_deploy_tools.evaluation.site_agreement import SiteAgreement, SiteStatistics
 from edm_deploy_tools.evaluation.trajectory_error import ReferenceTrajectory, TrajectoryError
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationTarget:
-    """What is judged.
+    """An artifact or an engine to evaluate.
 
     Attributes:
-        label: Its name in the report.
+        label: Name in the report.
         path: An artifact or engine directory.
-        artifact: It, or what the engine was built from where that is known.
-        engine: The manifest, for an engine.
+        artifact: The artifact, or the one that the engine was built from if it is known.
+        engine: Manifest of the engine; None for an artifact.
     """
 
     label: str
@@ -38,37 +38,37 @@ class EvaluationTarget:
 
     @property
     def kind(self) -> Literal["artifact", "engine"]:
-        """Which of the two."""
+        """Whether this is an artifact or an engine."""
         return "engine" if self.engine else "artifact"
 
     @property
     def bytes(self) -> int:
-        """On disk: of the artifact's directory, or of the engine without text encoders and VAE, which may lie beside it."""
+        """Size on disk: of the artifact's directory, or of the engine without text encoders and VAE in the same directory."""
         return int(self.engine.build.get("engine_bytes") or bytes_of(self.path)) if self.engine else bytes_of(self.path)
 
     @property
     def scheme(self) -> str:
-        """`W4A4`."""
+        """For example `W4A4`."""
         if self.engine:
             return self.engine.scheme
-        assert self.artifact is not None  # one of the two is there
+        assert self.artifact is not None  # an artifact or an engine is always set
         return self.artifact.scheme
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One subject, judged.
+    """Evaluation of one target.
 
     Attributes:
-        subject: It.
-        distance: To the float model.
+        target: The artifact or engine.
+        error: Error with respect to the float model.
         statistics: By site and step; empty for an engine.
-        agreement: By site with the reference; None where it was not or could not be measured.
-        notes: Why something was not measured.
+        agreement: By site, with the reference; None if it was not measured.
+        notes: Reasons why something was not measured.
     """
 
-    subject: EvaluationTarget
-    distance: TrajectoryError
+    target: EvaluationTarget
+    error: TrajectoryError
     statistics: tuple[SiteStatistics, ...] = ()
     agreement: tuple[SiteAgreement, ...] | None = None
     notes: tuple[str, ...] = ()
@@ -76,21 +76,21 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything that was measured.
+    """A complete evaluation.
 
     Attributes:
         reference: The float model.
-        walk: Its walk.
-        results: One for each subject, in the order given.
+        trajectory: Its sampling trajectories.
+        results: One for each target, in the given order.
         date: Local time.
-        machine, versions: Where and with what it was measured.
-        waiting: Engines that were built here and run elsewhere.
-        bench: Rows of a benchmark, where one was run beside.
-        notes: What else a reader must know.
+        machine, versions: Hardware and package versions of the measurement.
+        waiting: Engines that were built for another machine and have not run.
+        bench: Rows of a benchmark; empty if none was run.
+        notes: Further remarks.
     """
 
     reference: Source
-    walk: ReferenceTrajectory
+    trajectory: ReferenceTrajectory
     results: tuple[Result, ...]
     date: str
     machine: Mapping[str, Any]
@@ -100,45 +100,46 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Every figure, by name."""
-        setup = dataclasses.asdict(self.walk.setup) | {
-            "guidance": self.walk.guidance,
-            "conditioning": self.walk.origin,
-            "scheduler": self.walk.scheduler,
+        """All figures by name; a figure that is not finite is None, as JSON has no number for it."""
+        setup = dataclasses.asdict(self.trajectory.settings) | {
+            "guidance": self.trajectory.guidance,
+            "conditioning": self.trajectory.origin,
+            "scheduler": self.trajectory.scheduler,
             "eta": 0.0,
-            "timesteps": self.walk.timesteps,
-            "compared": self.walk.decoder.kind,
+            "timesteps": self.trajectory.timesteps,
+            "compared": self.trajectory.decoder.kind,
         }
         parameters = sum(value.numel() for value in self.reference.model.parameters())
         float_model = {
             "name": self.reference.name,
             "parameters": parameters,
             "fp32_bytes": 4 * parameters,
-            "seconds_per_batch": self.walk.seconds,
+            "seconds_per_batch": self.trajectory.seconds,
         }
-        return {
+        content: dict[str, Any] = {
             "date": self.date,
             "machine": dict(self.machine),
             "versions": dict(self.versions),
             "setup": setup,
             "reference": float_model,
             "results": [result_json(result) for result in self.results],
-            "waiting": [engine_json(subject) for subject in self.waiting],
+            "waiting": [engine_json(target) for target in self.waiting],
             "bench": [dict(row) for row in self.bench],
             "notes": list(self.notes),
         }
+        return finite(content)
 
 
 def headline(report: Report) -> list[Row]:
-    """One line for each subject: what people ask first."""
+    """One row of main figures for each target."""
     return [
         {
-            "name": result.subject.label,
-            "kind": result.subject.kind,
-            "scheme": result.subject.scheme,
-            "noise error": result.distance.noise_error,
-            "PSNR dB": round(result.distance.psnr, 2),
-            "MB": round(result.subject.bytes / 1e6, 2),
+            "name": result.target.label,
+            "kind": result.target.kind,
+            "scheme": result.target.scheme,
+            "noise error": result.error.noise_error,
+            "PSNR dB": round(result.error.psnr, 2),
+            "MB": round(result.target.bytes / 1e6, 2),
             "codes beyond a tie": sum(site.differ for site in result.agreement) if result.agreement is not None else None,
         }
         for result in report.results
@@ -146,26 +147,26 @@ def headline(report: Report) -> list[Row]:
 
 
 def result_json(result: Result) -> dict[str, Any]:
-    """One subject's figures."""
-    subject, far = result.subject, result.distance
+    """All figures of one target."""
+    target, error = result.target, result.error
     content: dict[str, Any] = {
-        "label": subject.label,
-        "kind": subject.kind,
-        "path": str(subject.path),
-        "scheme": subject.scheme,
-        "bytes": subject.bytes,
-        "noise_error": far.noise_error,
-        "noise_error_by_step": list(far.noise_errors),
-        "psnr_db": far.psnr,
-        "seconds_per_batch": far.seconds,
+        "label": target.label,
+        "kind": target.kind,
+        "path": str(target.path),
+        "scheme": target.scheme,
+        "bytes": target.bytes,
+        "noise_error": error.noise_error,
+        "noise_error_by_step": list(error.noise_errors),
+        "psnr_db": error.psnr,
+        "seconds_per_batch": error.seconds,
         "notes": list(result.notes),
     }
-    if subject.artifact:
-        content["provenance"] = dict(subject.artifact.provenance)
-    if subject.engine:
-        content |= engine_json(subject)
-    elif subject.artifact:
-        content["plan"] = {name: summary(plan_layers(subject.artifact, target)) for name, target in CAPABILITIES.items()}
+    if target.artifact:
+        content["provenance"] = dict(target.artifact.provenance)
+    if target.engine:
+        content |= engine_json(target)
+    elif target.artifact:
+        content["plan"] = {name: summary(plan_layers(target.artifact, backend)) for name, backend in CAPABILITIES.items()}
     if result.statistics:
         content["sites"] = [dataclasses.asdict(site) for site in result.statistics]
     if result.agreement is not None:
@@ -173,15 +174,15 @@ def result_json(result: Result) -> dict[str, Any]:
     return content
 
 
-def engine_json(subject: EvaluationTarget) -> dict[str, Any]:
-    """What is known of an engine without running it."""
-    assert subject.engine is not None  # the caller chose an engine
-    engine = subject.engine
-    return {"label": subject.label, "backend": engine.backend, "build": dict(engine.build), "plan": summary(engine.plan)}
+def engine_json(target: EvaluationTarget) -> dict[str, Any]:
+    """Backend, build and plan of an engine, from its manifest."""
+    assert target.engine is not None  # the caller chose an engine
+    engine = target.engine
+    return {"label": target.label, "backend": engine.backend, "build": dict(engine.build), "plan": summary(engine.plan)}
 
 
 def agreement_json(sites: Sequence[SiteAgreement]) -> dict[str, Any]:
-    """Totals, then each site."""
+    """Totals over the sites, and each site."""
     codes = sum(site.codes for site in sites)
     differ = sum(site.differ for site in sites)
     return {
@@ -196,15 +197,18 @@ def agreement_json(sites: Sequence[SiteAgreement]) -> dict[str, Any]:
 
 def final_samples(report: Report) -> list[tuple[str, Tensor]]:
     """Final images by label, [B, C, H, W] in about [-1, 1], the float model's first."""
-    walked = report.walk
-    images = [("float", walked.images), *((result.subject.label, result.distance.images) for result in report.results)]
-    return [(label, walked.decoder.visible(found, walked.images)) for label, found in images]
+    trajectory = report.trajectory
+    images = [("float", trajectory.images), *((result.target.label, result.error.images) for result in report.results)]
+    return [(label, trajectory.decoder.visible(found, trajectory.images)) for label, found in images]
 
 
-def conditions(report: Report) -> str:
+def describe_settings(report: Report) -> str:
     """How samples were drawn and what was compared, as sentences without markup."""
-    walked, setup = report.walk, report.walk.setup
-    process = "DDIM without fresh noise" if walked.scheduler == "ddim" else "Euler along the flow"
-    told = "" if not walked.conditioning.conditional else f", conditioning {walked.origin}"
-    guided = "" if walked.guidance is None else f", guidance {walked.guidance:g}"
-    return f"{setup.samples} samples, {setup.steps} steps of {process}, seed {setup.seed}{told}{guided}. PSNR of {walked.decoder.words}."
+    trajectory, settings = report.trajectory, report.trajectory.settings
+    scheduler = "DDIM (eta 0)" if trajectory.scheduler == "ddim" else "Euler (flow matching)"
+    conditioning = f", conditioning {trajectory.origin}" if trajectory.conditioning.conditional else ""
+    guidance = "" if trajectory.guidance is None else f", guidance {trajectory.guidance:g}"
+    return (
+        f"{settings.samples} samples, {settings.steps} steps of {scheduler}, seed {settings.seed}{conditioning}{guidance}. "
+        f"PSNR of {trajectory.decoder.words}."
+    )

@@ -1,4 +1,4 @@
-"""One layer at a time: how well its table fits what it sees, and whether an engine computes what the reference computes."""
+"""Per layer: how well its activation table fits its inputs, and whether an engine computes the same as the reference."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from edm_deploy.runtime.backend import SiteTestCase
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy_tools.evaluation.trajectory_error import ReferenceTrajectory
 
-SAMPLES = 4  # of the walk's batch: enough for shares and ratios, and the records of all sites fit in memory
+SAMPLES = 4  # of the trajectory's batch: enough for shares and ratios, and the records of all sites fit in memory
 TIE = 2.0**-12  # |frac(x / s) - 1/2| below this is a tie: float32 keeps x / s of 8 bits to 2^-17
-HIGHEST_SQNR = 150.0  # dB; what float32 can show
+HIGHEST_SQNR = 150.0  # dB; the resolution of float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteStatistics:
-    """How a site's table fits what the site sees, at each step of the walk.
+    """Fit of a site's activation table to its inputs, at each step of the trajectory.
 
     Attributes:
-        site: Its name.
-        scheme: `W4A4`.
+        site: Name of the site.
+        scheme: For example `W4A4`.
         rows: Table row of each step.
-        range_use: Codes between the smallest and largest used, as a share of the codes there are.
-        clipped: Share of inputs outside the range.
-        sqnr: Signal to quantization noise of the input, in dB.
-        scale: The table's scale.
+        range_use: Number of codes from the smallest to the largest used, as a share of all codes, 0 to 1.
+        clipped: Share of the inputs outside the range, 0 to 1.
+        sqnr: Signal-to-quantization-noise ratio of the input, in dB.
+        scale: Scale of the table row.
     """
 
     site: str
@@ -49,14 +49,14 @@ class SiteStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteAgreement:
-    """One site of an engine against the reference, from the reference's own input.
+    """Comparison of one site of an engine with the reference, both computed from the reference's input.
 
     Attributes:
-        site: Its name.
+        site: Name of the site.
         codes: Number of input codes compared.
-        ties: Codes that are 1 apart at a rounding tie.
-        differ: Codes that differ by more than a tie explains.
-        output_error: Largest |y_engine - y_reference| over the largest |y_reference|.
+        ties: Number of codes that differ by 1 at a rounding tie.
+        differ: Number of codes that differ otherwise.
+        output_error: max |y_engine - y_reference| / max |y_reference|.
     """
 
     site: str
@@ -66,12 +66,12 @@ class SiteAgreement:
     output_error: float
 
 
-def statistics(artifact: Artifact, walk: ReferenceTrajectory) -> list[SiteStatistics]:
-    """Range use, clipping and SQNR of each quantized input along the float model's walk."""
+def site_statistics(artifact: Artifact, trajectory: ReferenceTrajectory) -> list[SiteStatistics]:
+    """Range use, clipping and SQNR of each quantized input along the float model's trajectory."""
     reference = Reference(artifact)
     columns: dict[str, list[tuple[int, float, float, float, float]]] = {}
-    for step in walk.steps:
-        inputs = _inputs_at(walk, [step.timestep] * SAMPLES, step.sample[:SAMPLES])
+    for step in trajectory.steps:
+        inputs = _inputs_at(trajectory, [step.timestep] * SAMPLES, step.sample[:SAMPLES])
         row = int(table_rows(artifact.row_of_timestep, torch.tensor([step.timestep])))
         for name, record in reference.record(inputs).items():
             if artifact.sites[name].activation is not None:
@@ -90,7 +90,7 @@ def statistics(artifact: Artifact, walk: ReferenceTrajectory) -> list[SiteStatis
 def _fit(record: SiteRecord, site: QuantizedLayer, row: int) -> tuple[float, float, float, float]:
     """Range use, clipped share, SQNR in dB and scale of one site at one row."""
     table = site.activation
-    assert table is not None  # the caller leaves weight-only sites out
+    assert table is not None  # the caller excludes weight-only sites
     qmin, qmax, scale = int(table.qmin[row]), int(table.qmax[row]), float(table.scale[row])
     codes = (record.x * table.inv_scale[row]).round()
     used = (float(record.codes.max()) - float(record.codes.min()) + 1) / (qmax - qmin + 1)
@@ -101,23 +101,24 @@ def _fit(record: SiteRecord, site: QuantizedLayer, row: int) -> tuple[float, flo
     return used, clipped, min(sqnr, HIGHEST_SQNR), scale
 
 
-def cut_at_sites(artifact: Artifact, walk: ReferenceTrajectory, scratch: Path, *, dtype: torch.dtype) -> SiteTestCase:
-    """What the reference makes of every site alone, each from what it saw on points of the walk.
+def cut_from_trajectory(artifact: Artifact, trajectory: ReferenceTrajectory, scratch: Path, *, dtype: torch.dtype) -> SiteTestCase:
+    """Inputs and outputs of every site in the reference executor, at points spread over the float model's trajectory.
 
     Args:
-        artifact: Whose sites.
-        walk: Of the float model.
-        scratch: A directory for what backends make of the cut.
-        dtype: What the judged engine rounds a site's input to; the reference starts from the same rounded values.
+        artifact: The artifact whose sites are recorded.
+        trajectory: Of the float model.
+        scratch: A directory for the files that backends derive from the test case.
+        dtype: Type to which the compared engine rounds a site's input; the reference starts from the same rounded values.
     """
-    chosen = [walk.steps[round(index * (len(walk.steps) - 1) / (SAMPLES - 1))] for index in range(SAMPLES)]
+    steps = trajectory.steps
+    chosen = [steps[round(index * (len(steps) - 1) / (SAMPLES - 1))] for index in range(SAMPLES)]
     samples = torch.stack([step.sample[index % len(step.sample)] for index, step in enumerate(chosen)])
-    inputs = _inputs_at(walk, [step.timestep for step in chosen], samples)
+    inputs = _inputs_at(trajectory, [step.timestep for step in chosen], samples)
     return cut_from_inputs(artifact, inputs, scratch, dtype=dtype)
 
 
 def cut_from_inputs(artifact: Artifact, inputs: Mapping[str, Tensor], scratch: Path, *, dtype: torch.dtype) -> SiteTestCase:
-    """As `cut_at_sites`, from graph inputs by name; samples of the batch may stand at different timesteps."""
+    """As `cut_from_trajectory`, from graph inputs by name; samples of the batch may have different timesteps."""
     reference = Reference(artifact)
     records = reference.record(inputs)
     if dtype != torch.float32:
@@ -127,44 +128,44 @@ def cut_from_inputs(artifact: Artifact, inputs: Mapping[str, Tensor], scratch: P
 
 
 def agreement(cut: SiteTestCase, engine: Manifest, *, device: str | None = None) -> list[SiteAgreement]:
-    """Every site of an engine against the reference, each from the reference's own input: the one judge of all backends.
+    """Compare every site of an engine with the reference, each from the reference's input; all backends are compared this way.
 
     Args:
         cut: Of the artifact that the engine was built from.
-        engine: Its manifest; the same backend computes each site alone, with the same options.
-        device: Where it runs; None is where its backend runs.
+        engine: Manifest of the engine; the same backend computes each site separately, with the same options.
+        device: Where the sites run; None is the default device of the backend.
 
     Raises:
         UnsupportedError: The backend cannot run on this machine.
     """
     backend = engines.backend_named(str(engine.backend))
-    found = backend.at_sites(cut, engine, torch.device(device or backend.device))
+    outputs = backend.at_sites(cut, engine, torch.device(device or backend.device))
     rows = table_rows(cut.artifact.row_of_timestep, cut.timestep)
-    return [compare(name, cut.artifact.sites[name], record, found, rows) for name, record in cut.records.items()]
+    return [compare_site(name, cut.artifact.sites[name], record, outputs, rows) for name, record in cut.records.items()]
 
 
-def compare(name: str, site: QuantizedLayer, record: SiteRecord, found: Mapping[str, Tensor], rows: Tensor) -> SiteAgreement:
-    """One site's codes and output against its record.
+def compare_site(name: str, site: QuantizedLayer, record: SiteRecord, outputs: Mapping[str, Tensor], rows: Tensor) -> SiteAgreement:
+    """Compare the codes and the output of one site with the reference's record.
 
     Args:
-        name: The site's.
-        site: It.
-        record: What the reference saw.
-        found: What the engine computes, `<site>.codes` and `<site>.y`.
+        name: Name of the site.
+        site: The quantized layer.
+        record: Input, codes and output in the reference.
+        outputs: Results of the engine, `<site>.codes` and `<site>.y`.
         rows: int64 [B], table row of each sample.
     """
     codes = ties = differ = 0
     if site.activation is not None:
-        apart = (found[f"{name}.codes"].cpu().float() - record.codes).abs()
+        apart = (outputs[f"{name}.codes"].cpu().float() - record.codes).abs()
         scaled = record.x * per_sample(site.activation.inv_scale, rows, record.x)
         tie = (apart == 1) & ((scaled - scaled.floor() - 0.5).abs() < TIE)
         codes, ties, differ = apart.numel(), int(tie.sum()), int((apart > 0).sum() - tie.sum())
     largest = max(float(record.y.abs().max()), torch.finfo(torch.float32).tiny)
-    error = float((found[f"{name}.y"].cpu().float() - record.y).abs().max()) / largest
+    error = float((outputs[f"{name}.y"].cpu().float() - record.y).abs().max()) / largest
     return SiteAgreement(site=name, codes=codes, ties=ties, differ=differ, output_error=error)
 
 
-def _inputs_at(walk: ReferenceTrajectory, timesteps: list[float], samples: Tensor) -> dict[str, Tensor]:
-    """Graph inputs of some samples, both halves of a guided model: a site sees the one as often as the other."""
-    members = torch.arange(len(samples)) % len(walk.noise)
-    return walk.conditioning.of_members(members).inputs(samples, torch.tensor(timesteps[: len(samples)]))
+def _inputs_at(trajectory: ReferenceTrajectory, timesteps: list[float], samples: Tensor) -> dict[str, Tensor]:
+    """Graph inputs of some samples; of a guided model both the conditional and the unconditional half, as in sampling."""
+    members = torch.arange(len(samples)) % len(trajectory.noise)
+    return trajectory.conditioning.of_members(members).inputs(samples, torch.tensor(timesteps[: len(samples)]))

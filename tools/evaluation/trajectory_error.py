@@ -1,4 +1,4 @@
-"""The float model's walk from noise to images, and another denoiser beside it: how far it is, step by step and at the end."""
+"""Sampling trajectories of the float model, and the error of another denoiser along them: per step, and of the final images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration.data.prompts import prompts_of
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.reference import reference_with_correction
 from edm_deploy.errors import InputError
@@ -20,6 +19,7 @@ from edm_deploy.network.family import SAMPLE
 from edm_deploy.network.graph_names import SCALE_INPUT
 from edm_deploy.pipelines.guidance import Conditioning
 from edm_deploy.pipelines.prompt_encoding import check_takes_prompts, conditioner_of, takes_prompts
+from edm_deploy.pipelines.prompt_file import read_prompts
 from edm_deploy.pipelines.sampling import Denoise, Step, last_sample, trajectory
 from edm_deploy.pipelines.schedulers import scheduler_named, schedulers_for
 from edm_deploy.pipelines.source import Source
@@ -30,20 +30,20 @@ from edm_deploy_tools.common.assets import ASSETS
 from edm_deploy_tools.images.decoding import Decoder, decoder_of
 from edm_deploy_tools.images.sample import batch_sizes
 
-DETERMINISTIC = ("ddim", "flow-euler")  # the same noise always ends in the same image
-PROMPTS = ASSETS / "prompts" / "evaluation.txt"  # none of those that models are calibrated with
+DETERMINISTIC = ("ddim", "flow-euler")  # schedulers without randomness: the same noise always gives the same image
+PROMPTS = ASSETS / "prompts" / "evaluation.txt"  # disjoint from the prompts that models are calibrated with
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """What is measured on.
+    """The samples that models are evaluated on.
 
     Attributes:
-        samples: Trajectories, all in one batch.
-        steps: Inference steps of DDIM without fresh noise; of Euler where the model was trained by flow matching.
-        seed: Of the first noise and of the conditioning.
-        guidance: Scale of classifier-free or embedded guidance; None is what the model's samples are usually drawn with.
-        prompts: What samples are told in turn, where the model takes text; none takes those of assets/prompts/evaluation.txt.
+        samples: Number of trajectories, all in one batch.
+        steps: Inference steps: DDIM with eta 0, or Euler for a flow-matching model.
+        seed: Of the initial noise and of the conditioning.
+        guidance: Scale of classifier-free or embedded guidance; None is the usual scale of the model.
+        prompts: For a text-conditional model, assigned to samples cyclically; if empty, those of assets/prompts/evaluation.txt.
     """
 
     samples: int = 16
@@ -60,23 +60,23 @@ class EvaluationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceTrajectory:
-    """The float model's own trajectories.
+    """Sampling trajectories of the float model.
 
     Attributes:
         source: The float model.
-        setup: What it was walked with.
-        noise: float32 [B, ...], [B, C, H, W] but for packed latents.
-        conditioning: What the samples are told, and how they are guided.
-        origin: Where that comes from, in words.
-        decoder: Makes images of samples.
-        steps: In walking order; predictions are the guided ones.
-        final: The samples at the end, [B, ...].
-        images: What the decoder makes of them, [B, C, H, W].
+        settings: Samples, steps, seed, guidance, prompts.
+        noise: Initial noise, float32 [B, ...]: [B, C, H, W] except for packed latents.
+        conditioning: Conditioning and guidance of the samples.
+        origin: Description of where the conditioning comes from.
+        decoder: Converts samples to images.
+        steps: In sampling order; predictions include guidance.
+        final: Final samples, [B, ...].
+        images: Decoded final samples, [B, C, H, W].
         seconds: Median wall time of one forward pass of the batch.
     """
 
     source: Source
-    setup: EvaluationSettings
+    settings: EvaluationSettings
     noise: Tensor
     conditioning: Conditioning
     origin: str
@@ -88,16 +88,16 @@ class ReferenceTrajectory:
 
     @property
     def scheduler(self) -> str:
-        """Name of the one that walks."""
+        """Name of the scheduler."""
         return deterministic(self.source)
 
     @property
     def guidance(self) -> float | None:
-        """Scale of the guidance; None where the model is not guided."""
-        given = self.conditioning.conditional
-        return (
-            float(given[SCALE_INPUT][0]) if SCALE_INPUT in given else self.conditioning.scale if self.conditioning.unconditional else None
-        )
+        """Guidance scale; None if the model is not guided."""
+        conditional = self.conditioning.conditional
+        if SCALE_INPUT in conditional:
+            return float(conditional[SCALE_INPUT][0])
+        return self.conditioning.scale if self.conditioning.unconditional else None
 
     @property
     def timesteps(self) -> list[float]:
@@ -107,13 +107,13 @@ class ReferenceTrajectory:
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryError:
-    """How far a denoiser is from the float model.
+    """Error of a denoiser with respect to the float model.
 
     Attributes:
-        noise_errors: For each step of the float model's walk, ||e_q - e_f||^2 / ||e_f||^2 over the batch.
-        psnr: Of the final images, each model on its own walk from the same noise, in dB; `Decoder.words` says of what.
-        final: This denoiser's own final samples.
-        images: What the decoder makes of them, [B, C, H, W].
+        noise_errors: ||e_q - e_f||^2 / ||e_f||^2 over the batch, for each step of the float model's trajectory.
+        psnr: PSNR of the final images in dB, each model on its own trajectory from the same noise; `Decoder.words` describes the images.
+        final: Final samples of this denoiser.
+        images: Decoded final samples, [B, C, H, W].
         seconds: Median wall time of one forward pass of the batch.
     """
 
@@ -129,26 +129,28 @@ class TrajectoryError:
         return fmean(self.noise_errors)
 
 
-def reference_trajectory(source: Source, setup: EvaluationSettings) -> ReferenceTrajectory:
-    """Walk the float model.
+def reference_trajectory(source: Source, settings: EvaluationSettings) -> ReferenceTrajectory:
+    """Sample the trajectories of the float model.
 
     Raises:
         InputError: Prompts or a guidance scale for a model that takes none.
         ArtifactError: A text encoder or the VAE cannot be read.
     """
-    if setup.prompts:
+    if settings.prompts:
         check_takes_prompts(source)
-    conditioner = conditioner_of(source, scale=setup.guidance, prompts=(setup.prompts or prompts_of(PROMPTS))[: setup.samples])
-    generator = torch.Generator().manual_seed(setup.seed)
-    noise = torch.randn(setup.samples, *source.family_object.latent_shape(source.config), generator=generator)
-    conditioning = conditioner.of(conditioner.draw(setup.samples, generator, in_turn=takes_prompts(source)))
+    prompts = (settings.prompts or read_prompts(PROMPTS))[: settings.samples]
+    conditioner = conditioner_of(source, scale=settings.guidance, prompts=prompts)
+    generator = torch.Generator().manual_seed(settings.seed)
+    noise = torch.randn(settings.samples, *source.family_object.latent_shape(source.config), generator=generator)
+    conditioning = conditioner.of(conditioner.draw(settings.samples, generator, in_turn=takes_prompts(source)))
     times: list[float] = []
     denoise = timed(denoise_of_source(source, conditioning), times)
-    steps = tuple(trajectory(denoise, _scheduler(source), noise, steps=setup.steps, sigmas=source.family_object.sigmas(setup.steps)))
+    sigmas = source.family_object.sigmas(settings.steps)
+    steps = tuple(trajectory(denoise, _scheduler(source), noise, steps=settings.steps, sigmas=sigmas))
     decoder, final = decoder_of(source), steps[-1].next_sample
     return ReferenceTrajectory(
         source=source,
-        setup=setup,
+        settings=settings,
         noise=noise,
         conditioning=conditioning,
         origin=conditioner.origin,
@@ -161,26 +163,26 @@ def reference_trajectory(source: Source, setup: EvaluationSettings) -> Reference
 
 
 def trajectory_error(denoise: Denoise, reference: ReferenceTrajectory) -> TrajectoryError:
-    """Measure a denoiser beside the float model's walk and on its own."""
+    """Measure a denoiser along the float model's trajectory and on its own."""
     times: list[float] = []
     denoise = timed(denoise, times)
     errors = [
         relative_error(denoise(step.sample, torch.full((len(step.sample),), step.timestep)), step.prediction) for step in reference.steps
     ]
-    source, steps = reference.source, reference.setup.steps
+    source, steps = reference.source, reference.settings.steps
     final = last_sample(trajectory(denoise, _scheduler(source), reference.noise, steps=steps, sigmas=source.family_object.sigmas(steps)))
     images = reference.decoder.images(final)
     psnr = reference.decoder.psnr(images, reference.images)
     return TrajectoryError(noise_errors=tuple(errors), psnr=psnr, final=final, images=images, seconds=median(times))
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """||found - expected||^2 / ||expected||^2 over all elements."""
-    return float((found.double() - expected.double()).pow(2).sum() / expected.double().pow(2).sum())
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected||^2 / ||expected||^2 over all elements."""
+    return float((actual.double() - expected.double()).pow(2).sum() / expected.double().pow(2).sum())
 
 
 def denoise_of_source(source: Source, conditioning: Conditioning) -> Denoise:
-    """The float model, guided as the conditioning says."""
+    """The float model, with conditioning and guidance."""
 
     def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
         output = source.family_object.forward(source.model, conditioning.inputs(sample, timestep))
@@ -190,7 +192,7 @@ def denoise_of_source(source: Source, conditioning: Conditioning) -> Denoise:
 
 
 def denoise_of_artifact(artifact: Artifact, conditioning: Conditioning) -> Denoise:
-    """An artifact, computed by the reference executor with all that a runtime does around it, guided likewise."""
+    """An artifact in the reference executor, with the runtime's timestep correction, conditioning and guidance."""
     reference = reference_with_correction(artifact)
 
     def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
@@ -201,7 +203,7 @@ def denoise_of_artifact(artifact: Artifact, conditioning: Conditioning) -> Denoi
 
 
 def denoise_of_engine(path: Path, conditioning: Conditioning, *, device: str | None = None) -> Denoise:
-    """An engine on `device`, or where its backend runs; a batch that its profile does not take is cut into ones that it does."""
+    """An engine on `device`, or on the default device of its backend; a batch outside its profile is split into batches inside it."""
     denoiser = load_denoiser(path, device=device)
     allowed = denoiser.manifest.profile.get("batch", ShapeRange(1, 1, 1 << 30))
 
@@ -217,7 +219,7 @@ def denoise_of_engine(path: Path, conditioning: Conditioning, *, device: str | N
 
 
 def deterministic(source: Source) -> str:
-    """Name of the scheduler that is walked with: DDIM without fresh noise for a diffusion, Euler for a flow."""
+    """Name of the deterministic scheduler: DDIM with eta 0 for a diffusion model, Euler for a flow-matching model."""
     (name,) = set(DETERMINISTIC) & set(schedulers_for(source.scheduler.config))
     return name
 
@@ -227,7 +229,7 @@ def _scheduler(source: Source) -> Any:  # diffusers' schedulers share no useful 
 
 
 def timed(denoise: Denoise, times: list[float]) -> Denoise:
-    """`denoise`, each call's wall time in seconds added to `times`."""
+    """`denoise`, with the wall time of each call in seconds appended to `times`."""
 
     def timing(sample: Tensor, timestep: Tensor) -> Tensor:
         start = time.perf_counter()
@@ -243,5 +245,5 @@ def _run(denoiser: EngineDenoiser, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _rows(value: Tensor, start: int, size: int) -> Tensor:
-    """`size` rows of `value` from `start` on; the last row stands in for the ones that are not there."""
+    """`size` rows of `value` from `start` on, padded with copies of the last row."""
     return value[torch.arange(start, start + size).clamp(max=len(value) - 1)]

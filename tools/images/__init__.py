@@ -1,1 +1,1 @@
-"""Images: sampling from an engine, pipeline arguments, decoding, datasets."""
+"""Images: sampling from an engine, arguments of the pipeline, decoding, datasets."""

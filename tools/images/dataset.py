@@ -1,4 +1,4 @@
-"""Training pictures: from a folder, or from a parquet file of encoded ones."""
+"""Training images, from a folder or from a parquet file of encoded images."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch import Tensor
 
 from edm_deploy.errors import ArtifactError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def load_pictures(path: Path, *, size: int, label: int | None) -> Tensor:
-    """Pictures as uint8 [N, 3, size, size].
+def load_images(path: Path, *, size: int, label: int | None) -> Tensor:
+    """Load images as uint8 [N, 3, size, size].
 
     Args:
-        path: A parquet file with columns `img` (a struct with encoded `bytes`) and `label`, or a folder of pictures, searched through.
-        size: Pictures are cut to a square around their middle and scaled to this.
-        label: Only this class, of a parquet file; None takes all.
+        path: A parquet file with columns `img` (a struct with encoded `bytes`) and `label`, or a folder, searched recursively.
+        size: Height and width in pixels, after a centre crop to a square.
+        label: Class to load from a parquet file; None loads all.
 
     Raises:
-        ArtifactError: Nothing there, or no picture in it.
+        ArtifactError: The path does not exist, cannot be read, or holds no image.
     """
     if path.is_dir():
-        found = [_read(entry) for entry in sorted(path.rglob("*")) if entry.suffix.lower() in PICTURES]
+        images = [_read(entry) for entry in sorted(path.rglob("*")) if entry.suffix.lower() in IMAGE_SUFFIXES]
     elif path.suffix == ".parquet" and path.is_file():
-        found = [_decode(data, path) for data in _parquet_bytes(path, label)]
+        images = [_decode(data, path) for data in _parquet_bytes(path, label)]
     else:
-        raise ArtifactError(f"{path} is neither a folder of pictures nor a parquet file. Check the path.")
-    if not found:
-        raise ArtifactError(f"{path} holds no picture{'' if label is None else f' of class {label}'}; expected {', '.join(PICTURES)}.")
-    return torch.stack([torch.from_numpy(np.array(_square(picture, size))).permute(2, 0, 1) for picture in found])
+        raise ArtifactError(f"{path} is neither a folder of images nor a parquet file. Check the path.")
+    if not images:
+        raise ArtifactError(f"{path} holds no image{'' if label is None else f' of class {label}'}; expected {', '.join(IMAGE_SUFFIXES)}.")
+    return torch.stack([torch.from_numpy(np.array(_square(image, size))).permute(2, 0, 1) for image in images])
 
 
 def _parquet_bytes(path: Path, label: int | None) -> list[bytes]:
@@ -45,7 +45,7 @@ def _parquet_bytes(path: Path, label: int | None) -> list[bytes]:
     try:
         table = parquet.read_table(path, columns=["img", "label"])
         entries = zip(table.column("img").to_pylist(), table.column("label").to_pylist(), strict=True)
-        return [picture["bytes"] for picture, found in entries if label is None or found == label]
+        return [image["bytes"] for image, image_label in entries if label is None or image_label == label]
     except (OSError, ValueError, LookupError, TypeError) as err:
         raise ArtifactError(
             f"{path} cannot be read ({err}). Expected a parquet file with columns img (a struct with bytes) and label."
@@ -60,10 +60,10 @@ def _decode(data: bytes, path: Path) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
     except (UnidentifiedImageError, OSError) as err:
-        raise ArtifactError(f"{path} holds a picture that cannot be read ({err}). Remove it.") from err
+        raise ArtifactError(f"{path} holds an image that cannot be read ({err}). Remove it.") from err
 
 
-def _square(picture: Image.Image, size: int) -> Image.Image:
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS if side != size else None)
+def _square(image: Image.Image, size: int) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS if side != size else None)

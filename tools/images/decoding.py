@@ -1,4 +1,4 @@
-"""What people see of a finished sample: its pixels, what the pipeline's VAE makes of its latents, or the latents themselves."""
+"""Convert final samples to images: pixels, latents decoded by the pipeline's VAE, or the latents themselves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edm_deploy.network.family import Config, Family
 from edm_deploy.pipelines.model_index import INDEX
 from edm_deploy.pipelines.source import Source
 
-Kind = Literal["pixels", "decoded", "latents"]
+ImageKind = Literal["pixels", "decoded", "latents"]
 VAE = "vae"
 PIXEL_CHANNELS = (1, 3)
 SMALLEST_MSE = 1e-12  # relative to a peak of 2: keeps the PSNR of identical images finite, 126 dB
@@ -24,56 +24,56 @@ SMALLEST_MSE = 1e-12  # relative to a peak of 2: keeps the PSNR of identical ima
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """Makes images of finished samples.
+    """Converts final samples to images.
 
     Attributes:
-        kind: What the images are: `pixels` of a model of pixels, latents `decoded` by the VAE, or `latents` where there is no VAE.
-        family: Of the model.
-        config: Likewise.
-        vae: diffusers' VAE in float32, for `decoded`.
+        kind: `pixels` of a pixel-space model, latents `decoded` by the VAE, or `latents` if there is no VAE.
+        family: Family of the model.
+        config: Config of the model.
+        vae: diffusers' VAE in float32, for `decoded`; else None.
     """
 
-    kind: Kind
+    kind: ImageKind
     family: Family
     config: Config
     vae: Any = None  # diffusers ships no types
 
     @property
     def words(self) -> str:
-        """What is compared, as a phrase."""
+        """The images that are compared, as a phrase."""
         return {
             "pixels": "the samples, clamped to [-1, 1]",
             "decoded": "the images that the pipeline's VAE decodes, clamped to [-1, 1]",
-            "latents": "the final latents, relative to the range of the float model's: there is no VAE here",
+            "latents": "the final latents, relative to the range of the float model's, because there is no VAE",
         }[self.kind]
 
     @torch.no_grad()
     def images(self, sample: Tensor) -> Tensor:
-        """float32 [B, C, H, W] of finished samples [B, ...]; in about [-1, 1] unless they are latents."""
+        """Images, float32 [B, C, H, W], of final samples [B, ...]; in about [-1, 1] unless they are latents."""
         latents = self.family.latents(self.config, sample).float()
         if self.vae is None:
             return latents
-        # One at a time: at full size the decoder's maps are the largest of the pipeline.
+        # One at a time: at full size the decoder has the largest activations of the pipeline.
         return torch.cat([self.vae.decode(self._scaled(one)).sample.float() for one in latents.split(1)])
 
-    def psnr(self, found: Tensor, expected: Tensor) -> float:
-        """Peak signal-to-noise ratio in dB of images, 10 log10(peak^2 / mse): the peak is 2, of latents the range that the expected ones span."""
+    def psnr(self, actual: Tensor, expected: Tensor) -> float:
+        """Peak signal-to-noise ratio of images in dB, 10 log10(peak^2 / mse); the peak is 2, or the range of the expected latents."""
         if self.kind == "latents":
             peak = max(float(expected.max() - expected.min()), torch.finfo(torch.float32).tiny)
         else:
-            peak, found, expected = 2.0, found.clamp(-1, 1), expected.clamp(-1, 1)
-        mse = float((found.double() - expected.double()).pow(2).mean()) * (2 / peak) ** 2
+            peak, actual, expected = 2.0, actual.clamp(-1, 1), expected.clamp(-1, 1)
+        mse = float((actual.double() - expected.double()).pow(2).mean()) * (2 / peak) ** 2
         return -10 * math.log10(max(mse, SMALLEST_MSE) / 4)
 
     def visible(self, images: Tensor, expected: Tensor) -> Tensor:
-        """Images as they can be looked at, [-1, 1]; of latents three channels, spread as the expected ones are."""
+        """Images for display, in [-1, 1]; of latents the first three channels, normalized by the range of the expected ones."""
         if self.kind != "latents":
             return images
         low, high = expected[:, :3].amin(), expected[:, :3].amax()
         return (images[:, :3] - low) / (high - low).clamp(min=1e-12) * 2 - 1
 
     def _scaled(self, latents: Tensor) -> Tensor:
-        """Latents as the decoder takes them; what walks is of about unit variance."""
+        """Latents in the decoder's units; in sampling their variance is about 1."""
         config = self.vae.config
         scaled = latents / float(config.get("scaling_factor") or 1.0)
         mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -83,7 +83,7 @@ class Decoder:
 
 
 def decoder_of(source: Source) -> Decoder:
-    """The decoder of a model's samples, its VAE loaded where the source pipeline has one.
+    """The decoder of a model's samples, with the VAE of the source pipeline if there is one.
 
     Raises:
         ArtifactError: The VAE cannot be read.

@@ -1,4 +1,4 @@
-"""Images out of an engine: single PNGs and one grid."""
+"""Sample images from an engine: one PNG file for each image, and all of them in one grid."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy import models
+from edm_deploy.errors import UnsupportedError
+from edm_deploy.models import family_named
 from edm_deploy.pipelines.model_index import COMPONENTS, INDEX
-from edm_deploy.pipelines.rebuild import quiet
+from edm_deploy.pipelines.rebuild import index_with_components, quiet
+from edm_deploy.registry import names
 from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.load import load_pipeline
+from edm_deploy.runtime.manifest import NAME as MANIFEST
 from edm_deploy.runtime.manifest import ShapeRange
 from edm_deploy.storage.directories import check_replaceable, new_directory, other_components, read_json
 from edm_deploy_tools.images.pipeline_arguments import GenerationRequest, PipelineArguments
@@ -25,20 +29,19 @@ from edm_deploy_tools.images.pipeline_arguments import GenerationRequest, Pipeli
 log = logging.getLogger(__name__)
 
 GRID_NAME = "grid.png"
-NUM_IMAGES = 16
 SMALLEST_TILE = 96  # pixels; a 32-pixel image is shown three times its size, without smoothing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """What `sample` made.
+    """The result of `sample_images`.
 
     Attributes:
         paths: The PNG files, the grid first.
-        seconds: Wall time of the sampling, loading apart.
+        seconds: Wall time of the sampling, without loading.
         count: Number of images.
         size: Width and height in pixels.
-        scheduler: The diffusers class that walked, without its last word.
+        scheduler: Name of the diffusers scheduler class, without the suffix `Scheduler`.
     """
 
     paths: tuple[Path, ...]
@@ -49,101 +52,104 @@ class Sampled:
 
     @property
     def seconds_per_image(self) -> float:
-        """Mean wall time of one image."""
+        """Mean wall time per image."""
         return self.seconds / self.count
 
 
-def sample(
+def sample_images(
     engine: Path,
     out: Path,
+    request: GenerationRequest | None = None,
     *,
-    num_images: int | None = None,
-    steps: int = 20,
-    scheduler: str | None = None,
-    seed: int = 0,
-    told: GenerationRequest | None = None,
     source: str | Path | None = None,
     device: str | None = None,
 ) -> Sampled:
-    """Draw images from an engine into directory `out`, whole or not at all.
+    """Sample images from an engine into directory `out`, which is written completely or not at all.
 
     Args:
         engine: An engine directory.
-        out: Directory to write grid.png and 000.png, 001.png, ... to.
-        num_images: How many, drawn in batches that the engine's profile allows; None is one for each prompt or label, or 16.
-        steps: Inference steps.
-        scheduler: As edm_deploy.pipelines.source.SCHEDULERS names them; None is DDIM for a model of pixels, else the source pipeline's own.
-        seed: Of the noise.
-        told: Prompts, labels, guidance, size.
-        source: Directory or hub id of the pipeline whose text encoders and VAE are taken; None as load_pipeline.
-        device: Where the engine runs; None is where its backend runs.
+        out: Directory for grid.png and 000.png, 001.png, ...
+        request: Number of images, steps, scheduler, seed, prompts, labels, guidance, size; None takes the defaults.
+        source: Directory or hub id of the pipeline that provides text encoders and VAE; None as in load_pipeline.
+        device: Where the engine runs; None is the default device of its backend.
 
     Raises:
-        InputError: num_images or steps is below 1, or the pipeline does not take what it is told.
+        InputError: The pipeline does not accept part of the request.
         ArtifactError, UnsupportedError: As load_pipeline.
     """
-    told = told or GenerationRequest()
-    count = len(told.prompts or told.labels) or NUM_IMAGES if num_images is None else num_images
-    if count < 1 or steps < 1:
-        raise InputError(f"{count} images in {steps} steps: expected at least 1 of each.")
+    request = request or GenerationRequest()
     check_replaceable(out, marker=GRID_NAME)
-    pipe = load_pipeline(engine, scheduler=scheduler or default_scheduler(engine), device=device, source=source)
+    check_components(engine, source)
+    pipe = load_pipeline(engine, scheduler=request.scheduler or default_scheduler(engine), device=device, source=source)
     start = time.perf_counter()
-    images = draw(pipe, count, steps=steps, seed=seed, told=told)
+    images = draw(pipe, request)
     seconds = time.perf_counter() - start
     with new_directory(out, marker=GRID_NAME) as directory:
         grid_of(images).save(directory / GRID_NAME)
         for index, image in enumerate(images):
             image.save(directory / f"{index:03d}.png")
-    names = [GRID_NAME, *(f"{index:03d}.png" for index in range(count))]
+    files = [GRID_NAME, *(f"{index:03d}.png" for index in range(len(images)))]
     return Sampled(
-        paths=tuple(out / name for name in names),
+        paths=tuple(out / name for name in files),
         seconds=seconds,
-        count=count,
+        count=len(images),
         size=images[0].size,
         scheduler=type(pipe.scheduler).__name__.removesuffix("Scheduler"),
     )
 
 
+def check_components(engine: Path, source: str | Path | None) -> None:
+    """Refuse an engine whose model needs conditioning that its pipeline does not provide, before any weights are loaded.
+
+    Raises:
+        UnsupportedError: As index_with_components.
+    """
+    manifest = read_json(engine / MANIFEST, what="engine")
+    if manifest.get("kind") == "engine" and manifest.get("family") in names(models) and (engine / INDEX).is_file():
+        index_with_components(engine, family_named(manifest["family"]), manifest.get("config", {}), source)
+
+
 def default_scheduler(engine: Path) -> str | None:
-    """DDIM for models of pixels, whose own scheduler is mostly DDPM: it needs its thousand steps. None, the pipeline's own, for others."""
+    """`ddim` for pixel-space models, whose own scheduler is usually DDPM with a thousand steps; None, the pipeline's own, for others."""
     index = read_json(engine / INDEX, what="engine") if (engine / INDEX).is_file() else {}
     return None if any(other_components(index, component) for component in COMPONENTS if component in index) else "ddim"
 
 
-def draw(pipe: Any, num_images: int, *, steps: int, seed: int, told: GenerationRequest | None = None) -> list[Image.Image]:
-    """`num_images` images of a pipeline around an engine, in batches that its profile allows.
+def draw(pipe: Any, request: GenerationRequest) -> list[Image.Image]:
+    """Sample the requested images with a pipeline around an engine, in batches that the engine's profile allows.
 
-    Labels that a model needs and is not told are drawn from the seed; a prompt that is cut off is said aloud.
+    Labels that a model needs and the request lacks are drawn at random from the seed. A truncated prompt is logged as a warning.
 
     Raises:
-        InputError: The pipeline does not take what it is told.
+        InputError: The pipeline does not accept part of the request.
+        UnsupportedError: The pipeline's denoiser is not an engine.
     """
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     if not isinstance(denoiser, EngineDenoiser):
-        raise UnsupportedError(f"{type(pipe).__name__} has no engine in it; load it with edm_deploy.load_pipeline.")
-    telling = PipelineArguments(pipe, denoiser, told or GenerationRequest())
-    for note in telling.notes():
+        raise UnsupportedError(f"The denoiser of this {type(pipe).__name__} is no engine. Load the pipeline with edm_deploy.load_pipeline.")
+    arguments = PipelineArguments(pipe, denoiser, request)
+    for note in arguments.notes():
         log.warning("%s", note)
-    allowed = telling.images_at_once(denoiser.manifest.profile.get("batch", ShapeRange(1, 2 * num_images, 2 * num_images)))
-    generator = torch.Generator().manual_seed(seed)
+    count = request.count
+    allowed = arguments.images_at_once(denoiser.manifest.profile.get("batch", ShapeRange(1, 2 * count, 2 * count)))
+    generator = torch.Generator().manual_seed(request.seed)
     images: list[Image.Image] = []
     pipe.set_progress_bar_config(disable=True)
-    for size in batch_sizes(num_images, allowed):
-        arguments = telling.arguments(len(images), size, generator)
-        with quiet():  # a prompt that is cut off has been said
-            images += pipe(num_inference_steps=steps, generator=generator, **arguments).images
-    return images[:num_images]
+    for size in batch_sizes(count, allowed):
+        keywords = arguments.keywords(len(images), size, generator)
+        with quiet():  # a truncated prompt was logged above
+            images += pipe(num_inference_steps=request.steps, generator=generator, **keywords).images
+    return images[:count]
 
 
 def batch_sizes(count: int, allowed: ShapeRange) -> list[int]:
-    """Sizes of batches, each within `allowed`, that hold at least `count` samples together: 20 with 1:8:16 is [16, 4]."""
+    """Batch sizes, each within `allowed`, that together hold at least `count` samples: 20 with 1:8:16 gives [16, 4]."""
     full, rest = divmod(count, allowed.max)
     return [allowed.max] * full + ([max(rest, allowed.min)] if rest else [])
 
 
 def grid_of(images: Sequence[Image.Image], *, columns: int | None = None) -> Image.Image:
-    """One picture of all images, row by row, small ones enlarged without smoothing."""
+    """All images in one, row by row; small ones are enlarged without smoothing."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
     factor = max(1, SMALLEST_TILE // max(width, height))

@@ -1,1 +1,1 @@
-"""Say what a path is and what is in it; published architectures and random models of their sizes."""
+"""Description of models, artifacts, ONNX directories and engines; published architectures, and random models of their sizes."""

@@ -1,23 +1,20 @@
-"""Denoisers that people run, as facts: diffusers class, config and scheduler, one file each in assets/architectures. No weights."""
+"""Published denoisers without weights: diffusers class, config and scheduler, one file each in assets/architectures."""
 
 from __future__ import annotations
 
-import inspect
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import diffusers
-
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.models import family_named, name_of_family
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.registry import suggestion
 from edm_deploy_tools.common.assets import ASSETS
 
 FOLDER = ASSETS / "architectures"
-DEPTHS = ("num_layers", "num_single_layers")  # a transformer's config keys that count equal blocks
+DEPTHS = ("num_layers", "num_single_layers")  # config keys of a transformer that count equal blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +22,13 @@ class Architecture:
     """A published denoiser without its weights.
 
     Attributes:
-        name: As the file is named.
-        title: As people name it.
+        name: Name of the file.
+        title: Usual name of the model.
         class_name: The diffusers class of the denoiser.
-        config: Its whole config: what the file says, diffusers' defaults for the rest.
-        pipeline_class: The diffusers pipeline that it belongs to.
-        scheduler_class, scheduler_config: The scheduler that it is shipped with.
-        parameters: As published; a layer that diffusers repeats counts once.
+        config: Complete config: the values of the file, and diffusers' defaults for the rest.
+        pipeline_class: The diffusers pipeline of the model.
+        scheduler_class, scheduler_config: The scheduler that it is published with.
+        parameters: Number of parameters as published; a layer that diffusers repeats counts once.
     """
 
     name: str
@@ -45,12 +42,12 @@ class Architecture:
 
 
 def names() -> list[str]:
-    """Every architecture's name."""
+    """Names of all architectures."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def architecture(name: str) -> Architecture:
-    """The architecture of this name; UnsupportedError lists the known ones otherwise."""
+    """The architecture of this name; otherwise UnsupportedError, which lists the known ones."""
     if name not in names():
         raise UnsupportedError(f"No architecture {name!r}.{suggestion(name, names())} Known: {', '.join(names())}.")
     content = tomllib.loads((FOLDER / f"{name}.toml").read_text())
@@ -59,7 +56,7 @@ def architecture(name: str) -> Architecture:
         name=name,
         title=content["title"],
         class_name=content["class"],
-        config=_whole_config(content["class"], content["config"]),
+        config=family_named(name_of_family(content["class"])).full_config(content["config"]),
         pipeline_class=content["pipeline"],
         scheduler_class=scheduler.pop("class"),
         scheduler_config=scheduler,
@@ -68,14 +65,14 @@ def architecture(name: str) -> Architecture:
 
 
 def with_layers(chosen: Architecture, layers: int) -> Architecture:
-    """The same architecture with so many blocks of each kind: real widths where the whole depth would take too long.
+    """The same architecture with fewer blocks of each kind, to run real widths in a short time.
 
     Args:
-        chosen: A transformer.
-        layers: Blocks of each kind, 1 or more, at most as many as it has.
+        chosen: Architecture of a transformer.
+        layers: Blocks of each kind, from 1 to the number that it has.
 
     Raises:
-        InputError: A number that it cannot have, or a UNet, whose levels differ in width.
+        InputError: A number out of range, or a UNet, whose levels differ in width.
     """
     depths = {key: int(chosen.config[key]) for key in DEPTHS if chosen.config.get(key)}
     if not depths:
@@ -89,11 +86,4 @@ def with_layers(chosen: Architecture, layers: int) -> Architecture:
         config["dual_attention_layers"] = [index for index in marked if index < layers]
     shapes = meta_model(family_named(name_of_family(chosen.class_name)), config)
     count = sum(value.numel() for value in shapes.parameters())
-    return replace(chosen, title=f"{chosen.title}, {layers} of each kind of block", config=config, parameters=count)
-
-
-def _whole_config(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the defaults of the class, as `model.config` holds it; tuples as json holds them."""
-    known = inspect.signature(getattr(diffusers, class_name).__init__).parameters
-    defaults = {key: parameter.default for key, parameter in known.items() if key != "self"}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in (defaults | dict(config)).items()}
+    return replace(chosen, title=f"{chosen.title}, {layers} blocks of each kind", config=config, parameters=count)

@@ -1,4 +1,4 @@
-"""What a path is: a float model, an artifact, an ONNX directory or an engine, and what is in it."""
+"""Describe a float model, an artifact, an ONNX directory or an engine."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ from edm_deploy_tools.common.console import Row, bytes_of, size_words, time_word
 from edm_deploy_tools.inspection import describe_model as model
 from edm_deploy_tools.inspection.estimates import by_site
 
-TOLD = ("guidance", "conditioning", "folded")  # entries of a provenance that are said in words
-Kind = Literal["model", "artifact", "onnx", "engine"]
+DESCRIBED = ("guidance", "conditioning", "folded")  # entries of a provenance that have a fact in words
+PathKind = Literal["model", "artifact", "onnx", "engine"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What `inspect` prints.
+    """The output of `inspect`.
 
     Attributes:
-        kind: What the path is.
-        facts: Name and value.
+        kind: Kind of the path.
+        facts: Values by name.
         tables: Rows by title.
     """
 
-    kind: Kind
+    kind: PathKind
     facts: Mapping[str, Any]
     tables: Mapping[str, list[Row]] = field(default_factory=dict)
 
 
 def describe(path_or_id: str) -> Description:
-    """What stands at a path, behind a hub id, or under the name of an architecture.
+    """Describe a path, a hub id, or an architecture by its name.
 
     Raises:
-        ArtifactError: It is none of the four, or damaged.
-        UnsupportedError: A model that no family answers for.
+        ArtifactError: It is no model, artifact, ONNX directory or engine, or it is damaged.
+        UnsupportedError: There is no family for the model.
     """
     path = Path(path_or_id)
     match kind_of(path_or_id):
@@ -66,11 +66,11 @@ def describe(path_or_id: str) -> Description:
             return describe_model(path_or_id)
 
 
-def kind_of(path_or_id: str) -> Kind:
-    """Which of the four kinds a path is, by the file that marks it; what does not exist is taken for a hub id.
+def kind_of(path_or_id: str) -> PathKind:
+    """Kind of a path, by its marker file; a path that does not exist is taken as a hub id.
 
     Raises:
-        ArtifactError: A file, or a directory without any of the marks.
+        ArtifactError: A file, or a directory without any marker file.
     """
     path = Path(path_or_id)
     if (path / artifact_module.JSON_NAME).is_file():
@@ -79,7 +79,7 @@ def kind_of(path_or_id: str) -> Kind:
         kind = read_json(path / manifest_module.NAME, what="engine").get("kind")
         if kind in ("onnx", "engine"):
             return kind  # type: ignore[no-any-return]
-        raise ArtifactError(f"{path / manifest_module.NAME} is of kind {kind!r}, expected onnx or engine. Make the directory again.")
+        raise ArtifactError(f"{path / manifest_module.NAME} is of kind {kind!r}, expected onnx or engine. Write the directory again.")
     if path.is_file():
         raise ArtifactError(f"{path} is a file; expected the directory of a model, an artifact, an ONNX export or an engine.")
     if path.exists() and not (path / "model_index.json").is_file():
@@ -91,18 +91,18 @@ def kind_of(path_or_id: str) -> Kind:
 
 
 def describe_model(name: str) -> Description:
-    """Layers, shapes, work, plans and expected sizes of a float model; its weights are not read.
+    """Layers, shapes, multiply-accumulates, plans and expected sizes of a float model; its weights are not read.
 
     Raises:
-        ArtifactError, UnsupportedError: As `describe_model.outline_of`.
+        ArtifactError, UnsupportedError: As `describe_model.pipeline_config_of`.
     """
-    outline = model.outline_of(name)
-    work = model.work_of(outline)
-    return Description(kind="model", facts=model.facts_of(outline, work), tables=model.tables_of(outline, work))
+    config = model.pipeline_config_of(name)
+    work = model.work_of(config)
+    return Description(kind="model", facts=model.facts_of(config, work), tables=model.tables_of(config, work))
 
 
 def describe_artifact(path: Path) -> Description:
-    """Scheme, rows, provenance, the site table, and what each backend makes of it."""
+    """Scheme, rows, provenance, sites, and the plan of each backend."""
     artifact = Artifact.load(path)
     timesteps = artifact.timesteps
     facts = {
@@ -120,7 +120,7 @@ def describe_artifact(path: Path) -> Description:
         "conditioning": conditioning_words(artifact),
         "size": size_words(bytes_of(path)),
         "digest": artifact.digest,
-    } | {name: provenance_words(name, value) for name, value in artifact.provenance.items() if name not in TOLD}
+    } | {name: provenance_words(name, value) for name, value in artifact.provenance.items() if name not in DESCRIBED}
     share = by_site(model_work(artifact.family_object, artifact.config, artifact.structure).sites)
     rows = [{**site_row(name, site), "MACs %": share.get(name)} for name, site in artifact.sites.items()]
     plans = [{"backend": target.backend, "plan": summary(plan_layers(artifact, target))} for target in CAPABILITIES.values()]
@@ -128,30 +128,32 @@ def describe_artifact(path: Path) -> Description:
 
 
 def channel_bits_words(sites: Sequence[QuantizedLayer]) -> str:
-    """How many output channels have which bits, of the sites where they differ."""
+    """Number of output channels by weight bits, of the sites where the bits differ by channel."""
     mixed = [site.channel_bits for site in sites if site.channel_bits is not None]
     if not mixed:
         return "none"
     bits = torch.cat(mixed)
-    found, counts = bits.unique(return_counts=True)
-    histogram = ", ".join(f"{count} of {width}" for width, count in zip(found.tolist(), counts.tolist(), strict=True))
+    widths, counts = bits.unique(return_counts=True)
+    histogram = ", ".join(f"{count} of {width}" for width, count in zip(widths.tolist(), counts.tolist(), strict=True))
     return f"{len(mixed)} sites; channels: {histogram} bits, {float(bits.float().mean()):.2f} on average"
 
 
 def folded_words(folded: Sequence[str]) -> str:
-    """Which layers become a table."""
+    """Layers that depend on the timestep alone, which exports replace by a table."""
     if not folded:
         return "none"
-    return f"{len(folded)} layers that see the timestep alone, in floating point: {', '.join(folded[:3])}{', ...' if folded[3:] else ''}"
+    return (
+        f"{len(folded)} layers that depend on the timestep alone, in floating point: {', '.join(folded[:3])}{', ...' if folded[3:] else ''}"
+    )
 
 
 def relaxed_words(spans: Intervals) -> str:
-    """At which timesteps activations stay in floating point."""
+    """Timesteps with activations in floating point."""
     return f"{describe_intervals(spans)}: activations in floating point, in a second graph of the same weights" if spans else "none"
 
 
 def guidance_words(artifact: Artifact) -> str:
-    """How the model was guided while it was calibrated, and how it usually is."""
+    """Guidance of the model during calibration, and its usual guidance."""
     usual = artifact.family_object.guidance(artifact.config)
     if usual.kind == "none":
         return "none: the model is not guided"
@@ -163,15 +165,15 @@ def guidance_words(artifact: Artifact) -> str:
 
 
 def conditioning_words(artifact: Artifact) -> str:
-    """What the samples were told that the model was calibrated on."""
+    """Conditioning of the samples that the model was calibrated on."""
     inputs = [declared.name for declared in artifact.family_object.inputs(artifact.config)[2:]]
     if not inputs:
-        return "none: the model is told nothing"
+        return "none: the model is unconditional"
     return f"{artifact.provenance.get('conditioning', 'not recorded')}, for {', '.join(inputs)}"
 
 
 def site_row(name: str, site: QuantizedLayer) -> Row:
-    """One line of an artifact's site table."""
+    """One row of an artifact's site table."""
     table = site.activation
     return {
         "site": name,
@@ -186,7 +188,7 @@ def site_row(name: str, site: QuantizedLayer) -> Row:
 
 
 def describe_manifest(path: Path, kind: Literal["onnx", "engine"]) -> Description:
-    """Manifest of a graph or an engine: inputs, profile, plan, build and audit."""
+    """Inputs, profile, plan and build of a graph or an engine, from its manifest."""
     manifest = Manifest.read(path, kind=kind)
     facts: dict[str, Any] = {
         "kind": "ONNX directory" if kind == "onnx" else "engine",
@@ -200,7 +202,7 @@ def describe_manifest(path: Path, kind: Literal["onnx", "engine"]) -> Descriptio
         "folded": table_words(manifest),
         "correction": Correction.from_json(manifest.correction).summary() if manifest.correction else "none",
         "relaxed": relaxed_words(manifest.relaxed),
-        "guidance": families_guidance(manifest),
+        "guidance": engine_guidance_words(manifest),
         "size": size_words(bytes_of(path)),
         "artifact": manifest.artifact,
     }
@@ -215,39 +217,37 @@ def describe_manifest(path: Path, kind: Literal["onnx", "engine"]) -> Descriptio
 
 
 def table_words(manifest: Manifest) -> str:
-    """What became of the layers that see the timestep alone."""
+    """How the layers that depend on the timestep alone were exported."""
     if not manifest.folded:
         return "none"
-    became = f"a table, {manifest.folded['table']}" if "table" in manifest.folded else f"computed: {manifest.folded.get('computed')}"
-    return f"{len(manifest.folded['layers'])} layers that see the timestep alone: {became}"
+    form = f"a table, {manifest.folded['table']}" if "table" in manifest.folded else f"computed: {manifest.folded.get('computed')}"
+    return f"{len(manifest.folded['layers'])} layers that depend on the timestep alone: {form}"
 
 
-def families_guidance(manifest: Manifest) -> str:
-    """How the model is guided, and what that asks of an engine's batch."""
+def engine_guidance_words(manifest: Manifest) -> str:
+    """Guidance of the model, and the samples of an engine's batch that an image takes."""
     usual = family_named(manifest.family).guidance(manifest.config)
     doubled = "; each image takes two samples of a batch" if usual.kind == "classifier-free" else ""
     return "none" if usual.kind == "none" else f"{usual.kind}, usually {usual.scale:g}{doubled}"
 
 
 def pipeline_words(path: Path, manifest: Manifest) -> str:
-    """Which pipeline the engine belongs to, and whether the rest of it lies in its folder."""
+    """Pipeline of the engine, and whether its other components are in the same directory."""
     if not (path / INDEX).is_file():
-        return "not recorded: put the engine into one of your own"
+        return "not recorded: put the engine into a pipeline of your own"
     index = read_json(path / INDEX, what="engine")
     others = other_components(index, family_named(manifest.family).component)
     missing = [name for name in others if not (path / name).is_dir()]
     named = str(index.get("_class_name"))
     if not others:
-        return f"{named}: nothing but scheduler and engine"
+        return f"{named}: scheduler and engine only"
     if not missing:
-        return f"{named}: {', '.join(others)} lie in this folder, which deploys alone"
-    return (
-        f"{named}: {', '.join(missing)} come from {index.get(SOURCE_KEY, 'where --source says')}; build with --with-pipeline to copy them"
-    )
+        return f"{named}: {', '.join(others)} are in this directory, which is complete"
+    return f"{named}: {', '.join(missing)} come from {index.get(SOURCE_KEY, 'the directory named with --source')}; build with --with-pipeline to copy them"
 
 
 def provenance_words(name: str, value: Any) -> str:
-    """One entry of a provenance with its unit."""
+    """One entry of a provenance, with its unit."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         if "bytes" in name or "memory" in name:
             return size_words(int(value))
@@ -269,10 +269,10 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def longest(title: str, rows: Sequence[Row], top: int) -> tuple[str, list[Row]]:
-    """Title and rows of a table as it is printed: of many sites those with the most work, or where that is not known the first, in the model's order."""
+    """Title and rows of a printed table: at most `top` sites, those with the most multiply-accumulates or, if unknown, the first, in the model's order."""
     if len(rows) <= top or "site" not in rows[0]:
         return title, list(rows)
     if "MACs %" not in rows[0]:
         return f"{title}: the first {top} of {len(rows)}; --json has all", list(rows[:top])
     kept = sorted(range(len(rows)), key=lambda index: -(rows[index]["MACs %"] or 0))[:top]
-    return f"{title}: the {top} with the most work of {len(rows)}; --json has all", [rows[index] for index in sorted(kept)]
+    return f"{title}: the {top} with the most multiply-accumulates of {len(rows)}; --json has all", [rows[index] for index in sorted(kept)]

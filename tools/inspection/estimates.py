@@ -1,4 +1,4 @@
-"""What a model would become, before anything is run: groups of its layers, plans, and sizes of artifact and engines. Estimates, and called so."""
+"""Estimates from a model's config: work by layer group, plans of the backends, sizes of artifacts and engines."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from edm_deploy.runtime.capabilities import BackendCapabilities, SitePlan, check
 from edm_deploy_tools.common.console import Row
 
 Layers = Mapping[str, nn.Conv2d | nn.Linear]
-ROWS = 100  # of a table, as recipes have by default
+ROWS = 100  # of the activation tables, the default of most recipes
 FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Bits of a model's sites.
+    """Bits of weights and activations.
 
     Attributes:
-        weight_bits, act_bits: Of the sites that are quantized; those that the family keeps are W8A8.
+        weight_bits, act_bits: Bits of the quantized sites; sites that the family keeps at 8 bits are W8A8.
     """
 
     weight_bits: int
@@ -34,21 +34,21 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """`W4A8`."""
+        """For example `W4A8`."""
         return f"W{self.weight_bits}A{self.act_bits}"
 
     def of(self, placement: Placement) -> Scheme:
-        """What a site of this placement is stored as."""
+        """The scheme in which a site of this placement is stored."""
         if placement != "w8a8":
             return self
         return Scheme(8, 8 if self.act_bits != WEIGHT_ONLY_BITS else self.act_bits)
 
 
-SCHEMES = (Scheme(4, 4), Scheme(4, 8), Scheme(8, 8))  # what people ask for
+SCHEMES = (Scheme(4, 4), Scheme(4, 8), Scheme(8, 8))  # that are in use
 
 
 def stand_in(op: Op, scheme: Scheme) -> QuantizedLayer:
-    """A site of this scheme with nothing in it but the ends of its ranges: what decides how a target computes it."""
+    """A layer of this scheme with only the bounds of its ranges, which determine how a backend computes it."""
     table = None
     if scheme.act_bits != WEIGHT_ONLY_BITS:
         qmin, qmax = symmetric_bounds(scheme.act_bits)
@@ -59,16 +59,16 @@ def stand_in(op: Op, scheme: Scheme) -> QuantizedLayer:
 
 
 def planned(family: Family, layers: Layers, scheme: Scheme, target: BackendCapabilities) -> dict[str, SitePlan]:
-    """What each site would become on a target.
+    """Plan of each site on a backend.
 
     Args:
-        family: Says which sites keep 8 bits.
-        layers: Of `Family.sites`; the meta device will do.
-        scheme: Bits.
-        target: Where.
+        family: Determines which sites stay at 8 bits.
+        layers: As from `Family.sites`; they may be on the meta device.
+        scheme: Bits of the quantized sites.
+        target: Capabilities of the backend.
 
     Raises:
-        UnsupportedError: The target cannot carry the scheme.
+        UnsupportedError: The backend does not support the scheme.
     """
     check_scheme(target, scheme.weight_bits, scheme.act_bits)
     plans = {}
@@ -79,14 +79,14 @@ def planned(family: Family, layers: Layers, scheme: Scheme, target: BackendCapab
 
 
 def artifact_bytes(family: Family, work: ModelWork, scheme: Scheme, *, rest_bytes: int = 4, rows: int = ROWS) -> int:
-    """Size of the tensors of an artifact.
+    """Size of the tensors of an artifact in bytes.
 
     Args:
-        family: Says which sites keep 8 bits.
-        work: Of the model.
-        scheme: Bits.
-        rest_bytes: Of a parameter that is no quantized weight: 2 where float16 loses nothing of it, else 4.
-        rows: Of the activation tables.
+        family: Determines which sites stay at 8 bits.
+        work: Work of the model.
+        scheme: Bits of the quantized sites.
+        rest_bytes: Bytes of a parameter that is no quantized weight: 2 if it is exact in float16, else 4.
+        rows: Rows of the activation tables.
     """
     total = rest_bytes * (work.parameters - sum(site.weights for site in work.sites.values()))
     for name, site in work.sites.items():
@@ -97,7 +97,7 @@ def artifact_bytes(family: Family, work: ModelWork, scheme: Scheme, *, rest_byte
 
 
 def engine_bytes(family: Family, work: ModelWork, scheme: Scheme, target: BackendCapabilities, plans: Mapping[str, SitePlan]) -> int:
-    """Size of the constants of an engine: codes as the target reads them, the rest in its first floating-point type."""
+    """Size of the constants of an engine in bytes: codes as the backend reads them, the rest in its first floating-point type."""
     total = FLOAT_BYTES[target.float_dtypes[0]] * (work.parameters - sum(site.weights for site in work.sites.values()))
     for name, site in work.sites.items():
         packed = scheme.of(family.placement(name)).weight_bits <= 4 and (target.int4_storage or plans[name].executed == "int4")
@@ -106,7 +106,7 @@ def engine_bytes(family: Family, work: ModelWork, scheme: Scheme, target: Backen
 
 
 def shares(family: Family, work: ModelWork) -> list[Row]:
-    """Layers, weights and multiply-accumulates by group, and what is computed outside the layers."""
+    """Layers, weights and multiply-accumulates by layer group, and multiply-accumulates outside the layers."""
     weights, macs = sum(site.weights for site in work.sites.values()), work.macs
     rows: list[Row] = []
     for group in LAYER_GROUPS:
@@ -121,12 +121,12 @@ def shares(family: Family, work: ModelWork) -> list[Row]:
                 }
             )
     if work.other_macs:
-        rows.append({"group": "attention's own matmuls", "sites": 0, "weights %": 0.0, "MACs %": round(100 * work.other_macs / macs, 2)})
+        rows.append({"group": "matmuls of attention", "sites": 0, "weights %": 0.0, "MACs %": round(100 * work.other_macs / macs, 2)})
     return rows
 
 
 def by_site(sites: Mapping[str, SiteWork]) -> dict[str, float]:
-    """Share of each site in the multiply-accumulates of all sites, in percent."""
+    """Percentage of each site of the multiply-accumulates of all sites."""
     total = sum(site.macs for site in sites.values())
     return {name: round(100 * site.macs / total, 2) for name, site in sites.items()}
 

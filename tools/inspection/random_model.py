@@ -1,4 +1,4 @@
-"""A published architecture with random weights as a diffusers directory, written tensor by tensor: real sizes where no hub is reachable."""
+"""Write a published architecture with random weights as a diffusers directory, tensor by tensor: real sizes without a download."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.models import family_named, name_of_family
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.storage.directories import new_directory, write_json
 from edm_deploy.storage.tensor_file import DeferredTensor, write_tensors
 from edm_deploy_tools.inspection.architectures import Architecture
@@ -19,16 +19,16 @@ MARKER = "model_index.json"
 
 
 def write_random_model(chosen: Architecture, out: Path, *, size: int | None = None, seed: int = 0) -> Path:
-    """Write the denoiser and its scheduler to directory `out`, whole or not at all; weights are float16.
+    """Write the denoiser and its scheduler to directory `out`, completely or not at all; weights are float16.
 
     Args:
-        chosen: What to write.
-        out: Directory.
-        size: Height and width of a sample, in place of the architecture's own; changes no weight of a convolutional model.
-        seed: Of the weights.
+        chosen: The architecture.
+        out: Output directory.
+        size: Height and width of a sample; None is that of the architecture. It does not change the weights of a convolutional model.
+        seed: Random seed of the weights.
 
     Raises:
-        UnsupportedError: No family answers for the architecture.
+        UnsupportedError: There is no family for the architecture.
         ArtifactError: `out` cannot be written.
     """
     family = family_named(name_of_family(chosen.class_name))
@@ -48,7 +48,7 @@ def write_random_model(chosen: Architecture, out: Path, *, size: int | None = No
 
 
 def random_weights(shapes: Mapping[str, Tensor], seed: int) -> dict[str, DeferredTensor]:
-    """float16 tensors of these names and shapes, each made when it is written: products keep the variance of their input, norms start as one."""
+    """float16 tensors of these names and shapes, each generated when it is written. Products keep the variance of their input; norms are initialized to 1."""
     return {
         name: DeferredTensor(torch.float16, tuple(value.shape), partial(_random, name, tuple(value.shape), seed + number))
         for number, (name, value) in enumerate(shapes.items())
@@ -63,5 +63,5 @@ def _random(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def weight_bytes(model: Path) -> int:
-    """Bytes of a diffusers directory's float weights."""
+    """Size of the float weights of a diffusers directory in bytes."""
     return sum(path.stat().st_size for path in model.rglob("*.safetensors"))

@@ -9,7 +9,7 @@ from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.models import family_named
 
 
-def test_rows_lie_where_the_pipeline_of_the_model_stops():
+def test_rows_are_the_timesteps_of_the_models_pipeline():
     """FLUX's pipeline walks four steps from 1 by a quarter; left to itself the scheduler ends next to 0, where no sample would ever stand."""
     sigmas = family_named("flux-transformer-2d").sigmas(4)
     assert sigmas == (1.0, 0.75, 0.5, 0.25)
@@ -91,7 +91,7 @@ def test_a_step_along_a_flow_is_that_of_the_vendor():
         torch.testing.assert_close(ours[one], theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_what_has_no_trajectory_is_refused():
+def test_unsupported_schedulers_are_refused():
     with pytest.raises(UnsupportedError, match="FlowMatchEulerDiscreteScheduler with invert_sigmas"):
         schedule_of(FlowMatchEulerDiscreteScheduler(invert_sigmas=True), torch.tensor([0, 500]))
     with pytest.raises(UnsupportedError, match="EDMEulerScheduler"):

@@ -4,7 +4,7 @@ from calibration.data.prompts import PROMPTS, prompts_of
 from edm_deploy.errors import InputError
 
 
-def test_the_built_in_prompts_are_many_and_each_stands_once():
+def test_the_built_in_prompts_are_sixty_four_different_ones():
     assert len(set(PROMPTS)) == len(PROMPTS) == 64
 
 

@@ -1,19 +1,8 @@
 import torch
 
-from calibration.data.noise_schedules import calibrated_timesteps
-from calibration.data.trajectory_pool import Trajectories
 from calibration.observers.channel_scaling import ChannelRanges, channel_ranges, scalable, set_pre_scales, stacked_weight
 from calibration.recipes.mse import Mse
-from calibration.student.teacher import Teacher
-from tests.calibration.tiny import tiny_source
-
-
-def made(rows=3, samples=2):
-    source, device = tiny_source(), torch.device("cpu")
-    timesteps = calibrated_timesteps(source.scheduler, rows)
-    teacher = Teacher(source, device)
-    student = Mse(rows=rows).student(source, timesteps, device, teacher=teacher)
-    return student, teacher, Trajectories(source, timesteps, size=samples, eta=0.0, seed=0, device=device)
+from tests.calibration.tiny import tiny_context
 
 
 def test_the_largest_magnitude_is_taken_over_both_ends_and_all_rows():
@@ -22,21 +11,21 @@ def test_the_largest_magnitude_is_taken_over_both_ends_and_all_rows():
 
 
 def test_ranges_are_those_of_the_float_models_inputs_row_by_row():
-    student, teacher, trajectories = made()
-    name = next(name for name in scalable(student) if student.family.group(name) == "convolution")
-    seen = []
-    handle = teacher.model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    ranges = channel_ranges(student, teacher, trajectories, [name])[name]
+    context = tiny_context(Mse(rows=3))
+    name = next(name for name in scalable(context.student) if context.student.family.group(name) == "convolution")
+    inputs = []
+    handle = context.teacher.model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
+    ranges = channel_ranges(context, [name])[name]
     handle.remove()
-    assert len(seen) == len(ranges.high) == 3
-    # The first input seen is the noisiest: the table's last row.
-    assert torch.allclose(ranges.high[2], seen[0].amax((0, 2, 3)).clamp(min=0))
-    assert torch.allclose(ranges.low[0], seen[2].amin((0, 2, 3)).clamp(max=0))
-    assert trajectories.position.tolist() == [0, 0]
+    assert len(inputs) == len(ranges.high) == 3
+    # The first input is the noisiest: the table's last row.
+    assert torch.allclose(ranges.high[2], inputs[0].amax((0, 2, 3)).clamp(min=0))
+    assert torch.allclose(ranges.low[0], inputs[2].amin((0, 2, 3)).clamp(max=0))
+    assert context.trajectories.position.tolist() == [0, 0]
 
 
-def test_pre_scales_go_to_all_layers_that_are_fed_the_same_and_leave_the_function():
-    student, _, _ = made()
+def test_pre_scales_apply_to_all_layers_with_the_same_input_and_preserve_the_function():
+    student = tiny_context(Mse()).student
     name = next(name for name in scalable(student) if name.endswith("to_q"))
     siblings = student.shared_input_layers(name)
     assert len(siblings) == 3

@@ -12,18 +12,18 @@ def scatter(points, groups):
     return float((points - centroids_of(points, groups)[groups]).square().sum())
 
 
-def test_stretches_are_cut_where_the_points_jump():
+def test_segments_end_where_the_points_jump():
     assert segment(POINTS, 3).tolist() == [0, 0, 1, 1, 2]
     assert segment(POINTS, 1).tolist() == [0] * 5
     assert segment(POINTS, 9).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_groups_that_are_no_stretches_bring_back_what_returns():
+def test_clusters_need_not_be_contiguous():
     assert cluster(POINTS, 2).tolist() == [0, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_no_other_stretches_are_closer_to_their_means(count):
+def test_no_other_segments_are_closer_to_their_means(count):
     points = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
     found = scatter(points, segment(points, count))
     for cuts in itertools.combinations(range(1, 8), count - 1):
@@ -31,7 +31,7 @@ def test_no_other_stretches_are_closer_to_their_means(count):
         assert found <= scatter(points, other) + 1e-4
 
 
-def test_groups_are_no_further_from_their_means_than_the_stretches():
+def test_clusters_are_no_further_from_their_means_than_segments():
     points = torch.randn(30, 2, generator=torch.Generator().manual_seed(2))
     groups = cluster(points, 4)
     assert scatter(points, groups) <= scatter(points, segment(points, 4)) + 1e-5
@@ -39,11 +39,11 @@ def test_groups_are_no_further_from_their_means_than_the_stretches():
     assert first == sorted(first)
 
 
-def test_equal_points_are_one_group_of_k_means_whatever_was_asked():
+def test_equal_points_form_one_cluster():
     assert cluster(torch.zeros(4, 2), 3).max() == 0
 
 
-def test_a_point_between_two_groups_belongs_to_both():
+def test_a_point_between_two_clusters_belongs_to_both():
     points, groups = torch.tensor([[0.0], [2.0], [4.0], [2.0]]), torch.tensor([0, 0, 1, 1])
     shares = memberships(points, groups)  # means 1 and 3
     torch.testing.assert_close(shares.sum(1), torch.ones(4))

@@ -91,7 +91,7 @@ def test_the_quick_search_costs_at_most_two_percent_of_the_error_of_trying_every
 def test_channels_are_searched_in_pieces_with_the_same_result(monkeypatch):
     weight = torch.randn(10, 3, 3, 3, generator=torch.Generator().manual_seed(0))
     whole = least_error_weight_scale(weight, 4)
-    monkeypatch.setattr("calibration.observers.scale_search.PIECE", 54)  # two channels
+    monkeypatch.setattr("calibration.observers.scale_search.CHUNK", 54)  # two channels
     torch.testing.assert_close(least_error_weight_scale(weight, 4), whole)
 
 

@@ -16,7 +16,7 @@ TIMELINE = torch.tensor([[0.0], [0.1], [5.0], [9.9], [10.0]])
 GROUPS = torch.tensor([0, 0, 1, 1, 1])
 
 
-def test_rows_that_share_become_one_and_every_timestep_finds_its_own():
+def test_rows_that_share_become_one_and_timesteps_are_reassigned():
     artifact = artifact_by_hand(rows=5)
     found = keep_rows(artifact, torch.tensor([0, 1, 0, 1, 4]))
     found.validate()
@@ -31,29 +31,29 @@ def test_rows_that_share_become_one_and_every_timestep_finds_its_own():
     assert not torch.equal(Reference(found)(inputs)[0], Reference(artifact)(inputs)[0])
 
 
-def test_rows_that_share_with_nobody_change_nothing():
+def test_an_artifact_without_shared_rows_is_not_changed():
     artifact = artifact_by_hand(rows=3)
     assert keep_rows(artifact, torch.arange(3)).digest == artifact.digest
 
 
-def test_a_timestep_between_two_groups_is_undecided():
+def test_a_timestep_between_two_groups_is_uncertain():
     found = uncertainty(torch.tensor([[0.0], [2.0], [4.0], [2.0]]), torch.tensor([0, 0, 1, 1]))
     assert found[1] == pytest.approx(1.0)
     assert float(found[0]) < 0.5
 
 
-def test_timesteps_are_alike_by_their_distance():
+def test_timesteps_are_similar_by_their_distance():
     alike = similarity(TIMELINE, GROUPS)
     torch.testing.assert_close(alike.diag(), torch.ones(5))
     assert alike[0, 1] > alike[0, 2] > alike[0, 4]
 
 
-def test_without_the_structural_term_the_most_undecided_are_picked():
+def test_without_the_structural_term_the_most_uncertain_timesteps_are_selected():
     gain = torch.tensor([0.1, 0.9, 0.8, 0.2, 0.0])
     assert select(gain, torch.eye(5), 3, 0.0, 4).tolist() == [1, 2, 4]
 
 
-def test_the_structural_term_picks_what_stands_for_the_others():
+def test_the_structural_term_selects_representative_timesteps():
     alike = similarity(TIMELINE, GROUPS)
     # Beside the last one: a neighbour of it tells nothing new, one of the first two stands for both.
     assert select(torch.zeros(5), alike, 2, 1.0, 4).tolist() in ([0, 4], [1, 4])
@@ -84,7 +84,7 @@ def test_the_tables_have_one_row_a_group_and_its_timesteps_are_chosen_from_the_c
         ({"candidates": 30}, {"rows": 40}, r"adp\.candidates is 30, fewer than the 40 rows to choose"),
     ],
 )
-def test_what_it_does_not_compose_with_is_refused(settings, recipe, message):
+def test_incompatible_settings_are_refused(settings, recipe, message):
     with pytest.raises(InputError, match=message):
         check_passes([Adp(**settings)], replace(MinMax(), **recipe))
 
@@ -95,7 +95,7 @@ def test_settings_out_of_range_are_refused(setting):
         Adp(**{setting: 0})
 
 
-def test_the_groups_are_in_every_checkpoint_and_decide_which_row_a_sample_takes():
+def test_the_groups_are_in_every_checkpoint_and_determine_the_row_of_a_sample():
 
     student = MinMax(rows=3).student(tiny_source(), torch.tensor([0, 400, 800], dtype=torch.int32), torch.device("cpu"))
     assert "shared_row" not in student.checkpoint_parameters()
@@ -109,4 +109,4 @@ def test_the_groups_are_in_every_checkpoint_and_decide_which_row_a_sample_takes(
     quantizer = next(iter(student.quantizers.values()))
     torch.testing.assert_close(quantizer.log_scale.detach(), torch.tensor([0.1, 2.0, 0.1]))
     with student.at_rows(torch.tensor([0, 1, 2]), torch.device("cpu")):
-        assert quantizer.current.tolist() == [0, 1, 0]
+        assert quantizer.rows.tolist() == [0, 1, 0]

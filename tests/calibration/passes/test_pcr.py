@@ -25,7 +25,7 @@ def test_shares_are_of_the_steps_that_the_scheduler_takes():
     assert last == pytest.approx(1000 * 0.6 / 1.4, abs=20)
 
 
-def test_an_empty_stretch_relaxes_nothing():
+def test_an_empty_interval_relaxes_nothing():
     assert Pcr(relax_from=0.5, relax_to=0.5).relaxed(tiny_source()) is None
 
 
@@ -41,14 +41,14 @@ def test_settings_out_of_range_are_refused(settings, message):
         Pcr(**settings)
 
 
-def test_what_it_does_not_compose_with_is_refused():
+def test_incompatible_settings_are_refused():
     with pytest.raises(InputError, match=r"'pcr' does not compose with act_bits 16"):
         check_passes([Pcr()], MinMax(act_bits=16))
     with pytest.raises(InputError, match="leaves activations in floating point everywhere"):
         check_passes([Pcr(relax_from=0.0)], MinMax())
 
 
-def test_the_noisiest_row_is_seen_alike_and_the_others_on_what_the_student_made():
+def test_only_the_noisiest_row_is_observed_on_the_same_samples_if_the_student_leads():
     led_by_teacher = fit(tiny_source(), QUICK, RunOptions())
     led_by_student = fit(tiny_source(), QUICK, RunOptions(), passes=[Pcr(relax_to=0.8)])
     first, second = (artifact.sites["down_blocks.0.resnets.0.conv1"].activation.scale for artifact in (led_by_teacher, led_by_student))
@@ -57,7 +57,7 @@ def test_the_noisiest_row_is_seen_alike_and_the_others_on_what_the_student_made(
     assert bool((first[:-1] != second[:-1]).all())
 
 
-def test_at_relaxed_rows_the_student_computes_with_float_activations():
+def test_at_float_rows_the_student_computes_with_float_activations():
     from calibration.base_pass import PassContext
     from edm_deploy.pipelines.guidance import Conditioner
     from tests.conftest import tiny_inputs

@@ -20,12 +20,12 @@ def test_without_ridge_the_scale_is_that_of_least_squares():
     assert PLAIN.scale(one_channel([1.0, 2.0]), one_channel([2.0, 4.0])).tolist() == [2.0]
 
 
-def test_the_ridge_pulls_the_scale_to_one_in_units_of_the_target():
+def test_the_ridge_regularizes_the_scale_towards_one():
     # q = 1, r = 2, p = 4: (2 + 0.5 * 4) / (1 + 0.5 * 4) = 4 / 3.
     assert Tac(ridge=0.5).scale(one_channel([1.0]), one_channel([2.0])).tolist() == pytest.approx([4 / 3])
 
 
-def test_the_relative_term_counts_each_element_alike_but_those_beyond_the_threshold():
+def test_the_relative_term_weights_elements_equally_and_excludes_those_beyond_the_threshold():
     # q / r is 2 and 0.5: K = (2.5 / 2) / (4.25 / 2); with the third, far off, left out of the sums but not of the mean.
     found, target = one_channel([2.0, 5.0]), one_channel([1.0, 10.0])
     assert Tac(ridge=0.0, relative=1.0).scale(found, target).tolist() == pytest.approx([2.5 / 4.25])
@@ -50,11 +50,11 @@ def test_zero_error_gives_exactly_the_identity(settings):
     assert torch.equal(input_bias, torch.zeros(3, 2))
 
 
-def test_a_channel_without_signal_is_left_alone():
+def test_a_channel_without_signal_is_not_corrected():
     assert Tac().scale(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)).tolist() == [1.0]
 
 
-def test_an_error_that_is_a_scale_is_taken_away_and_then_nothing_is_left_to_shift():
+def test_an_error_that_is_a_scale_is_removed_without_a_shift():
     def teacher(sample, timestep):
         return sample
 
@@ -63,7 +63,7 @@ def test_an_error_that_is_a_scale_is_taken_away_and_then_nothing_is_left_to_shif
     torch.testing.assert_close(input_bias, torch.zeros(3, 2), atol=1e-6, rtol=0)
 
 
-def test_each_timestep_is_measured_on_what_the_corrected_student_made_of_those_before():
+def test_each_timestep_is_estimated_on_the_corrected_trajectory():
     def teacher(sample, timestep):
         return torch.zeros_like(sample)
 

@@ -6,7 +6,7 @@ from calibration.observers.channel_scaling import scalable, stacked_weight
 from calibration.observers.scale_search import widest_weight_scale
 from calibration.recipes.dilate import Dilate, dilate, dilation_factors, pre_scale_of
 from edm_deploy.errors import InputError
-from tests.calibration.observers.test_channel_scaling import made
+from tests.calibration.tiny import tiny_context
 
 
 def test_an_unsaturated_channel_is_dilated_to_the_nearest_extreme():
@@ -30,7 +30,7 @@ def test_a_pre_scale_that_float16_cannot_hold_is_rounded_up():
 
 
 def test_dilation_leaves_the_float_function_and_the_weight_scales():
-    student, _, _ = made()
+    student = tiny_context(Dilate()).student
     before = {name: (layer.merged_weight().clone(), layer.log_weight_scale.clone()) for name, layer in student.layers.items()}
     dilate(student)
     dilated = [name for name, layer in student.layers.items() if layer.pre_scale is not None]
@@ -47,7 +47,7 @@ def test_dilation_leaves_the_float_function_and_the_weight_scales():
 
 
 def test_siblings_share_one_dilation():
-    student, _, _ = made()
+    student = tiny_context(Dilate()).student
     dilate(student)
     name = next(name for name in scalable(student) if name.endswith("to_q"))
     q, k, v = (student.layers[sibling].pre_scale for sibling in student.shared_input_layers(name))

@@ -27,12 +27,12 @@ def test_settings_out_of_range_are_refused_by_name(setting, value):
         EfficientDM(**{setting: value})
 
 
-def test_the_pool_is_enough_for_a_batch():
+def test_the_pool_holds_at_least_one_batch():
     assert EfficientDM(calibration_samples=2, batch=6).pool_size() == 6
     assert EfficientDM(calibration_samples=8, batch=6).pool_size() == 8
 
 
-def test_bounds_that_are_fixed_are_not_trained():
+def test_fixed_bounds_are_not_trained():
     source = tiny_source()
     recipe = EfficientDM(rows=2, act_bits=4)
     student = recipe.student(source, calibrated_timesteps(source.scheduler, 2), torch.device("cpu"))

@@ -23,7 +23,7 @@ def test_the_rate_of_an_update_follows_the_weight_scale_of_its_layer(student):
     assert rates == pytest.approx([0.02 / 2500] * len(student.layers))
 
 
-def test_an_update_starts_at_zero(student):
+def test_an_update_is_zero_initially(student):
     for layer in student.layers.values():
         assert torch.equal(layer.merged_weight(), layer.layer.weight)
 

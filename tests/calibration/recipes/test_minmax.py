@@ -6,7 +6,7 @@ from calibration.recipes.minmax import RECIPE
 from calibration.student.quantization_spec import LayerSpec
 
 
-def test_the_range_is_what_was_seen_outliers_and_all():
+def test_the_range_spans_all_observed_values_including_outliers():
     observed = ActivationSamples(torch.tensor([-1.0, 0.0, 1.0]), low=-3.0, high=12.0)
     chosen = RECIPE().activation_range(observed, LayerSpec(4, 4, symmetric=False))
     assert (chosen.scale, chosen.qmin) == (pytest.approx(1.0), -3)

@@ -7,11 +7,10 @@ from calibration.recipes.mpq_dm import MPQDM, init_lora_from_error, last_block, 
 from calibration.student.layers import StudentLayer
 from calibration.student.quantization_spec import LayerSpec
 from edm_deploy.errors import InputError
-from tests.calibration.observers.test_channel_scaling import made
-from tests.calibration.tiny import tiny_source
+from tests.calibration.tiny import tiny_context, tiny_source
 
 
-def test_smoothing_meets_inputs_and_weights_half_way():
+def test_smoothing_divides_the_range_equally_between_inputs_and_weights():
     weight = torch.tensor([[[1.0], [-2.0], [0.0]]])
     # sqrt(16 / 1) = 4 and sqrt(2 / 2) = 1, in units of their geometric mean 2; the third channel has no weights.
     assert smoothing_scales(torch.tensor([16.0, 2.0, 3.0]), weight, 0.5).tolist() == pytest.approx([2.0, 0.5, 1.0])
@@ -21,7 +20,7 @@ def test_no_power_is_no_smoothing():
     assert smoothing_scales(torch.tensor([16.0, 2.0]), torch.ones(1, 2, 1), 0.0).tolist() == [1.0, 1.0]
 
 
-def test_an_update_along_the_error_begins_at_zero_and_spans_its_leading_rows():
+def test_an_update_along_the_error_is_zero_initially_and_spans_its_leading_rows():
     torch.manual_seed(0)
     layer = StudentLayer(nn.Linear(6, 8), LayerSpec(4, None, True), None)
     layer.set_weight_scale(torch.full((8,), 0.1))
@@ -37,10 +36,10 @@ def test_an_update_along_the_error_begins_at_zero_and_spans_its_leading_rows():
 
 
 def test_the_last_block_of_a_unet_ends_its_decoder():
-    assert last_block(made()[0]) == "up_blocks.1.resnets.1"
+    assert last_block(tiny_context(MPQDM()).student) == "up_blocks.1.resnets.1"
 
 
-def test_an_unknown_start_of_the_update_is_refused():
+def test_an_unknown_initialization_of_the_update_is_refused():
     with pytest.raises(InputError, match=r"update_init is 'svd'; expected one of zero, error"):
         MPQDM(update_init="svd")
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -6,12 +8,12 @@ from calibration.recipes.mse import Mse
 from calibration.recipes.qat import QAT
 from edm_deploy.errors import InputError
 from tests.calibration.tiny import tiny_source
-from tests.calibration.training.test_distillation import interrupted_at
+from tests.calibration.training.test_distillation import interrupted_at, late_losses
 
 SETTINGS = {"rows": 4, "steps": 4, "batch": 4, "calibration_samples": 4, "weight_rate": 0.2}
 
 
-def test_weights_and_biases_are_trained_and_the_source_stays_as_it_is():
+def test_weights_and_biases_are_trained_and_the_source_is_not_changed():
     source = tiny_source()
     before = {name: value.clone() for name, value in source.model.state_dict().items()}
     trained = fit(source, QAT(**SETTINGS), RunOptions(teacher_dtype="fp32"))
@@ -31,13 +33,12 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_artifact(tmp_path):
     assert fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck", resume=True)).digest == whole.digest
 
 
-def test_training_brings_the_student_nearer_to_the_teacher():
-    losses = []
+def test_training_lowers_the_distance_to_the_teacher():
     settings = {"rows": 2, "steps": 24, "batch": 16, "calibration_samples": 16, "weight_rate": 0.05}
     recipe = QAT(**settings, weight_bits=2, act_bits=8, compute="fp32")
-    fit(tiny_source(), recipe, RunOptions(teacher_dtype="fp32"), on_progress=lambda progress: losses.append(progress.loss))
-    trained = [loss for loss in losses if loss is not None]
-    assert sum(trained[-5:]) < 0.9 * sum(trained[:5])
+    untrained = replace(recipe, weight_rate=1e-30, weight_scale_rate=0.0, scale_rate=0.0, bound_rate=0.0)
+    # On the same samples. The ratio is 0.68 here, exactly 1 without a gradient, and 19 with its sign reversed.
+    assert late_losses(recipe) < 0.9 * late_losses(untrained)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def test_scales_that_are_a_product_are_split_without_a_residual():
     assert float(split.residual) == pytest.approx(0, abs=1e-6)
 
 
-def test_what_no_product_can_say_is_the_residual():
+def test_the_residual_is_what_no_product_represents():
     # Logarithms [[1, -1], [-1, 1]]: all row and column means are 0, so the residual is all of it.
     split = rank_one(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).exp())
     assert split.log_channel.tolist() == pytest.approx([0, 0], abs=1e-6)
@@ -45,7 +45,7 @@ def test_unknown_choices_are_refused(settings, match):
         Quest(**settings)
 
 
-def test_the_groups_that_were_there_and_the_residual_are_told(monkeypatch):
+def test_the_tuned_groups_and_the_residual_are_in_the_provenance(monkeypatch):
     said = []
     monkeypatch.setattr(logging.getLogger("calibration.recipes.quest"), "warning", lambda text, *values: said.append(text % values))
     artifact = fit(tiny_source(), Quest(**QUICK), RunOptions())

@@ -16,7 +16,7 @@ def test_samples_are_drawn_evenly_over_the_timesteps():
     timesteps = calibrated_timesteps(source.scheduler, 4)
     pool = Trajectories(source, timesteps, size=8, eta=0.0, seed=0, device=torch.device("cpu"))
     teacher = Teacher(source, torch.device("cpu"))
-    for _, batches in pool.sweep(8):  # staggers the pool
+    for _, batches in pool.traverse_schedule(8):  # staggers the pool
         for batch in batches:
             pool.advance(batch, teacher(batch.inputs))
     inputs = sample_trajectories(pool, teacher, 16)
@@ -26,11 +26,11 @@ def test_samples_are_drawn_evenly_over_the_timesteps():
     assert len({sample.sum().item() for sample in inputs.values["sample"]}) == 16
 
 
-def test_every_trajectory_is_seen_at_every_row():
+def test_samples_are_every_trajectory_at_every_row():
     assert ReconstructionRecipe(rows=20, calibration_samples=256).samples == 5120
 
 
-def test_the_estimate_of_memory_knows_of_the_cache():
+def test_the_cache_is_part_of_the_memory_estimate():
     assert ReconstructionRecipe().cached_bytes == CACHE_BYTES
     assert Mse().cached_bytes == 0
 

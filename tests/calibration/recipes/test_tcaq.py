@@ -1,75 +1,67 @@
 import pytest
 import torch
 
-from calibration.data.noise_schedules import calibrated_timesteps
-from calibration.data.trajectory_pool import Trajectories
 from calibration.observers.channel_scaling import channel_ranges
-from calibration.recipes.tcaq import RECIPE, lead_anew, reach
-from calibration.student.teacher import Teacher
+from calibration.recipes.tcaq import RECIPE, restart_with_student, weighted_maxima
 from edm_deploy.errors import InputError
-from tests.calibration.tiny import tiny_source
+from tests.calibration.tiny import tiny_context
 
-CPU = torch.device("cpu")
+TCAQ = RECIPE(rows=4, calibration_samples=4)
 
 
 @pytest.fixture
-def scene():
-    """Recipe, teacher, student and a fresh pool."""
-    source, recipe = tiny_source(), RECIPE(rows=4, calibration_samples=4)
-    timesteps = calibrated_timesteps(source.scheduler, 4)
-    teacher = Teacher(source, CPU)
-    student = recipe.student(source, timesteps, CPU, teacher=teacher)
-    return recipe, teacher, student, Trajectories(source, timesteps, size=4, eta=0.0, seed=0, device=CPU)
+def context():
+    return tiny_context(TCAQ, samples=4)
 
 
-def test_a_channels_reach_weighs_its_maxima_by_themselves():
+def test_a_channels_weighted_maximum_is_the_mean_of_its_maxima_weighted_by_themselves():
     # (1 + 9) / (1 + 3) = 2.5 and (4 + 4) / (2 + 2) = 2; in units of their mean, 2.25.
-    found = reach(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), groups=2)
+    found = weighted_maxima(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), groups=2)
     assert found.tolist() == pytest.approx([2.5 / 2.25, 2 / 2.25])
 
 
 def test_groups_count_their_largest_row_once():
     rows = torch.tensor([[1.0, 1.0], [4.0, 1.0], [2.0, 1.0], [2.0, 1.0]])  # groups reach 4 and 2 in the first channel
-    found = reach(rows, groups=2)
+    found = weighted_maxima(rows, groups=2)
     assert float(found[0] / found[1]) == pytest.approx(20 / 6)
 
 
-def test_a_channel_that_is_always_zero_reaches_the_mean():
-    assert reach(torch.tensor([[3.0, 0.0]]), groups=5).tolist() == [1.0, 1.0]
-    assert reach(torch.zeros(2, 2), groups=1).tolist() == [1.0, 1.0]
+def test_a_channel_that_is_always_zero_gets_the_mean():
+    assert weighted_maxima(torch.tensor([[3.0, 0.0]]), groups=5).tolist() == [1.0, 1.0]
+    assert weighted_maxima(torch.zeros(2, 2), groups=1).tolist() == [1.0, 1.0]
 
 
-def test_every_quantized_convolution_and_nothing_else_is_reparameterized(scene):
-    recipe, teacher, student, pool = scene
-    recipe.reparameterize(student, teacher, pool)
+def test_every_quantized_convolution_and_nothing_else_is_reparameterized(context):
+    student = context.student
+    TCAQ.reparameterize(context)
     scaled = {name for name, layer in student.layers.items() if layer.pre_scale is not None}
     convolutions = {name for name, layer in student.layers.items() if layer.layer.weight.ndim == 4 and name not in ("conv_in", "conv_out")}
     assert scaled == convolutions
-    assert pool.position.tolist() == [0, 0, 0, 0]
+    assert context.trajectories.position.tolist() == [0, 0, 0, 0]
 
 
-def test_inputs_are_evened_out_and_weights_make_up_for_it(scene):
-    recipe, teacher, student, pool = scene
+def test_inputs_are_equalized_and_weights_compensate(context):
+    student, pool = context.student, context.trajectories
     state = {name: value.clone() for name, value in pool.state().items()}
     name = "mid_block.resnets.0.conv1"
-    maxima = channel_ranges(student, teacher, pool, [name])[name].magnitude()
+    maxima = channel_ranges(context, [name])[name].magnitude()
     assert maxima.shape == (4, 16)
     pool.load_state(state)
     before = student.layers[name].layer.weight.clone()
-    recipe.reparameterize(student, teacher, pool)
+    TCAQ.reparameterize(context)
     layer = student.layers[name]
     spread = maxima.amax(0)
-    evened = spread * layer.pre_scale
-    assert float(evened.max() / evened.min()) < float(spread.max() / spread.min())
+    equalized = spread * layer.pre_scale
+    assert float(equalized.max() / equalized.min()) < float(spread.max() / spread.min())
     # The float function is unchanged: what the input is multiplied by, the weight is divided by.
     torch.testing.assert_close(layer.merged_weight() * layer.pre_scale[:, None, None], before, rtol=1e-6, atol=0)
 
 
-def test_the_student_leads_its_own_samples(scene):
-    _, _, student, pool = scene
+def test_the_student_leads_its_own_samples(context):
+    student, pool = context.student, context.trajectories
     calls = []
     student.register_forward_pre_hook(lambda _, args: calls.append(args[0]["timestep"].unique().tolist()))
-    lead_anew(pool, student)
+    restart_with_student(pool, student)
     assert [timestep for (timestep,) in calls] == pool.schedule.timesteps.tolist()
     assert sorted(pool.position.tolist()) == [0, 1, 2, 3]
 

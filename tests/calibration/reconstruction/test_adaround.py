@@ -33,7 +33,7 @@ def test_the_start_is_the_float_weight_clipped():
     assert rounding.codes().tolist() == [[1, -1, 7, -8]]
 
 
-def test_the_penalty_is_nothing_where_all_is_decided_and_one_a_weight_where_nothing_is():
+def test_the_penalty_is_zero_if_all_weights_are_decided_and_one_per_undecided_weight():
     rounding = AdaRound(layer_of([[0.25, 0.75]], [0.5]))
     assert float(rounding.penalty(2.0).detach()) == pytest.approx(2.0)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_the_exponent_falls_from_twenty_to_two_after_a_fifth_of_the_steps():
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_committed_codes_are_within_one_of_nearest_and_stay_where_they_are(bits):
+def test_committed_codes_are_within_one_of_nearest_and_are_preserved_by_rounding(bits):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 50, generator=generator)
     layer = layer_of(weight, torch.full((6,), 0.7 / 2 ** (bits - 1)), bits)
@@ -67,7 +67,7 @@ def test_committed_codes_are_within_one_of_nearest_and_stay_where_they_are(bits)
     assert layer.layer.weight.data_ptr() != weight.data_ptr()
 
 
-def test_a_weight_learns_to_be_rounded_away_from_nearest_where_that_serves_the_output():
+def test_a_weight_is_rounded_away_from_nearest_if_that_lowers_the_output_error():
     # Two equal inputs: 0.4 + 0.4 is nearer to 0 + 1 than to 0 + 0.
     layer = layer_of([[0.4, 0.4]], [1.0])
     (rounding,) = begin([layer])

@@ -5,9 +5,8 @@ from calibration.recipes.mse import Mse
 from calibration.reconstruction import block_cache
 from calibration.reconstruction.block_cache import ModelInputs, entropies_of, fill_block_cache
 from calibration.reconstruction.blocks import blocks_of
-from calibration.student.module_outputs import activations_unquantized
 from calibration.student.teacher import Teacher
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.numerics.activation_table import table_rows
 from tests.calibration.tiny import tiny_source
 from tests.conftest import tiny_inputs
@@ -25,18 +24,18 @@ def network(kind):
             quantizer.log_scale.copy_(torch.tensor([-1.0, -1.5]))
             if quantizer.qmin.requires_grad:
                 quantizer.qmin.fill_(-7.0)
-    outline = meta_model(source.family_object, source.config)
-    return teacher, student, outline, ModelInputs(tiny_inputs(kind, batch=5))
+    skeleton = meta_model(source.family_object, source.config)
+    return teacher, student, skeleton, ModelInputs(tiny_inputs(kind, batch=5))
 
 
 def results(model, forward, name, inputs):
-    """What a module gives within a whole forward pass."""
-    seen = []
-    handle = model.get_submodule(name).register_forward_hook(lambda _, args, output: seen.append(output))
+    """The results of a module within a whole forward pass."""
+    outputs = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _, args, output: outputs.append(output))
     with torch.no_grad():
         forward(inputs)
     handle.remove()
-    return block_cache.tensors_of(seen[0])
+    return block_cache.tensors_of(outputs[0])
 
 
 @pytest.mark.parametrize(
@@ -48,41 +47,41 @@ def results(model, forward, name, inputs):
         ("flux", "transformer_blocks.0"),
     ],
 )
-def test_a_block_alone_gives_what_it_gives_in_the_network(kind, name):
-    teacher, student, outline, inputs = network(kind)
-    block = next(block for block in blocks_of(student, outline, "block") if block.name == name)
+def test_a_block_run_alone_computes_what_it_computes_in_the_network(kind, name):
+    teacher, student, skeleton, inputs = network(kind)
+    block = next(block for block in blocks_of(student, skeleton, "block") if block.name == name)
     kept = fill_block_cache(block, student, teacher, inputs)
     assert kept.rows.tolist() == table_rows(student.row_of_timestep, inputs.values["timestep"]).tolist()
-    chosen = torch.tensor([4, 1, 2])
+    chosen = torch.tensor([4, 0, 3, 1])  # rows 1, 0, 1, 0
     with torch.no_grad():
         alone = kept.outputs(student, chosen)
     within = results(student.model, student, name, inputs.values)
     assert len(alone) == len(within)
     for ours, theirs in zip(alone, within, strict=True):
-        # The same numbers in another batch: a tie may round the other way where float32 sums are ordered otherwise, so nearly all are equal.
-        close = torch.isclose(ours, theirs[chosen], rtol=1e-4, atol=1e-4)
-        assert float(close.float().mean()) > 0.99
+        # The same numbers in another batch: where float32 sums are ordered differently, one rounding tie may change a whole sample.
+        close = torch.isclose(ours, theirs[chosen], rtol=1e-4, atol=1e-4).flatten(1).all(1)
+        assert int(close.sum()) >= len(chosen) - 1
     for target, theirs in zip(kept.targets, results(teacher.model, teacher, name, inputs.values), strict=True):
-        torch.testing.assert_close(target.of(chosen), theirs[chosen])
+        torch.testing.assert_close(target.batch(chosen), theirs[chosen])
 
 
 def test_the_distance_sums_over_channels_and_means_over_the_rest():
-    teacher, student, outline, inputs = network("unet2d")
-    block = next(block for block in blocks_of(student, outline, "block") if block.name == "conv_in")
+    teacher, student, skeleton, inputs = network("unet2d")
+    block = next(block for block in blocks_of(student, skeleton, "block") if block.name == "conv_in")
     kept = fill_block_cache(block, student, teacher, inputs)
     chosen = torch.arange(5)
     with torch.no_grad():
         (output,) = kept.outputs(student, chosen)
-        distance = kept.distance(student, chosen)
-    expected = (output - kept.targets[0].of(chosen)).square().sum(1).mean()
+        distance = kept.reconstruction_error(student, chosen)
+    expected = (output - kept.targets[0].batch(chosen)).square().sum(1).mean()
     torch.testing.assert_close(distance, expected)
     assert float(distance) > 0
 
 
-def test_joined_modules_are_fed_by_each_other():
-    teacher, student, outline, inputs = network("unet2d")
+def test_the_second_of_two_joined_modules_receives_the_result_of_the_first():
+    teacher, student, skeleton, inputs = network("unet2d")
     bits = dict.fromkeys(student.layers, 4.0) | {site: 8.0 for site in student.layers if site.startswith("mid_block.attentions.0.")}
-    blocks = blocks_of(student, outline, "entropy", bits)
+    blocks = blocks_of(student, skeleton, "entropy", bits)
     pair = next(block for block in blocks if "mid_block.attentions.0" in block.modules)
     assert len(pair.modules) == 2
     kept = fill_block_cache(pair, student, teacher, inputs)
@@ -97,26 +96,18 @@ def test_joined_modules_are_fed_by_each_other():
 
 def test_a_cache_is_bounded_and_its_samples_evenly_spread(monkeypatch):
     monkeypatch.setattr(block_cache, "CACHE_BYTES", 0)
-    monkeypatch.setattr(block_cache, "PASS", 2)
-    teacher, student, outline, inputs = network("unet2d")
-    kept = fill_block_cache(blocks_of(student, outline, "block")[0], student, teacher, inputs)
+    monkeypatch.setattr(block_cache, "FORWARD_BATCH", 2)
+    teacher, student, skeleton, inputs = network("unet2d")
+    kept = fill_block_cache(blocks_of(student, skeleton, "block")[0], student, teacher, inputs)
     expected = table_rows(student.row_of_timestep, inputs.values["timestep"][[0, 2]])
     assert kept.rows.tolist() == expected.tolist()
 
 
-def test_samples_are_parted_and_spread():
+def test_samples_are_divided_into_batches_and_spread():
     inputs = ModelInputs({"sample": torch.arange(7.0)[:, None], "timestep": torch.arange(7.0)})
-    assert [len(part["timestep"]) for part in inputs.parts(3)] == [3, 3, 1]
+    assert [len(part["timestep"]) for part in inputs.batches(3)] == [3, 3, 1]
     assert inputs.spread(3).values["timestep"].tolist() == [0.0, 2.0, 4.0]
     assert inputs.spread(9) is inputs
-
-
-def test_unrounded_activations_pass_and_come_back():
-    _, student, _, _ = network("unet2d")
-    before = {name: layer.quantizer for name, layer in student.layers.items()}
-    with activations_unquantized(student):
-        assert all(layer.quantizer is None for layer in student.layers.values())
-    assert all(layer.quantizer is before[name] for name, layer in student.layers.items())
 
 
 def test_every_site_has_an_entropy():

@@ -9,7 +9,7 @@ from edm_deploy.network.restructure import SplitInputLayer
 from tests.conftest import tiny_model
 
 
-def test_a_unets_shortcuts_see_what_comes_up_beside_what_was_skipped():
+def test_a_unets_shortcuts_receive_a_concatenation_with_the_skip_connection():
     family, config, _ = tiny_model("unet2d")
     assert concatenated_inputs(family, config, through=False) == {
         "up_blocks.0.resnets.0.conv_shortcut": (16, 16),
@@ -19,14 +19,14 @@ def test_a_unets_shortcuts_see_what_comes_up_beside_what_was_skipped():
     }
 
 
-def test_behind_norm_and_activation_the_parts_are_still_there():
+def test_segments_continue_behind_norm_and_activation():
     family, config, _ = tiny_model("unet2d")
     direct, through = (concatenated_inputs(family, config, through=value) for value in (False, True))
     assert through == direct | {name.replace("conv_shortcut", "conv1"): sizes for name, sizes in direct.items()}
 
 
 @pytest.mark.parametrize(("kind", "found"), [("dit", {}), ("flux", {"single_transformer_blocks.0.proj_out": (32, 128)})])
-def test_layers_are_found_by_what_they_are_fed_and_not_by_name(kind, found):
+def test_layers_are_found_by_their_input_and_not_by_name(kind, found):
     family, config, _ = tiny_model(kind)
     assert concatenated_inputs(family, config, through=False) == found
 
@@ -39,7 +39,7 @@ def test_a_split_layer_equals_the_whole_one_where_its_parts_have_one_scale():
     def layer_of(part):
         quantizer = ActivationQuantizer(spec, 1)
         quantizer.set_row(0, QuantRange(0.25, -7))
-        quantizer.current = torch.zeros(3, dtype=torch.int64)
+        quantizer.rows = torch.zeros(3, dtype=torch.int64)
         layer = StudentLayer(part, spec, quantizer)
         layer.set_weight_scale(torch.full((5,), 0.06))
         return layer

@@ -39,12 +39,12 @@ def test_another_teacher_is_refused(checkpoint):
         load_checkpoint(checkpoint, IDENTITY | {"teacher": "xyz"})
 
 
-def test_no_checkpoint_is_one_clear_line(tmp_path):
+def test_a_missing_checkpoint_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="holds no checkpoint to resume"):
         load_checkpoint(tmp_path, IDENTITY)
 
 
-def test_a_flipped_byte_is_found(checkpoint):
+def test_a_flipped_byte_is_detected(checkpoint):
     data = bytearray((checkpoint / TENSORS_NAME).read_bytes())
     data[-1] ^= 1
     (checkpoint / TENSORS_NAME).write_bytes(bytes(data))

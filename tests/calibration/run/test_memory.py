@@ -3,7 +3,7 @@ import torch
 from calibration.run.memory import needed_memory, peak_memory
 
 
-def test_the_peak_remembers_what_was_freed():
+def test_the_peak_includes_freed_memory():
     before = peak_memory(torch.device("cpu"))
     block = torch.ones(64 << 20)  # 256 MiB, touched
     held = peak_memory(torch.device("cpu"))

@@ -72,7 +72,7 @@ def test_gradients_agree_with_those_of_a_chain_of_elementary_operations():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # sums of 80 float32 terms in another order
 
 
-def test_rounding_goes_to_even_and_passes_its_gradient_through():
+def test_rounding_is_half_to_even_with_the_gradient_of_the_identity():
     x = torch.tensor([0.5, 1.5, -0.7], requires_grad=True)
     y = round_straight_through(x)
     y.sum().backward()

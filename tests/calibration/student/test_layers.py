@@ -13,7 +13,7 @@ def quantizer(rows=2, spec=A4):
     made = ActivationQuantizer(spec, rows)
     made.set_row(0, QuantRange(0.5, -3))
     made.set_row(1, QuantRange(0.25, 0))
-    made.current = torch.tensor([0, 1])
+    made.rows = torch.tensor([0, 1])
     return made
 
 
@@ -22,7 +22,7 @@ def test_each_sample_is_rounded_by_its_own_row():
     assert quantizer()(x).tolist() == [[1.0, -1.5], [1.0, 0.0]]
 
 
-def test_the_table_holds_the_rows_as_integers_and_stays_valid_wherever_training_went():
+def test_the_table_has_integer_bounds_and_is_valid_for_any_trained_values():
     made = quantizer()
     with torch.no_grad():
         made.qmin.copy_(torch.tensor([-3.4, 7.0]))
@@ -42,7 +42,7 @@ def test_a_learned_lowest_code_is_an_integer_while_training():
 
 def test_every_row_of_a_mixed_batch_gets_a_gradient_and_no_other():
     made = ActivationQuantizer(A4, 3)
-    made.current = torch.tensor([0, 2])
+    made.rows = torch.tensor([0, 2])
     made(torch.full((2, 4), 30.0)).sum().backward()
     assert made.log_scale.grad.ne(0).tolist() == [True, False, True]
     # 30 is above the bounds [0, 15]: both bounds' gradients are the scale, once for each of 4 values.
@@ -55,7 +55,7 @@ def test_eight_bit_bounds_are_fixed_and_not_learned():
     assert (made.table().qmin.tolist(), made.table().qmax.tolist()) == ([-128, -128], [127, 127])
 
 
-def test_layers_fed_the_same_tensor_get_the_same_result_once():
+def test_layers_that_receive_the_same_tensor_share_one_result():
     made, x = quantizer(), torch.randn(2, 3)
     assert made(x) is made(x)
     assert made(x) is not made(x.clone())
@@ -93,11 +93,11 @@ def test_autocast_computes_in_bfloat16_and_rounds_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         low = layer(x)
     assert low.dtype == torch.bfloat16
-    layer.quantizer.forget()
+    layer.quantizer.clear_cache()
     torch.testing.assert_close(low.float(), layer(x.float()), rtol=0.02, atol=0.02)  # bfloat16 keeps 8 bits of each product and of the sum
 
 
-def test_the_bias_makes_up_for_what_rounding_takes_from_the_mean_output():
+def test_bias_correction_restores_the_mean_output():
     layer = StudentLayer(nn.Linear(2, 1).requires_grad_(False), A4, None)
     layer.layer.weight.copy_(torch.tensor([[1.25, 2.0]]))
     layer.layer.bias.fill_(1.0)
@@ -106,7 +106,7 @@ def test_the_bias_makes_up_for_what_rounding_takes_from_the_mean_output():
     assert layer.layer.bias.item() == 2.0
 
 
-def test_the_mean_output_of_a_grouped_convolution_is_kept():
+def test_bias_correction_restores_the_mean_output_of_a_grouped_convolution():
     generator = torch.Generator().manual_seed(0)
     float_layer = nn.Conv2d(4, 6, 3, groups=2).requires_grad_(False)
     float_layer.weight.copy_(torch.randn(float_layer.weight.shape, generator=generator))

@@ -3,7 +3,6 @@ import torch
 from torch import nn
 
 from calibration import Interrupted, RunOptions, fit
-from calibration.observers.mixed_precision import top_share
 from calibration.recipes.mpq_dm import MPQDM
 from calibration.student.layers import StudentLayer
 from calibration.student.quantization_spec import LayerSpec
@@ -36,7 +35,7 @@ def test_the_second_term_is_the_mean_error_with_the_error_s_sign():
     torch.testing.assert_close(found, torch.tensor([[1.2, -2.2, 0.2, 3.2]]))
 
 
-def test_channels_that_do_not_stand_out_are_rounded_as_ever():
+def test_channels_that_are_not_salient_are_rounded_to_nearest():
     torch.manual_seed(0)
     layer = layer_of(4 * torch.rand(4, 32) - 2, torch.full((4,), 0.3))  # nothing is clipped
     plain = layer.nearest_weight().detach()
@@ -70,10 +69,6 @@ def test_gradients_reach_weight_and_scale():
     layer.layer.weight.requires_grad_(True)
     BinaryResidual(layer, torch.ones(3))().square().sum().backward()
     assert bool(layer.layer.weight.grad.any()) and bool(layer.log_weight_scale.grad.any())
-
-
-def test_the_heaviest_share_is_rounded_up():
-    assert top_share(torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0]), 0.3).tolist() == [False, True, False, True, False]
 
 
 def test_an_artifact_holds_both_terms_in_one_code_and_a_resumed_run_ends_in_the_same(tmp_path):

@@ -9,17 +9,16 @@ from safetensors.torch import load_file, save_file
 
 from edm_deploy.artifact.artifact import JSON_NAME, SCHEMA, TENSORS_NAME, Artifact
 from edm_deploy.errors import ArtifactError
-from edm_deploy.storage.directories import sha256_of
 from tests.conftest import artifact_by_hand
+from tests.mutations import write_description
 
 
 def rewrite(path, tensors=None, **changes):
-    """Change an artifact on disk and mend its hash, as a hostile or careless writer would."""
+    """Change an artifact on disk and compute its hashes again, as a hostile or careless writer would."""
     description = json.loads((path / JSON_NAME).read_text())
     if tensors is not None:
         save_file({name: value.contiguous() for name, value in tensors.items()}, path / TENSORS_NAME)
-        description["tensors_sha256"] = sha256_of(path / TENSORS_NAME)
-    (path / JSON_NAME).write_text(json.dumps(description | changes))
+    write_description(path, description | changes)
 
 
 @pytest.fixture
@@ -81,7 +80,7 @@ def test_a_flipped_byte_is_found(saved):
     data = bytearray((saved / TENSORS_NAME).read_bytes())
     data[-1] ^= 1
     (saved / TENSORS_NAME).write_bytes(data)
-    with pytest.raises(ArtifactError, match="is damaged: sha256"):
+    with pytest.raises(ArtifactError, match="is damaged: its sha256 is"):
         Artifact.load(saved)
 
 
@@ -112,9 +111,7 @@ def test_missing_tensors_file_is_said(saved):
 
 def test_a_pickle_in_the_place_of_the_tensors_is_refused_unread(saved):
     torch.save({"x": torch.zeros(1)}, saved / TENSORS_NAME)
-    description = json.loads((saved / JSON_NAME).read_text())
-    description["tensors_sha256"] = sha256_of(saved / TENSORS_NAME)
-    (saved / JSON_NAME).write_text(json.dumps(description))
+    rewrite(saved)
     with pytest.raises(ArtifactError, match="is no safetensors file"):
         Artifact.load(saved)
 
@@ -144,7 +141,7 @@ TENSOR_FAULTS = {
     "scale per channel": (_set(f"sites.{SITE}.act_scale", lambda x: x[:, None].expand(-1, 8)), "fits no integer kernel"),
     "qmin above zero": (_set(f"sites.{SITE}.act_qmin", lambda x: x.abs()), "exclude code 0"),
     "bounds too wide": (_set(f"sites.{SITE}.act_qmax", lambda x: x + 5), "more than the 16 of 4 bits"),
-    "packed too short": (_set(f"sites.{SITE}.codes", lambda x: x[:-1]), "does not describe its tensors"),
+    "packed too short": (_set(f"sites.{SITE}.codes", lambda x: x[:-1]), "expected 576 of shape"),
     "rows outside": (_set("row_of_timestep", lambda x: x + 100), "points outside its 5 table rows"),
     "timesteps unsorted": (_set("timesteps", lambda x: x.flip(0)), "not ascending"),
 }
@@ -184,6 +181,79 @@ def test_a_description_that_does_not_fit_is_one_clear_error(saved, change, messa
     rewrite(saved, **change)
     with pytest.raises(ArtifactError, match=message):
         Artifact.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("config", {"layers_per_block": 20000}, "more than 6000 parameter tensors, more than any published model has"),
+        ("config", {"sample_size": 10**12}, r"config\.sample_size is 1000000000000, expected a number below 2\^31"),
+        ("config", {"block_out_channels": [-8, 16]}, "diffusers cannot build UNet2DModel from this config"),
+        ("config", {"block_out_channels": [1 << 30, 1 << 30]}, "diffusers cannot build UNet2DModel from this config: .*overflow"),
+        ("sites", {SITE: {"weight_bits": True}}, rf"sites\[\"{SITE}\"\]\.weight_bits is true, expected an integer"),
+        ("sites", {SITE: {"weight_bits": 9}}, r"\.weight_bits is 9, expected an integer <= 8"),
+        ("sites", {SITE: {"op": "conv3d"}}, r'\.op is "conv3d", expected "conv2d" or "linear"'),
+        ("sites", {SITE: {"weight_shape": [8, 8, 3, 10**12]}}, r"\.weight_shape\[3\] is 1000000000000, expected an integer <= 16777216"),
+        ("sites", {SITE: {"weight_shape": [8, "8"]}}, r'\.weight_shape\[1\] is "8", expected an integer'),
+    ],
+    ids=str,
+)
+def test_a_number_out_of_bounds_is_refused_by_its_field(saved, field, value, message):
+    content = json.loads((saved / JSON_NAME).read_text())[field]
+    changed = {name: content[name] | entry if isinstance(entry, dict) else entry for name, entry in value.items()}
+    rewrite(saved, **{field: content | changed})
+    with pytest.raises(ArtifactError, match=message):
+        Artifact.load(saved)
+
+
+def test_deeply_nested_json_is_refused(saved):
+    for depth in (100, 100_000):
+        (saved / JSON_NAME).write_text('{"config": ' + "[" * depth + "]" * depth + "}")
+        with pytest.raises(ArtifactError, match="nested deeper than 32 levels"):
+            Artifact.load(saved)
+
+
+def test_infinity_is_refused(saved):
+    rewrite(saved, provenance={"seconds": float("inf")})
+    with pytest.raises(ArtifactError, match=r"provenance\.seconds is inf, expected a finite number"):
+        Artifact.load(saved)
+
+
+def test_a_file_of_many_gigabytes_is_refused_unread(saved):
+    with (saved / JSON_NAME).open("r+") as stream:
+        stream.truncate(1 << 40)  # sparse
+    with pytest.raises(ArtifactError, match="has 1099511627776 bytes, expected at most 67108864 of json"):
+        Artifact.load(saved)
+
+
+@pytest.mark.parametrize("name", [JSON_NAME, TENSORS_NAME, "model_index.json"])
+def test_a_link_that_leaves_the_directory_is_refused(saved, tmp_path, name):
+    (saved / name).rename(tmp_path / "elsewhere")
+    (saved / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match="outside its directory"):
+        Artifact.load(saved)
+
+
+@pytest.mark.parametrize("name", [JSON_NAME, TENSORS_NAME, "model_index.json"])
+def test_a_pipe_is_refused_unread(saved, name):
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+    with pytest.raises(ArtifactError, match="is not a regular file"):
+        Artifact.load(saved)
+
+
+@pytest.mark.parametrize("change", [{"digest": "0" * 64}, {"family": "unet2d-condition"}, {"folded": ["conv_in"]}], ids=str)
+def test_a_description_that_its_digest_does_not_cover_is_refused(saved, change):
+    description = json.loads((saved / JSON_NAME).read_text())
+    (saved / JSON_NAME).write_text(json.dumps(description | change))
+    with pytest.raises(ArtifactError, match=r"artifact\.json was changed or damaged: its digest is"):
+        Artifact.load(saved)
+
+
+def test_the_provenance_may_be_annotated(saved):
+    description = json.loads((saved / JSON_NAME).read_text())
+    (saved / JSON_NAME).write_text(json.dumps(description | {"provenance": {"note": "of mine"}}))
+    assert Artifact.load(saved).provenance == {"note": "of mine"}
 
 
 def full_disk(path, _):

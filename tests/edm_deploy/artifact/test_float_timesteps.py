@@ -23,9 +23,18 @@ def test_stretches_and_map_undo_each_other():
     assert describe_intervals(spans) == "timesteps 0 to 1, 5 to 5, 8 to 9"
 
 
-def test_a_stretch_outside_the_schedule_is_refused():
-    with pytest.raises(ValueError, match="timesteps 8 to 10 lie outside a schedule of 10"):
-        mask_from_intervals([(8, 10)], 10)
+@pytest.mark.parametrize(
+    ("intervals", "message"),
+    [
+        ([(8, 10)], "timesteps 8 to 10 are outside a schedule of 10, expected 0 to 9"),
+        ([(-1, 3)], "timesteps -1 to 3 are outside"),
+        ([(5, 4)], "timesteps 5 to 4 are outside"),
+        ([(0, 4), (4, 5)], "timesteps 4 to 5 overlap an earlier interval"),
+    ],
+)
+def test_an_interval_outside_the_schedule_or_before_another_is_refused(intervals, message):
+    with pytest.raises(ArtifactError, match=message):
+        mask_from_intervals(intervals, 10)
 
 
 def test_each_sample_goes_where_its_timestep_belongs_and_comes_back_to_its_place():

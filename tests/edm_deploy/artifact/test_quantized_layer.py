@@ -102,7 +102,7 @@ def test_a_wrong_site_is_named_with_its_layer(restructured):
 @pytest.mark.parametrize(
     ("segments", "message"),
     [
-        ({"transformer_blocks.0.ff.net.2": (6, 11)}, r"cannot be cut into segments \[6, 11\]: it has 16 input channels"),
+        ({"transformer_blocks.0.ff.net.2": (6, 11)}, r"cannot be split into segments \[6, 11\]: it has 16 input channels"),
         ({}, r"Artifact has site 'transformer_blocks.0.ff.net.2.segment0', which the dit-transformer-2d model of its config has not"),
     ],
 )

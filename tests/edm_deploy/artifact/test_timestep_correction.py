@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from edm_deploy.artifact.timestep_correction import Correction
+from edm_deploy.errors import ArtifactError
 
 
 def correction(**changes):
@@ -71,9 +72,23 @@ def test_json_holds_it_to_the_last_bit():
     assert all(torch.equal(getattr(one, name), getattr(again, name)) for name in vars(one))
 
 
-def test_json_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="points outside its 2 rows"):
-        Correction.from_json(correction().to_json() | {"row": [0, 7]})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"row": [0, 7]}, "points outside its 2 rows"),
+        ({"row": [0]}, r"has 1 rows from timesteps \[0, \d+\], expected one from each"),
+        ({"first": [0, 10**12]}, r"correction\.first\[1\] is 1000000000000, expected an integer <= 99999"),
+        ({"num_train_timesteps": 10**12}, r"correction\.num_train_timesteps is 1000000000000, expected an integer <= 100000"),
+        ({"first": [0, 0]}, r"correction\.first is \[0, 0\], expected ascending timesteps"),
+        ({"scale": [[1.0], [1.0, 2.0]]}, "rows of different lengths"),
+        ({"scale": [[True], [1.0]]}, r"correction\.scale\[0\]\[0\] is true, expected a number"),
+        ({"scale": [[1e300, 1.0], [1.0, 1.0]], "input_bias": [[0.0, 0.0], [0.0, 0.0]]}, "scale holds NaN or infinity"),
+    ],
+    ids=str,
+)
+def test_json_that_does_not_fit_is_refused(changes, message):
+    with pytest.raises(ArtifactError, match=message):
+        Correction.from_json(correction().to_json() | changes)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@ import json
 import pytest
 
 from edm_deploy.errors import ArtifactError, UnsupportedError
-from edm_deploy.pipelines.model_index import read_pipeline_config, whole_config
+from edm_deploy.pipelines.model_index import read_pipeline_config
 from edm_deploy.pipelines.source import load_source
-from tests.conftest import TINY_UNET
 
 
 def test_an_outline_says_what_loading_would_without_weights(save_tiny_pipeline, tmp_path):
@@ -18,13 +17,6 @@ def test_an_outline_says_what_loading_would_without_weights(save_tiny_pipeline, 
     assert outline.component == "unet"
     assert outline.scheduler_class == type(source.scheduler).__name__
     assert outline.scheduler_config["num_train_timesteps"] == source.num_train_timesteps
-
-
-def test_a_whole_config_has_diffusers_defaults_and_reads_as_json():
-    config = whole_config("unet2d", TINY_UNET | {"_class_name": "UNet2DModel"})
-    assert config["flip_sin_to_cos"] is True
-    assert "_class_name" not in config
-    assert json.loads(json.dumps(config)) == config
 
 
 def test_a_config_that_the_family_cannot_carry_is_refused_before_any_weight_is_read(save_tiny_pipeline, tmp_path):

@@ -141,6 +141,16 @@ def test_a_mixed_batch_goes_through_both_engines_corrected(mended):
         check_no_further(load_denoiser(path)(inputs["sample"], timestep).sample, expected, exact)
 
 
+def test_closing_the_drop_in_closes_both_engines(mended):
+    inputs = tiny_inputs("unet2d", batch=2)
+    with load_denoiser(mended[1]) as denoiser:
+        denoiser(**inputs)
+    for timestep in (0, 999):  # one of each engine
+        with pytest.raises(InputError, match="This engine has been closed"):
+            denoiser(inputs["sample"], timestep)
+    denoiser.close()
+
+
 def test_one_folder_holds_both_engines_and_every_file_is_checked(mended, tmp_path):
     import shutil
 

@@ -96,6 +96,21 @@ def test_a_layer_is_narrow_again_after_it_has_failed(tmp_path):
     assert mapped.conv_in.weight.dtype == torch.float16
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_a_mapped_model_that_is_cast_computes_in_the_type_it_was_cast_to(stored, tmp_path):
+    family, _, model = tiny_model("unet2d")
+    mapped = filled(saved(model, tmp_path, stored), keep=True)
+    widen_while_running(mapped)
+    inputs = {name: value.bfloat16() if name != "timestep" else value for name, value in tiny_inputs("unet2d").items()}
+    usual = torch.nn.Module.to(cast(filled(tmp_path), torch.bfloat16), memory_format=torch.channels_last)
+    # The same layout on both sides: bfloat16 convolutions of another one sum in another order.
+    output = family.forward(torch.nn.Module.to(cast(mapped, torch.bfloat16), memory_format=torch.channels_last), inputs)
+    expected = family.forward(usual, inputs)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, expected)
+    assert {parameter.dtype for parameter in mapped.parameters()} == {torch.bfloat16}
+
+
 def test_low_memory_gives_the_same_source(save_tiny_pipeline, tmp_path):
     path = save_tiny_pipeline(tmp_path / "p")
     weights = path / "unet" / "diffusion_pytorch_model.safetensors"

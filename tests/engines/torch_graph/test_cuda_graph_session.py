@@ -1,6 +1,12 @@
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 import torch
 from torch import fx, nn
 
+from edm_deploy.errors import InputError
 from engines.torch_graph.cuda_graph_session import CAPTURED_SHAPES, Captured, CudaSession
 
 
@@ -19,29 +25,38 @@ def test_on_the_cpu_it_runs_eagerly_and_names_its_outputs():
 
 
 class FakeGraph:
-    """Stands for torch.cuda.CUDAGraph: what is replayed reads and writes fixed memory."""
+    """torch.cuda.CUDAGraph's fixed memory: a replay reads its inputs and overwrites its outputs, slowly enough that another thread comes between."""
 
     def __init__(self, inputs, outputs):
         self.inputs, self.outputs = inputs, outputs
 
     def replay(self):
-        self.outputs["sum"].copy_(self.inputs["x"] * 2)
+        doubled = self.inputs["x"] * 2
+        time.sleep(0.001)
+        self.outputs["sum"].copy_(doubled)
+        time.sleep(0.001)
 
 
-def test_shapes_are_captured_once_and_the_oldest_makes_room(monkeypatch):
-    recorded = []
+@pytest.fixture
+def recorded(monkeypatch, streams):
+    """Shapes of x that sessions have captured, with FakeGraph in the place of torch.cuda.CUDAGraph."""
+    shapes = []
 
     def record(self, inputs):
-        recorded.append(tuple(inputs["x"].shape))
+        shapes.append(tuple(inputs["x"].shape))
         static, outputs = {"x": inputs["x"].clone()}, {"sum": torch.empty_like(inputs["x"])}
         return Captured(FakeGraph(static, outputs), static, outputs)
 
-    import contextlib
-
     monkeypatch.setattr(CudaSession, "_record", record)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    module = fx.symbolic_trace(nn.Identity())
-    capturing = CudaSession(module, ["x"], ["sum"], torch.device("cuda"))
+    return shapes
+
+
+def capturing_session() -> CudaSession:
+    return CudaSession(fx.symbolic_trace(nn.Identity()), ["x"], ["sum"], torch.device("cuda"))
+
+
+def test_shapes_are_captured_once_and_the_oldest_makes_room(recorded):
+    capturing = capturing_session()
     first = capturing.run({"x": torch.ones(1)})["sum"]
     assert torch.equal(capturing.run({"x": torch.full((1,), 5.0)})["sum"], torch.full((1,), 10.0))
     assert torch.equal(first, torch.full((1,), 2.0)), "a replay must not change what was returned before"
@@ -49,3 +64,27 @@ def test_shapes_are_captured_once_and_the_oldest_makes_room(monkeypatch):
         capturing.run({"x": torch.ones(size)})
     capturing.run({"x": torch.ones(1)})
     assert recorded == [(size,) for size in (*range(1, CAPTURED_SHAPES + 2), 1)]
+
+
+def test_two_threads_on_one_captured_graph_each_get_their_own_result(recorded):
+    capturing, start = capturing_session(), threading.Barrier(2)
+
+    def hammer(first):
+        start.wait()
+        return [capturing.run({"x": torch.full((1,), float(value))})["sum"].item() for value in range(first, first + 30)]
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(hammer, (0, 100)))
+    assert results == [[2.0 * value for value in range(first, first + 30)] for first in (0, 100)]
+    assert recorded == [(1,)]
+
+
+def test_closing_waits_for_the_gpu_and_drops_graphs_and_module(recorded, streams):
+    capturing = capturing_session()
+    capturing.run({"x": torch.ones(1)})
+    capturing.close()
+    (stream,) = streams.values()
+    assert stream.enqueued[-1] == "synchronize 1"
+    assert (len(capturing._captured), capturing._module, capturing._pool) == (0, None, None)
+    with pytest.raises(InputError, match="has been closed"):
+        capturing.run({"x": torch.ones(1)})

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from pathlib import Path
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +8,12 @@ import torch
 
 from edm_deploy.artifact.timestep_routing import mask_from_intervals
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy_tools.benchmarks.engines import Bench, Timing, bench_engines, engine_calls, in_turns, unused
+from edm_deploy_tools.benchmarks.engines import Bench, Timing, alternate, bench_engines, engine_calls, unused
 
 
-def test_contestants_take_turns():
+def test_calls_alternate():
     order: list[str] = []
-    timings = in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3)
+    timings = alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3)
     assert order[-6:] == ["a", "b"] * 3
     assert [len(timing.seconds) for timing in timings] == [3, 3]
 
@@ -25,7 +25,7 @@ def test_ratios_are_relative_to_the_first():
     assert second["times torch"] == 3.0
 
 
-def test_an_engine_is_timed_beside_float_baselines(chain):
+def test_an_engine_is_timed_with_float_baselines(chain):
     pytest.importorskip("openvino", reason="the float baseline of OpenVINO needs openvino")
     bench = bench_engines([chain.engine], against=["torch", "torch-bf16", "openvino-fp32"], batch=2, rounds=2)
     assert [timing.name for timing in bench.timings] == ["torch", "torch-bf16", "openvino-fp32", "engine"]
@@ -42,23 +42,51 @@ def test_no_engine_is_refused():
         bench_engines([])
 
 
-def test_equal_names_are_told_apart():
+def edited(engine, change):
+    """A copy of an engine with an edited manifest."""
+    manifest = json.loads((engine / "manifest.json").read_text())
+    change(manifest)
+    (engine / "manifest.json").write_text(json.dumps(manifest))
+    return engine
+
+
+def test_an_engine_that_cannot_run_here_is_skipped_with_its_reason(run, chain, copy_of):
+    other = edited(copy_of(chain.engine), lambda manifest: manifest.update(backend="trt-rtx"))
+    ran = run("bench", other, chain.engine, "--batch", 2, "--rounds", 1)
+    assert ran.code == 0, ran.err
+    assert ran.err.startswith(f"Note: {other} is skipped: ")
+    assert "engine" in ran.out
+    content = json.loads(run("bench", other, chain.engine, "--batch", 2, "--rounds", 1, "--json").out)
+    assert [row["name"] for row in content["results"]] == ["torch", "engine"]
+    assert list(content["skipped"]) == [str(other)]
+
+
+def test_no_engine_that_can_run_here_is_an_error(run, chain, copy_of):
+    other = edited(copy_of(chain.engine), lambda manifest: manifest.update(backend="trt-rtx"))
+    assert run("bench", other, "--batch", 2, "--rounds", 1).complaint
+
+
+def test_a_training_step_is_measured_without_engines(run, chain):
+    assert "without engines" in run("bench", chain.engine, "--finetune-step", chain.model).complaint
+    assert "without engines" in run("bench", "--finetune-step", chain.model, "--device", "cpu").complaint
+
+
+def test_equal_names_get_numbers():
     assert unused("engine", {"engine": 1}) == "engine 2"
 
 
-def test_an_engine_with_relaxed_timesteps_is_two_contestants_each_at_its_own(monkeypatch):
-    seen = []
+def test_an_engine_with_float_timesteps_is_timed_at_timesteps_of_each_graph():
+    timesteps = []
 
     class Denoiser:
         device = torch.device("cpu")
         manifest = SimpleNamespace(engine_of_timestep=mask_from_intervals([(0, 199)], 1000))
 
         def __call__(self, sample, timestep):
-            seen.append(timestep.tolist())
+            timesteps.append(timestep.tolist())
 
-    monkeypatch.setattr("edm_deploy_tools.benchmarks.engines.load_denoiser", lambda path, device: Denoiser())
-    calls = engine_calls(Path("engine"), {"sample": torch.zeros(3, 1), "timestep": torch.zeros(3)}, None)
+    calls = engine_calls(Denoiser(), {"sample": torch.zeros(3, 1), "timestep": torch.zeros(3)})
     for call in calls.values():
         call()
     assert list(calls) == ["", " relaxed"]
-    assert seen == [[200.0, 600.0, 999.0], [0.0, 100.0, 199.0]]
+    assert timesteps == [[200.0, 600.0, 999.0], [0.0, 100.0, 199.0]]

@@ -1,4 +1,4 @@
-"""The operands that the kernels are timed on, on the CPU; the times themselves need a GPU."""
+"""The operands of the kernel benchmark, on the CPU; the times need a GPU."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_a_problem_has_the_layer_s_shape_and_torch_s_agrees(layer, kind):
     assert float_call(layer, 3, CPU)().shape == shape
 
 
-def test_bytes_are_those_that_move():
+def test_bytes_are_those_of_codes_and_operands():
     problem = Problem(LINEAR, 2, "s4", CPU)  # 24 channels of 4 bits are 12 bytes, stored as 16
     assert problem.quantize_bytes == 2 * 10 * (24 * 2 + 16)
     assert problem.sum_bytes == 2 * 10 * 16 + 16 * 16
@@ -36,7 +36,7 @@ def test_a_wrong_bit_is_found(kind):
         problem.check(f"sd15, {kind}")
 
 
-def test_torch_s_own_matmul_is_asked_only_what_it_can_do():
+def test_torch_s_int8_matmul_is_used_only_for_supported_sizes():
     assert fits_int_mm(LINEAR, 2)
     assert not fits_int_mm(LINEAR, 1)  # 10 rows
     assert not fits_int_mm(CONV, 8)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from edm_deploy.models import family_named
-from edm_deploy.network.family import SAMPLE, meta_model
+from edm_deploy.network.family import SAMPLE
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy_tools.benchmarks.layer_shapes import BATCHES, LAYERS, Layer
 from edm_deploy_tools.common.assets import REFERENCE_MODEL
 from edm_deploy_tools.inspection.architectures import architecture
@@ -41,7 +42,7 @@ def layers_of(name: str) -> Counter[Layer]:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_model_has_every_layer_of_its_table_as_often_as_it_says(name):
+def test_a_model_has_each_layer_as_often_as_its_table_states(name):
     found = layers_of(name)
     table = {Layer(*list(vars(layer).values())[:-1], 1): layer.uses for layer in LAYERS[name]}
     assert table == {layer: found[layer] for layer in table}
@@ -53,7 +54,7 @@ def test_every_model_has_its_batches():
     assert set(BATCHES) == set(LAYERS)
 
 
-def test_a_layer_says_its_shape():
+def test_a_layer_is_printed_with_its_shape():
     down = Layer("conv", 3, 8, 9, 8, 3, 2, 1)
     assert (down.P, down.Q, down.macs) == (5, 4, 3 * 8 * 9 * 20)
     assert str(down) == "conv 3x3 3->8, 9x8 stride 2"

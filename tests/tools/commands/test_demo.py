@@ -21,7 +21,7 @@ def test_a_scheme_is_read_in_either_case():
         scheme_bits("4x4")
 
 
-def test_only_the_same_recipe_and_settings_are_kept(chain):
+def test_an_artifact_of_other_settings_is_not_kept(chain):
     artifact = Artifact.load(chain.artifact)
     same = recipe_with("minmax", flags={"rows": 4}, overrides=["calibration_samples=2"])
     assert made_by(artifact, same)
@@ -29,7 +29,7 @@ def test_only_the_same_recipe_and_settings_are_kept(chain):
     assert not made_by(artifact, recipe_with("mse", flags={"rows": 4}, overrides=["calibration_samples=2"]))
 
 
-def test_only_an_engine_of_the_same_artifact_is_kept(chain, tmp_path):
+def test_an_engine_of_another_artifact_is_not_kept(chain, tmp_path):
     artifact = Artifact.load(chain.artifact)
     assert made_from(chain.engine, artifact, "engine")
     assert made_from(chain.onnx, artifact, "onnx")
@@ -39,6 +39,6 @@ def test_only_an_engine_of_the_same_artifact_is_kept(chain, tmp_path):
 
 def test_the_grid_has_a_row_for_each_label():
     rows = {"float": torch.zeros(2, 3, 32, 32), "fine-tuned": torch.ones(2, 3, 32, 32)}
-    picture = labelled_rows(rows)
-    assert picture.height == 2 * (96 + 10) + 10
-    assert picture.getpixel((picture.width - 20, 150)) == (255, 255, 255)
+    image = labelled_rows(rows)
+    assert image.height == 2 * (96 + 10) + 10
+    assert image.getpixel((image.width - 20, 150)) == (255, 255, 255)

@@ -11,8 +11,13 @@ from edm_deploy import registry
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.storage.directories import check_replaceable
 from edm_deploy_tools.commands.quantize import calibrate, finetune
-from edm_deploy_tools.commands.quantize_model import quantize, run_options
+from edm_deploy_tools.commands.quantize_model import QuantizeRequest, run_options
+from edm_deploy_tools.commands.quantize_model import quantize as run_quantize
 from edm_deploy_tools.common.recipe_settings import recipe_with
+
+
+def quantize(model, out, recipe, options, **changes):
+    return run_quantize(QuantizeRequest(model=model, out=out, recipe=recipe, options=options, **changes))
 
 
 def test_the_teacher_s_dtype_stays_the_default_where_none_is_given():
@@ -22,7 +27,7 @@ def test_the_teacher_s_dtype_stays_the_default_where_none_is_given():
 
 @pytest.mark.parametrize(("command", "training"), [(calibrate, False), (finetune, True)])
 def test_each_command_s_help_names_the_recipes_that_are_its_own(command, training):
-    helped = inspect.signature(command, eval_str=True).parameters["recipe"].annotation.__metadata__[0].help
+    helped = inspect.signature(command, eval_str=True).parameters["recipe"].annotation.__metadata__[0].help.partition(":")[2]
     own = {name for name in registry.names(recipes) if registry.load(recipes, name, "RECIPE").trains == training}
     assert set(re.findall(r"[a-z-]+", helped)) - {"or"} == own
 
@@ -58,9 +63,9 @@ def test_too_little_memory_is_said_before_the_weights_are_read(tmp_path, chain, 
     import psutil
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**8))
-    with pytest.raises(InputError, match=r"needs about 1\.\d GB of memory to be quantized so, 0\.1 GB are free\. Use --low-memory"):
+    with pytest.raises(InputError, match=r"needs about 1\.\d GB of memory; 0\.1 GB are available\. Use --low-memory"):
         quantize(str(chain.model), tmp_path / "a", recipe_with("mse"), RunOptions())
-    with pytest.raises(InputError, match=r"are free\. Free some, or begin nevertheless with --force"):
+    with pytest.raises(InputError, match=r"are available\. Free memory, or start anyway with --force"):
         quantize(str(chain.model), tmp_path / "a", recipe_with("mse"), RunOptions(), low_memory=True)
 
 

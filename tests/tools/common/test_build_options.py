@@ -9,7 +9,7 @@ import pytest
 from edm_deploy import load_pipeline
 from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
-from edm_deploy_tools.common.build_options import build_options, pipeline_home, range_of
+from edm_deploy_tools.common.build_options import build_options, pipeline_to_copy, range_of
 
 
 def test_a_profile_is_three_numbers_or_one():
@@ -18,7 +18,7 @@ def test_a_profile_is_three_numbers_or_one():
 
 
 @pytest.mark.parametrize("text", ["1:8", "a", "1:8:", "-1", ""])
-def test_anything_else_is_refused(text):
+def test_a_profile_of_another_form_is_refused(text):
     with pytest.raises(InputError, match="expected MIN:OPT:MAX"):
         range_of("batch", text)
 
@@ -29,14 +29,14 @@ def test_only_given_sizes_are_in_the_options():
     assert options.gpu == "rtx3090"
 
 
-@pytest.mark.parametrize("asked", [{"optimization_level": 6}, {"threads": 0}, {"workspace_mib": 0}])
-def test_numbers_outside_their_range_are_refused(asked):
+@pytest.mark.parametrize("options", [{"optimization_level": 6}, {"threads": 0}, {"workspace_mib": 0}])
+def test_numbers_outside_their_range_are_refused(options):
     with pytest.raises(InputError, match="expected"):
-        build_options({}, asked)
+        build_options({}, options)
 
 
-def test_one_folder_deploys(prompted, tmp_path):
-    """The engine's folder on a machine that has nothing else: the source is gone, and no network is asked."""
+def test_an_engine_directory_with_its_pipeline_needs_nothing_else(prompted, tmp_path):
+    """As on a machine that has nothing else: the source is gone, and there is no network."""
     gone = prompted.model.with_name("elsewhere")
     folder = Path(shutil.copytree(prompted.engine, tmp_path / "engine"))
     prompted.model.rename(gone)
@@ -49,7 +49,7 @@ def test_one_folder_deploys(prompted, tmp_path):
     assert not (folder / "unet").exists()
 
 
-def test_what_was_copied_is_checked_before_it_is_read(prompted, copy_of):
+def test_copied_components_are_checked_before_they_are_read(prompted, copy_of):
     folder = copy_of(prompted.engine)
     assert "vae/config.json" in Manifest.read(folder, kind="engine").files
     with (folder / "vae" / "diffusion_pytorch_model.safetensors").open("ab") as stream:
@@ -58,21 +58,21 @@ def test_what_was_copied_is_checked_before_it_is_read(prompted, copy_of):
         load_pipeline(folder)
 
 
-def test_a_pipeline_to_copy_from_is_named_or_known(prompted, chain, copy_of, tmp_path):
-    assert pipeline_home(prompted.onnx, False, None) is None
-    assert pipeline_home(prompted.onnx, True, None) == prompted.model
-    with pytest.raises(InputError, match="--source names where --with-pipeline copies from"):
-        pipeline_home(prompted.onnx, False, str(prompted.model))
+def test_the_pipeline_to_copy_is_named_or_recorded(prompted, chain, copy_of, tmp_path):
+    assert pipeline_to_copy(prompted.onnx, False, None) is None
+    assert pipeline_to_copy(prompted.onnx, True, None) == prompted.model
+    with pytest.raises(InputError, match="--source names the pipeline that --with-pipeline copies from"):
+        pipeline_to_copy(prompted.onnx, False, str(prompted.model))
     with pytest.raises(ArtifactError, match=r"--with-pipeline: ./gone does not exist; .* Name the pipeline with --source MODEL"):
-        pipeline_home(prompted.onnx, True, "./gone")
+        pipeline_to_copy(prompted.onnx, True, "./gone")
     with pytest.raises(ArtifactError, match=r"is a DDIMPipeline, .* belongs to a StableDiffusionPipeline"):
-        pipeline_home(prompted.onnx, True, str(chain.model))
+        pipeline_to_copy(prompted.onnx, True, str(chain.model))
     nameless = copy_of(prompted.onnx)
     index = json.loads((nameless / "model_index.json").read_text())
     del index["_name_or_path"]
     (nameless / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ArtifactError, match="does not say which pipeline it was made from"):
-        pipeline_home(nameless, True, None)
+    with pytest.raises(ArtifactError, match="does not record the pipeline that it was made from"):
+        pipeline_to_copy(nameless, True, None)
 
 
 def test_a_pipeline_that_lacks_a_part_is_refused_before_the_build(run, prompted, copy_of, tmp_path):

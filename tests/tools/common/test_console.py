@@ -6,7 +6,17 @@ import pytest
 
 from calibration.run.options import Progress
 from edm_deploy_tools.common import console
-from edm_deploy_tools.common.console import bytes_of, cell, plain_progress, print_json, progress_words, size_words, time_words
+from edm_deploy_tools.common.console import (
+    bytes_of,
+    cell,
+    finite,
+    plain_progress,
+    print_json,
+    progress_words,
+    size_words,
+    time_words,
+    training_progress,
+)
 
 NOW = Progress(stage="finetune", step=3, total=9, loss=0.5, rate=2.0, eta_seconds=3.0, memory_bytes=1_500_000_000)
 
@@ -21,7 +31,7 @@ def test_times_have_units(seconds, words):
     assert time_words(seconds) == words
 
 
-def test_progress_tells_loss_rate_time_left_and_memory():
+def test_progress_has_loss_rate_time_left_and_memory():
     assert progress_words(NOW) == "loss 0.5, 2.00/s, 3.0 s left, memory 1.5 GB"
 
 
@@ -37,11 +47,24 @@ def test_json_can_be_read_back(capsys):
     assert json.loads(capsys.readouterr().out) == {"a": [1, 2.5]}
 
 
-def test_nothing_is_a_dash_and_fractions_are_short():
+def test_json_has_null_for_numbers_that_are_not_finite(capsys):
+    print_json({"a": float("nan"), "b": [1.0, float("-inf")], "c": (2, "x")})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": None, "b": [1.0, None], "c": [2, "x"]}
+    assert finite(True) is True
+
+
+def test_training_progress_shows_rate_and_time_left(capsys):
+    training_progress(3)(1, 0.25)
+    line = capsys.readouterr().err
+    assert line.startswith("train 1/3 loss 0.25, ")
+    assert " left, memory " in line
+
+
+def test_none_is_a_dash_and_fractions_are_short():
     assert (cell(None), cell(0.123456), cell(7), cell("x")) == ("-", "0.1235", "7", "x")
 
 
-def test_a_directory_is_as_large_as_its_files(tmp_path):
+def test_the_size_of_a_directory_is_that_of_its_files(tmp_path):
     (tmp_path / "below").mkdir()
     (tmp_path / "a").write_bytes(b"12")
     (tmp_path / "below" / "b").write_bytes(b"345")

@@ -4,11 +4,11 @@ from edm_deploy_tools.common.machine import machine, versions
 
 
 def test_the_machine_has_a_processor_cores_and_memory():
-    found = machine()
-    assert found["cpu"]
-    assert found["cores"] >= 1
-    assert found["memory_gb"] > 0
+    facts = machine()
+    assert facts["cpu"]
+    assert facts["cores"] >= 1
+    assert facts["memory_gb"] > 0
 
 
-def test_versions_name_what_computes():
+def test_versions_include_the_packages_that_compute():
     assert {"edm-deploy", "torch", "diffusers"} <= set(versions())

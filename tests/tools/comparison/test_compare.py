@@ -8,7 +8,7 @@ from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy_tools.cli import main
 from edm_deploy_tools.common.child_process import Measured
 from edm_deploy_tools.comparison import compare as module
-from edm_deploy_tools.comparison.compare import ComparisonRequest, compare
+from edm_deploy_tools.comparison.compare import ComparisonRequest, compare_recipes
 from edm_deploy_tools.evaluation.trajectory_error import EvaluationSettings
 
 SMALL = "rows = 2\ncalibration_samples = 2\nsteps = 2\nbatch = 2\nrank = 2\n"
@@ -16,29 +16,35 @@ SMALL = "rows = 2\ncalibration_samples = 2\nsteps = 2\nbatch = 2\nrank = 2\n"
 
 @pytest.fixture
 def here(monkeypatch):
-    """Cells are made in this process: a test of what is run, and in what order, need not load torch anew. Counts them."""
+    """Runs experiments in this process, which needs no new import of torch, and lists their recipes in order."""
     ran = []
 
     def run(command, *, cwd):
         ran.append(command[command.index("--recipe") + 1])
         code = main(command[3:])
-        return Measured(returncode=code, seconds=1.5, peak_bytes=10**6, last_line="Error: told." if code else "")
+        return Measured(returncode=code, seconds=1.5, peak_bytes=10**6, last_line="Error: failed." if code else "")
 
     monkeypatch.setattr(module, "run_measured", run)
     return ran
 
 
-def asked(tmp_path, **changes):
+def request_of(tmp_path, **changes):
     preset = tmp_path / "small.toml"
     preset.write_text(SMALL)
-    given = {"recipes": "static,efficientdm", "bits": "W4A4", "budget": 20.0, "rows": 2, "setup": EvaluationSettings(samples=2, steps=2)}
-    given |= {"presets": {"efficientdm": str(preset)}} if "efficientdm" in changes.get("recipes", given["recipes"]) else {}
-    return ComparisonRequest(**given | changes)
+    fields = {
+        "recipes": "static,efficientdm",
+        "bits": "W4A4",
+        "budget": 20.0,
+        "rows": 2,
+        "settings": EvaluationSettings(samples=2, steps=2),
+    }
+    fields |= {"presets": {"efficientdm": str(preset)}} if "efficientdm" in changes.get("recipes", fields["recipes"]) else {}
+    return ComparisonRequest(**fields | changes)
 
 
-def test_a_comparison_leaves_figures_a_table_and_a_page_and_goes_on_where_it_was(here, tiny_model_dir, tmp_path):
+def test_a_comparison_writes_figures_a_table_and_a_page_and_keeps_what_is_complete(here, tiny_model_dir, tmp_path):
     out, lines = tmp_path / "compared", []
-    results = compare(str(tiny_model_dir), out, asked(tmp_path, budget=6.0), say=lines.append)
+    results = compare_recipes(str(tiny_model_dir), out, request_of(tmp_path, budget=6.0), notify=lines.append)
     assert here == ["static", "efficientdm"]
     static, tuned = results["cells"]
     assert json.loads((out / "results.json").read_text())["cells"] == [static, tuned]
@@ -53,17 +59,17 @@ def test_a_comparison_leaves_figures_a_table_and_a_page_and_goes_on_where_it_was
     assert "| 1 | " in (out / "table.md").read_text()
     assert (out / "report.html").read_text().count("data:image/png") == 3
 
-    # The same again makes nothing; another scheme makes only what is new; a cell that lost its record is made again.
-    assert compare(str(tiny_model_dir), out, asked(tmp_path, budget=6.0))["cells"] == [static, tuned]
+    # The same request runs nothing; another scheme runs only the new experiment; one that lost its record is run again.
+    assert compare_recipes(str(tiny_model_dir), out, request_of(tmp_path, budget=6.0))["cells"] == [static, tuned]
     assert here == ["static", "efficientdm"]
-    compare(str(tiny_model_dir), out, asked(tmp_path, recipes="static", bits="W4A4,W8A8"))
+    compare_recipes(str(tiny_model_dir), out, request_of(tmp_path, recipes="static", bits="W4A4,W8A8"))
     assert here == ["static", "efficientdm", "static"]
     (out / static["folder"] / "made.json").unlink()
-    compare(str(tiny_model_dir), out, asked(tmp_path, recipes="static"))
+    compare_recipes(str(tiny_model_dir), out, request_of(tmp_path, recipes="static"))
     assert here == ["static", "efficientdm", "static", "static"]
 
 
-def test_ctrl_c_in_one_cell_leaves_the_others_valid(here, tiny_model_dir, tmp_path, monkeypatch):
+def test_ctrl_c_in_one_experiment_keeps_the_others(here, tiny_model_dir, tmp_path, monkeypatch):
     out, make = tmp_path / "compared", module.run_measured
 
     def pressed(command, *, cwd):
@@ -73,39 +79,41 @@ def test_ctrl_c_in_one_cell_leaves_the_others_valid(here, tiny_model_dir, tmp_pa
 
     monkeypatch.setattr(module, "run_measured", pressed)
     with pytest.raises(KeyboardInterrupt):
-        compare(str(tiny_model_dir), out, asked(tmp_path, recipes="static,mse"))
+        compare_recipes(str(tiny_model_dir), out, request_of(tmp_path, recipes="static,mse"))
     assert [cell["recipe"] for cell in json.loads((out / "results.json").read_text())["cells"]] == ["static"]
     monkeypatch.setattr(module, "run_measured", make)
-    results = compare(str(tiny_model_dir), out, asked(tmp_path, recipes="static,mse"))
+    results = compare_recipes(str(tiny_model_dir), out, request_of(tmp_path, recipes="static,mse"))
     assert here == ["static", "mse"]
     assert all("failed" not in cell for cell in results["cells"])
 
 
-def test_a_cell_that_fails_is_told_and_the_others_stand(here, tiny_model_dir, tmp_path, monkeypatch):
+def test_a_failed_experiment_is_reported_with_its_reason(here, tiny_model_dir, tmp_path, monkeypatch):
     def fail(command, *, cwd):
         return Measured(returncode=2, seconds=0.1, peak_bytes=0, last_line="Error: The budget leaves no step to train.")
 
     monkeypatch.setattr(module, "run_measured", fail)
-    results = compare(str(tiny_model_dir), tmp_path / "compared", asked(tmp_path, recipes="static"))
+    results = compare_recipes(str(tiny_model_dir), tmp_path / "compared", request_of(tmp_path, recipes="static"))
     assert results["cells"][0]["failed"] == "The budget leaves no step to train."
     assert "- static at W4A4: The budget leaves no step to train." in (tmp_path / "compared" / "table.md").read_text()
 
 
-def test_one_sample_is_refused_and_so_is_a_directory_of_something_else(tiny_model_dir, tmp_path):
+def test_one_sample_and_a_directory_with_other_files_are_refused(tiny_model_dir, tmp_path):
     with pytest.raises(InputError, match="--samples 1: a Frechet distance needs at least 2"):
-        compare(str(tiny_model_dir), tmp_path / "compared", asked(tmp_path, setup=EvaluationSettings(samples=1)))
+        compare_recipes(str(tiny_model_dir), tmp_path / "compared", request_of(tmp_path, settings=EvaluationSettings(samples=1)))
     with pytest.raises(ArtifactError, match="holds other files"):
-        compare(str(tiny_model_dir), tmp_path, asked(tmp_path))
+        compare_recipes(str(tiny_model_dir), tmp_path, request_of(tmp_path))
     assert not (tmp_path / "compared").exists()
 
 
-def test_prompts_for_a_model_that_takes_none_are_refused_before_anything_is_made(tiny_model_dir, tmp_path):
+def test_prompts_for_a_model_that_takes_none_are_refused_before_anything_is_run(tiny_model_dir, tmp_path):
     with pytest.raises(InputError, match="without text encoders"):
-        compare(str(tiny_model_dir), tmp_path / "compared", asked(tmp_path, setup=EvaluationSettings(samples=2, prompts=("a car",))))
+        compare_recipes(
+            str(tiny_model_dir), tmp_path / "compared", request_of(tmp_path, settings=EvaluationSettings(samples=2, prompts=("a car",)))
+        )
     (tmp_path / "prompts.txt").write_text("a car\n")
     for given, message in (("prompts.txt", "without text encoders"), ("none.txt", "cannot be read")):
         with pytest.raises(InputError, match=message):
-            compare(str(tiny_model_dir), tmp_path / "compared", asked(tmp_path, prompts=tmp_path / given))
+            compare_recipes(str(tiny_model_dir), tmp_path / "compared", request_of(tmp_path, prompts=tmp_path / given))
     assert not (tmp_path / "compared").exists()
 
 

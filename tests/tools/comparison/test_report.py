@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from edm_deploy_tools.comparison.report import conditions, html_of, markdown_of, rows_of, schemes_in
+from edm_deploy_tools.comparison.report import comparison_html, comparison_markdown, describe_conditions, ranked_rows, schemes_in
 
 
 def cell(recipe, error, *, scheme="W4A4", seed=0, **more):
@@ -17,13 +17,13 @@ def cell(recipe, error, *, scheme="W4A4", seed=0, **more):
 
 
 def results(*cells):
-    setup = {"samples": 8, "steps": 2, "seed": 123}
+    settings = {"samples": 8, "steps": 2, "seed": 123}
     return {
         "date": "2026-11-21T10:00:00",
         "machine": {"cpu": "a <cpu>", "cores": 2},
         "versions": {"torch": "2"},
         "model": {"name": "somewhere/model"},
-        "asked": {"rows": 2, "budget": 30.0, "seeds": 2, "recipes": "a,b", "bits": "W4A4", "presets": {"a": "demo"}, "setup": setup},
+        "asked": {"rows": 2, "budget": 30.0, "seeds": 2, "recipes": "a,b", "bits": "W4A4", "presets": {"a": "demo"}, "setup": settings},
         "walk": {"scheduler": "ddim", "timesteps": [500.0, 0.0]},
         "frechet_floor": 0.25,
         "cells": list(cells),
@@ -31,38 +31,38 @@ def results(*cells):
 
 
 def test_recipes_are_ranked_by_noise_error_and_seeds_are_one_row():
-    found = rows_of(results(cell("worse", 0.5), cell("better", 0.1), cell("better", 0.2, seed=1)), "W4A4")
-    assert [(row["recipe"], round(row["noise_error"], 6), row["seeds"]) for row in found] == [("better", 0.15, 2), ("worse", 0.5, 1)]
-    assert [round(step, 6) for step in found[0]["noise_error_by_step"]] == [0.15, 0.3]
-    assert found[0]["spread"] == [0.1, 0.2]
+    rows = ranked_rows(results(cell("worse", 0.5), cell("better", 0.1), cell("better", 0.2, seed=1)), "W4A4")
+    assert [(row["recipe"], round(row["noise_error"], 6), row["seeds"]) for row in rows] == [("better", 0.15, 2), ("worse", 0.5, 1)]
+    assert [round(step, 6) for step in rows[0]["noise_error_by_step"]] == [0.15, 0.3]
+    assert rows[0]["spread"] == [0.1, 0.2]
 
 
-def test_schemes_stand_in_their_order_each_ranked_alone():
+def test_schemes_keep_their_order_and_are_ranked_separately():
     both = results(cell("a", 0.1, scheme="W8A8"), cell("b", 0.2, scheme="W8A8"), cell("a", 0.4), cell("b", 0.3))
     assert schemes_in(both) == ["W8A8", "W4A4"]
-    text = markdown_of(both)
+    text = comparison_markdown(both)
     assert text.index("| 1 | a |") < text.index("| 2 | b |") < text.index("| 1 | b |")
 
 
-def test_the_table_says_the_spread_and_the_conditions():
-    text = markdown_of(results(cell("a", 0.1), cell("a", 0.3, seed=1)))
+def test_the_markdown_has_the_spread_over_seeds_and_the_conditions():
+    text = comparison_markdown(results(cell("a", 0.1), cell("a", 0.3, seed=1)))
     assert "0.2000 (0.1000 to 0.3000)" in text
     assert "| 60 s | 1.0 GB | 4.0 MB | 98.0 % |" in text
-    assert "8 samples in 2 steps of ddim" in conditions(results())
-    assert "0.25 apart" in conditions(results())
+    assert "8 samples in 2 steps of ddim" in describe_conditions(results())
+    assert "from different noise, is 0.25." in describe_conditions(results())
     assert "--preset a=demo" in text
     assert "somewhere" not in text  # a path of the machine that it was made on
 
 
-def test_what_failed_stands_last_with_its_reason():
-    text = markdown_of(results(cell("broken", 0.0, failed="no <room>"), cell("a", 0.1)))
+def test_failed_experiments_are_last_with_their_reason():
+    text = comparison_markdown(results(cell("broken", 0.0, failed="no <room>"), cell("a", 0.1)))
     assert text.index("| 1 | a |") < text.index("broken")
     assert "- broken at W4A4: no <room>" in text
 
 
-def test_the_page_holds_images_curves_and_no_markup_of_others():
+def test_the_page_has_images_and_curves_and_escapes_texts():
     images = {"float": torch.zeros(2, 3, 4, 4), "cells/a-0": torch.ones(2, 3, 4, 4)}
-    page = html_of(results(cell("a", 0.1), cell("b<c", 0.0, failed="no <room>")), images)
+    page = comparison_html(results(cell("a", 0.1), cell("b<c", 0.0, failed="no <room>")), images)
     assert page.count("data:image/png") == 2
     assert "<polyline" in page
     assert "b&lt;c at W4A4: no &lt;room&gt;" in page
@@ -71,4 +71,4 @@ def test_the_page_holds_images_curves_and_no_markup_of_others():
 
 
 def test_a_page_of_failures_alone_has_no_chart():
-    assert "<polyline" not in html_of(results(cell("a", 0.0, failed="why")), {"float": torch.zeros(1, 3, 4, 4)})
+    assert "<polyline" not in comparison_html(results(cell("a", 0.0, failed="why")), {"float": torch.zeros(1, 3, 4, 4)})

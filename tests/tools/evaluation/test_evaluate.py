@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 
 from edm_deploy.errors import ArtifactError
-from edm_deploy_tools.evaluation.evaluate import evaluate_paths, open_subjects, unique_labels
+from edm_deploy_tools.evaluation.evaluate import evaluate_paths, open_targets, unique_labels
 from edm_deploy_tools.evaluation.results import headline
 from edm_deploy_tools.evaluation.trajectory_error import EvaluationSettings
 
-SETUP = EvaluationSettings(samples=2, steps=3)
+SETTINGS = EvaluationSettings(samples=2, steps=3)
 
 
 @pytest.fixture(scope="module")
 def evaluated(chain, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluated") / "report"
-    return evaluate_paths([chain.artifact, chain.engine], out, setup=SETUP), out
+    return evaluate_paths([chain.artifact, chain.engine], out, settings=SETTINGS), out
 
 
 def test_the_reference_is_the_model_that_the_artifact_was_made_from(evaluated, chain):
@@ -24,7 +24,7 @@ def test_the_reference_is_the_model_that_the_artifact_was_made_from(evaluated, c
     assert report.reference.name == str(chain.model)
 
 
-def test_an_engine_is_compared_with_the_artifact_given_beside_it(evaluated):
+def test_an_engine_is_compared_with_the_artifact_that_is_given_too(evaluated):
     report, _ = evaluated
     artifact, engine = headline(report)
     assert engine["codes beyond a tie"] == 0
@@ -33,12 +33,12 @@ def test_an_engine_is_compared_with_the_artifact_given_beside_it(evaluated):
     assert 0.5 < engine["noise error"] / artifact["noise error"] < 2
 
 
-def test_the_json_holds_what_the_page_shows(evaluated):
+def test_the_json_holds_all_figures_of_the_page(evaluated):
     report, out = evaluated
     content = json.loads((out / "report.json").read_text())
     artifact, engine = content["results"]
     assert len(artifact["noise_error_by_step"]) == len(content["setup"]["timesteps"]) == 3
-    assert {site["site"] for site in artifact["sites"]} == set(report.results[0].subject.artifact.sites)
+    assert {site["site"] for site in artifact["sites"]} == set(report.results[0].target.artifact.sites)
     assert engine["agreement"]["beyond_a_tie"] == 0
     assert {"cpu", "cores"} <= set(content["machine"])
     assert "torch" in content["versions"]
@@ -54,47 +54,47 @@ def test_the_page_needs_no_network_and_no_script(evaluated):
     assert page.count("data:image/png;base64,") >= 4  # three image grids, the heat map and its scale
 
 
-def test_an_engine_alone_says_why_it_was_not_compared(chain, tmp_path):
-    report = evaluate_paths([chain.engine], tmp_path / "report", reference=str(chain.model), setup=SETUP)
+def test_a_report_of_an_engine_alone_states_why_it_was_not_compared(chain, tmp_path):
+    report = evaluate_paths([chain.engine], tmp_path / "report", reference=str(chain.model), settings=SETTINGS)
     assert report.results[0].agreement is None
     assert "give the artifact" in report.results[0].notes[0]
 
 
-def test_a_reference_that_moved_is_asked_for(chain, copy_of, tmp_path):
+def test_a_float_model_that_moved_is_an_error_that_names_the_option(chain, copy_of, tmp_path):
     artifact = copy_of(chain.artifact)
     path = artifact / "artifact.json"
     path.write_text(path.read_text().replace(str(chain.model), str(chain.model) + "-gone"))
     with pytest.raises(ArtifactError, match="--reference MODEL"):
-        evaluate_paths([artifact], tmp_path / "report", setup=SETUP)
+        evaluate_paths([artifact], tmp_path / "report", settings=SETTINGS)
 
 
-def test_labels_are_short_where_that_is_enough():
+def test_labels_are_directory_names_unless_two_are_equal():
     assert unique_labels([Path("a/x"), Path("b/y")]) == ["x", "y"]
     assert unique_labels([Path("a/x"), Path("b/x")]) == ["a/x", "b/x"]
 
 
-def test_a_report_is_not_written_over_something_else(chain, tmp_path):
+def test_a_report_does_not_replace_other_files(chain, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="holds other files"):
-        evaluate_paths([chain.artifact], tmp_path, setup=SETUP)
+        evaluate_paths([chain.artifact], tmp_path, settings=SETTINGS)
 
 
-def test_subjects_know_their_artifact_by_its_digest(chain):
-    artifact, engine = open_subjects([chain.artifact, chain.engine])
+def test_an_engine_is_linked_to_its_artifact_by_digest(chain):
+    artifact, engine = open_targets([chain.artifact, chain.engine])
     assert engine.artifact is artifact.artifact
     assert (artifact.kind, engine.kind) == ("artifact", "engine")
 
 
-def test_a_prompted_model_is_judged_guided_and_decoded(run, prompted, tmp_path):
+def test_a_text_conditional_model_is_evaluated_guided_and_decoded(run, prompted, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a horse\n")
     options = ["--samples", 2, "--steps", 2, "--prompts", prompts, "--guidance", 3]
     ran = run("evaluate", prompted.artifact, prompted.engine, "--out", tmp_path / "report", *options)
     assert ran.code == 0, ran.err
     content = json.loads((tmp_path / "report" / "report.json").read_text())
-    setup = content["setup"]
-    assert (setup["guidance"], setup["prompts"], setup["compared"]) == (3.0, ["a horse"], "decoded")
-    assert setup["conditioning"].startswith("1 prompts, sha256")
+    settings = content["setup"]
+    assert (settings["guidance"], settings["prompts"], settings["compared"]) == (3.0, ["a horse"], "decoded")
+    assert settings["conditioning"].startswith("1 prompts, sha256")
     artifact, engine = content["results"]
     assert engine["agreement"]["beyond_a_tie"] == 0
     assert engine["agreement"]["codes"] > 0
@@ -103,6 +103,6 @@ def test_a_prompted_model_is_judged_guided_and_decoded(run, prompted, tmp_path):
     assert "the images that the pipeline" in (tmp_path / "report" / "report.html").read_text()
 
 
-def test_a_path_that_does_not_exist_is_said(tmp_path):
+def test_a_path_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="does not exist; evaluate takes artifacts and engines"):
-        open_subjects([tmp_path / "none"])
+        open_targets([tmp_path / "none"])

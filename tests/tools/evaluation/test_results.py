@@ -9,7 +9,7 @@ def test_agreement_is_summed_over_the_sites():
         SiteAgreement(site="a", codes=90, ties=1, differ=0, output_error=0.1),
         SiteAgreement(site="b", codes=10, ties=0, differ=4, output_error=0.3),
     ]
-    found = agreement_json(sites)
-    assert (found["codes"], found["ties"], found["beyond_a_tie"]) == (100, 1, 4)
-    assert found["flip_rate"] == 0.05
-    assert found["mean_output_error"] == 0.2
+    totals = agreement_json(sites)
+    assert (totals["codes"], totals["ties"], totals["beyond_a_tie"]) == (100, 1, 4)
+    assert totals["flip_rate"] == 0.05
+    assert totals["mean_output_error"] == 0.2

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from calibration.data.prompts import prompts_of
+from calibration.data.prompts import PROMPTS as CALIBRATION_PROMPTS
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import InputError
 from edm_deploy.pipelines.guidance import Conditioning
+from edm_deploy.pipelines.prompt_file import read_prompts
 from edm_deploy.pipelines.schedulers import scheduler_from_config
 from edm_deploy.pipelines.source import Source, load_source
 from edm_deploy_tools.evaluation.trajectory_error import (
@@ -33,20 +34,20 @@ def test_relative_error_is_squared_and_relative():
     assert relative_error(torch.tensor([3.0, 3.0]), torch.tensor([2.0, 2.0])) == pytest.approx(0.25)
 
 
-def test_the_float_model_is_no_distance_from_itself(reference):
-    far = trajectory_error(denoise_of_source(reference.source, Conditioning()), reference)
-    assert far.noise_errors == (0.0, 0.0, 0.0, 0.0)
-    assert far.psnr > 120
+def test_the_float_model_has_no_error_against_itself(reference):
+    error = trajectory_error(denoise_of_source(reference.source, Conditioning()), reference)
+    assert error.noise_errors == (0.0, 0.0, 0.0, 0.0)
+    assert error.psnr > 120
 
 
-def test_an_artifact_is_some_distance_away(chain, reference):
-    far = trajectory_error(denoise_of_artifact(Artifact.load(chain.artifact), Conditioning()), reference)
-    assert len(far.noise_errors) == 4
-    assert 0 < far.noise_error < 0.5
-    assert math.isfinite(far.psnr)
+def test_an_artifact_has_a_small_error(chain, reference):
+    error = trajectory_error(denoise_of_artifact(Artifact.load(chain.artifact), Conditioning()), reference)
+    assert len(error.noise_errors) == 4
+    assert 0 < error.noise_error < 0.5
+    assert math.isfinite(error.psnr)
 
 
-def test_an_engine_takes_a_batch_beyond_its_profile_in_pieces(chain):
+def test_a_batch_beyond_the_profile_is_split(chain):
     denoise = denoise_of_engine(chain.engine, Conditioning())
     sample, timesteps = torch.randn(11, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(0.0, 110.0, 10.0)
     whole = denoise(sample, timesteps)
@@ -55,8 +56,8 @@ def test_an_engine_takes_a_batch_beyond_its_profile_in_pieces(chain):
     torch.testing.assert_close(whole[8:], denoise(sample[8:], timesteps[8:]), rtol=1e-4, atol=1e-4)
 
 
-def test_the_same_seed_walks_the_same_way(reference):
-    again = reference_trajectory(reference.source, reference.setup)
+def test_the_same_seed_gives_the_same_trajectory(reference):
+    again = reference_trajectory(reference.source, reference.settings)
     assert torch.equal(again.final, reference.final)
 
 
@@ -74,38 +75,41 @@ def tiny(kind):
 
 
 @pytest.mark.parametrize("kind", ["unet2d-condition", "dit", "pixart", "sd3"])
-def test_a_guided_walk_takes_the_combination_of_both_halves(kind):
+def test_a_guided_trajectory_combines_both_predictions(kind):
     source = tiny(kind)
     family = source.family_object
-    walked = reference_trajectory(source, EvaluationSettings(samples=2, steps=2, guidance=3.0))
-    first, told = walked.steps[0], walked.conditioning
+    trajectory = reference_trajectory(source, EvaluationSettings(samples=2, steps=2, guidance=3.0))
+    first, conditioning = trajectory.steps[0], trajectory.conditioning
 
     def half(changed):
-        inputs = {"sample": first.sample, "timestep": torch.full((2,), first.timestep)} | dict(told.conditional) | changed
+        inputs = {"sample": first.sample, "timestep": torch.full((2,), first.timestep)} | dict(conditioning.conditional) | changed
         return family.prediction(source.config, family.forward(source.model, inputs))
 
-    given, without = half({}), half({name: value.expand_as(told.conditional[name]) for name, value in told.unconditional.items()})
+    conditional, unconditional = (
+        half({}),
+        half({name: value.expand_as(conditioning.conditional[name]) for name, value in conditioning.unconditional.items()}),
+    )
     # Batches of 2 and of 4 are summed in different orders, and the difference of the halves is taken three times.
-    torch.testing.assert_close(first.prediction, without + 3 * (given - without), atol=1e-4, rtol=1e-4)
-    assert walked.guidance == 3.0
-    assert trajectory_error(denoise_of_source(source, told), walked).noise_error == 0
+    torch.testing.assert_close(first.prediction, unconditional + 3 * (conditional - unconditional), atol=1e-4, rtol=1e-4)
+    assert trajectory.guidance == 3.0
+    assert trajectory_error(denoise_of_source(source, conditioning), trajectory).noise_error == 0
 
 
 def test_an_embedded_guidance_is_an_input():
-    walked = reference_trajectory(tiny("flux"), EvaluationSettings(samples=2, steps=2, guidance=2.0))
-    assert walked.conditioning.conditional["guidance"].tolist() == [2.0, 2.0]
-    assert (walked.guidance, walked.scheduler) == (2.0, "flow-euler")
-    assert walked.images.shape == (2, 4, 8, 8), "packed latents are unpacked"
-    assert walked.decoder.kind == "latents"
+    trajectory = reference_trajectory(tiny("flux"), EvaluationSettings(samples=2, steps=2, guidance=2.0))
+    assert trajectory.conditioning.conditional["guidance"].tolist() == [2.0, 2.0]
+    assert (trajectory.guidance, trajectory.scheduler) == (2.0, "flow-euler")
+    assert trajectory.images.shape == (2, 4, 8, 8), "packed latents are unpacked"
+    assert trajectory.decoder.kind == "latents"
 
 
-def test_without_guidance_a_guided_model_runs_once():
-    walked = reference_trajectory(tiny("dit"), EvaluationSettings(samples=2, steps=1, guidance=1.0))
-    assert len(walked.conditioning.inputs(walked.noise, torch.zeros(2))["sample"]) == 2
-    assert walked.guidance is None
+def test_guidance_of_1_runs_the_model_once_per_step():
+    trajectory = reference_trajectory(tiny("dit"), EvaluationSettings(samples=2, steps=1, guidance=1.0))
+    assert len(trajectory.conditioning.inputs(trajectory.noise, torch.zeros(2))["sample"]) == 2
+    assert trajectory.guidance is None
 
 
-def test_what_a_model_does_not_take_is_refused(chain):
+def test_prompts_and_guidance_are_refused_by_a_model_that_takes_none(chain):
     source = load_source(chain.model)
     with pytest.raises(InputError, match=r"--prompts: .* is a unet2d model without text encoders"):
         reference_trajectory(source, EvaluationSettings(prompts=("a cat",)))
@@ -113,6 +117,6 @@ def test_what_a_model_does_not_take_is_refused(chain):
         reference_trajectory(source, EvaluationSettings(guidance=3.0))
 
 
-def test_no_prompt_is_both_calibrated_and_judged_with():
-    assert not set(prompts_of(PROMPTS)) & set(prompts_of(None))
-    assert len(prompts_of(PROMPTS)) == EvaluationSettings().samples
+def test_calibration_and_evaluation_prompts_are_disjoint():
+    assert not set(read_prompts(PROMPTS)) & set(CALIBRATION_PROMPTS)
+    assert len(read_prompts(PROMPTS)) == EvaluationSettings().samples

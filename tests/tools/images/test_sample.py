@@ -6,7 +6,7 @@ from PIL import Image
 from edm_deploy.errors import InputError
 from edm_deploy.runtime.manifest import ShapeRange
 from edm_deploy_tools.images.pipeline_arguments import GenerationRequest
-from edm_deploy_tools.images.sample import batch_sizes, grid_of, sample
+from edm_deploy_tools.images.sample import batch_sizes, grid_of, sample_images
 
 
 def test_batches_stay_within_the_profile():
@@ -15,8 +15,8 @@ def test_batches_stay_within_the_profile():
     assert batch_sizes(3, ShapeRange(4, 4, 4)) == [4]
 
 
-def test_more_images_than_a_batch_are_drawn(chain, tmp_path):
-    drawn = sample(chain.engine, tmp_path / "images", num_images=10, steps=2)
+def test_more_images_than_a_batch_are_sampled(chain, tmp_path):
+    drawn = sample_images(chain.engine, tmp_path / "images", GenerationRequest(num_images=10, steps=2))
     assert drawn.count == 10
     assert len(list((tmp_path / "images").glob("[0-9]*.png"))) == 10
     assert drawn.seconds_per_image == pytest.approx(drawn.seconds / 10)
@@ -32,27 +32,28 @@ def test_the_grid_enlarges_small_images_and_keeps_their_colours():
 def test_a_directory_of_something_else_is_left_alone(chain, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(Exception, match="holds other files"):
-        sample(chain.engine, tmp_path, num_images=1, steps=1)
+        sample_images(chain.engine, tmp_path, GenerationRequest(num_images=1, steps=1))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_no_images_are_refused(chain, tmp_path):
+@pytest.mark.parametrize("counts", [{"num_images": 0}, {"steps": 0}])
+def test_no_images_and_no_steps_are_refused(counts):
     with pytest.raises(InputError, match="at least 1"):
-        sample(chain.engine, tmp_path / "images", num_images=0)
+        GenerationRequest(**counts)
 
 
-def test_prompts_are_drawn_guided_and_in_the_engines_batches(run, prompted, tmp_path):
+def test_prompts_are_sampled_guided_and_in_the_engines_batches(run, prompted, tmp_path):
     ran = run("sample", prompted.engine, "--out", tmp_path / "i", "--prompt", "a cat", "--prompt", "a dog", "--num-images", 4, "--steps", 2)
     assert ran.code == 0, ran.err
     assert "4 images of 16x16" in ran.out
     assert "2 steps of PNDM" in ran.out
-    pictures = [Image.open(tmp_path / "i" / f"{index:03d}.png").tobytes() for index in range(4)]
-    assert len(set(pictures)) == 4
+    images = [Image.open(tmp_path / "i" / f"{index:03d}.png").tobytes() for index in range(4)]
+    assert len(set(images)) == 4
 
 
-def test_a_prompt_changes_the_picture_and_the_seed_keeps_it(prompted, tmp_path):
-    def drawn(prompt, **told):
-        sampled = sample(prompted.engine, tmp_path / "i", steps=2, told=GenerationRequest(prompts=(prompt,), **told))
+def test_the_image_depends_on_the_prompt_and_repeats_with_the_seed(prompted, tmp_path):
+    def drawn(prompt, **request):
+        sampled = sample_images(prompted.engine, tmp_path / "i", GenerationRequest(prompts=(prompt,), steps=2, **request))
         return Image.open(sampled.paths[1]).tobytes()
 
     cat = drawn("a cat")
@@ -62,7 +63,7 @@ def test_a_prompt_changes_the_picture_and_the_seed_keeps_it(prompted, tmp_path):
     assert drawn("a cat", guidance=1.0) != cat
 
 
-def test_an_engine_draws_other_sizes_within_its_profile(run, prompted, tmp_path):
+def test_an_engine_samples_other_sizes_within_its_profile(run, prompted, tmp_path):
     ran = run("sample", prompted.engine, "--out", tmp_path / "i", "--prompt", "a", "--height", 32, "--width", 24, "--steps", 1)
     assert "1 images of 24x32" in ran.out
     ran = run("sample", prompted.engine, "--out", tmp_path / "j", "--prompt", "a", "--height", 64, "--steps", 1)
@@ -70,7 +71,7 @@ def test_an_engine_draws_other_sizes_within_its_profile(run, prompted, tmp_path)
     assert not (tmp_path / "j").exists()
 
 
-def test_a_long_prompt_is_said_aloud_and_drawn(run, prompted, tmp_path):
+def test_a_truncated_prompt_is_a_warning_and_is_sampled(run, prompted, tmp_path):
     ran = run("sample", prompted.engine, "--out", tmp_path / "i", "--prompt", "a" * 100, "--steps", 1)
     assert ran.code == 0
     assert ran.err.count("reads the first 77") == 1

@@ -13,18 +13,18 @@ from tests.conftest import artifact_by_hand
 from tests.edm_deploy.test_older_artifacts import ARTIFACTS
 
 
-def test_each_kind_is_told_by_the_file_that_marks_it(chain):
+def test_each_kind_is_known_by_its_marker_file(chain):
     for kind in ("model", "artifact", "onnx", "engine"):
         assert kind_of(str(getattr(chain, kind))) == kind
         assert describe(str(getattr(chain, kind))).kind == kind
 
 
-def test_a_directory_of_something_else_is_refused(tmp_path):
+def test_a_directory_of_other_files_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="is no model, artifact, ONNX directory or engine"):
         kind_of(str(tmp_path))
 
 
-def test_shares_of_the_work_sum_to_all_of_it(chain):
+def test_shares_of_the_work_sum_to_100(chain):
     rows = describe(str(chain.model)).tables["Sites"]
     assert sum(row["MACs %"] for row in rows) == pytest.approx(100, abs=0.5)  # each is rounded to 0.01
     assert {row["placement"] for row in rows} == {"quantize", "w8a8"}
@@ -43,32 +43,32 @@ def test_an_engine_is_described_with_profile_and_plan(chain):
     assert "stored W8A8" in facts["plan"]
 
 
-def test_of_many_sites_those_with_the_most_work_are_printed_in_the_models_order():
+def test_the_sites_with_the_most_work_are_printed_in_the_models_order():
     rows = [{"site": name, "MACs %": share} for name, share in (("a", 30.0), ("b", 10.0), ("c", 60.0))]
     title, kept = longest("Sites", rows, 2)
     assert [row["site"] for row in kept] == ["a", "c"]
-    assert title == "Sites: the 2 with the most work of 3; --json has all"
+    assert title == "Sites: the 2 with the most multiply-accumulates of 3; --json has all"
     assert longest("Sites", rows, 3) == ("Sites", rows)
     plans = [{"site": name, "stored": "W4A4"} for name in "abc"]
     assert longest("Sites", plans, 2) == ("Sites: the first 2 of 3; --json has all", plans[:2])
     assert longest("Plan", [{"backend": "ort"}, {"backend": "trt"}], 1)[0] == "Plan"
 
 
-def test_what_a_model_was_told_while_it_was_calibrated_is_said(prompted, chain):
+def test_the_conditioning_of_calibration_is_described(prompted, chain):
     facts = describe(str(prompted.artifact)).facts
     assert facts["guidance"] == "classifier-free, calibrated with 7.5, usually 7.5"
     assert re.fullmatch(r"2 prompts, sha256 [0-9a-f]{12}, for encoder_hidden_states", facts["conditioning"])
     facts = describe(str(chain.artifact)).facts
     assert facts["guidance"] == "none: the model is not guided"
-    assert facts["conditioning"] == "none: the model is told nothing"
+    assert facts["conditioning"] == "none: the model is unconditional"
     assert facts["folded"] == "none"
 
 
-def test_an_engine_says_whether_its_folder_deploys_alone(run, prompted, chain, tmp_path):
+def test_an_engine_is_described_with_where_its_other_components_are(run, prompted, chain, tmp_path):
     facts = describe(str(prompted.engine)).facts
-    assert facts["pipeline"] == "StableDiffusionPipeline: text_encoder, tokenizer, vae lie in this folder, which deploys alone"
+    assert facts["pipeline"] == "StableDiffusionPipeline: text_encoder, tokenizer, vae are in this directory, which is complete"
     assert facts["guidance"] == "classifier-free, usually 7.5; each image takes two samples of a batch"
-    assert describe(str(chain.engine)).facts["pipeline"] == "DDIMPipeline: nothing but scheduler and engine"
+    assert describe(str(chain.engine)).facts["pipeline"] == "DDIMPipeline: scheduler and engine only"
     manifest = Manifest.read(prompted.engine, kind="engine")
     shutil.copy(prompted.engine / "model_index.json", tmp_path)
     assert pipeline_words(tmp_path, manifest) == (
@@ -78,12 +78,12 @@ def test_an_engine_says_whether_its_folder_deploys_alone(run, prompted, chain, t
     assert pipeline_words(tmp_path, manifest).startswith("not recorded")
 
 
-def test_folded_layers_are_said():
+def test_folded_layers_are_described():
     assert folded_words(()) == "none"
-    assert folded_words("abcd") == "4 layers that see the timestep alone, in floating point: a, b, c, ..."
+    assert folded_words("abcd") == "4 layers that depend on the timestep alone, in floating point: a, b, c, ..."
 
 
-def test_guidance_that_was_off_or_not_recorded_is_said():
+def test_guidance_that_was_off_or_not_recorded_is_described():
     def words(**provenance):
         return guidance_words(replace(artifact_by_hand("dit"), provenance=provenance))
 
@@ -91,23 +91,23 @@ def test_guidance_that_was_off_or_not_recorded_is_said():
     assert words() == "classifier-free, usually 4; not recorded for this artifact"
 
 
-def test_what_is_restructured_is_said_of_an_artifact():
+def test_the_restructuring_of_an_artifact_is_described():
     facts = describe(str(ARTIFACTS / "schema3")).facts
     block = "transformer_blocks.0"
     assert facts["structure"] == (
-        f"1 layers cut: {block}.ff.net.2 into 6 + 10 channels; 1 inputs multiplied by channel, of {block}.attn1.to_out.0"
+        f"1 layers split: {block}.ff.net.2 into 6 + 10 channels; 1 inputs scaled by channel: {block}.attn1.to_out.0"
     )
     assert facts["bits by channel"] == "1 sites; channels: 3 of 4, 1 of 5 bits, 4.25 on average"
     plain = describe(str(ARTIFACTS / "schema1")).facts
     assert (plain["structure"], plain["bits by channel"]) == ("as published", "none")
 
 
-def test_relaxed_timesteps_are_named():
+def test_float_timesteps_are_described():
     assert relaxed_words(()) == "none"
     assert relaxed_words(((0, 199), (900, 999))).startswith("timesteps 0 to 199, 900 to 999: activations in floating point")
 
 
-def test_what_a_runtime_does_by_timestep_is_said_of_an_artifact(artifact_w4a4, tmp_path):
+def test_the_timestep_correction_of_an_artifact_is_described(artifact_w4a4, tmp_path):
     from dataclasses import replace
 
     import torch

@@ -6,7 +6,7 @@ import pytest
 
 from edm_deploy.errors import UnsupportedError
 from edm_deploy_tools.inspection.describe import describe, kind_of
-from edm_deploy_tools.inspection.describe_model import is_architecture, outline_of, work_of
+from edm_deploy_tools.inspection.describe_model import is_architecture, pipeline_config_of, work_of
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +62,11 @@ def test_a_directory_goes_before_an_architecture_of_the_same_name(tmp_path, monk
 
 
 def test_work_follows_the_sites_of_the_family(tiny_model_dir):
-    outline = outline_of(str(tiny_model_dir))
-    assert set(work_of(outline).sites) == {row["site"] for row in describe(str(tiny_model_dir)).tables["Sites"]}
+    pipeline = pipeline_config_of(str(tiny_model_dir))
+    assert set(work_of(pipeline).sites) == {row["site"] for row in describe(str(tiny_model_dir)).tables["Sites"]}
 
 
 def test_an_architecture_without_a_family_is_refused_with_the_known_ones(monkeypatch):
     monkeypatch.setattr("edm_deploy.models.unet2d_condition.FAMILY.class_name", "Another", raising=False)
-    with pytest.raises(UnsupportedError, match="No model family answers for 'UNet2DConditionModel'"):
+    with pytest.raises(UnsupportedError, match="No model family supports 'UNet2DConditionModel'"):
         describe("sd15")

@@ -1,4 +1,4 @@
-"""The family that CONTRIBUTING.md works through, run as it stands there."""
+"""The family of docs/add-a-family.md, run as it is printed there."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from edm_deploy.runtime.manifest import ShapeRange
 from engines import build_engine
 from tests.conftest import FLOW_SCHEDULER, check_no_further
 
-TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+TEXT = (Path(__file__).parents[1] / "docs" / "add-a-family.md").read_text()
 TINY_AURAFLOW = {
     "sample_size": 8,
     "patch_size": 2,
@@ -46,7 +46,7 @@ def worked_example() -> tuple[str, str]:
 
 @pytest.fixture
 def family(tmp_path, monkeypatch):
-    """The example, found as any other family: its file lies in a folder that the registry looks into."""
+    """The example, found like any other family: its file is in a folder that the registry searches."""
     name, source = worked_example()
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / f"{name}.py").write_text(source)

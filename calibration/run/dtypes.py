@@ -1,0 +1,18 @@
+"""Compute dtypes of teacher and student, by the names used in options and settings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from edm_deploy.errors import InputError
+
+ComputeDtype = Literal["bf16", "fp32"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def check_dtype(name: str, value: str) -> None:
+    """Raises InputError if setting `name` is not the name of a compute dtype."""
+    if value not in DTYPES:
+        raise InputError(f"{name} is {value!r}; expected {' or '.join(DTYPES)}. Set another {name}.")

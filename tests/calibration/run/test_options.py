@@ -1,0 +1,24 @@
+import pytest
+
+from calibration.run.options import RunOptions
+from edm_deploy.errors import InputError
+
+
+def test_resume_without_a_directory_is_refused():
+    with pytest.raises(InputError, match="no checkpoint directory"):
+        RunOptions(resume=True)
+
+
+def test_a_budget_of_nothing_is_refused():
+    with pytest.raises(InputError, match="budget_seconds is 0; expected above 0"):
+        RunOptions(budget_seconds=0)
+
+
+def test_an_unknown_dtype_of_the_teacher_is_refused():
+    with pytest.raises(InputError, match="teacher_dtype is 'fp16'; expected fp32 or bf16"):
+        RunOptions(teacher_dtype="fp16")
+
+
+def test_checkpoints_after_no_steps_are_refused():
+    with pytest.raises(InputError, match="checkpoint_every is 0; expected at least 1"):
+        RunOptions(checkpoint_every=0)
