@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from edm_deploy.errors import EdmDeployError, UnsupportedError, first_line
 from edm_deploy.network.family import Config, Family
 
+REASONED = (ValueError, ArithmeticError, RuntimeError)  # of these the message is of the config; of others it is of Python's types
 MAX_REASON = 200  # characters of an error of diffusers, some of which quote the whole config
 
 
@@ -39,7 +40,11 @@ class DiffusersFamily(Family):
         except EdmDeployError:
             raise
         except Exception as err:  # diffusers and torch check few values of a config; each raises whatever it meets first
-            reason = first_line(err)[:MAX_REASON]
+            reason = (
+                first_line(err)[:MAX_REASON]
+                if isinstance(err, REASONED)
+                else "a field is missing, or has a type that the model does not take"
+            )
             raise UnsupportedError(f"diffusers cannot build {self.class_name} from this config: {reason}. Check config.json.") from err
         return model
 
@@ -52,16 +57,18 @@ class DiffusersFamily(Family):
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         names = [declared.name for declared in self.inputs(config)]
-        given = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
+        arguments = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
         for name, reason in self.refused.items():
-            if _is_given(given.pop(name, None)):
+            if _is_set(arguments.pop(name, None)):
                 raise UnsupportedError(f"The engine has no input {name!r}: {reason}.")
-        given = {self.renamed.get(name, name): value for name, value in given.items() if value is not None and name != "return_dict"}
-        if unknown := sorted(set(given) - set(names)):
+        arguments = {
+            self.renamed.get(name, name): value for name, value in arguments.items() if value is not None and name != "return_dict"
+        }
+        if unknown := sorted(set(arguments) - set(names)):
             raise UnsupportedError(f"The engine has no input {unknown[0]!r}; it takes {', '.join(names)}. Leave it out.")
-        if missing := [name for name in names if name not in given]:
+        if missing := [name for name in names if name not in arguments]:
             raise UnsupportedError(f"The engine needs {missing[0]!r}; pass it as to the diffusers model.")
-        return given
+        return arguments
 
     def output(self, sample: Tensor) -> Any:
         return self.output_class(sample=sample)
@@ -70,6 +77,6 @@ class DiffusersFamily(Family):
         return FrozenDict(config)
 
 
-def _is_given(value: Any) -> bool:
+def _is_set(value: Any) -> bool:
     """Whether an argument is set; pipelines pass None, False or an empty dict otherwise."""
     return isinstance(value, Tensor) or bool(value)

@@ -102,8 +102,7 @@ def restructure(model: nn.Module, structure: NetworkRewrite) -> None:
         layer = _layer(model, name)
         if problem := _unsplittable(layer, sizes):
             raise ArtifactError(f"Layer {name!r} cannot be split into segments {list(sizes)}: {problem}.")
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, SplitInputLayer(layer, sizes))
+        replace_module(model, name, SplitInputLayer(layer, sizes))
     for name in structure.pre_scaled:
         layer = _layer(model, name)
         if hasattr(layer, PRE_SCALE):
@@ -114,6 +113,12 @@ def restructure(model: nn.Module, structure: NetworkRewrite) -> None:
             PRE_SCALE, nn.Parameter(torch.ones(layer.weight.shape[1], device=layer.weight.device), requires_grad=False)
         )
         layer.register_forward_pre_hook(_multiply)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def scaled_input(layer: nn.Module, x: Tensor) -> Tensor:
@@ -135,16 +140,16 @@ def _multiply(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _layer(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
-    found: nn.Module | None
+    layer: nn.Module | None
     try:
-        found = model.get_submodule(name)
+        layer = model.get_submodule(name)
     except AttributeError:
-        found = None
-    if not isinstance(found, nn.Conv2d | nn.Linear):
+        layer = None
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
         raise ArtifactError(
             f"Layer {name!r} is not a convolution or linear layer of this model, so that its input cannot be split or scaled."
         )
-    return found
+    return layer
 
 
 def _unsplittable(layer: nn.Conv2d | nn.Linear, sizes: Sequence[int]) -> str | None:

@@ -43,13 +43,13 @@ def test_its_pipeline_comes_back(kind, scheduler, settings, size):
 
 
 @pytest.mark.parametrize("kind", ["flux", pytest.param("flux-schnell", marks=pytest.mark.extended)])
-def test_everything_beside_the_denoiser_comes_back_as_it_was(kind):
+def test_the_other_components_are_reloaded_unchanged(kind):
     check_components(kind)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["flux", pytest.param("flux-schnell", marks=pytest.mark.extended)])
-def test_prompts_become_what_the_pipeline_itself_makes_of_them(kind):
+def test_prompts_are_encoded_as_by_the_pipeline(kind):
     given, pooled, _ = chain(kind).original.encode_prompt(list(PROMPTS), None)
     check_prompts(kind, (given, pooled), ())
 
@@ -100,7 +100,7 @@ def test_another_number_of_image_tokens_than_the_profile_is_refused():
     inputs = {"sample": torch.zeros(1, 100, 16), "timestep": torch.zeros(1)}
     inputs |= {"encoder_hidden_states": torch.zeros(1, 5, 12), "pooled_projections": torch.zeros(1, 16), "guidance": torch.ones(1)}
     with pytest.raises(
-        InputError, match=r"image_tokens 100 lies outside the engine's profile 16:16:64\..* build again with --image-tokens 16:16:100"
+        InputError, match=r"image_tokens 100 is outside the engine's profile 16:16:64\..* build again with --image-tokens 16:16:100"
     ):
         chain("flux").denoiser.run(inputs | {"img_ids": torch.zeros(1, 100, 3), "txt_ids": torch.zeros(1, 5, 3)})
 

@@ -41,12 +41,12 @@ def test_its_pipeline_comes_back_with_every_scheduler(scheduler, size):
     check_pipeline("pixart", scheduler, prompt=list(PROMPTS), **size, use_resolution_binning=False, output_type="latent")
 
 
-def test_everything_beside_the_denoiser_comes_back_as_it_was():
+def test_the_other_components_are_reloaded_unchanged():
     check_components("pixart")
 
 
 @torch.no_grad()
-def test_prompts_become_what_the_pipeline_itself_makes_of_them():
+def test_prompts_are_encoded_as_by_the_pipeline():
     given, mask, without, without_mask = chain("pixart").original.encode_prompt(list(PROMPTS))
     check_prompts("pixart", (given, mask), (without, without_mask))
 
@@ -58,7 +58,7 @@ def test_a_prompt_that_the_pipeline_would_cut_is_refused_though_the_tokenizer_ta
 
 
 @torch.no_grad()
-def test_sigma_takes_as_many_tokens_as_its_own_pipeline():
+def test_sigma_takes_as_many_tokens_as_its_pipeline():
     sigma = PixArtSigmaPipeline(**chain("pixart").original.components)
     family, config, _ = tiny_model("pixart")
     given, without = family.encode_prompts(config, sigma, PROMPTS)
@@ -68,7 +68,7 @@ def test_sigma_takes_as_many_tokens_as_its_own_pipeline():
 
 
 @pytest.mark.extended
-def test_the_model_of_1024_pixels_is_told_the_size_of_the_image(tmp_path):
+def test_the_model_of_1024_pixels_is_conditioned_on_the_image_size(tmp_path):
     """diffusers' pipeline tells it where the model's own size is 128 latents; smaller images of it take less time."""
     parts = chain("pixart").original.components
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def test_layers_whose_rows_are_not_the_samples_stay_float():
 
 def test_misuse_is_one_clear_error():
     denoiser = chain("pixart").denoiser
-    with pytest.raises(InputError, match="tokens 513 lies outside the engine's profile 1:8:512"):
+    with pytest.raises(InputError, match="tokens 513 is outside the engine's profile 1:8:512"):
         denoiser(torch.zeros(1, 4, 8, 8), torch.zeros(1, 513, 12), 1, encoder_attention_mask=torch.ones(1, 513))
     with pytest.raises(InputError, match="encoder_attention_mask has tokens 4, another input has 5"):
         denoiser(torch.zeros(1, 4, 8, 8), torch.zeros(1, 5, 12), 1, encoder_attention_mask=torch.ones(1, 4))
