@@ -148,6 +148,16 @@ def test_every_recipe_pass_and_backend_is_on_the_page_of_its_task():
     assert sorted(set(registry.names(engines)) - named("build.md")) == []
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "kernels.md"], ids=lambda page: page.stem)
+def test_every_option_that_a_page_names_is_one_of_a_command(page):
+    command = typer.main.get_command(app)
+    options = {
+        name for one in (command, *command.commands.values()) for option in one.params for name in (*option.opts, *option.secondary_opts)
+    }
+    programs = {"--help", "--architecture", "--size", "--backends", "--layers"}  # of bench_scale, in README's conditions
+    assert sorted(set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-[a-z0-9]+)*\b(?!-)", page.read_text())) - options - programs) == []
+
+
 def test_a_block_is_found_with_its_line_language_and_marker(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# Page\n\n<!-- not run: needs a GPU -->\n```bash\nmake \\\n  demo # all\n\nmake test\n```\n\n```python\nx = 1\n```\n")
