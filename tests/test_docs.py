@@ -18,6 +18,7 @@ from calibration import passes, recipes
 from calibration.recipe import Recipe
 from calibration.run.options import RunOptions
 from edm_deploy import registry
+from edm_deploy.errors import flag
 from edm_deploy_tools.cli import app
 from tests.conftest import TINY_UNET
 from tests.documentation import LANGUAGES, ROOT, RUN_LANGUAGES, Block, Runner, blocks_of, commands_of, smallest
@@ -146,6 +147,12 @@ def test_the_reference_lists_every_command_extra_and_common_setting():
 def test_every_recipe_pass_and_backend_is_on_the_page_of_its_task():
     assert sorted({*registry.names(recipes), *registry.names(passes)} - named("quantize.md")) == []
     assert sorted(set(registry.names(engines)) - named("build.md")) == []
+
+
+@pytest.mark.parametrize("name", registry.names(engines))
+def test_the_options_of_a_backend_are_those_that_it_has(name):
+    (row,) = (line for line in (ROOT / "docs" / "build.md").read_text().splitlines() if line.startswith(f"| `{name}` |"))
+    assert set(re.findall(r"--[\w-]+", row)) == {flag(option) for option in engines.backend_named(name).options}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "kernels.md"], ids=lambda page: page.stem)
