@@ -144,6 +144,21 @@ def test_the_reference_lists_every_command_extra_and_common_setting():
     assert sorted((commands | extras | settings) - set(re.findall(r"`([\w-]+)`", text))) == []
 
 
+def test_the_defaults_in_the_reference_are_those_of_the_recipes():
+    text = (ROOT / "docs" / "reference.md").read_text()
+    rows = dict(
+        re.findall(r"^\| `(\w+)` \| (.*) \|[^|]*\|$", text[text.index("## Settings") : text.index("Options of a run")], re.MULTILINE)
+    )
+    for setting, row in rows.items():
+        default, _, others = (part.strip() for part in row.partition("|"))
+        other, _, of = others.partition(":")
+        for name in registry.names(recipes):
+            expected = other if f"`{name}`" in of else default
+            actual = {field.name: field.default for field in dataclasses.fields(registry.load(recipes, name, "RECIPE"))}[setting]
+            assert str(actual).lower() == expected, f"{setting} of {name}"
+    assert set(rows) == {field.name for field in dataclasses.fields(Recipe)}
+
+
 def test_every_recipe_pass_and_backend_is_on_the_page_of_its_task():
     assert sorted({*registry.names(recipes), *registry.names(passes)} - named("quantize.md")) == []
     assert sorted(set(registry.names(engines)) - named("build.md")) == []
