@@ -73,7 +73,7 @@ def _built(builder: Backend[Any], content: Any, manifest: Manifest, options: Bui
         kind="engine",
         backend=builder.name,
         profile=options.profile,
-        plan=plan(manifest, builder, built),
+        plan=executed_plan(manifest, builder, built),
         build=_description(built, seconds, size),
     )
 
@@ -107,7 +107,7 @@ def complete_profile(manifest: Manifest, asked: Mapping[str, ShapeRange]) -> dic
     return profile
 
 
-def plan(manifest: Manifest, builder: Backend[Any], built: BuildResult) -> dict[str, SitePlan]:
+def executed_plan(manifest: Manifest, builder: Backend[Any], built: BuildResult) -> dict[str, SitePlan]:
     """What each site became: what the target promises, corrected by what the build saw."""
     return {
         name: SitePlan(

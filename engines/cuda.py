@@ -14,20 +14,22 @@ from torch import Tensor
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.models import family_named
-from edm_deploy.network.family import meta_model
 from edm_deploy.network.float_program import exported_program
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.network.restructure import NetworkRewrite
 from edm_deploy.numerics.activation_table import table_rows
 from edm_deploy.numerics.kernel_layout import CodeFormat
-from edm_deploy.registry import suggestion
 from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session, SiteTestCase
 from edm_deploy.runtime.capabilities import BackendCapabilities, SitePlan, site_plan, unsupported_reason
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.tensor_file import load_tensors
 from engines.common.graph_checks import check_rows, check_tensors
+from engines.common.precision import supported_precision
 from engines.common.source_backends import ArtifactBackend
-from engines.performance.gpus import capabilities
-from engines.performance.int4_selection import choose
+from engines.common.vendor_package import refuse_other_backend
+from engines.kernels.driver import LEAST_CAPABILITY, arch_of
+from engines.performance.gpus import capabilities, has_int4, has_kernels
+from engines.performance.int4_selection import select_int4
 
 if TYPE_CHECKING:
     from engines.torch_graph.rewrite import GraphRewrite
@@ -35,11 +37,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENGINE_NAME = "engine.safetensors"
+PARAMS, ROWS = "params.", "row_of_timestep"  # names in the engine's file; those of a layer are packed_layer.tensor_name
 LAYOUT = 1  # of the packed weights; raised when an older file would be misread
 DEFAULT_GPU = "sm_86"  # where none is named and none is here
 DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
-OLDEST = 80  # compute capability, times ten: the first whose tensor cores the kernels are written for
-WITHOUT_INT4 = 90  # from here on tensor cores multiply no 4-bit integers
 
 
 class CudaBackend(ArtifactBackend):
@@ -50,15 +51,15 @@ class CudaBackend(ArtifactBackend):
     device: ClassVar[str] = "cuda"
 
     def build(self, content: Artifact, manifest: Manifest, options: BuildOptions, out: Path) -> BuildResult:
-        gpu, precision = _gpu(options.gpu), self._precision(options.precision)
-        plans, reasons = plan_of(content, self.target)
+        gpu, precision = _gpu(options.gpu), supported_precision(options.precision, self.target)
+        plans, reasons = plan_with_reasons(content, self.target)
         if reasons and not options.allow_float_sites:
             site, reason = next(iter(reasons.items()))
             raise UnsupportedError(
                 f"{len(reasons)} of {len(plans)} quantized sites have no integer kernel in cuda; first {site!r}: {reason}. "
                 "Accept exact codes with floating-point arithmetic there with --allow-float-sites, or build for openvino."
             )
-        choice = choose(plans, content, options)
+        choice = select_int4(plans, content, options)
         plans = dict(choice.plans)
         save_file(_stored(content, plans, DTYPES[precision]), out / ENGINE_NAME)
         executed = {name: "int8" if plan.executed == "int4" and not has_int4(gpu) else plan.executed for name, plan in plans.items()}
@@ -77,7 +78,7 @@ class CudaBackend(ArtifactBackend):
 
         _refuse_foreign(manifest)
         manifest.require_files(ENGINE_NAME)
-        kinds = kinds_on(manifest, device)
+        kinds = code_formats_on(manifest, device)
         if device.type == "cuda":
             driver.prepare(device)  # a missing compiler or an old driver is told before any weight is read
         module = _graph(manifest, load_tensors(directory / ENGINE_NAME, device=str(device)), kinds).module()
@@ -88,12 +89,12 @@ class CudaBackend(ArtifactBackend):
         from engines.torch_graph import rewrite as rewriting
         from engines.torch_graph.packed_layer import integers
 
-        kinds = kinds_on(engine, device)
+        kinds = code_formats_on(engine, device)
         tensors = _stored(cut.artifact, engine.plan, self.site_dtype(engine))
-        draft = _graph(engine, {name: value.to(device) for name, value in tensors.items()}, kinds, fused=False)
+        rewritten = _graph(engine, {name: value.to(device) for name, value in tensors.items()}, kinds, fused=False)
         dtype = self.site_dtype(engine)
-        given = {placeholder: cut.records[name].x.to(device, dtype) for name, placeholder in rewriting.cut(draft).items()}
-        codes, outputs = draft.module()(cut.timestep.to(device), *given.values())
+        given = {placeholder: cut.records[name].x.to(device, dtype) for name, placeholder in rewriting.cut_at_layers(rewritten).items()}
+        codes, outputs = rewritten.module()(cut.timestep.to(device), *given.values())
         rows = table_rows(cut.artifact.row_of_timestep, cut.timestep).to(device)
         found = {f"{name}.y": value for name, value in outputs.items()}
         for name, value in codes.items():
@@ -106,17 +107,11 @@ class CudaBackend(ArtifactBackend):
         """What lies between the sites: the kernels read no float32."""
         return DTYPES[engine.build["options"]["precision"]]
 
-    def _precision(self, asked: str | None) -> str:
-        known = self.target.float_dtypes
-        if asked is not None and asked not in known:
-            raise InputError(f"--precision {asked!r}: cuda has {' and '.join(known)}.{suggestion(asked, known)}")
-        return asked or known[0]
-
 
 BACKEND = CudaBackend()
 
 
-def plan_of(artifact: Artifact, target: BackendCapabilities) -> tuple[dict[str, SitePlan], dict[str, str]]:
+def plan_with_reasons(artifact: Artifact, target: BackendCapabilities) -> tuple[dict[str, SitePlan], dict[str, str]]:
     """What each site becomes where there are INT4 tensor cores, and why those sites that no kernel computes are none."""
     layers = artifact.family_object.sites(artifact.skeleton())
     plans = {name: site_plan(site, layers[name], target) for name, site in artifact.sites.items()}
@@ -124,12 +119,7 @@ def plan_of(artifact: Artifact, target: BackendCapabilities) -> tuple[dict[str, 
     return plans, {name: str(unsupported_reason(layers[name], target.filters or ())) for name in plans if name in refused}
 
 
-def has_int4(gpu: str) -> bool:
-    """Whether the tensor cores of a capability, `sm_86`, multiply 4-bit integers."""
-    return OLDEST <= int(gpu.removeprefix("sm_")) < WITHOUT_INT4
-
-
-def kinds_on(manifest: Manifest, device: torch.device) -> dict[str, CodeFormat | None]:
+def code_formats_on(manifest: Manifest, device: torch.device) -> dict[str, CodeFormat | None]:
     """The kernels that run each site on a device: those that the engine was packed for, or INT8 ones where there are no INT4 tensor cores.
 
     Weights are widened when the engine is opened, and every code stays the same, so an engine opens on any GPU that the kernels run on.
@@ -168,9 +158,9 @@ def _present(device: torch.device) -> str:
 
 
 def _refuse_old(gpu: str, name: str) -> None:
-    if int(gpu.removeprefix("sm_")) < OLDEST:
+    if not has_kernels(gpu):
         raise UnsupportedError(
-            f"{name} is {gpu}; the kernels need sm_{OLDEST} or later. Build with --backend ort, openvino or trt instead."
+            f"{name} is {gpu}; the kernels need {arch_of(LEAST_CAPABILITY)} or later. Build with --backend ort, openvino or trt instead."
         )
 
 
@@ -179,7 +169,7 @@ def _gpu(asked: str | None) -> str:
         return _present(torch.device("cuda")) if torch.cuda.is_available() else DEFAULT_GPU
     named = capabilities(asked)
     if len(named) > 1:
-        raise InputError(f"--gpu {asked}: name one GPU. The plan is for one; the engine opens on any from sm_{OLDEST} on.")
+        raise InputError(f"--gpu {asked}: name one GPU. The plan is for one; the engine opens on any from {arch_of(LEAST_CAPABILITY)} on.")
     _refuse_old(named[0], asked)
     return named[0]
 
@@ -197,13 +187,13 @@ def _warnings(plans: Mapping[str, SitePlan], reasons: Mapping[str, str], gpu: st
 
 def _stored(artifact: Artifact, plans: Mapping[str, SitePlan], dtype: torch.dtype) -> dict[str, Tensor]:
     """The engine's file: packed sites, and every other parameter; one-dimensional ones stay float32, as norms and epilogues take them."""
-    from engines.torch_graph.packed_layer import stored
+    from engines.torch_graph.packed_layer import tensors_from_layer
 
     expected = {name: _stored_dtype(value, dtype) for name, value in artifact.skeleton().state_dict().items()}
-    tensors = {f"params.{name}": value.to(expected[name]) for name, value in artifact.params.items()}
+    tensors = {f"{PARAMS}{name}": value.to(expected[name]) for name, value in artifact.params.items()}
     for name, site in artifact.sites.items():
-        tensors |= {f"sites.{name}.{what}": value for what, value in stored(site, plans[name].codes).items()}
-    return {"row_of_timestep": artifact.row_of_timestep} | {name: value.contiguous() for name, value in tensors.items()}
+        tensors |= tensors_from_layer(name, site, plans[name].codes)
+    return {ROWS: artifact.row_of_timestep} | {name: value.contiguous() for name, value in tensors.items()}
 
 
 def _stored_dtype(value: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -216,7 +206,7 @@ def _graph(
     """The engine's graph with its tensors, on the device that these are on."""
     from engines.torch_graph import fusions
     from engines.torch_graph import rewrite as rewriting
-    from engines.torch_graph.packed_layer import read
+    from engines.torch_graph.packed_layer import layer_from_tensors
 
     family, dtype = family_named(manifest.family), DTYPES[manifest.build["options"]["precision"]]
     structure = NetworkRewrite.from_json(manifest.structure)
@@ -224,18 +214,13 @@ def _graph(
     layers = family.sites(model)
     if unknown := sorted(set(manifest.sites) - set(layers)):
         raise ArtifactError(f"Site {unknown[0]!r} is no layer of the model. Build the engine again.")
-    params = {name.removeprefix("params."): value for name, value in tensors.items() if name.startswith("params.")}
+    params = {name.removeprefix(PARAMS): value for name, value in tensors.items() if name.startswith(PARAMS)}
     floats = {name: value for name, value in model.state_dict().items() if name.removesuffix(".weight") not in manifest.sites}
     check_tensors(params, {name: (_stored_dtype(value, dtype), tuple(value.shape)) for name, value in floats.items()}, of="Parameters")
-    by_site: dict[str, dict[str, Tensor]] = {name: {} for name in manifest.sites}
-    for name, value in tensors.items():
-        site, _, what = name.removeprefix("sites.").rpartition(".")
-        if name.startswith("sites.") and site in by_site:
-            by_site[site][what] = value
     sites = {
-        name: read(
+        name: layer_from_tensors(
             name,
-            by_site[name],
+            tensors,
             packed=manifest.plan[name].codes,
             kind=kinds[name],
             weight_shape=tuple(layers[name].weight.shape),
@@ -245,20 +230,17 @@ def _graph(
         for name in manifest.sites
     }
     rows = min((len(site.act_scale) for site in sites.values() if site.act_scale is not None), default=1 << 31)
-    check_rows(tensors.get("row_of_timestep", torch.zeros(0)), rows, manifest.num_train_timesteps)
+    check_rows(tensors.get(ROWS, torch.zeros(0)), rows, manifest.num_train_timesteps)
     params |= {f"{name}.weight": site.weight for name, site in sites.items() if site.kind is None}
     program = exported_program(family, manifest.config, dtype, input_dtype=manifest.torch_dtype, structure=structure)
-    draft = rewriting.draft(program, sites, params, tensors["row_of_timestep"], dtype)
+    rewritten = rewriting.rewrite_layers(program, sites, params, tensors[ROWS], dtype)
     if fused:
-        fusions.fuse(draft)
-    return draft
+        fusions.fuse(rewritten)
+    return rewritten
 
 
 def _refuse_foreign(manifest: Manifest) -> None:
-    if manifest.backend != CudaBackend.name:
-        raise UnsupportedError(
-            f"This engine was built by {manifest.backend}, and cuda was asked to open it. Open it with {manifest.backend}."
-        )
+    refuse_other_backend(manifest, CudaBackend.name)
     if manifest.build.get("layout") != LAYOUT:
         raise UnsupportedError(
             f"This engine's weights are packed in layout {manifest.build.get('layout')}; this edm-deploy reads {LAYOUT}. "

@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
+from edm_deploy.errors import ArtifactError, UnsupportedError
 from edm_deploy.network.family import TIMESTEP
 from edm_deploy.network.graph_names import ROW_NAME, rescaled
 from edm_deploy.numerics.activation_table import table_rows
-from edm_deploy.registry import suggestion
 from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session
 from edm_deploy.runtime.capabilities import Execution
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
 from edm_deploy.storage.tensor_file import load_tensors
 from engines.common.graph_checks import check_graph, check_rows, check_tensors
+from engines.common.precision import supported_precision
 from engines.common.source_backends import GraphBackend
 from engines.common.vendor_package import refuse_other_build, vendor
 from engines.openvino_graph.group_norm import split_group_norms
@@ -50,7 +50,7 @@ class OpenvinoBackend(GraphBackend):
 
     def build(self, content: Path, manifest: Manifest, options: BuildOptions, out: Path) -> BuildResult:
         ov = _openvino()
-        effective = {"precision": self._precision(options.precision), "threads": options.threads}
+        effective = {"precision": supported_precision(options.precision, self.target), "threads": options.threads}
         with _refusals(ov):
             model = ov.Core().read_model(content)
             model.reshape({declared.name: _partial_shape(ov, declared.dims, options.profile) for declared in manifest.inputs})
@@ -78,12 +78,6 @@ class OpenvinoBackend(GraphBackend):
             raise UnsupportedError(f"openvino runs on the cpu, not on {device.type}. Open the engine with device='cpu'.")
         _check_files(ov, directory, manifest)
         return OpenvinoSession(ov, directory, manifest, device)
-
-    def _precision(self, asked: str | None) -> str:
-        known = self.target.float_dtypes
-        if asked is not None and asked not in known:
-            raise InputError(f"--precision {asked!r}: openvino has {' and '.join(known)}.{suggestion(asked, known)}")
-        return asked or known[0]
 
 
 BACKEND = OpenvinoBackend()

@@ -14,7 +14,8 @@ from torch import nn
 
 from edm_deploy import models, registry
 from edm_deploy.models import family_named
-from edm_deploy.network.family import LAYER_GROUPS, Config, Family, PlacementRule, meta_model
+from edm_deploy.network.family import LAYER_GROUPS, Config, Family, PlacementRule
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.pipelines.model_index import INDEX, read_pipeline_config
 from edm_deploy_tools.common.assets import REFERENCE_MODEL
 from edm_deploy_tools.inspection import architectures

@@ -25,7 +25,7 @@ from calibration.training.binary_residual import FIRST_BITS, BinaryResidual, com
 from calibration.training.distillation import distill
 from calibration.training.losses import RelationDistillationLoss
 from edm_deploy.errors import InputError
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 
 UpdateInit = Literal["zero", "error"]
 

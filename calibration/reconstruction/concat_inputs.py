@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from calibration.student.shared_inputs import meta_inputs
-from edm_deploy.network.family import Config, Family, meta_model
+from edm_deploy.network.family import Config, Family
+from edm_deploy.network.meta_model import meta_model
 
 _JOIN: frozenset[Callable[..., Any]] = frozenset({torch.cat, torch.concat, torch.concatenate})
 # Functions that preserve channels, so that the segments continue to a layer behind them.

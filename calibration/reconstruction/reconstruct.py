@@ -25,7 +25,7 @@ from calibration.run.dtypes import DTYPES
 from calibration.run.progress import ProgressMeter
 from calibration.student.student import Student, activations_unquantized
 from calibration.training.param_group import ParamGroup
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 
 SAVE_INTERVAL = 20  # the time between two checkpoints is at least this many times the time that the previous one took
 CACHE_SHARE = 0.25  # share of a budget that filling the caches may take

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edm_deploy.network.family import SAMPLE, Config, Family, meta_model
+from edm_deploy.network.family import SAMPLE, Config, Family
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.network.restructure import NetworkRewrite
 
 

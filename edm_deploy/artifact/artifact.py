@@ -24,7 +24,8 @@ from edm_deploy.artifact.quantized_layer import QuantizedLayer
 from edm_deploy.artifact.timestep_correction import Correction, latent_channels
 from edm_deploy.errors import ArtifactError, EdmDeployError
 from edm_deploy.models import family_named
-from edm_deploy.network.family import Family, meta_model
+from edm_deploy.network.family import Family
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite
 from edm_deploy.storage.directories import copy_pipeline_files, new_directory, read_json, read_pipeline_files, write_json
 from edm_deploy.storage.json_schema import MAX_TIMESTEPS, check_config, check_schema, convert

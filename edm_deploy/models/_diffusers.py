@@ -1,4 +1,4 @@
-"""What every family of diffusers models shares: building from a config, the forward signature, the output class."""
+"""The common part of all families: construction from a config, the forward signature, the output class."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MAX_REASON = 200  # characters of an error of diffusers, some of which quote the
 
 
 class DiffusersFamily(Family):
-    """A diffusers model.
+    """A family whose model and output are classes of diffusers.
 
     Attributes:
-        model_class, output_class: Of diffusers, which ships no types.
-        signature: The parameters of its `forward`, in order.
-        renamed: Graph inputs by the parameter that they come from, where the names differ.
-        refused: Parameters that the graph does not carry, and why.
+        model_class, output_class: Classes of diffusers, which is untyped.
+        signature: Parameters of the model's `forward`, in order.
+        renamed: Graph input by parameter, where the names differ.
+        refused: Reason by parameter, for parameters that have no input in the graph.
     """
 
     model_class: ClassVar[Any]
@@ -51,16 +51,16 @@ class DiffusersFamily(Family):
         return as_json
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        carried = [declared.name for declared in self.inputs(config)]
+        names = [declared.name for declared in self.inputs(config)]
         given = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
         for name, reason in self.refused.items():
             if _is_given(given.pop(name, None)):
                 raise UnsupportedError(f"The engine has no input {name!r}: {reason}.")
         given = {self.renamed.get(name, name): value for name, value in given.items() if value is not None and name != "return_dict"}
-        if unknown := sorted(set(given) - set(carried)):
-            raise UnsupportedError(f"The engine has no input {unknown[0]!r}; it takes {', '.join(carried)}. Leave it out.")
-        if missing := [name for name in carried if name not in given]:
-            raise UnsupportedError(f"The engine needs {missing[0]!r}; pass it as the diffusers model would take it.")
+        if unknown := sorted(set(given) - set(names)):
+            raise UnsupportedError(f"The engine has no input {unknown[0]!r}; it takes {', '.join(names)}. Leave it out.")
+        if missing := [name for name in names if name not in given]:
+            raise UnsupportedError(f"The engine needs {missing[0]!r}; pass it as to the diffusers model.")
         return given
 
     def output(self, sample: Tensor) -> Any:
@@ -71,5 +71,5 @@ class DiffusersFamily(Family):
 
 
 def _is_given(value: Any) -> bool:
-    """Pipelines pass None, False or an empty dict for what is not asked for."""
+    """Whether an argument is set; pipelines pass None, False or an empty dict otherwise."""
     return isinstance(value, Tensor) or bool(value)

@@ -1,4 +1,4 @@
-"""What the transformer families share: their 8-bit layers, and position embeddings that any size is traced with, in float32."""
+"""The common part of the transformer families: their 8-bit layers, and float32 position embeddings that trace for any size."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ POOLED = "pooled_projections"
 SINCOS_BASE = 10000.0
 
 EMBEDDER = PlacementRule(
-    r"(time_text_embed|timestep_embedder)\b", "w8a8", "one row a sample, few weights, and every block depends on the embedded timestep"
+    r"(time_text_embed|timestep_embedder)\b", "w8a8", "one row per sample, few weights, and the embedded timestep enters every block"
 )
 MODULATION = PlacementRule(
     r"(adaln_single|norm\w*)\.linear$|^proj_out_1$",
     "w8a8",
-    "one row a sample: it costs no time, and its output scales and shifts every token of its block",
+    "one row per sample, so that it takes little time, and its output scales and shifts every token of its block",
 )
 ADAPTER = "the weights are fixed; fuse a LoRA with its scale before quantizing, and unload IP-Adapters"
 CONTROLNET = "ControlNet's residuals enter between the blocks of a float model"
 
 
 class TransformerFamily(DiffusersFamily):
-    """A diffusers transformer. Sites: every Linear and the patches' convolution; what the timestep alone decides, and both ends, stay at W8A8."""
+    """A diffusers transformer. Sites are every Linear and the patch convolution; the first and last layer and the timestep's layers are W8A8."""
 
     component = "transformer"
     output_class = Transformer2DModelOutput
@@ -40,15 +40,16 @@ class TransformerFamily(DiffusersFamily):
 
 
 def ends(first: str, last: str) -> PlacementRule:
-    """The rule of the layers that see the sample itself or write the prediction, and of what embeds the text."""
-    return PlacementRule(rf"^({first}|{last})$", "w8a8", "the first and last layer see the sample itself: their rounding is seen in it")
+    """The rule of the first and the last layer, whose names are the regular expressions `first` and `last`."""
+    reason = "the first and last layer read and write the sample itself, so that their rounding error is visible in it"
+    return PlacementRule(rf"^({first}|{last})$", "w8a8", reason)
 
 
 class Patches(nn.Module):
-    """A PatchEmbed of diffusers for any height and width in one trace, its positions computed in float32.
+    """A diffusers PatchEmbed that traces once for any height and width, with positions computed in float32.
 
-    diffusers takes another path where the size is the model's own, computes in float64 (which several engines do not), and keeps the positions
-    in a buffer that no checkpoint holds.
+    diffusers branches on whether the size is the model's sample size, computes in float64 (which several engines do not support), and stores the
+    positions in a buffer that no checkpoint holds.
 
     Source: Vaswani et al., arXiv 1706.03762, section 3.5; Peebles and Xie, arXiv 2212.09748, section 3.2 (positions scaled to the trained grid).
     """
@@ -69,7 +70,7 @@ class Patches(nn.Module):
 
     def _sincos(self, size: int, dim: int, device: torch.device) -> Tensor:
         """float32 [size, dim / 2]."""
-        # Numbers of the interpreter: a buffer would be empty in the outline that is traced, and float64 operators would stay in the graph.
+        # Computed in Python: a buffer would be empty in the meta model that is traced, and float64 operators would remain in the graph.
         frequencies = torch.tensor([SINCOS_BASE ** (-k / (dim // 4)) for k in range(dim // 4)], dtype=torch.float32, device=device)
         steps = torch.arange(size, dtype=torch.float32, device=device)
         angles = (steps / (steps[-1:] + 1) * self.base)[:, None] * frequencies
@@ -77,7 +78,7 @@ class Patches(nn.Module):
 
 
 class CroppedPatches(nn.Module):
-    """A PatchEmbed with stored positions, of which the middle is taken, for any height and width up to theirs in one trace.
+    """A diffusers PatchEmbed that crops stored positions to their center, and traces once for any height and width up to theirs.
 
     Source: Esser et al., arXiv 2403.03206, section 5.3.2 (positional encodings, cropped from the largest grid).
     """
@@ -95,7 +96,7 @@ class CroppedPatches(nn.Module):
         tokens: Tensor = self.proj(latent)
         height, width = tokens.shape[2:]
         rows, columns = self._middle(height, latent.device), self._middle(width, latent.device)
-        # One gather on a flat table: a slice whose start depends on the size would tie the trace to one parity of it.
+        # One gather from a flat table: a slice whose start depends on the size would bind the trace to one parity of the size.
         index = (rows[:, None] * self.largest + columns[None]).reshape(-1)
         return (tokens.flatten(2).transpose(1, 2) + self.pos_embed[:, index]).to(latent.dtype)
 
@@ -104,7 +105,7 @@ class CroppedPatches(nn.Module):
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
-    """The image of its patches: [B, C, height * patch, width * patch] of [B, height * width, patch * patch * C]."""
+    """Assemble patches [B, height * width, patch * patch * C] into an image [B, C, height * patch, width * patch]."""
     channels = tokens.shape[-1] // patch**2
     grid = tokens.reshape(-1, height, width, patch, patch, channels)
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height * patch, width * patch)

@@ -1,4 +1,4 @@
-"""DiTTransformer2DModel: class-conditional latent transformers (DiT-XL/2), which learn a variance beside the noise."""
+"""DiTTransformer2DModel: class-conditional latent transformers (DiT-XL/2) that predict noise and variance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALE = 4.0  # Source: the default of diffusers' DiTPipeline; arXiv 2212.09748 s
 
 
 class DiTTransformer2D(TransformerFamily):
-    """Conditioning: `class_labels`; the label after the last class stands for none. Guided along the noise, not the variance.
+    """Conditioning: `class_labels`; the label after the last class means no class. Guidance applies to the noise, not to the variance.
 
     Source: Peebles and Xie, Scalable Diffusion Models with Transformers, arXiv 2212.09748.
     """
@@ -26,7 +26,7 @@ class DiTTransformer2D(TransformerFamily):
     class_name = "DiTTransformer2DModel"
     model_class = DiTTransformer2DModel
     signature = ("hidden_states", "timestep", LABELS, "cross_attention_kwargs", "return_dict")
-    refused: ClassVar[Mapping[str, str]] = {"cross_attention_kwargs": "there is no cross-attention in this model"}
+    refused: ClassVar[Mapping[str, str]] = {"cross_attention_kwargs": "this model has no cross-attention"}
     rules = (ends(r"pos_embed\.proj", r"proj_out_2"), EMBEDDER, MODULATION)
 
     def build(self, config: Config) -> nn.Module:
@@ -39,10 +39,10 @@ class DiTTransformer2D(TransformerFamily):
         return sample, TIMESTEP, ModelInput(LABELS, "int64", ("batch",))
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """As the model's own forward, but for two things: its output may be wider than high, and the first block's embedding of timestep and
-        label, which shapes the output too, is computed once, so that each weight stands in the graph once.
+        """The model's `forward` with two differences: height and width may differ, and the first block's embedding of timestep and label, which the
+        output layers read too, is computed once, so that each weight is in the graph once.
         """
-        net: Any = model  # its parts are diffusers', which ships no types
+        net: Any = model  # diffusers is untyped
         sample, timestep, labels = inputs[SAMPLE], inputs["timestep"], inputs[LABELS]
         embedded: list[Tensor] = []
         hook = net.transformer_blocks[0].norm1.emb.register_forward_hook(lambda _, __, output: embedded.append(output))

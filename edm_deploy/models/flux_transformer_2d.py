@@ -18,16 +18,16 @@ IMAGE_IDS, TEXT_IDS = "img_ids", "txt_ids"
 IMAGE_TOKENS = "image_tokens"
 TEXT_TOKENS = 512  # Source: the default max_sequence_length of diffusers' FluxPipeline.
 SIZE = "sample_size"
-LATENT_SIZE = 128  # 1024 pixels; FLUX's own config has no sample_size
-PACKED = 2  # latents in a token, each way
+LATENT_SIZE = 128  # 1024 pixels; FLUX's published config has no sample_size
+PACKED = 2  # latents per token in each direction
 SCALE = 3.5  # Source: the default of diffusers' FluxPipeline.
-TIMESTEPS = 1000  # FLUX takes timesteps as sigmas in [0, 1] and multiplies them by this; so the graph's timesteps are those of the schedule
+TIMESTEPS = 1000  # FLUX takes sigmas in [0, 1] and multiplies them by this; the graph's timesteps are those of the schedule
 
 
 class FluxTransformer2D(TransformerFamily):
-    """Conditioning: text tokens, pooled prompt, positions of both kinds of token, and for dev the guidance scale as an embedded input.
+    """Conditioning: text tokens, pooled prompt, positions of image and text tokens, and in dev the guidance scale as an embedded input.
 
-    Positions enter once a sample, as all inputs do; the first sample's are those of the batch, which lies on one grid.
+    Positions have a batch dimension, as all inputs do; the first sample's are used for the whole batch, which has one size.
 
     Source: Black Forest Labs' FLUX.1; Su et al., RoFormer, arXiv 2104.09864 (rotary positions).
     """
@@ -64,7 +64,7 @@ class FluxTransformer2D(TransformerFamily):
     text_inputs = (TOKENS, POOLED)
 
     def build(self, config: Config) -> nn.Module:
-        # diffusers' class does not know the size, and says so each time that it is built with one.
+        # The class of diffusers has no sample_size, and warns each time it is built with one.
         model: Any = super().build({key: value for key, value in config.items() if key != SIZE})
         if config.get(SIZE) is not None:
             model.register_to_config(**{SIZE: config[SIZE]})
@@ -107,7 +107,7 @@ class FluxTransformer2D(TransformerFamily):
         return given
 
     def sample_size(self, config: Config) -> tuple[int, int]:
-        """Counts latents, as in other models' configs; FLUX's own config has no `sample_size`."""
+        """In latents, as in other models' configs; FLUX's published config has no `sample_size`."""
         return super().sample_size({SIZE: config.get(SIZE) or LATENT_SIZE})
 
     def sample_shape(self, config: Config) -> tuple[int, ...]:
@@ -127,7 +127,7 @@ class FluxTransformer2D(TransformerFamily):
         return super().sizes(config) | {"tokens": TEXT_TOKENS}
 
     def sigmas(self, steps: int) -> tuple[float, ...] | None:
-        """Evenly from 1 to 1 / steps, where the schedulers alone would end next to 0.
+        """Evenly spaced from 1 to 1 / steps; the schedulers' default ends close to 0.
 
         Source: diffusers' FluxPipeline.
         """
@@ -143,7 +143,7 @@ class FluxTransformer2D(TransformerFamily):
         return Guidance("embedded", SCALE) if config["guidance_embeds"] else Guidance("none")
 
     def random_conditioning(self, config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Tokens and pooled prompt of unit variance; positions of the model's own grid."""
+        """Tokens and pooled prompt of unit variance; positions of the model's sample size."""
         height, width = self._grid(config)
         positions = torch.zeros(height, width, len(config["axes_dims_rope"]))
         positions[..., 1] = torch.arange(height)[:, None]
@@ -167,9 +167,9 @@ class FluxTransformer2D(TransformerFamily):
 
 
 class Rotary(nn.Module):
-    """FLUX's rotary positions in float32: diffusers computes them in float64, which several engines do not.
+    """FLUX's rotary positions in float32; diffusers computes them in float64, which several engines do not support.
 
-    The largest angle is a position below 1000, so that float32 errs by less than 1e-4 of a radian.
+    Angles are at most a position, which is below 1000, so that the error of float32 is less than 1e-4 radians.
     """
 
     def __init__(self, embed: Any) -> None:  # diffusers' FluxPosEmbed
@@ -178,7 +178,7 @@ class Rotary(nn.Module):
         self.dims = tuple(int(dim) for dim in embed.axes_dim)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, float32 [L, sum of dims], each twice in a row, of positions [L, axes]."""
+        """Cosines and sines of positions [L, axes]: float32 [L, sum of dims], each value repeated twice."""
         angles = [ids[:, axis : axis + 1].float() * self._frequencies(dim, ids.device) for axis, dim in enumerate(self.dims)]
         joined = torch.cat(angles, dim=-1)
         return joined.cos(), joined.sin()
@@ -188,7 +188,7 @@ class Rotary(nn.Module):
 
 
 def _cache_context(name: str) -> contextlib.AbstractContextManager[None]:
-    """Diffusers marks the conditional and the unconditional pass for caches between blocks, which an engine has none of."""
+    """No operation: diffusers marks the conditional and unconditional pass for caches between blocks, which an engine does not have."""
     return contextlib.nullcontext()
 
 

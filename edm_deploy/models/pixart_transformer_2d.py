@@ -1,4 +1,4 @@
-"""PixArtTransformer2DModel: text-to-image latent transformers with cross-attention (PixArt-alpha and -Sigma), with a learned variance."""
+"""PixArtTransformer2DModel: text-to-image latent transformers with cross-attention and a learned variance (PixArt-alpha and -Sigma)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from edm_deploy.models._transformer import EMBEDDER, MODULATION, TOKENS, Patches
 from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, PlacementRule
 
 MASK, RESOLUTION, ASPECT = "encoder_attention_mask", "resolution", "aspect_ratio"
-MASKED = -10000.0  # what diffusers adds to the score of a token that is not attended to
+MASKED = -10000.0  # added by diffusers to the attention score of a masked token
 T5_TOKENS = 120  # Source: the default max_sequence_length of diffusers' PixArtAlphaPipeline.
 PIXELS_PER_LATENT = 8
 SCALE = 4.5  # Source: the default of diffusers' PixArtAlphaPipeline.
 
 
 class PixArtTransformer2D(TransformerFamily):
-    """Conditioning: text tokens with their mask, and for the models of 1024 pixels the size and aspect ratio of the image.
+    """Conditioning: text tokens with their mask, and in the models of 1024 pixels the resolution and aspect ratio of the image.
 
     Source: Chen et al., PixArt-alpha, arXiv 2310.00426.
     """
@@ -40,13 +40,13 @@ class PixArtTransformer2D(TransformerFamily):
     )
     refused: ClassVar[Mapping[str, str]] = {
         "cross_attention_kwargs": "the weights are fixed; fuse a LoRA with its scale before quantizing",
-        "attention_mask": "every image token is attended to",
+        "attention_mask": "attention covers every image token",
     }
     rules = (
         PlacementRule(
             r"(resolution|aspect_ratio)_embedder",
             "float",
-            "two sizes a sample go through it in one batch, so its rows are not the samples'; they are few",
+            "it embeds two sizes per sample in one batch, so that its rows are not those of the samples; few weights",
         ),
         ends(r"pos_embed\.proj", "proj_out"),
         PlacementRule(r"^caption_projection\.", "w8a8", "every block attends to its output"),
@@ -58,7 +58,7 @@ class PixArtTransformer2D(TransformerFamily):
     def build(self, config: Config) -> nn.Module:
         if config.get("attention_type", "default") != "default":
             raise UnsupportedError(
-                f"{self.class_name} with attention_type={config['attention_type']!r}: GLIGEN's boxes are not carried; expected 'default'."
+                f"{self.class_name} with attention_type={config['attention_type']!r}: GLIGEN's boxes are not supported; expected 'default'."
             )
         model = super().build(config)
         model.pos_embed = Patches(model.pos_embed)
@@ -69,12 +69,12 @@ class PixArtTransformer2D(TransformerFamily):
         text = ModelInput(TOKENS, "float", ("batch", "tokens", _token_width(config))), ModelInput(MASK, "float", ("batch", "tokens"))
         if not _takes_size(config):
             return sample, TIMESTEP, *text
-        # float32: a size of 2049 is no float16.
+        # float32: float16 cannot represent a size of 2049.
         return sample, TIMESTEP, *text, ModelInput(RESOLUTION, "float32", ("batch", 2)), ModelInput(ASPECT, "float32", ("batch", 1))
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """As the model's own forward, but for its squeeze of the token axis, which acts on an image of one patch only and no engine can type."""
-        net: Any = model  # its parts are diffusers', which ships no types
+        """The model's `forward` without its squeeze of the token axis, which affects only an image of one patch and gives an output of unknown rank."""
+        net: Any = model  # diffusers is untyped
         sample, text, mask = inputs[SAMPLE], inputs[TOKENS], inputs[MASK]
         added = {name: inputs.get(name) for name in (RESOLUTION, ASPECT)}
         tokens = net.pos_embed(sample)
@@ -110,7 +110,7 @@ class PixArtTransformer2D(TransformerFamily):
         return Guidance("classifier-free", SCALE)
 
     def random_conditioning(self, config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Tokens of unit variance, of which a random number from one on is attended to."""
+        """Tokens of unit variance; the mask keeps a random number of them, 1 or more."""
         lengths = torch.randint(1, T5_TOKENS + 1, (batch, 1), generator=generator)
         drawn = {
             TOKENS: torch.randn(batch, T5_TOKENS, _token_width(config), generator=generator),
@@ -122,12 +122,12 @@ class PixArtTransformer2D(TransformerFamily):
         return drawn
 
     def unconditional(self, config: Config, generator: torch.Generator) -> dict[str, Tensor]:
-        """One fixed draw; of an empty prompt one token is attended to, the end of the text."""
+        """Random tokens, of which the mask keeps one: the end-of-text token of an empty prompt."""
         mask = (torch.arange(T5_TOKENS) < 1).float()[None]
         return {TOKENS: torch.randn(1, T5_TOKENS, _token_width(config), generator=generator), MASK: mask}
 
     def encode_prompts(self, config: Config, pipeline: Any, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        # As many tokens as the pipeline itself takes: PixArt-Sigma's takes 300.
+        # With the pipeline's default number of tokens, which is 300 for PixArt-Sigma.
         given, mask, without, without_mask = pipeline.encode_prompt(
             list(prompts), do_classifier_free_guidance=True, num_images_per_prompt=1, device=torch.device("cpu")
         )
@@ -135,9 +135,9 @@ class PixArtTransformer2D(TransformerFamily):
 
 
 def _takes_size(config: Config) -> bool:
-    """Source: diffusers' PixArtTransformer2DModel, whose default depends on the size."""
-    asked = config.get("use_additional_conditions")
-    return config["sample_size"] == 128 if asked is None else bool(asked)
+    """Whether resolution and aspect ratio are inputs. Source: diffusers' PixArtTransformer2DModel, whose default depends on the size."""
+    requested = config.get("use_additional_conditions")
+    return config["sample_size"] == 128 if requested is None else bool(requested)
 
 
 def _token_width(config: Config) -> int:

@@ -28,7 +28,7 @@ SCALE = 7.0  # Source: the default of diffusers' StableDiffusion3Pipeline.
 
 
 class SD3Transformer2D(TransformerFamily):
-    """Conditioning: `encoder_hidden_states` and `pooled_projections`. Positions are cropped from a stored grid, which bounds height and width.
+    """Conditioning: `encoder_hidden_states` and `pooled_projections`. Positions are cropped from a stored grid, whose size limits height and width.
 
     Source: Esser et al., Scaling Rectified Flow Transformers, arXiv 2403.03206.
     """
@@ -49,7 +49,7 @@ class SD3Transformer2D(TransformerFamily):
     refused: ClassVar[Mapping[str, str]] = {
         "block_controlnet_hidden_states": CONTROLNET,
         "joint_attention_kwargs": ADAPTER,
-        "skip_layers": "skip-layer guidance leaves out layers that are fixed in the engine",
+        "skip_layers": "skip-layer guidance skips layers, and the engine always computes all of them",
     }
     rules = (
         ends(r"pos_embed\.proj", "proj_out"),
@@ -94,12 +94,12 @@ class SD3Transformer2D(TransformerFamily):
         }
 
     def unconditional(self, config: Config, generator: torch.Generator) -> dict[str, Tensor]:
-        """One fixed draw for all."""
+        """A random draw in place of the empty prompt."""
         return self.random_conditioning(config, 1, generator)
 
     def encode_prompts(self, config: Config, pipeline: Any, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if getattr(pipeline, "transformer", None) is None:
-            # Where T5 was left out, the pipeline puts zeros of the model's width in its place, and asks the model for it.
+            # Without T5 the pipeline replaces its tokens by zeros, whose width it reads from the model's config.
             object.__setattr__(pipeline, "transformer", SimpleNamespace(config=self.freeze_config(config)))
         given, without, pooled, without_pooled = pipeline.encode_prompt(
             list(prompts), None, None, device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=True

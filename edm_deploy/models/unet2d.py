@@ -17,7 +17,7 @@ LABELS = "class_labels"
 
 
 class UNet2D(UNetFamily):
-    """Models whose timesteps are integers of a training schedule; labels enter as index, embedding or not at all."""
+    """Models indexed by the timestep of a training schedule. A label is an index, an embedding, or no input at all."""
 
     class_name = "UNet2DModel"
     model_class = UNet2DModel
@@ -28,7 +28,7 @@ class UNet2D(UNetFamily):
         if config.get("time_embedding_type", "positional") == "fourier":
             raise UnsupportedError(
                 "UNet2DModel with time_embedding_type 'fourier' is indexed by noise level, not by timestep; "
-                "scale tables need a model with integer timesteps ('positional' or 'learned')."
+                "activation tables need a model with integer timesteps ('positional' or 'learned')."
             )
         full = self.full_config(config)
         if full["in_channels"] != full["out_channels"]:
@@ -73,7 +73,7 @@ class UNet2D(UNetFamily):
 
 
 def _label_kind(config: Config) -> str:
-    """How labels enter: `none`, `identity` (an embedding is given), `timestep` or `embedding` (an index is given)."""
+    """The kind of label input: `none`, `identity` (an embedding), `timestep` or `embedding` (an index)."""
     kind = config.get("class_embed_type")
     if kind is None:
         return "embedding" if config.get("num_class_embeds") is not None else "none"

@@ -1,4 +1,4 @@
-"""UNet2DConditionModel: latent denoisers with cross-attention: Stable Diffusion 1.x and 2.x, SDXL, inpainting, LDM with its label as a token."""
+"""UNet2DConditionModel: latent denoisers with cross-attention (Stable Diffusion 1.x and 2.x, SDXL, inpainting, LDM with a label token)."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from edm_deploy.models._unet import UNetFamily
 from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput
 
 TOKENS = "encoder_hidden_states"
-POOLED, TIME_IDS = "text_embeds", "time_ids"  # SDXL's: the pooled prompt; original size, crop and target size
+POOLED, TIME_IDS = "text_embeds", "time_ids"  # of SDXL: the pooled prompt; original size, crop and target size
 CLIP_TOKENS = 77
 NUM_TIME_IDS = 6
-MASK_AND_IMAGE = 5  # further channels of an inpainting model: the mask, and the masked image's four
+MASK_AND_IMAGE = 5  # conditioning channels of an inpainting model: one of the mask, four of the masked image
 PIXELS_PER_LATENT = 8
 TEXT_SCALE = 7.5  # Source: the default of diffusers' StableDiffusionPipeline.
 SDXL_SCALE = 5.0  # Source: the default of diffusers' StableDiffusionXLPipeline.
 
 REFUSED_CONFIG = {
-    "encoder_hid_dim_type": "IP-Adapter and text projections in front of the UNet are not carried; unload the adapter",
-    "class_embed_type": "class labels beside the tokens are not carried",
-    "num_class_embeds": "class labels beside the tokens are not carried",
-    "time_cond_proj_dim": "a guidance scale embedded beside the timestep (LCM) is not carried",
+    "encoder_hid_dim_type": "IP-Adapter and text projections before the UNet are not supported; unload the adapter",
+    "class_embed_type": "class labels in addition to tokens are not supported",
+    "num_class_embeds": "class labels in addition to tokens are not supported",
+    "time_cond_proj_dim": "a guidance scale embedded with the timestep (LCM) is not supported",
 }
 REFUSED_ARGUMENTS = {
-    "encoder_attention_mask": "every text token is attended to; pad prompts as the pipeline does, without a mask",
-    "attention_mask": "every text token is attended to; pad prompts as the pipeline does, without a mask",
+    "encoder_attention_mask": "attention covers every text token; pad prompts as the pipeline does, without a mask",
+    "attention_mask": "attention covers every text token; pad prompts as the pipeline does, without a mask",
     "down_block_additional_residuals": "ControlNet's and T2I adapters' residuals enter between the blocks of a float model",
     "mid_block_additional_residual": "ControlNet's residuals enter between the blocks of a float model",
     "down_intrablock_additional_residuals": "T2I adapters' residuals enter between the blocks of a float model",
     "cross_attention_kwargs": "the weights are fixed; fuse a LoRA with its scale before quantizing",
-    "timestep_cond": "a guidance scale embedded beside the timestep is not carried",
-    "image_embeds": "IP-Adapter's image tokens are not carried",
+    "timestep_cond": "a guidance scale embedded with the timestep is not supported",
+    "image_embeds": "IP-Adapter's image tokens are not supported",
 }
 
 
 class UNet2DCondition(UNetFamily):
-    """Conditioning: `encoder_hidden_states`, and for SDXL `text_embeds` and `time_ids`, which its pipelines pass as `added_cond_kwargs`."""
+    """Conditioning: `encoder_hidden_states`, and in SDXL `text_embeds` and `time_ids`, which its pipelines pass as `added_cond_kwargs`."""
 
     class_name = "UNet2DConditionModel"
     model_class = UNet2DConditionModel
@@ -75,7 +75,7 @@ class UNet2DCondition(UNetFamily):
             )
         if config.get("attention_type", "default") != "default":
             raise UnsupportedError(
-                f"UNet2DConditionModel with attention_type={config['attention_type']!r}: GLIGEN's boxes are not carried."
+                f"UNet2DConditionModel with attention_type={config['attention_type']!r}: GLIGEN's boxes are not supported."
             )
         if config.get("dual_cross_attention"):
             raise UnsupportedError(
@@ -94,12 +94,12 @@ class UNet2DCondition(UNetFamily):
         tokens = ModelInput(TOKENS, "float", ("batch", "tokens", _token_width(config)))
         if not _is_sdxl(config):
             return sample, TIMESTEP, tokens
-        # float32: a size of 2049 is no float16.
+        # float32: float16 cannot represent a size of 2049.
         sizes = ModelInput(TIME_IDS, "float32", ("batch", NUM_TIME_IDS))
         return sample, TIMESTEP, tokens, ModelInput(POOLED, "float", ("batch", _pooled_width(config))), sizes
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        # float32 both: diffusers concatenates them, and sizes are float32. torch would widen by itself; ONNX has no Concat of two types.
+        # Both as float32: diffusers concatenates them, and sizes are float32. torch promotes types; ONNX has no Concat of two types.
         added = {name: inputs[name].float() for name in (POOLED, TIME_IDS) if name in inputs}
         output: Tensor = model(inputs[SAMPLE], inputs["timestep"], inputs[TOKENS], added_cond_kwargs=added, return_dict=False)[0]
         return output
@@ -123,13 +123,13 @@ class UNet2DCondition(UNetFamily):
         if not _is_sdxl(config):
             return {}
         width = int(config["projection_class_embeddings_input_dim"])
-        return {"add_embedding": SimpleNamespace(linear_1=SimpleNamespace(in_features=width))}  # SDXL's pipelines check it
+        return {"add_embedding": SimpleNamespace(linear_1=SimpleNamespace(in_features=width))}  # read by SDXL's pipelines
 
     def guidance(self, config: Config) -> Guidance:
         return Guidance("classifier-free", SDXL_SCALE if _is_sdxl(config) else TEXT_SCALE)
 
     def random_conditioning(self, config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Tokens of the size that a text encoder's last layer norm gives; SDXL's sizes are those of an uncropped image."""
+        """Tokens of unit variance, as after a text encoder's last layer norm; SDXL's sizes are those of an uncropped image."""
         drawn = {TOKENS: torch.randn(batch, CLIP_TOKENS, _token_width(config), generator=generator)}
         if _is_sdxl(config):
             _, height, width = (PIXELS_PER_LATENT * size for size in self.sample_shape(config))
@@ -138,7 +138,7 @@ class UNet2DCondition(UNetFamily):
         return drawn
 
     def extra_channels(self, config: Config, batch: int, generator: torch.Generator) -> Tensor | None:
-        """Inpainting: a rectangle to fill, and latents of unit variance around it; other channels are latents of unit variance."""
+        """Inpainting: the mask of a rectangle, and latents of unit variance outside it. In other models: latents of unit variance."""
         _, height, width = self.sample_shape(config)
         channels = int(config["in_channels"]) - int(config["out_channels"])
         if channels == 0:
@@ -150,7 +150,7 @@ class UNet2DCondition(UNetFamily):
         return torch.cat([mask, image * (1 - mask)], dim=1)
 
     def unconditional(self, config: Config, generator: torch.Generator) -> dict[str, Tensor]:
-        """One fixed draw for all; SDXL's own is zero (`force_zeros_for_empty_prompt`)."""
+        """A random draw in place of the empty prompt; zeros for SDXL (`force_zeros_for_empty_prompt`)."""
         if _is_sdxl(config):
             return {TOKENS: torch.zeros(1, CLIP_TOKENS, _token_width(config)), POOLED: torch.zeros(1, _pooled_width(config))}
         return {TOKENS: torch.randn(1, CLIP_TOKENS, _token_width(config), generator=generator)}
@@ -183,7 +183,7 @@ def _token_width(config: Config) -> int:
 
 
 def _rectangle(height: int, width: int, generator: torch.Generator) -> Tensor:
-    """float32 [height, width]: 1 in a rectangle that covers a quarter to all of either side, 0 around it."""
+    """A mask, float32 [height, width]: 1 in a rectangle that covers a quarter to all of either side, 0 outside it."""
     mask = torch.zeros(height, width)
     spans = []
     for size in (height, width):

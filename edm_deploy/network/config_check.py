@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from edm_deploy.errors import UnsupportedError, first_line
-from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Family, meta_model
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Family
+from edm_deploy.network.meta_model import meta_model
 
 
 def check_config(family: Family, config: Config) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from edm_deploy.errors import ArtifactError, UnsupportedError
-from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite, layer_of, restructure
+from edm_deploy.errors import UnsupportedError
+from edm_deploy.network.restructure import layer_of
 
 Placement = Literal["quantize", "w8a8", "float"]
 Config = Mapping[str, Any]  # a diffusers config: its values are whatever the JSON holds
@@ -271,40 +268,3 @@ class Family(ABC):
             if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
                 raise UnsupportedError(f"Site {name!r} pads with {layer.padding_mode!r}; integer convolutions pad with zeros only.")
         return {name: layer for name, layer in layers.items() if self.placement(name) != "float"}
-
-
-MAX_PARAMETERS = 6000  # parameter tensors of a model; SDXL has 1680, FLUX.1 780
-
-
-def meta_model(family: Family, config: Config, structure: NetworkRewrite = PUBLISHED) -> nn.Module:
-    """The float model on the meta device: names and shapes without memory.
-
-    Raises:
-        UnsupportedError: The family does not support the config.
-        ArtifactError: The structure names a layer that the model does not have, or the model has more than MAX_PARAMETERS parameter tensors.
-    """
-    with torch.device("meta"), _limited_parameters(family.class_name):
-        model = family.build(config).eval().requires_grad_(False)
-        restructure(model, structure)
-    return model
-
-
-@contextlib.contextmanager
-def _limited_parameters(class_name: str) -> Iterator[None]:
-    """Stop the construction of a model that has too many layers before it takes minutes. Other threads' models are not counted."""
-    thread, count = threading.get_ident(), 0
-
-    def limit(*_: object) -> None:
-        nonlocal count
-        count += threading.get_ident() == thread
-        if count > MAX_PARAMETERS:
-            raise ArtifactError(
-                f"This config describes a {class_name} of more than {MAX_PARAMETERS} parameter tensors, more than any published model has. "
-                "Check the numbers of layers in the config."
-            )
-
-    handle = register_module_parameter_registration_hook(limit)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edm_deploy.errors import UnsupportedError, first_line
-from edm_deploy.network.family import Config, Family, ModelInput, meta_model
+from edm_deploy.network.family import Config, Family, ModelInput
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 
 # In units of size_multiple; distinct, so that torch.export does not identify two dimensions.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
@@ -114,6 +114,9 @@ class BuildOptions:
     allow_float_sites: bool = False
 
 
+COMMON_OPTIONS = frozenset({"profile", "allow_float_sites"})  # of every backend
+
+
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
     """What a backend tells about an engine that it has just written.
@@ -158,7 +161,7 @@ class Backend(ABC, Generic[Content]):
     Attributes:
         name: As users type it.
         builds_from: Kind of directory that it builds from.
-        options: The fields of BuildOptions that it has, beyond `profile` and `allow_float_sites`.
+        options: The fields of BuildOptions that it supports in addition to COMMON_OPTIONS.
         device: Where its engines run unless a user names another device.
     """
 
@@ -229,7 +232,7 @@ class Backend(ABC, Generic[Content]):
 
     def refuse_foreign_options(self, options: BuildOptions) -> None:
         """Raises UnsupportedError where an option is set that this backend has not."""
-        for name in ("gpu", "precision", "optimization_level", "timing_cache", "workspace_mib", "threads", "int4_where"):
-            if getattr(options, name) is not None and name not in self.options:
+        for name in sorted({option.name for option in fields(BuildOptions)} - COMMON_OPTIONS - self.options):
+            if getattr(options, name) is not None:
                 has = ", ".join(sorted(flag(option) for option in self.options)) or "none"
                 raise UnsupportedError(f"{self.name} has no option {flag(name)}. Leave it out; its options: {has}.")

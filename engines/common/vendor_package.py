@@ -21,6 +21,14 @@ def vendor(module: str, *, mend: str) -> Any:  # vendor packages carry no types
         raise UnsupportedError(f"{module} cannot be imported here ({err}). {mend}") from err
 
 
+def refuse_other_backend(manifest: Manifest, backend: str) -> None:
+    """Raises UnsupportedError where the engine was built by another backend than the one that opens it."""
+    if manifest.backend != backend:
+        raise UnsupportedError(
+            f"This engine was built by {manifest.backend} and cannot be opened with {backend}. Open it with {manifest.backend}."
+        )
+
+
 def refuse_other_build(manifest: Manifest, backend: str, package: str, version: str) -> None:
     """Refuse an engine of another backend or version, before any of its files is read.
 
@@ -29,10 +37,7 @@ def refuse_other_build(manifest: Manifest, backend: str, package: str, version: 
     Raises:
         UnsupportedError: The message says what built it and how to mend it.
     """
-    if manifest.backend != backend:
-        raise UnsupportedError(
-            f"This engine was built by {manifest.backend}, and {backend} was asked to open it. Open it with {manifest.backend}."
-        )
+    refuse_other_backend(manifest, backend)
     built_by = manifest.build.get("versions", {}).get(package)
     if built_by != version:
         raise UnsupportedError(

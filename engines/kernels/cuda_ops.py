@@ -8,11 +8,11 @@ from torch import Tensor
 from edm_deploy.numerics.kernel_layout import CHUNK, code_bytes
 from engines.kernels import driver
 from engines.kernels.cpu_ops import pixels
-from engines.kernels.launch import ConvParams, QuantizeParams, StatsParams, conv_launches, quantize_launch, stats_launch
-from engines.kernels.operands import ConvShape, Norm, Operands, Table
-from engines.kernels.tiles import choose
+from engines.kernels.launch import TYPES, ConvParams, QuantizeParams, StatsParams, conv_launches, quantize_launch, stats_launch
+from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, Table
+from engines.kernels.tiles import choose_tile
 
-TYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
+TYPE_NAMES = dict(zip(FLOATS, TYPES, strict=True))
 
 
 def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tensor:
@@ -61,7 +61,7 @@ def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype) -> Tensor:
     """As `_arithmetic.convolve`."""
     device, M, K = operands.codes.device, shape.M, shape.K
-    tile, splits = choose(M, K, shape.R * shape.S * shape.Cb, driver.multiprocessors(device))
+    tile, splits = choose_tile(M, K, shape.R * shape.S * shape.Cb, driver.multiprocessors(device))
     out = torch.empty((shape.N, shape.P, shape.Q, K), dtype=dtype, device=device)
     partial = torch.empty((splits, M, K), dtype=torch.int32, device=device) if splits > 1 else None
     # Kept alive by these names until the launch: the allocator hands freed memory out again, in the stream's order.

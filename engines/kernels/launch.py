@@ -16,7 +16,7 @@ THREADS = 256  # of every kernel but the convolutions
 TURN = 64  # pixels, and channels, that a block of quantize_first turns around
 OCTET = 8  # channels that a thread takes
 LARGEST_GRID = (2**31 - 1, 65535, 65535)  # blocks along x, y, z; the kernels stride over what a smaller grid leaves
-TYPES = ("f16", "bf16")
+TYPES = ("f16", "bf16")  # operands.FLOATS, as entry points name them
 
 
 def _fields(pointers: str, integers: str) -> Sequence[tuple[str, type]]:

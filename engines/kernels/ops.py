@@ -54,32 +54,16 @@ def codes_shape(x: Tensor, bits: int) -> list[int]:
     return [x.shape[0], math.prod(x.shape[1:-1]), 1, code_bytes(x.shape[-1], bits)]
 
 
-def _quantize(
-    traced: bool, x: Tensor, rows: Tensor, inv_scale: Tensor, qmin: Tensor, qmax: Tensor, bits: int, unsigned_codes: bool, silu: bool
-) -> Tensor:
+def _quantize(traced: bool, x: Tensor, *arguments: Any) -> Tensor:  # in the order of the schema, whose types torch has checked
+    *table, silu = arguments
     check_values("quantize", x)
-    return _to_codes("quantize", traced, x, None, Table(rows, inv_scale, qmin, qmax, bits, unsigned_codes), silu)
+    return _to_codes("quantize", traced, x, None, Table(*table), silu)
 
 
-def _quantize_normed(
-    traced: bool,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    groups: int,
-    rows: Tensor,
-    inv_scale: Tensor,
-    qmin: Tensor,
-    qmax: Tensor,
-    bits: int,
-    unsigned_codes: bool,
-    silu: bool,
-) -> Tensor:
-    norm = Norm(mean, rstd, gamma, beta)
+def _quantize_normed(traced: bool, x: Tensor, *arguments: Any) -> Tensor:
+    norm, (groups, *table, silu) = Norm(*arguments[:4]), arguments[4:]
     norm.check("quantize_normed", x, check_values("quantize_normed", x), groups)
-    return _to_codes("quantize_normed", traced, x, norm, Table(rows, inv_scale, qmin, qmax, bits, unsigned_codes), silu)
+    return _to_codes("quantize_normed", traced, x, norm, Table(*table), silu)
 
 
 def _to_codes(op: str, traced: bool, x: Tensor, norm: Norm | None, table: Table, silu: bool) -> Tensor:
@@ -105,7 +89,7 @@ def _group_stats(traced: bool, x: Tensor, groups: int, eps: float) -> tuple[Tens
     return run(x, groups, eps)
 
 
-def _conv2d(traced: bool, *arguments: Any) -> Tensor:  # in the order of the schema, whose types torch has checked
+def _conv2d(traced: bool, *arguments: Any) -> Tensor:
     operands, (kernel, stride, padding, dtype) = Operands(*arguments[:11]), arguments[11:]
     shape = operands.shape("conv2d", kernel, stride, padding)
     operands.check("conv2d", shape, [shape.N, shape.K, shape.P, shape.Q], dtype)

@@ -109,16 +109,16 @@ def _convolved(trt: Any, trtp: Any, *, codes: Any, weight: Any, kernel: int, pad
     return trtp.from_shape_expr((n, p, q, weight.shape_expr[0]), dtype=trt.float16)
 
 
-def _convolve(
-    trtp: Any, *, codes: Any, bits: int, unsigned_codes: int, kernel: int, padding: int, stride: int, outputs: Any, tactic: int, **_: Any
-) -> Any:
+def _convolve(trtp: Any, *, codes: Any, outputs: Any, tactic: int, **attributes: Any) -> Any:
     """The kernel of the tile that `tactic` stands for, its launch and its integers N, H, W, Cb, K, R, S, P, Q, padding, stride."""
     n, h, w, stored = codes.shape_expr
     _n, p, q, k = outputs[0].shape_expr
     tile = TILES[tactic - 1]
     params = trtp.KernelLaunchParams(block_x=tile.threads, shared_mem=tile.shared_bytes)
     params.grid_x, params.grid_y = trtp.cdiv(n * p * q, tile.BM), trtp.cdiv(k, tile.BN)
-    name, code = conv_code("s8" if bits == 8 else "u4" if unsigned_codes else "s4", tile)
+    kind = "s8" if attributes["bits"] == 8 else "u4" if attributes["unsigned_codes"] else "s4"
+    name, code = conv_code(kind, tile)
+    kernel, padding, stride = (attributes[name] for name in ("kernel", "padding", "stride"))
     return name, code, params, _integers(trtp, n, h, w, stored, k, kernel, kernel, p, q, padding, stride)
 
 

@@ -1,7 +1,7 @@
 """Which tile computes a convolution, and among how many blocks its sum is split.
 
 A tile is a compiled kernel: a block computes BM output pixels x BN output channels. Large tiles load less for each product; small ones, and splitting the sum,
-give every multiprocessor something to do where the map is small. `choose` weighs both by a model in clock cycles; its figures are an RTX 3090's, and only
+give every multiprocessor something to do where the map is small. `choose_tile` weighs both by a model in clock cycles; its figures are an RTX 3090's, and only
 their ratios matter. What it says has been compared with no measurement yet.
 """
 
@@ -64,7 +64,7 @@ TILES = (
 )
 
 
-def choose(M: int, N: int, K_bytes: int, sms: int) -> tuple[Tile, int]:
+def choose_tile(M: int, N: int, K_bytes: int, sms: int) -> tuple[Tile, int]:
     """The tile and the number of splits that the model below expects to be fastest; of equals, the larger tile and the fewer splits.
 
     4 and 8 bits cost the same by the byte: at 4 bits a byte holds twice the products, and the tensor cores do twice as many.

@@ -19,11 +19,11 @@ import torch
 from edm_deploy.errors import EdmDeployError, UnsupportedError
 from edm_deploy.storage.directories import read_json, write_json
 from engines.common.vendor_package import vendor
-from engines.nvidia.layer_audit import Layer, layers_from_inspector, layers_from_log
+from engines.nvidia.layer_audit import EngineLayer, layers_from_inspector, layers_from_log
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class BuildRequest:
     """What the child process builds; its fields are json.
 
     Attributes:
@@ -45,7 +45,7 @@ class Request:
     plugins: bool = False
 
 
-def run_in_child(module: str, request: Request, scratch: Path) -> dict[str, Any]:
+def run_in_child(module: str, request: BuildRequest, scratch: Path) -> dict[str, Any]:
     """Run `python -m <module> <request>`; what it replied.
 
     Raises:
@@ -73,7 +73,7 @@ def main(package: str, install: str, register_plugins: Callable[[], None] | None
         install: What to do where it is missing.
         register_plugins: Called before a graph that needs them is parsed.
     """
-    request = Request(**json.loads(Path(sys.argv[1]).read_text()))
+    request = BuildRequest(**json.loads(Path(sys.argv[1]).read_text()))
     try:
         module = vendor(package, mend=install)
         if request.plugins:
@@ -85,7 +85,7 @@ def main(package: str, install: str, register_plugins: Callable[[], None] | None
         sys.exit(2)
 
 
-def build_here(module: Any, request: Request) -> dict[str, Any]:
+def build_here(module: Any, request: BuildRequest) -> dict[str, Any]:
     """Build in this process.
 
     Returns:
@@ -115,7 +115,7 @@ def build_here(module: Any, request: Request) -> dict[str, Any]:
     return {"layers": [asdict(layer) for layer in layers], "gpus": list(gpus)}
 
 
-def _config(module: Any, builder: Any, request: Request) -> Any:
+def _config(module: Any, builder: Any, request: BuildRequest) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
     if request.optimization_level is not None:
@@ -153,7 +153,7 @@ def _read_cache(config: Any, path: str | None) -> Any:
     return cache
 
 
-def _inspected(module: Any, log: Any, engine: Any) -> list[Layer]:
+def _inspected(module: Any, log: Any, engine: Any) -> list[EngineLayer]:
     """Layers from the engine inspector, which needs the GPU. Not executed where this was written."""
     live = module.Runtime(log).deserialize_cuda_engine(engine)
     return layers_from_inspector(live.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON))

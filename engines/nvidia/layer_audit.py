@@ -19,7 +19,7 @@ _ONNX = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
 
 @dataclass(frozen=True)
-class Layer:
+class EngineLayer:
     """One layer of a built engine.
 
     Attributes:
@@ -69,13 +69,13 @@ class LayerAudit:
     problem: str | None
 
 
-def layers_from_log(messages: Iterable[str]) -> list[Layer]:
+def layers_from_log(messages: Iterable[str]) -> list[EngineLayer]:
     """Layers of every `Layers:` table in a verbose build log (one table a compute capability)."""
     tables = (message.split("I/O Tensors:")[0] for message in messages if message.lstrip().startswith("Layers:"))
     return [_layer(line.strip()) for table in tables for line in table.splitlines() if line.strip().startswith("Name: ")]
 
 
-def _layer(line: str) -> Layer:
+def _layer(line: str) -> EngineLayer:
     head, *rest = _SECTION.split(line)
     sections: dict[str, str] = dict(zip(rest[0::2], rest[1::2], strict=True))
     name, _, kind = head.removeprefix("Name: ").partition(", LayerType: ")
@@ -83,10 +83,12 @@ def _layer(line: str) -> Layer:
     def types(section: str) -> tuple[str, ...]:
         return tuple(found["type"] for found in _TENSOR.finditer(sections.get(section, "")))
 
-    return Layer(name, kind, types("Inputs"), types("Constants"), types("Outputs"), tuple(_ONNX.findall(sections.get("Metadata", ""))))
+    return EngineLayer(
+        name, kind, types("Inputs"), types("Constants"), types("Outputs"), tuple(_ONNX.findall(sections.get("Metadata", "")))
+    )
 
 
-def layers_from_inspector(text: str) -> list[Layer]:
+def layers_from_inspector(text: str) -> list[EngineLayer]:
     """Layers of an engine inspector's json, as TensorRT 10 and 11 print it with detailed profiling. Not executed where this was written."""
 
     def types(tensors: Iterable[Mapping[str, str]]) -> tuple[str, ...]:
@@ -97,7 +99,7 @@ def layers_from_inspector(text: str) -> list[Layer]:
         )
 
     return [
-        Layer(
+        EngineLayer(
             name=entry["Name"],
             type=entry["LayerType"],
             inputs=types(entry.get("Inputs", ())),
@@ -110,16 +112,16 @@ def layers_from_inspector(text: str) -> list[Layer]:
     ]
 
 
-def audit(layers: Iterable[Layer], sites: Mapping[str, GraphSite]) -> dict[str, LayerAudit]:
+def audit(layers: Iterable[EngineLayer], sites: Mapping[str, GraphSite]) -> dict[str, LayerAudit]:
     """Where each site with a quantized input landed, by site name."""
-    by_node: dict[str, list[Layer]] = {}
+    by_node: dict[str, list[EngineLayer]] = {}
     for layer in layers:
         for node in layer.nodes:
             by_node.setdefault(node, []).append(layer)
     return {name: _finding(by_node.get(site.node, [])) for name, site in sites.items() if site.quantized_input}
 
 
-def _finding(layers: list[Layer]) -> LayerAudit:
+def _finding(layers: list[EngineLayer]) -> LayerAudit:
     products = [layer for layer in layers if layer.multiplies]
     if not products:
         return LayerAudit(

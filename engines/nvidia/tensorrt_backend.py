@@ -19,14 +19,13 @@ from edm_deploy.storage.leftovers import scratch_directory
 from engines.common.serialized_runs import SerializedRuns
 from engines.common.source_backends import GraphBackend
 from engines.common.vendor_package import refuse_other_build, vendor
-from engines.nvidia.build_process import Request, run_in_child
-from engines.nvidia.layer_audit import Layer, LayerAudit, audit
-from engines.performance.gpus import capabilities
+from engines.nvidia.build_process import BuildRequest, run_in_child
+from engines.nvidia.layer_audit import EngineLayer, LayerAudit, audit
+from engines.performance.gpus import capabilities, has_int4
 
 ENGINE_NAME = "engine.trt"
 AUDIT_NAME = "audit.json"
 OPTIMIZATION_LEVELS = range(6)
-INT4_GPUS = ("sm_80", "sm_86", "sm_87", "sm_89")  # Ampere and Ada; on later ones 4-bit products are emulated
 
 
 class Nvinfer(GraphBackend):
@@ -50,7 +49,7 @@ class Nvinfer(GraphBackend):
         _check_level(options.optimization_level)
         version = str(vendor(self.package, mend=self.install).__version__)
         with scratch_directory("tensorrt") as scratch:
-            request = Request(
+            request = BuildRequest(
                 graph=str(content.resolve()),
                 engine=str(out / ENGINE_NAME),
                 reply=f"{scratch}/reply.json",
@@ -64,7 +63,7 @@ class Nvinfer(GraphBackend):
             reply = run_in_child(self.module, request, scratch)
         plugins = manifest.plugin_sites  # nothing to audit: their nodes are our kernels, or the graph would not have parsed
         audited = {name: site for name, site in manifest.sites.items() if name not in plugins}
-        findings = audit([Layer(**{key: _tuples(value) for key, value in layer.items()}) for layer in reply["layers"]], audited)
+        findings = audit([EngineLayer(**{key: _tuples(value) for key, value in layer.items()}) for layer in reply["layers"]], audited)
         write_json(out / AUDIT_NAME, {site: asdict(finding) for site, finding in findings.items()})
         floats = {site: finding for site, finding in findings.items() if finding.problem}
         if floats and not options.allow_float_sites:
@@ -175,7 +174,7 @@ def _warnings(manifest: Manifest, floats: Mapping[str, LayerAudit], gpus: Sequen
     warnings = [f"{site}: {finding.problem}" for site, finding in floats.items()]
     if manifest.dtype == "fp32":
         warnings.append("The graph between the quantized sites is float32, which is slow on a GPU; export with --dtype fp16.")
-    if manifest.plugin_sites and (without := [gpu for gpu in gpus if gpu not in INT4_GPUS]):
+    if manifest.plugin_sites and (without := [gpu for gpu in gpus if not has_int4(gpu)]):
         warnings.append(
             f"{', '.join(without)} has no INT4 tensor cores: the {len(manifest.plugin_sites)} plugin sites are exact there, and slow. "
             "Export without --int4 plugin for it."

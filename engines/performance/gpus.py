@@ -12,7 +12,9 @@ from typing import Any
 
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.registry import suggestion
+from engines.kernels.driver import LEAST_CAPABILITY, arch_of
 
+FIRST_WITHOUT_INT4 = 90  # compute capability, times ten
 TABLE = Path(__file__).parent.parent / "profiles" / "gpus.toml"
 
 
@@ -81,6 +83,20 @@ def capability(name: str) -> str:
             f"No GPU {name.strip()!r} is known.{suggestion(plain, [*by_name, *by_sm])} Name its compute capability, {', '.join(by_sm)}, or add it to {TABLE.name}."
         )
     return by_name[plain]
+
+
+def has_kernels(sm: str) -> bool:
+    """Whether the kernels run on a compute capability, `sm_86`."""
+    return _number(sm) >= _number(arch_of(LEAST_CAPABILITY))
+
+
+def has_int4(sm: str) -> bool:
+    """Whether the kernels multiply 4-bit integers on the tensor cores of a compute capability, `sm_86`; `sm_90` and later have none."""
+    return has_kernels(sm) and _number(sm) < FIRST_WITHOUT_INT4
+
+
+def _number(sm: str) -> int:
+    return int(sm.removeprefix("sm_"))
 
 
 def gpu_named(name: str) -> Gpu:

@@ -17,7 +17,7 @@ from engines.performance.roofline import faster_as_int8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class Int4Selection:
     """What `--int4-where faster` makes of a plan.
 
     Attributes:
@@ -31,7 +31,7 @@ class Choice:
     reasons: tuple[str, ...] = ()
 
 
-def choose(plans: Mapping[str, SitePlan], artifact: Artifact, options: BuildOptions) -> Choice:
+def select_int4(plans: Mapping[str, SitePlan], artifact: Artifact, options: BuildOptions) -> Int4Selection:
     """The plan that a build's options ask for, for the GPU and the usual batch that they name.
 
     Raises:
@@ -39,7 +39,7 @@ def choose(plans: Mapping[str, SitePlan], artifact: Artifact, options: BuildOpti
         UnsupportedError: The GPU's figures are not known.
     """
     if options.int4_where != "faster":
-        return Choice(plans=plans)
+        return Int4Selection(plans=plans)
     if options.gpu is None and not torch.cuda.is_available():
         raise InputError(
             f"--int4-where faster needs to know the GPU, and there is none here. Name it with --gpu: {', '.join(gpu_names())}."
@@ -47,7 +47,7 @@ def choose(plans: Mapping[str, SitePlan], artifact: Artifact, options: BuildOpti
     return int4_where_faster(plans, artifact, gpu_named(options.gpu or torch.cuda.get_device_name()), options.profile["batch"].opt)
 
 
-def int4_where_faster(plans: Mapping[str, SitePlan], artifact: Artifact, gpu: Gpu, batch: int) -> Choice:
+def int4_where_faster(plans: Mapping[str, SitePlan], artifact: Artifact, gpu: Gpu, batch: int) -> Int4Selection:
     """Move to INT8 what is expected to be no faster in INT4. Every code stays the same, and so does what is computed.
 
     Args:
@@ -64,4 +64,4 @@ def int4_where_faster(plans: Mapping[str, SitePlan], artifact: Artifact, gpu: Gp
         f"{len(as_int8)} of {len(narrow)} sites whose codes fit 4 bits run as INT8: on {gpu.title} at batch {batch} "
         "they are expected to be no slower so (--int4-where faster)."
     )
-    return Choice(plans=chosen, as_int8=as_int8, reasons=(reason,) if as_int8 else ())
+    return Int4Selection(plans=chosen, as_int8=as_int8, reasons=(reason,) if as_int8 else ())

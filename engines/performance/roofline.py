@@ -16,7 +16,7 @@ from typing import Literal
 
 from edm_deploy.network.layer_costs import SiteWork
 from edm_deploy.numerics.kernel_layout import CHUNK
-from engines.kernels.tiles import STAGE_BYTES, choose
+from engines.kernels.tiles import STAGE_BYTES, choose_tile
 from engines.performance.gpus import Gpu, launch_seconds
 
 Precision = Literal["float16", "int8", "int4"]
@@ -24,7 +24,7 @@ Bound = Literal["tensor cores", "L2", "DRAM", "launch"]
 
 MAIN_LOOP = 0.80  # share of the tensor cores' peak that a good main loop reaches; fitted to profiles/measured.toml
 L2_PORT = 64  # bytes a clock that one multiprocessor reads from L2. Source: Jia et al., arXiv 1804.06826, section 3.5
-OTHERS_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64), (32, 64))  # of cuDNN, cuBLAS and CUTLASS, which choose the best
+OTHERS_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64), (32, 64))  # of cuDNN, cuBLAS and CUTLASS; the fastest counts
 OTHERS_SPLITS = (1, 2, 4, 8, 16)
 BITS: Mapping[Precision, int] = {"float16": 16, "int8": 8, "int4": 4}
 
@@ -102,7 +102,7 @@ def expected(
     resident: bool = True,
     quantize: bool = True,
 ) -> Expected:
-    """Expected time of one layer: of our kernel with the tile and the split that `tiles.choose` takes, or of the vendor's in float16.
+    """Expected time of one layer: of our kernel with the tile and the split that `tiles.choose_tile` takes, or of the vendor's in float16.
 
     Args:
         matmul: Its shape.
@@ -118,7 +118,7 @@ def expected(
     if precision == "float16":
         return others(matmul, precision, gpu, graph=graph, resident=resident)
     depth = matmul.taps * _pixel_bytes(matmul.channels, precision)
-    tile, splits = choose(matmul.rows, matmul.outputs, depth, gpu.sms)
+    tile, splits = choose_tile(matmul.rows, matmul.outputs, depth, gpu.sms)
     found = _kernel(matmul, precision, gpu, (tile.BM, tile.BN), splits, launch, resident, 2)
     if fused_quantize or not quantize:
         return found

@@ -21,79 +21,79 @@ SILU = len(QUANTIZE._schema.arguments) - 1  # place of the flag among quantize's
 RESIDUAL = [argument.name for argument in kernels.conv2d.default._schema.arguments].index("residual")
 
 
-def fuse(draft: GraphRewrite) -> None:
+def fuse(rewritten: GraphRewrite) -> None:
     """All fusions, in the order in which one opens the way for the next."""
-    fuse_silu(draft)
-    fuse_group_norm(draft)
-    fuse_residual(draft)
+    fuse_silu(rewritten)
+    fuse_group_norm(rewritten)
+    fuse_residual(rewritten)
 
 
-def fuse_silu(draft: GraphRewrite) -> None:
+def fuse_silu(rewritten: GraphRewrite) -> None:
     """SiLU that feeds quantizers only becomes their prologue."""
-    for silu in _calls(draft.graph, aten.silu.default):
+    for silu in _calls(rewritten.graph, aten.silu.default):
         if _feeds_quantizers(silu) and not any(quantize.args[SILU] for quantize in _quantizers(silu)):
             x = silu.args[0]
             for quantize in _quantizers(silu):
                 quantize.args = (x, *quantize.args[1:SILU], True)
             silu.replace_all_uses_with(x)  # who asks for its sizes
-            draft.graph.erase_node(silu)
+            rewritten.graph.erase_node(silu)
 
 
-def fuse_group_norm(draft: GraphRewrite) -> None:
+def fuse_group_norm(rewritten: GraphRewrite) -> None:
     """A group norm that feeds quantizers only: its statistics are computed once, its affine part while quantizing."""
-    for norm in _calls(draft.graph, aten.group_norm.default):
+    for norm in _calls(rewritten.graph, aten.group_norm.default):
         x, y = norm.args[0], norm
         if value_of(x).ndim == 3:  # attention: [B, C, L] between two transposes, [B, L, C] outside them
             y = next(iter(norm.users))
             if len(norm.users) > 1 or not (_swaps(x) and _swaps(y)):
                 continue
             x = x.args[0]
-        if _feeds_quantizers(y) and value_of(x).dtype == draft.dtype:
-            _norm_into(draft, norm, x, _quantizers(y))
+        if _feeds_quantizers(y) and value_of(x).dtype == rewritten.dtype:
+            _norm_into(rewritten, norm, x, _quantizers(y))
             y.replace_all_uses_with(x)  # who asks for its sizes
 
 
-def _norm_into(draft: GraphRewrite, norm: Any, x: Any, quantizers: list[Any]) -> None:
+def _norm_into(rewritten: GraphRewrite, norm: Any, x: Any, quantizers: list[Any]) -> None:
     groups, gamma, beta, eps = (*norm.args[1:5], None, None, 1e-5)[:4] if len(norm.args) < 5 else norm.args[1:5]
-    with draft.graph.inserting_before(norm):
-        stats = draft.graph.call_function(kernels.group_stats.default, (x, groups, eps))
-        mean, rstd = (draft.graph.call_function(_item, (stats, index)) for index in (0, 1))
-        gamma, beta = (_float32(draft, column) for column in (gamma, beta))
+    with rewritten.graph.inserting_before(norm):
+        stats = rewritten.graph.call_function(kernels.group_stats.default, (x, groups, eps))
+        mean, rstd = (rewritten.graph.call_function(_item, (stats, index)) for index in (0, 1))
+        gamma, beta = (_float32(rewritten, column) for column in (gamma, beta))
     for quantize in quantizers:
-        with draft.graph.inserting_before(quantize):
-            fused = draft.graph.call_function(kernels.quantize_normed.default, (x, mean, rstd, gamma, beta, groups, *quantize.args[1:]))
-        for name, codes in draft.codes.items():
+        with rewritten.graph.inserting_before(quantize):
+            fused = rewritten.graph.call_function(kernels.quantize_normed.default, (x, mean, rstd, gamma, beta, groups, *quantize.args[1:]))
+        for name, codes in rewritten.codes.items():
             if codes is quantize:
-                draft.codes[name] = fused
+                rewritten.codes[name] = fused
         quantize.replace_all_uses_with(fused)
-        draft.graph.erase_node(quantize)
+        rewritten.graph.erase_node(quantize)
 
 
-def fuse_residual(draft: GraphRewrite) -> None:
+def fuse_residual(rewritten: GraphRewrite) -> None:
     """A sum whose one side is the output of a layer and read by nobody else: the other side enters the layer's epilogue."""
-    for add in _calls(draft.graph, aten.add.Tensor):
+    for add in _calls(rewritten.graph, aten.add.Tensor):
         if add.kwargs:
             continue  # alpha scales the second summand
         for product, other in (add.args[:2], add.args[1::-1]):
-            if _takes_residual(draft, product, other):
-                with draft.graph.inserting_before(add):
+            if _takes_residual(rewritten, product, other):
+                with rewritten.graph.inserting_before(add):
                     arguments = (*product.args[:RESIDUAL], other, *product.args[RESIDUAL + 1 :])
-                    fused = draft.graph.call_function(product.target, arguments)
+                    fused = rewritten.graph.call_function(product.target, arguments)
                 fused.meta = dict(add.meta)
-                for name, known in draft.products.items():
+                for name, known in rewritten.products.items():
                     if known is product:
-                        draft.products[name] = fused
+                        rewritten.products[name] = fused
                 add.replace_all_uses_with(fused)
-                draft.graph.erase_node(add)
-                draft.graph.erase_node(product)
+                rewritten.graph.erase_node(add)
+                rewritten.graph.erase_node(product)
                 break
 
 
-def _takes_residual(draft: GraphRewrite, product: Any, other: Any) -> bool:
+def _takes_residual(rewritten: GraphRewrite, product: Any, other: Any) -> bool:
     if not (isinstance(product, fx.Node) and isinstance(other, fx.Node)) or product is other:
         return False
     alone = product.target in PRODUCTS and product.args[RESIDUAL] is None and len(product.users) == 1
-    return alone and same_shape(product, other) and value_of(other).dtype == draft.dtype
+    return alone and same_shape(product, other) and value_of(other).dtype == rewritten.dtype
 
 
 def _calls(graph: fx.Graph, target: Any) -> list[Any]:  # nodes; what fx says of their arguments' types is of no help
@@ -122,9 +122,9 @@ def _item(pair: tuple[Any, Any], index: int) -> Any:
     return pair[index]
 
 
-def _float32(draft: GraphRewrite, parameter: fx.Node | None) -> fx.Node | None:
+def _float32(rewritten: GraphRewrite, parameter: fx.Node | None) -> fx.Node | None:
     """The float32 form of a norm's parameter: the kernels take no other."""
     if parameter is None:
         return None
     name = f"float32.{parameter.target}"
-    return draft.tensor(name, draft.exact[str(parameter.target)])
+    return rewritten.tensor(name, rewritten.exact[str(parameter.target)])

@@ -15,9 +15,11 @@ from edm_deploy.numerics.codes import dequantize_weight
 from edm_deploy.numerics.kernel_layout import CodeFormat, bits_of, code_bytes, pack_weight, unpack_codes, weight_sum, zero_codes
 from engines.common.graph_checks import Expected, check_tensors
 
+LEAVES = ("weight", "weight_scale", "weight_sum", "act_scale", "act_qmin", "act_qmax")  # a layer's tensors in an engine's file
+
 
 @dataclass(frozen=True, kw_only=True)
-class PackedSite:
+class PackedLayer:
     """A site's tensors, on one device. Names and layouts as in `cuda/params.h`.
 
     Attributes:
@@ -42,26 +44,26 @@ class PackedSite:
     qmax: Tensor | None = None
     zero: Tensor | None = None
 
-    def quantizes_like(self, other: PackedSite) -> bool:
+    def quantizes_like(self, other: PackedLayer) -> bool:
         """Whether both make the same stored codes of the same value."""
         pairs = ((self.inv_scale, other.inv_scale), (self.qmin, other.qmin), (self.qmax, other.qmax))
         return self.kind == other.kind and all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
 
 
-def stored(site: QuantizedLayer, kind: CodeFormat | None) -> dict[str, Tensor]:
-    """What an engine's file holds of a site: `weight` packed for `kind` (int8 codes where it is None), scales and bounds."""
+def tensors_from_layer(name: str, layer: QuantizedLayer, kind: CodeFormat | None) -> dict[str, Tensor]:
+    """The tensors of one layer in an engine's file, by name: `weight` packed for `kind` (int8 codes where it is None), scales and bounds."""
     tensors = {
-        "weight": site.codes if kind is None else pack_weight(site.codes, bits_of(kind)),
-        "weight_scale": site.weight_scale,
+        "weight": layer.codes if kind is None else pack_weight(layer.codes, bits_of(kind)),
+        "weight_scale": layer.weight_scale,
     }
     if kind is not None:
-        tensors["weight_sum"] = weight_sum(site.codes)
-    if site.activation is not None:
-        tensors |= {"act_scale": site.activation.scale, "act_qmin": site.activation.qmin, "act_qmax": site.activation.qmax}
-    return {name: value.contiguous() for name, value in tensors.items()}
+        tensors["weight_sum"] = weight_sum(layer.codes)
+    if layer.activation is not None:
+        tensors |= {"act_scale": layer.activation.scale, "act_qmin": layer.activation.qmin, "act_qmax": layer.activation.qmax}
+    return {tensor_name(name, leaf): value.contiguous() for leaf, value in tensors.items()}
 
 
-def read(
+def layer_from_tensors(
     name: str,
     tensors: Mapping[str, Tensor],
     *,
@@ -70,35 +72,36 @@ def read(
     weight_shape: tuple[int, ...],
     bias: Tensor | None,
     dtype: torch.dtype,
-) -> PackedSite:
-    """A site from an engine's file.
+) -> PackedLayer:
+    """One layer of an engine's file: the inverse of `tensors_from_layer`, with the tensors derived from its own.
 
     Args:
-        name: Its name.
-        tensors: What `stored` made, on the device that it will run on.
-        packed: The kind that its weight was packed for.
-        kind: The kernels that will run it; `s8` runs what was packed in 4 bits too, widened.
-        weight_shape: Of the layer's float weight.
+        name: Name of the layer.
+        tensors: The tensors of all layers, on the device that the layer will run on.
+        packed: Format that the weight was packed for.
+        kind: Format of the kernels that will run it; `s8` also runs weights packed in 4 bits, widened.
+        weight_shape: Shape of the layer's float weight.
         bias: float32 [K] or None.
-        dtype: Floating-point type of a weight that no kernel takes.
+        dtype: Floating-point type of a weight that no kernel reads.
 
     Raises:
-        ArtifactError: A tensor is missing, or has another dtype or shape than `stored` gave it.
+        ArtifactError: A tensor is missing, or has another dtype or shape than `tensors_from_layer` writes.
     """
-    check_tensors(tensors, _expected(tensors, packed, weight_shape), of=f"Site {name!r}")
-    weight, weight_scale = tensors["weight"], tensors["weight_scale"]
-    table = {} if "act_scale" not in tensors else _table(tensors, kind)
+    own = {leaf: tensors[full] for leaf in LEAVES if (full := tensor_name(name, leaf)) in tensors}
+    check_tensors(own, _expected(own, packed, weight_shape), of=f"Site {name!r}")
+    weight, weight_scale = own["weight"], own["weight_scale"]
+    table = {} if "act_scale" not in own else _table(own["act_scale"], own["act_qmin"].int(), own["act_qmax"].int(), kind)
     if packed is None or kind is None:
-        return PackedSite(
+        return PackedLayer(
             kind=None, weight=dequantize_weight(weight, weight_scale).to(dtype), weight_scale=weight_scale, bias=bias, **table
         )
     if bits_of(packed) != bits_of(kind):
         weight = widened(weight, weight_shape[1])
-    return PackedSite(kind=kind, weight=weight, weight_scale=weight_scale, weight_sum=tensors["weight_sum"], bias=bias, **table)
+    return PackedLayer(kind=kind, weight=weight, weight_scale=weight_scale, weight_sum=own["weight_sum"], bias=bias, **table)
 
 
 def _expected(tensors: Mapping[str, Tensor], packed: CodeFormat | None, weight_shape: tuple[int, ...]) -> dict[str, Expected]:
-    """Dtype and shape of what `stored` makes of a layer; the table rows are as many as `act_scale` has."""
+    """Dtype and shape of a layer's tensors as `tensors_from_layer` writes them; the table rows are as many as `act_scale` has."""
     outputs, channels, *taps = weight_shape
     expected: dict[str, Expected] = {"weight": (torch.int8, weight_shape), "weight_scale": (torch.float32, (outputs,))}
     if packed is not None:
@@ -110,9 +113,13 @@ def _expected(tensors: Mapping[str, Tensor], packed: CodeFormat | None, weight_s
     return expected
 
 
-def _table(tensors: Mapping[str, Tensor], kind: CodeFormat | None) -> dict[str, Tensor]:
-    scale, qmin = tensors["act_scale"], tensors["act_qmin"].int()
-    table = {"act_scale": scale, "inv_scale": reciprocal(scale), "qmin": qmin, "qmax": tensors["act_qmax"].int()}
+def tensor_name(layer: str, leaf: str) -> str:
+    """Name of one tensor of a layer, in an engine's file and in a rewritten graph."""
+    return f"sites.{layer}.{leaf}"
+
+
+def _table(scale: Tensor, qmin: Tensor, qmax: Tensor, kind: CodeFormat | None) -> dict[str, Tensor]:
+    table = {"act_scale": scale, "inv_scale": reciprocal(scale), "qmin": qmin, "qmax": qmax}
     return table if kind is None else table | {"zero": zero_codes(qmin, bits_of(kind), unsigned=kind == "u4")}
 
 

@@ -24,7 +24,7 @@ from edm_deploy.numerics.activation_table import per_sample
 from edm_deploy.numerics.kernel_layout import bits_of
 from engines.kernels import ops
 from engines.torch_graph.fx_helpers import aten, clean, value_of
-from engines.torch_graph.packed_layer import PackedSite
+from engines.torch_graph.packed_layer import PackedLayer, tensor_name
 
 kernels: Any = torch.ops.edm_deploy
 LAYERS = (aten.conv2d.default, aten.linear.default)
@@ -77,8 +77,8 @@ class GraphRewrite:
         return fx.GraphModule({name: nn.Parameter(self.tensors[name], requires_grad=False) for name in read}, self.graph)
 
 
-def draft(
-    program: ExportedProgram, sites: Mapping[str, PackedSite], params: Mapping[str, Tensor], row_of_timestep: Tensor, dtype: torch.dtype
+def rewrite_layers(
+    program: ExportedProgram, sites: Mapping[str, PackedLayer], params: Mapping[str, Tensor], row_of_timestep: Tensor, dtype: torch.dtype
 ) -> GraphRewrite:
     """The program with every site in its integer form, nothing fused.
 
@@ -100,7 +100,7 @@ def draft(
     floats = {name for name, site in sites.items() if site.kind is None}
     _give_values(result, program, module, params, {name for name in sites if name not in floats})
     rows = _write_rows(result, row_of_timestep)
-    shared: list[tuple[fx.Node, PackedSite, fx.Node]] = []
+    shared: list[tuple[fx.Node, PackedLayer, fx.Node]] = []
     layers = {site_node(graph, name): name for name in sites}
     for layer in list(graph.nodes):  # in the graph's own order: the first of those that share codes makes them
         if (name := layers.get(layer)) is not None:
@@ -168,7 +168,7 @@ def rows_at(timestep: Tensor, row_of_timestep: Tensor) -> Tensor:
 
 
 def _rewrite(
-    result: GraphRewrite, name: str, site: PackedSite, layer: fx.Node, rows: fx.Node, shared: list[tuple[fx.Node, PackedSite, fx.Node]]
+    result: GraphRewrite, name: str, site: PackedLayer, layer: fx.Node, rows: fx.Node, shared: list[tuple[fx.Node, PackedLayer, fx.Node]]
 ) -> None:
     """Put one site's integer form in the place of its layer."""
     x = layer.args[0]
@@ -204,22 +204,22 @@ def _as_map(result: GraphRewrite, layer: fx.Node, x: fx.Node) -> fx.Node:
     return x
 
 
-def _codes(result: GraphRewrite, name: str, site: PackedSite, x: fx.Node, rows: fx.Node) -> fx.Node:
+def _codes(result: GraphRewrite, name: str, site: PackedLayer, x: fx.Node, rows: fx.Node) -> fx.Node:
     assert site.inv_scale is not None and site.qmin is not None and site.qmax is not None
-    columns = [result.tensor(f"sites.{name}.{what}", getattr(site, what)) for what in ("inv_scale", "qmin", "qmax")]
+    columns = [result.tensor(tensor_name(name, what), getattr(site, what)) for what in ("inv_scale", "qmin", "qmax")]
     if site.kind is None:
         return result.call(float_codes, x, rows, *columns)
     return result.call(kernels.quantize.default, x, rows, *columns, bits_of(site.kind), site.kind == "u4", False)
 
 
-def _dequantized(result: GraphRewrite, name: str, site: PackedSite, codes: fx.Node, rows: fx.Node) -> fx.Node:
-    scale = result.tensor(f"sites.{name}.act_scale", site.act_scale)
+def _dequantized(result: GraphRewrite, name: str, site: PackedLayer, codes: fx.Node, rows: fx.Node) -> fx.Node:
+    scale = result.tensor(tensor_name(name, "act_scale"), site.act_scale)
     return result.graph.call_function(float_values, (codes, rows, scale, result.dtype))
 
 
-def _product(result: GraphRewrite, name: str, site: PackedSite, layer: Any, codes: fx.Node, rows: fx.Node) -> fx.Node:
+def _product(result: GraphRewrite, name: str, site: PackedLayer, layer: Any, codes: fx.Node, rows: fx.Node) -> fx.Node:
     def tensor(what: str) -> fx.Node:
-        return result.tensor(f"sites.{name}.{what}", getattr(site, what))
+        return result.tensor(tensor_name(name, what), getattr(site, what))
 
     columns = [tensor(what) for what in ("weight", "zero", "act_scale", "qmin", "weight_scale", "weight_sum")]
     bias = None if site.bias is None else tensor("bias")
@@ -244,7 +244,7 @@ def float_values(codes: Tensor, rows: Tensor, scale: Tensor, dtype: torch.dtype)
     return (codes * per_sample(scale, rows.long(), codes)).to(dtype)
 
 
-def cut(result: GraphRewrite) -> dict[str, str]:
+def cut_at_layers(result: GraphRewrite) -> dict[str, str]:
     """Leave every site alone in an unfused graph, the network between them out.
 
     Returns:

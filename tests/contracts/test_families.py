@@ -7,7 +7,7 @@ import torch
 
 from edm_deploy import models, registry
 from edm_deploy.models import family_named, name_of_family
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from tests.conftest import TINY, tiny_inputs, tiny_model
 
 

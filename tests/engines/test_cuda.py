@@ -16,7 +16,7 @@ from edm_deploy.runtime.load import load_denoiser, load_pipeline, open_session
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
 from edm_deploy_tools.evaluation.site_agreement import agreement, cut_from_inputs
 from engines import build_engine
-from engines.cuda import BACKEND, ENGINE_NAME, kinds_on
+from engines.cuda import BACKEND, ENGINE_NAME, code_formats_on
 from tests.conftest import SCHEDULER, artifact_by_hand, check_no_further, tiny_inputs, tiny_model
 from tests.engines.judge import check_against_reference
 
@@ -127,7 +127,7 @@ def said(monkeypatch):
 
 
 def test_the_cpu_is_for_checking_and_says_so(engine, said):
-    kinds_on(Manifest.read(engine, kind="engine"), torch.device("cpu"))
+    code_formats_on(Manifest.read(engine, kind="engine"), torch.device("cpu"))
     assert len(said) == 1
     assert "checks arithmetic, not speed" in said[0]
 
@@ -159,7 +159,7 @@ def test_without_a_name_it_is_planned_for_the_present_gpu(saved, tmp_path, monke
 
 def test_another_gpu_runs_it_with_the_kernels_that_it_has(engine, monkeypatch, said):
     fake_gpu(monkeypatch, (9, 0))
-    kinds = kinds_on(Manifest.read(engine, kind="engine"), torch.device("cuda"))
+    kinds = code_formats_on(Manifest.read(engine, kind="engine"), torch.device("cuda"))
     assert set(kinds.values()) == {"s8"}
     assert "planned for sm_86 and runs on sm_90, which has no INT4 tensor cores: sites of 4 bits run as INT8" in said[0]
 

@@ -111,7 +111,7 @@ def test_a_build_that_fails_leaves_nothing(onnx_w4a4, tmp_path, monkeypatch):
 def test_what_the_build_saw_goes_before_what_the_target_promises(onnx_w4a4):
     manifest = Manifest.read(onnx_w4a4, kind="onnx")
     backend = registry.load(engines, "openvino", "BACKEND")
-    plan = engines.plan(manifest, backend, BuildResult(versions={}, executed={"conv_in": "float"}))
+    plan = engines.executed_plan(manifest, backend, BuildResult(versions={}, executed={"conv_in": "float"}))
     assert plan["conv_in"].executed == "float"
     assert plan["conv_out"].executed == "int8"
     assert plan["conv_in"].stored == "W8A8"

@@ -12,7 +12,7 @@ from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.directories import write_json
 from engines import build_engine
-from engines.nvidia.build_process import Request, main
+from engines.nvidia.build_process import BuildRequest, main
 from engines.trt import BACKEND
 
 without_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
@@ -85,7 +85,7 @@ def test_plugin_sites_are_int4_in_the_plan_and_the_others_are_audited(onnx_with_
 @pytest.mark.parametrize("plugins", [True, False])
 def test_the_plugins_are_registered_before_the_graph_is_parsed_and_only_where_it_needs_them(tmp_path, monkeypatch, plugins):
     done = []
-    request = Request(graph="model.onnx", engine="e", reply=str(tmp_path / "reply.json"), shapes={}, plugins=plugins)
+    request = BuildRequest(graph="model.onnx", engine="e", reply=str(tmp_path / "reply.json"), shapes={}, plugins=plugins)
     write_json(tmp_path / "request.json", dataclasses.asdict(request))
     monkeypatch.setattr(sys, "argv", ["trt", str(tmp_path / "request.json")])
     monkeypatch.setattr("engines.nvidia.build_process.vendor", lambda package, mend: done.append("imported"))

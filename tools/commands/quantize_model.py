@@ -17,7 +17,7 @@ from calibration.run.memory import needed_memory
 from calibration.run.options import RunOptions
 from edm_deploy.artifact.artifact import JSON_NAME, Artifact
 from edm_deploy.errors import ArtifactError, InputError
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.pipelines.model_index import read_pipeline_config
 from edm_deploy.pipelines.source import load_source, local_directory
 from edm_deploy.runtime.capabilities import capabilities_of, check_scheme

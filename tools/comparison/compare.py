@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError, InputError
-from edm_deploy.network.family import SAMPLE, meta_model
+from edm_deploy.network.family import SAMPLE
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.pipelines.prompt_encoding import check_takes_prompts
 from edm_deploy.pipelines.prompt_file import read_prompts
 from edm_deploy.pipelines.source import Source, load_source

@@ -9,7 +9,7 @@ from typing import Any
 
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.models import family_named, name_of_family
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.registry import suggestion
 from edm_deploy_tools.common.assets import ASSETS
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.models import family_named, name_of_family
-from edm_deploy.network.family import meta_model
 from edm_deploy.network.layer_costs import ModelWork, model_work
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.pipelines.model_index import INDEX, PipelineConfig, read_pipeline_config
 from edm_deploy.pipelines.schedulers import scheduler_from_config
 from edm_deploy.pipelines.source import local_directory

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.models import family_named, name_of_family
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.storage.directories import new_directory, write_json
 from edm_deploy.storage.tensor_file import DeferredTensor, write_tensors
 from edm_deploy_tools.inspection.architectures import Architecture

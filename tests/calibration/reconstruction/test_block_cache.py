@@ -6,7 +6,7 @@ from calibration.reconstruction import block_cache
 from calibration.reconstruction.block_cache import ModelInputs, entropies_of, fill_block_cache
 from calibration.reconstruction.blocks import blocks_of
 from calibration.student.teacher import Teacher
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.numerics.activation_table import table_rows
 from tests.calibration.tiny import tiny_source
 from tests.conftest import tiny_inputs

@@ -6,8 +6,8 @@ from torch import nn
 
 from calibration.reconstruction.blocks import blocks_of, check_partition, entropy, traced_calls
 from edm_deploy.errors import InputError
-from edm_deploy.network.family import meta_model
 from edm_deploy.network.layer_costs import model_work
+from edm_deploy.network.meta_model import meta_model
 from tests.conftest import TINY, tiny_model
 
 

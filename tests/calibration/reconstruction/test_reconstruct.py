@@ -16,7 +16,7 @@ from calibration.reconstruction.reconstruct import Stage, reconstruct
 from calibration.reconstruction.time_allocation import TimeAllocation
 from calibration.run.time_budget import Budget
 from edm_deploy.errors import ArtifactError, InputError
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from tests.calibration.tiny import tiny_context, tiny_source
 
 SETTINGS = {"rows": 3, "calibration_samples": 4, "steps": 2, "batch": 2, "rounds": 2, "scale_rate": 1e-3, "rounding_rate": 1e-4}

@@ -169,8 +169,8 @@ def test_float32_graphs_are_refused(tmp_path):
         onnx_from_artifact(artifact_by_hand(), tmp_path / "onnx", int4="plugin")
 
 
-def test_packed_storage_beside_plugins_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"plugin nodes hold packed weights anyway\. Leave --weight-storage out"):
+def test_packed_storage_with_plugins_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"plugin nodes always store packed weights\. Leave --weight-storage out"):
         onnx_from_artifact(artifact_by_hand(), tmp_path / "onnx", dtype="fp16", weight_storage="int4", int4="plugin")
 
 
@@ -179,7 +179,7 @@ def test_an_artifact_without_four_bit_sites_is_refused(tmp_path):
         onnx_from_artifact(artifact_by_hand(weight_bits=8, act_bits=8), tmp_path / "onnx", dtype="fp16", int4="plugin")
 
 
-def test_a_weight_only_site_is_no_plugins():
+def test_a_weight_only_site_has_no_plugin_nodes():
     artifact = artifact_by_hand()
     name = next(name for name, site in artifact.sites.items() if site.weight_bits == 4)
     weight_only = replace(artifact, sites=artifact.sites | {name: replace(artifact.sites[name], activation=None)})

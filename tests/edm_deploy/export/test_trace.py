@@ -5,7 +5,7 @@ import torch
 from edm_deploy import models, registry
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.export.trace import find_sites, trace
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from tests.conftest import TINY, tiny_model
 from tests.shared_traces import shared_trace
 

@@ -3,7 +3,7 @@ import torch
 
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.models import family_named
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from tests.conftest import TINY_CLASS_UNET, TINY_UNET, tiny_inputs, tiny_model
 
 FAMILY = family_named("unet2d")

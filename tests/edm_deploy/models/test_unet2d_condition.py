@@ -5,7 +5,7 @@ from calibration import RunOptions, fit
 from calibration.recipes.efficientdm import EfficientDM
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.models import family_named
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.pipelines.prompt_encoding import conditioner_of, encode
 from edm_deploy.pipelines.schedulers import schedulers_for
 from tests.conftest import SCHEDULER, TINY_CONDITION_UNET, TINY_SDXL, tiny_inputs
@@ -192,7 +192,7 @@ def test_what_the_graph_does_not_carry_is_refused(name):
 
 
 def test_a_guidance_scale_beside_the_timestep_is_refused():
-    with pytest.raises(UnsupportedError, match=r"time_cond_proj_dim=8: a guidance scale embedded beside the timestep \(LCM\)"):
+    with pytest.raises(UnsupportedError, match=r"time_cond_proj_dim=8: a guidance scale embedded with the timestep \(LCM\)"):
         FAMILY.build(TINY_CONDITION_UNET | {"time_cond_proj_dim": 8})
 
 

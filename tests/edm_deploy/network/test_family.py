@@ -3,8 +3,7 @@ import torch
 
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.models import family_named, name_of_family
-from edm_deploy.network.family import ModelInput, meta_model
-from tests.conftest import TINY, tiny_model
+from edm_deploy.network.family import ModelInput
 
 
 def test_a_class_of_diffusers_finds_its_family():
@@ -14,16 +13,6 @@ def test_a_class_of_diffusers_finds_its_family():
 def test_a_class_without_a_family_gets_the_nearest_and_the_way_to_add_one():
     with pytest.raises(UnsupportedError, match=r"Did you mean 'UNet2DModel'\?.*write edm_deploy/models/<name>\.py"):
         name_of_family("UNet1DModel")
-
-
-@pytest.mark.parametrize("kind", TINY)
-def test_a_skeleton_has_the_names_and_shapes_of_the_model_and_no_memory(kind):
-    family, config, model = tiny_model(kind)
-    bones = meta_model(family, config)
-    assert {name: value.shape for name, value in bones.state_dict().items()} == {
-        name: value.shape for name, value in model.state_dict().items()
-    }
-    assert all(value.is_meta for value in bones.parameters())
 
 
 def test_a_float_input_follows_the_dtype_of_the_graph():

@@ -6,7 +6,7 @@ from torch import nn
 
 from edm_deploy.errors import ArtifactError
 from edm_deploy.models import family_named
-from edm_deploy.network.family import meta_model
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite, SplitInputLayer, layer_of, representable, restructure, scaled_input
 from tests.conftest import tiny_inputs, tiny_model
 
@@ -96,10 +96,10 @@ def test_pre_scales_are_what_float16_holds():
         ),
         (NetworkRewrite({"conv": (5,)}), "expected two or more parts"),
         (NetworkRewrite({"grouped": (1, 1)}), "it is a grouped convolution"),
-        (NetworkRewrite({"nothing": (1, 1)}), "'nothing' is no convolution or linear layer of this model"),
+        (NetworkRewrite({"nothing": (1, 1)}), "'nothing' is not a convolution or linear layer of this model"),
         (NetworkRewrite(pre_scaled=("grouped",)), "'grouped' is a grouped convolution; its input cannot be scaled"),
         (NetworkRewrite(pre_scaled=("conv", "conv")), "'conv' is listed twice"),
-        (NetworkRewrite(pre_scaled=("",)), "is no convolution or linear layer"),
+        (NetworkRewrite(pre_scaled=("",)), "is not a convolution or linear layer"),
     ],
 )
 def test_what_the_model_cannot_be_is_refused(structure, message):

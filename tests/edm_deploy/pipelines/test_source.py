@@ -48,7 +48,7 @@ FAULTS = {
     "unknown class": (
         lambda p: spoil_index(p, unet=["diffusers", "UNet3DModel"]),
         UnsupportedError,
-        "No model family answers for 'UNet3DModel'. Did you mean 'UNet2DModel'",
+        "No model family supports 'UNet3DModel'. Did you mean 'UNet2DModel'",
     ),
     "damaged weights": (
         lambda p: (p / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights"),

@@ -12,8 +12,8 @@ from edm_deploy.numerics.activation_table import ActivationTable
 from edm_deploy.numerics.codes import quantize_weight, weight_bounds
 from edm_deploy.numerics.kernel_layout import CodeFormat
 from edm_deploy.runtime.capabilities import code_format
-from engines.torch_graph.packed_layer import PackedSite, read, stored
-from engines.torch_graph.rewrite import GraphRewrite, draft
+from engines.torch_graph.packed_layer import PackedLayer, layer_from_tensors, tensors_from_layer
+from engines.torch_graph.rewrite import GraphRewrite, rewrite_layers
 from tests.conftest import tiny_model
 from tests.shared_traces import shared_program
 
@@ -22,12 +22,13 @@ ROW_OF_TIMESTEP = torch.arange(1000, dtype=torch.int32) // 500  # two rows
 
 def packed_site(
     site: QuantizedLayer, bias: Tensor | None = None, dtype: torch.dtype = torch.float16, kind: CodeFormat | str | None = "own"
-) -> PackedSite:
+) -> PackedLayer:
     """A site as an engine would open it; `kind` s8 widens, None leaves it to floating point."""
     own = code_format(site)
     run: CodeFormat | None = own if kind == "own" else kind  # type: ignore[assignment]
     packed = None if run is None else own
-    return read("site", stored(site, packed), packed=packed, kind=run, weight_shape=tuple(site.codes.shape), bias=bias, dtype=dtype)
+    tensors = tensors_from_layer("site", site, packed)
+    return layer_from_tensors("site", tensors, packed=packed, kind=run, weight_shape=tuple(site.codes.shape), bias=bias, dtype=dtype)
 
 
 def site_of(layer: nn.Conv2d | nn.Linear, bits: int = 4, low: int = -4, scale: float = 0.2) -> QuantizedLayer:
@@ -57,7 +58,7 @@ def drafted(
     packed = {name: packed_site(site, state.get(f"{name}.bias"), kind=(kinds or {}).get(name, "own")) for name, site in sites.items()}
     params = {name: value for name, value in state.items() if name.removesuffix(".weight") not in sites}
     params |= {f"{name}.weight": site.weight for name, site in packed.items() if site.kind is None}
-    return draft(program, packed, params, ROW_OF_TIMESTEP, torch.float16)
+    return rewrite_layers(program, packed, params, ROW_OF_TIMESTEP, torch.float16)
 
 
 def program_of(kind: str, dtype: torch.dtype = torch.float16) -> ExportedProgram:
@@ -69,7 +70,7 @@ def program_of(kind: str, dtype: torch.dtype = torch.float16) -> ExportedProgram
 def drafted_artifact(artifact: Artifact, program: ExportedProgram, dtype: torch.dtype = torch.float16) -> GraphRewrite:
     """A whole denoiser, rewritten and not fused."""
     packed = {name: packed_site(site, artifact.params.get(f"{name}.bias"), dtype) for name, site in artifact.sites.items()}
-    return draft(program, packed, artifact.params, artifact.row_of_timestep, dtype)
+    return rewrite_layers(program, packed, artifact.params, artifact.row_of_timestep, dtype)
 
 
 def calls(graph: torch.fx.Graph, name: str) -> int:

@@ -123,7 +123,7 @@ def test_every_tile_gives_the_same_bits(launched, monkeypatch):
     expected = cpu_ops.convolve(operands, shape, drawn.dtype)
     for tile in TILES:
         for splits in (1, 3):
-            monkeypatch.setattr(cuda_ops, "choose", lambda *_, tile=tile, splits=splits: (tile, splits))
+            monkeypatch.setattr(cuda_ops, "choose_tile", lambda *_, tile=tile, splits=splits: (tile, splits))
             assert_same_bits(cuda_ops.convolve(operands, shape, drawn.dtype), expected)
 
 

@@ -6,7 +6,7 @@ import torch
 from edm_deploy.artifact.reference import Reference
 from engines.kernels import cpu_ops, cuda_ops, driver
 from engines.torch_graph import fusions
-from engines.torch_graph.rewrite import cut
+from engines.torch_graph.rewrite import cut_at_layers
 from tests.conftest import artifact_by_hand, tiny_inputs
 from tests.engines.kernels.emulator import Emulator
 from tests.engines.kernels.rewritten import drafted_artifact, program_of
@@ -39,7 +39,7 @@ def test_every_site_of_a_whole_model_has_the_bits_of_the_cpu_and_is_the_referenc
     draft = drafted_artifact(artifact, program_of("unet2d"))
     reference = Reference(artifact)
     seen = {name: record.x.half() for name, record in reference.record(inputs).items()}
-    given = {placeholder: seen[name] for name, placeholder in cut(draft).items()}
+    given = {placeholder: seen[name] for name, placeholder in cut_at_layers(draft).items()}
     module = draft.module()
     expected_codes, expected = module(inputs["timestep"], *given.values())
     route()

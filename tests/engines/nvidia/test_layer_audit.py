@@ -3,7 +3,7 @@ import json
 import pytest
 
 from edm_deploy.runtime.manifest import GraphSite
-from engines.nvidia.layer_audit import Layer, audit, layers_from_inspector, layers_from_log
+from engines.nvidia.layer_audit import EngineLayer, audit, layers_from_inspector, layers_from_log
 
 TENSOR = "{{ Name: t, Dimensions: [{dims}], Strides: [1], StrideOrder: [1,0], Datatype: {kind}, Format: (Linear) Row major linear format }}"
 WEIGHT = TENSOR.format(dims="64,64,3,3", kind="Int8")
@@ -24,7 +24,7 @@ SITES = {"down.0": GraphSite("down.0/sum", "conv2d", "W4A4")}
 
 def test_a_layer_table_is_read_line_by_line():
     first, second = layers_from_log(["some other message", log("correlation", "Int8")])
-    assert first == Layer("down.0/conv_myl0_7", "correlation", ("Int8",), ("Int8",), ("Float",), ("down.0/sum", "down.0/weight"))
+    assert first == EngineLayer("down.0/conv_myl0_7", "correlation", ("Int8",), ("Int8",), ("Float",), ("down.0/sum", "down.0/weight"))
     assert (second.name, second.type, second.nodes) == ("wait_1", "wait", ())
 
 

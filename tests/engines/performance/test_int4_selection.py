@@ -9,7 +9,7 @@ from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.capabilities import CAPABILITIES, plan_layers
 from edm_deploy.runtime.manifest import ShapeRange
 from engines.performance.gpus import gpu_named
-from engines.performance.int4_selection import choose, int4_where_faster
+from engines.performance.int4_selection import int4_where_faster, select_int4
 from tests.conftest import artifact_by_hand, tiny_inputs
 
 
@@ -55,23 +55,23 @@ def test_nothing_is_moved_without_a_reason():
 
 @pytest.mark.parametrize("asked", [None, "fits"])
 def test_unless_asked_every_site_keeps_its_plan(artifact, plans, asked):
-    assert choose(plans, artifact, BuildOptions(int4_where=asked)).plans is plans
+    assert select_int4(plans, artifact, BuildOptions(int4_where=asked)).plans is plans
 
 
 def test_the_gpu_and_the_usual_batch_are_those_of_the_build(artifact, plans):
     options = BuildOptions(int4_where="faster", gpu="RTX 4090", profile={"batch": ShapeRange(1, 7, 64)})
-    assert choose(plans, artifact, options) == int4_where_faster(plans, artifact, gpu_named("rtx4090"), 7)
+    assert select_int4(plans, artifact, options) == int4_where_faster(plans, artifact, gpu_named("rtx4090"), 7)
 
 
 def test_without_a_gpu_one_must_be_named(artifact, plans, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"--int4-where faster needs to know the GPU.*rtx3090"):
-        choose(plans, artifact, BuildOptions(int4_where="faster", profile={"batch": ShapeRange(1, 7, 64)}))
+        select_int4(plans, artifact, BuildOptions(int4_where="faster", profile={"batch": ShapeRange(1, 7, 64)}))
 
 
 def test_a_gpu_whose_figures_are_not_known_is_refused(artifact, plans):
     with pytest.raises(UnsupportedError, match="figures of GPU 'sm_86' are not known"):
-        choose(plans, artifact, BuildOptions(int4_where="faster", gpu="sm_86", profile={"batch": ShapeRange(1, 7, 64)}))
+        select_int4(plans, artifact, BuildOptions(int4_where="faster", gpu="sm_86", profile={"batch": ShapeRange(1, 7, 64)}))
 
 
 def test_an_engine_built_so_says_it_and_computes_the_same_codes(artifact, tmp_path):

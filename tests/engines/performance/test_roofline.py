@@ -5,7 +5,7 @@ import tomllib
 import pytest
 
 from edm_deploy.network.layer_costs import SiteWork
-from engines.kernels.tiles import choose
+from engines.kernels.tiles import choose_tile
 from engines.performance.gpus import TABLE, gpu_named, launch_seconds
 from engines.performance.roofline import Matmul, expected, faster_as_int8, others
 
@@ -64,7 +64,7 @@ def test_one_row_more_is_a_wave_more():
 
 
 def test_the_tile_is_the_one_that_the_kernels_choose():
-    tile, splits = choose(CIFAR.rows, CIFAR.outputs, 9 * 64, RTX3090.sms)
+    tile, splits = choose_tile(CIFAR.rows, CIFAR.outputs, 9 * 64, RTX3090.sms)
     found = expected(CIFAR, "int4", RTX3090)
     assert (found.tile, found.splits) == ((tile.BM, tile.BN), splits)
 

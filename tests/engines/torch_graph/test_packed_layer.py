@@ -4,7 +4,7 @@ from torch import nn
 
 from edm_deploy.errors import ArtifactError
 from edm_deploy.numerics.kernel_layout import bits_of, pack_codes, unpack_codes
-from engines.torch_graph.packed_layer import integers, read, stored, widened
+from engines.torch_graph.packed_layer import integers, layer_from_tensors, tensor_name, tensors_from_layer, widened
 from tests.engines.kernels.rewritten import packed_site, site_of
 
 
@@ -27,8 +27,8 @@ def test_what_is_stored_comes_back_with_what_follows_from_it():
 @pytest.mark.parametrize("channels", [1, 5, 32, 33])
 def test_a_weight_widened_to_eight_bits_holds_the_same_codes(channels):
     site = site_of(layer(channels))
-    wide = widened(stored(site, "u4")["weight"], channels)
-    assert torch.equal(wide, stored(site, "s8")["weight"])
+    wide = widened(tensors_from_layer("conv", site, "u4")["sites.conv.weight"], channels)
+    assert torch.equal(wide, tensors_from_layer("conv", site, "s8")["sites.conv.weight"])
 
 
 def test_a_site_that_runs_widened_stores_signed_codes():
@@ -44,10 +44,10 @@ def test_a_site_without_kernel_holds_its_weight_dequantized():
 
 
 def test_a_missing_tensor_is_named():
-    tensors = stored(site_of(layer()), "u4")
-    del tensors["weight_sum"]
+    tensors = tensors_from_layer("conv", site_of(layer()), "u4")
+    del tensors[tensor_name("conv", "weight_sum")]
     with pytest.raises(ArtifactError, match=r"Site 'conv': the engine holds no weight_sum\. Build it again"):
-        read("conv", tensors, packed="u4", kind="u4", weight_shape=(7, 5, 3, 3), bias=None, dtype=torch.float16)
+        layer_from_tensors("conv", tensors, packed="u4", kind="u4", weight_shape=(7, 5, 3, 3), bias=None, dtype=torch.float16)
 
 
 def test_sites_quantize_alike_where_table_and_kind_are_the_same():

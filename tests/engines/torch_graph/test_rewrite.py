@@ -7,7 +7,7 @@ from edm_deploy.artifact.reference import Reference
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.numerics.activation_table import quantize_activation
 from engines.torch_graph.fx_helpers import aten, clean, same_shape, value_of
-from engines.torch_graph.rewrite import cut, rows_at, site_node
+from engines.torch_graph.rewrite import cut_at_layers, rows_at, site_node
 from tests.conftest import artifact_by_hand, tiny_inputs
 from tests.engines.kernels.rewritten import ROW_OF_TIMESTEP, calls, drafted, drafted_artifact, program_of, site_of
 
@@ -142,7 +142,7 @@ def test_cut_at_its_sites_a_model_gives_each_site_s_codes_and_output_alone(artif
     inputs = tiny_inputs("unet2d", 2)
     draft = drafted_artifact(artifact, program_of("unet2d"))
     records = Reference(artifact).record(inputs)
-    placeholders = cut(draft)
+    placeholders = cut_at_layers(draft)
     given = {placeholder: records[name].x.half() for name, placeholder in placeholders.items()}
     codes, outputs = draft.module()(inputs["timestep"], *given.values())
     assert set(codes) == set(outputs) == set(artifact.sites)

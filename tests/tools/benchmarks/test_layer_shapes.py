@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from edm_deploy.models import family_named
-from edm_deploy.network.family import SAMPLE, meta_model
+from edm_deploy.network.family import SAMPLE
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy_tools.benchmarks.layer_shapes import BATCHES, LAYERS, Layer
 from edm_deploy_tools.common.assets import REFERENCE_MODEL
 from edm_deploy_tools.inspection.architectures import architecture

@@ -68,5 +68,5 @@ def test_work_follows_the_sites_of_the_family(tiny_model_dir):
 
 def test_an_architecture_without_a_family_is_refused_with_the_known_ones(monkeypatch):
     monkeypatch.setattr("edm_deploy.models.unet2d_condition.FAMILY.class_name", "Another", raising=False)
-    with pytest.raises(UnsupportedError, match="No model family answers for 'UNet2DConditionModel'"):
+    with pytest.raises(UnsupportedError, match="No model family supports 'UNet2DConditionModel'"):
         describe("sd15")

@@ -5,8 +5,8 @@ import pytest
 from edm_deploy.artifact.artifact import TENSORS_NAME, Artifact
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.models import family_named
-from edm_deploy.network.family import meta_model
 from edm_deploy.network.layer_costs import model_work
+from edm_deploy.network.meta_model import meta_model
 from edm_deploy.runtime.capabilities import CAPABILITIES
 from edm_deploy_tools.inspection.estimates import Scheme, artifact_bytes, by_site, engine_bytes, planned, shares
 from tests.conftest import TINY_UNET
