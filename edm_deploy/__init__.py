@@ -1,4 +1,4 @@
-"""edm-deploy: low-bit diffusion models that really run. This floor says what a quantized denoiser is; `calibration` makes them, `engines` runs them."""
+"""edm-deploy: low-bit diffusion models that run on integer kernels. This package defines quantized denoisers; `calibration` makes them, `engines` runs them."""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
-"""What can go wrong, as three classes that a caller may want to tell apart. Every message says what was found, what was expected, and the mend."""
+"""Errors that a user can fix, in three classes. Every message states what was found, what is expected, and a remedy."""
 
 from __future__ import annotations
 
 
 class EdmDeployError(Exception):
-    """Base of all errors that a user can mend; the command line prints it in one line and exits with 2."""
+    """Base of all errors that a user can fix; the command line prints the message in one line and exits with code 2."""
 
 
 class ArtifactError(EdmDeployError):
-    """A file or directory is missing, damaged, hostile, or not what it was taken for."""
+    """A file or directory is missing, damaged, hostile, or of another kind than expected."""
 
 
 class UnsupportedError(EdmDeployError):
-    """The request is well formed, but this model, target, backend or machine cannot carry it."""
+    """The request is well formed, but this model, target, backend or machine does not support it."""
 
 
 class InputError(EdmDeployError, ValueError):
@@ -20,10 +20,10 @@ class InputError(EdmDeployError, ValueError):
 
 
 def flag(name: str) -> str:
-    """The command line's option of this name, `--image-tokens` of `image_tokens`."""
+    """The command-line option of a name, `--image-tokens` for `image_tokens`."""
     return "--" + name.replace("_", "-")
 
 
 def first_line(err: BaseException) -> str:
-    """The first line of an error's message that says something, without its full stop; the error's class where the message is empty."""
+    """The first non-empty line of an error's message without its full stop; the name of the error's class where the message is empty."""
     return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__).rstrip(".")

@@ -1,4 +1,4 @@
-"""Find a recipe, a backend or a model family by its file name. The folder is the registry."""
+"""Recipes, backends and model families by file name: each folder is a registry."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from edm_deploy.errors import UnsupportedError
 
 
 def names(package: ModuleType) -> list[str]:
-    """Names that `package` offers: its modules without a leading underscore, `_` spelled `-`. Imports none of them."""
+    """Names in a registry: the package's modules without a leading underscore, with `-` for `_`. None of them is imported."""
     found = (m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
     return sorted(name.replace("_", "-") for name in found if not name.startswith("_"))
 
 
-def load(package: ModuleType, name: str, attribute: str) -> Any:  # the attribute's type is the package's own contract
+def load(package: ModuleType, name: str, attribute: str) -> Any:  # the type of the attribute is the package's contract
     """`attribute` of module `name` in `package`, for example RECIPE of calibration.recipes.efficientdm.
 
     Args:
         package: The folder to look in, imported.
-        name: A name as `names` lists it; `trt-rtx` and `trt_rtx` are the same.
-        attribute: The constant that each module of this folder defines, in capitals.
+        name: A name as `names` lists it; `trt-rtx` and `trt_rtx` are equivalent.
+        attribute: Name of the constant that each module of this package defines.
 
     Raises:
-        UnsupportedError: No such module; the message lists what there is and the closest spelling.
+        UnsupportedError: No such module; the message lists the known names and the closest spelling.
     """
     known = names(package)
     wanted = name.replace("_", "-")

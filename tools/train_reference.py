@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from calibration.run.options import Interrupted
 from edm_deploy.errors import ArtifactError, InputError
-from edm_deploy.storage.directories import check_replaceable, new_directory, read_json, write_json
+from edm_deploy.storage.directories import INDEX_FILE, check_replaceable, new_directory, read_json, write_json
 from edm_deploy_tools.commands import options as opt
 from edm_deploy_tools.common import console, run_app
 from edm_deploy_tools.images.dataset import load_images
@@ -28,7 +28,6 @@ from edm_deploy_tools.images.sample import grid_of
 
 STATE_JSON = "training.json"
 STATE_TENSORS = "training.safetensors"
-INDEX_NAME = "model_index.json"
 SAVE_EVERY_SECONDS = 120.0
 
 
@@ -79,7 +78,7 @@ def train(images: Tensor, settings: Settings, out: Path, *, device: torch.device
         ArtifactError: `out` holds other files, or there is no state to resume.
         Interrupted: Ctrl-C; the state is saved.
     """
-    check_replaceable(out, marker=INDEX_NAME)
+    check_replaceable(out, marker=INDEX_FILE)
     state_path = out.with_name(out.name + ".training")
     scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=True)
     run = Training(settings, scheduler, device)
@@ -95,7 +94,7 @@ def train(images: Tensor, settings: Settings, out: Path, *, device: torch.device
     except KeyboardInterrupt:
         run.save(state_path, step)
         raise Interrupted(f"Interrupted before step {step + 1}; the state is in {state_path}. Run it again with --resume.") from None
-    with new_directory(out, marker=INDEX_NAME) as directory:
+    with new_directory(out, marker=INDEX_FILE) as directory:
         save_pipeline(run.average, scheduler, directory)
     return out
 

@@ -14,7 +14,7 @@ from calibration.student.quantization_spec import LayerSpec
 from calibration.student.shared_inputs import shared_inputs
 from calibration.student.teacher import Teacher, share_weights
 from edm_deploy.network.family import SAMPLE, Placement
-from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite
+from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite, replace_module
 from edm_deploy.numerics.activation_table import nearest_rows, table_rows
 from edm_deploy.pipelines.source import Source
 
@@ -70,7 +70,7 @@ class Student(nn.Module):
         for name, layer in sites.items():
             quantizer = self._quantizer(name, specs).to(device) if specs[name].act_bits else None
             self.layers[name] = StudentLayer(layer, specs[name], quantizer).to(device)
-            _replace(self.model, name, self.layers[name])
+            replace_module(self.model, name, self.layers[name])
         scales = parallel_map(lambda name: weight_scale(self.layers[name].layer.weight, specs[name].weight_bits), sites)
         for name, scale in zip(sites, scales, strict=True):
             self.layers[name].set_weight_scale(scale)
@@ -153,8 +153,3 @@ def activations_unquantized(student: Student) -> Iterator[None]:
     finally:
         for name, layer in student.layers.items():
             layer.quantizer = quantizers[name]
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)

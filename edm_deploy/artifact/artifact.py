@@ -1,4 +1,4 @@
-"""The artifact: everything that a quantized denoiser is, as one directory of json and safetensors that every engine is built from."""
+"""The artifact: a quantized denoiser as one directory of json and safetensors, from which every engine is built."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ from edm_deploy.storage.directories import copy_pipeline_files, new_directory, r
 from edm_deploy.storage.json_schema import MAX_TIMESTEPS, check_config, check_schema, convert
 from edm_deploy.storage.tensor_file import DeferredTensor, check_params, digest_of, read_tensors, write_tensors
 
-SCHEMA = 3  # 2 brought `folded`; 3 `structure`, `channel_bits`, `correction` and `relaxed`
+SCHEMA = 3  # 2 added `folded`; 3 added `structure`, `channel_bits`, `correction` and `relaxed`
 JSON_NAME = "artifact.json"
 TENSORS_NAME = "artifact.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """A quantized denoiser. `validate` states what always holds; `load` and `save` call it.
+    """A quantized denoiser. `validate` checks its invariants; `load` and `save` call it.
 
     Attributes:
         family: Name of the model family.
         config: The diffusers config of the denoiser.
-        timesteps: int32 [R], ascending: the calibrated timesteps, one a table row.
-        row_of_timestep: int32 [num_train_timesteps].
-        sites: By layer name.
-        structure: What the network computes otherwise than the published one, and the same.
-        folded: Layers that are no sites because they see the timestep alone: exporters make a table of what they compute.
-        correction: What the runtime does to the sample and to the prediction; None where it does nothing.
-        relaxed: uint8 [num_train_timesteps]: 1 where activations stay in floating point, in a second graph of the same weights; None is nowhere.
-        params: float32, every parameter and buffer that is not a quantized weight, by its name in the model.
-        provenance: Recipe, settings, seed, versions, teacher hash, wall time, peak memory. Not part of the hash.
-        pipeline: The source pipeline's json files by relative path, so that one can be rebuilt.
+        timesteps: int32 [R], ascending: the calibrated timestep of each table row.
+        row_of_timestep: int32 [num_train_timesteps], the table row of each timestep.
+        sites: Quantized layers by name.
+        structure: Equivalent rewrites of the published network.
+        folded: Layers that depend on the timestep alone and are not quantized: exporters replace their output by a table.
+        correction: Correction of sample and prediction by the runtime; None where there is none.
+        relaxed: uint8 [num_train_timesteps]: 1 where activations stay in floating point, in a second graph of the same weights; None for no timestep.
+        params: float32, every parameter and buffer that is not a quantized weight, by name in the model.
+        provenance: Recipe, settings, seed, versions, teacher hash, wall time, peak memory. Not part of the digest.
+        pipeline: The source pipeline's json files by relative path, from which a pipeline is rebuilt.
     """
 
     family: str
@@ -74,7 +74,7 @@ class Artifact:
         return family_named(self.family)
 
     def skeleton(self) -> torch.nn.Module:
-        """The float network, restructured, on the meta device."""
+        """The restructured float network on the meta device."""
         return meta_model(self.family_object, self.config, self.structure)
 
     @property
@@ -84,13 +84,13 @@ class Artifact:
 
     @property
     def scheme(self) -> str:
-        """Bits of most sites, `W4A4`; `float` where there are none."""
+        """Bits of the majority of sites, `W4A4`; `float` where there are no sites."""
         schemes = [site.scheme for site in self.sites.values()]
         return max(sorted(set(schemes)), key=schemes.count, default="float")
 
     @cached_property
     def digest(self) -> str:
-        """sha256 hex of all that decides what the engine computes: family, config, sites and tensors; not of the provenance."""
+        """sha256 hex of everything that determines what an engine computes: family, config, sites and tensors, but not the provenance."""
         return self._digest(digest_of(self._tensors()))
 
     def _digest(self, tensors_sha256: str) -> str:
@@ -98,7 +98,7 @@ class Artifact:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def validate(self) -> None:
-        """Raises ArtifactError, naming the site, where something could not run."""
+        """Raises ArtifactError, naming the site, where an invariant does not hold."""
         for name, column in (("timesteps", self.timesteps), ("row_of_timestep", self.row_of_timestep), ("relaxed", self.relaxed)):
             if column is not None and (column.ndim != 1 or not 1 <= len(column) <= MAX_TIMESTEPS):
                 raise ArtifactError(f"Artifact's {name} has shape {list(column.shape)}, expected 1 to {MAX_TIMESTEPS} numbers.")
@@ -112,7 +112,7 @@ class Artifact:
         model = self.skeleton()
         layers = self.family_object.sites(model)
         if unknown := sorted(set(self.sites) - set(layers)):
-            raise ArtifactError(f"Artifact has site {unknown[0]!r}, which the {self.family} model of its config has not.")
+            raise ArtifactError(f"Artifact has site {unknown[0]!r}, which the {self.family} model of its config does not have.")
         for name in self.folded:
             if name not in layers or name in self.sites:
                 raise ArtifactError(
@@ -131,7 +131,7 @@ class Artifact:
                 raise ArtifactError(f"Layer {name!r}: pre_scale holds a value that is not positive. Make the artifact again.")
 
     def _problem_by_timestep(self) -> str | None:
-        """What is wrong with what the runtime does by timestep, as a phrase, or None."""
+        """What is invalid in `relaxed` or `correction`, as a phrase, or None."""
         if self.relaxed is not None and (len(self.relaxed) != self.num_train_timesteps or not 0 < int(self.relaxed.max()) < 2):
             return (
                 f"relaxed has {len(self.relaxed)} numbers up to {int(self.relaxed.max())}, expected {self.num_train_timesteps} of 0 and 1"
@@ -143,10 +143,10 @@ class Artifact:
         return f"correction: {problem}" if problem else None
 
     def save(self, path: Path | str, *, overwrite: bool = True) -> Path:
-        """Write the artifact to directory `path`, whole or not at all; an artifact that stood there is replaced at the end.
+        """Write the artifact to directory `path`, completely or not at all; an existing artifact is replaced at the end.
 
         Raises:
-            ArtifactError: The artifact is not valid, `path` holds something else, or the disk refuses.
+            ArtifactError: The artifact is not valid, `path` holds something else, or writing fails.
         """
         self.validate()
         with new_directory(Path(path), marker=JSON_NAME, overwrite=overwrite) as directory:
@@ -195,14 +195,14 @@ class Artifact:
             }
             for name, site in self.sites.items()
         }
-        # Only where there is any: the digest of an artifact without is what it was before the field came.
+        # Only where present, so that artifacts of earlier schemas keep their digests.
         optional = {"folded": list(self.folded), "structure": self.structure.to_json()}
         return {"family": self.family, "config": dict(self.config), "sites": sites} | {
             key: value for key, value in optional.items() if value
         }
 
     def _tensors(self) -> dict[str, DeferredTensor]:
-        """What the file holds; codes are packed and parameters narrowed one at a time, when their turn comes."""
+        """Contents of artifact.safetensors; codes are packed and parameters narrowed one at a time, when they are written."""
         tensors = {"timesteps": DeferredTensor.of(self.timesteps), "row_of_timestep": DeferredTensor.of(self.row_of_timestep)}
         for name, site in self.sites.items():
             tensors |= tensors_from_layer(name, site)

@@ -1,4 +1,4 @@
-"""Pre-scales taken out of the graph: moved, exactly, into the parameters of whatever makes the input that they multiply.
+"""Fold pre-scales exactly into the parameters of the layers that produce the inputs they multiply.
 
 Source: Xiao et al., SmoothQuant, arXiv 2211.10438, section 4 (scales fused into the layer before).
 """
@@ -21,12 +21,12 @@ from edm_deploy.network.float_program import MODEL, exported_program
 from edm_deploy.network.restructure import PRE_SCALE, NetworkRewrite
 
 _aten = torch.ops.aten
-Edits = dict[str, Tensor]  # float32 factors of parameters by name, each in a shape that broadcasts over the parameter's
+Edits = dict[str, Tensor]  # float32 factors of parameters by name, each of a shape that broadcasts over the parameter
 
-# One input, whose values come out where they were; scaling a channel before is scaling it after.
+# Elementwise or per channel: scaling a channel of the input scales the same channel of the output.
 _KEPT = (_aten.to, _aten._to_copy, _aten.dropout, _aten.contiguous, _aten.clone, _aten.detach, _aten.alias)
 _BY_CHANNEL = (_aten.upsample_nearest2d, _aten.avg_pool2d)
-# One input, whose values come out elsewhere, or not at all.
+# Values are moved or dropped.
 _MOVED = (
     _aten.view,
     _aten.reshape,
@@ -41,12 +41,12 @@ _MOVED = (
     _aten.slice,
     _aten.select,
 )
-# Several outputs, each a piece of the one input.
+# Several outputs, each a part of one input.
 _SPLIT = (_aten.split, _aten.split_with_sizes, _aten.chunk)
 
 
 def fold_pre_scales(artifact: Artifact) -> Artifact:
-    """The artifact with as few pre-scales as an exact rewrite leaves; its function, its codes and its tables stay what they are.
+    """The artifact with as few pre-scales as an exact rewrite can leave; its function, codes and tables are unchanged.
 
     Args:
         artifact: A valid artifact. Where it has no pre-scale, it is returned as it is.
@@ -69,7 +69,7 @@ def fold_pre_scales(artifact: Artifact) -> Artifact:
 
 
 def edits_of(program: ExportedProgram, pre_scales: Mapping[str, Tensor]) -> tuple[Edits, set[str]]:
-    """What to multiply in place of pre-scales, and the layers whose pre-scales it replaces.
+    """Factors of parameters that replace pre-scales, and the layers whose pre-scales they replace.
 
     A pre-scale goes where all that its input is computed by, back to a norm's affine or to a layer's weight and bias, merely carries channels along, and
     where nobody else reads any of it; q, k and v go together, where the three are equal. It stays behind an activation function, behind a sum with what
@@ -91,7 +91,7 @@ def edits_of(program: ExportedProgram, pre_scales: Mapping[str, Tensor]) -> tupl
 
 
 class _Graph:
-    """A float program, read backwards.
+    """A float program, traversed from outputs to inputs.
 
     Attributes:
         parameters: Names of the placeholders that are parameters.
@@ -104,21 +104,21 @@ class _Graph:
         self.rules = self._rules()
 
     def muls(self, layers: Iterable[str]) -> dict[Node, dict[Node, str]]:
-        """For each value that pre-scales multiply, the Muls that do, and the layers that they stand in front of."""
+        """For each value that is pre-scaled, its Mul nodes and the layers that follow them."""
         by_name = {name: node for node, name in self.parameters.items()}
         muls: dict[Node, dict[Node, str]] = {}
         for layer in layers:
             scale = by_name[f"{layer}.{PRE_SCALE}"]
             readers = _readers(scale)
-            while len(readers) == 1 and readers[0].target != _aten.mul.Tensor:  # cast and shaped for its input
+            while len(readers) == 1 and readers[0].target != _aten.mul.Tensor:  # cast and reshaped for the input
                 scale, readers = readers[0], _readers(readers[0])
-            if len(readers) == 1:  # a layer that is used twice has two
+            if len(readers) == 1:  # a layer that is used twice has two Muls
                 x = next(operand for operand in readers[0].all_input_nodes if operand is not scale)
                 muls.setdefault(x, {})[readers[0]] = layer
         return muls
 
     def edits(self, node: Node, factor: Tensor, readers: Iterable[Node]) -> Edits | None:
-        """What to multiply so that `node` is multiplied by `factor`, which has its rank and broadcasts over it; None where nothing exact does.
+        """Factors of parameters that multiply `node` by `factor`, which has its rank and broadcasts over it; None where no exact ones exist.
 
         Args:
             node: A value of the graph.
@@ -158,12 +158,12 @@ class _Graph:
         return self._of_operand(node, 0, factor) if _only_along(factor, 1) else None
 
     def _of_rows(self, node: Node, factor: Tensor, axis: int, weight_and_bias: Sequence[Any]) -> Edits | None:
-        """A layer or a norm whose output has its channels along `axis`, and whose parameters have them along their first."""
+        """A layer or norm whose output has its channels along `axis` and whose parameters have them along axis 0."""
         held = [operand for operand in weight_and_bias if operand is not None]
         if not held or held[0] is not weight_and_bias[0] or not _only_along(factor, axis):
-            return None  # a norm without affine, or a scale that is not one of channels
+            return None  # a norm without affine parameters, or a scale that is not per channel
         if any(operand not in self.parameters or _readers(operand) != [node] for operand in held):
-            return None  # weights that are computed, or used twice
+            return None  # computed weights, or weights that are used twice
         return {self.parameters[operand]: factor.reshape(-1, *[1] * (len(_shape(operand)) - 1)) for operand in held}
 
     def _of_layer_norm(self, node: Node, factor: Tensor) -> Edits | None:
@@ -187,7 +187,7 @@ class _Graph:
         return _all(self.edits(part, piece, [node]) for part, piece in zip(parts, pieces, strict=True))
 
     def _of_attention(self, node: Node, factor: Tensor) -> Edits | None:
-        """Attention is linear in its values: what scales a channel of them scales that channel of the output."""
+        """Attention is linear in its values: scaling a channel of the values scales that channel of the output."""
         return self._of_operand(node, 2, factor) if factor.shape[-2] == 1 else None
 
     def _of_piece(self, node: Node, factor: Tensor) -> Edits | None:
@@ -197,7 +197,7 @@ class _Graph:
         return self._of_moved(split, factor, piece=node)
 
     def _of_moved(self, node: Node, factor: Tensor, piece: Node | None = None) -> Edits | None:
-        """Values that come out elsewhere: each scaled where it came from; those that do not come out are left alone."""
+        """Moved values: each is scaled at its origin; dropped values are unchanged."""
         source = node.args[0]
         assert isinstance(source, Node)  # what moves takes a tensor
         shape = [_size(axis) for axis in _shape(source)]
@@ -208,20 +208,20 @@ class _Graph:
         before = torch.ones(index.numel())
         before[came_from.flatten()] = wanted.flatten()
         if not torch.equal(before[came_from], wanted):
-            return None  # one value, read twice, would need two scales
+            return None  # one value that is read twice would need two scales
         return self.edits(source, _narrowed(before.reshape(shape)), [node])
 
     def _of_operand(self, node: Node, index: int, factor: Tensor) -> Edits | None:
-        """By scaling one operand, which may broadcast, but not along what is scaled."""
+        """By scaling one operand, which may broadcast, but not along the scaled axis."""
         operand = node.args[index]
         if not isinstance(operand, Node) or sum(other is operand for other in node.args) != 1:
-            return None  # a number; or a square, which would be scaled twice
+            return None  # a number, or a square, which would be scaled twice
         missing = factor.ndim - len(_shape(operand))
         return self.edits(operand, factor.squeeze(tuple(range(missing))), [node]) if factor.shape[:missing].numel() == 1 else None
 
 
 def _all(found: Iterable[Edits | None]) -> Edits | None:
-    """What all of them multiply, or None where one is None."""
+    """The union of factors, or None where one is None."""
     total = Edits()
     for edits in found:
         if edits is None:
@@ -231,17 +231,17 @@ def _all(found: Iterable[Edits | None]) -> Edits | None:
 
 
 def _both(some: Edits, others: Edits) -> Edits:
-    """Two rows of one parameter may come from two places: what is multiplied twice is multiplied by the product."""
+    """Factors of one parameter may have two origins: they are combined by multiplication."""
     return some | {name: factor * some[name] if name in some else factor for name, factor in others.items()}
 
 
 def _readers(node: Node) -> list[Node]:
-    """Who reads a value, apart from who asks for its shape or dtype only."""
+    """Nodes that read a value, without those that read only its shape or dtype."""
     return [user for user in node.users if user.target not in (_aten._assert_tensor_metadata.default, _aten.sym_size.int)]
 
 
 def _once(split: Node, piece: Node) -> bool:
-    """Whether nobody else takes this piece of a split value."""
+    """Whether no other node reads this part of a split value."""
     return not any(user.args[1] == piece.args[1] for user in split.users if user is not piece)
 
 
@@ -251,7 +251,7 @@ def _shape(node: Node) -> torch.Size:
 
 
 def _size(axis: int | torch.SymInt) -> int:
-    """The size that was traced, where it is dynamic."""
+    """A size as a number: the traced one where it is dynamic."""
     return axis if isinstance(axis, int) else int(axis.node.hint)
 
 
@@ -260,7 +260,7 @@ def _number(node: Node) -> int:
 
 
 def _beside(x: Node, mul: Node, scale: Tensor) -> Tensor:
-    """A pre-scale [Cin] in the rank of the value that it multiplies."""
+    """A pre-scale [Cin] reshaped to the rank of the value that it multiplies."""
     shaped = next(operand for operand in mul.all_input_nodes if operand is not x)
     shape = [_size(axis) for axis in _shape(shaped)]
     return scale.reshape([1] * (len(_shape(x)) - len(shape)) + shape)
@@ -271,7 +271,7 @@ def _only_along(factor: Tensor, axis: int) -> bool:
 
 
 def _narrowed(factor: Tensor) -> Tensor:
-    """With size 1 wherever a dimension is scaled alike."""
+    """A factor with size 1 along every dimension in which it is constant."""
     for axis in range(factor.ndim):
         first = factor.narrow(axis, 0, 1)
         factor = first if torch.equal(factor, first.expand_as(factor)) else factor

@@ -1,4 +1,4 @@
-"""One quantized layer of an artifact: codes, scales, bits, and what must hold of them."""
+"""One quantized layer of an artifact: codes, scales, bits, and their invariants."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class QuantizedLayer:
         codes: int8, the shape of the layer's weight [Cout, Cin, ...].
         weight_scale: float32 [Cout].
         weight_bits: 2 to 8.
-        channel_bits: uint8 [Cout], the bits of each output channel where they differ; `weight_bits` is what they were chosen around.
-        activation: How the input is quantized, or None where only the weight is.
+        channel_bits: uint8 [Cout], bits of each output channel where they differ; `weight_bits` is then their nominal value.
+        activation: Quantization of the input, or None where only the weight is quantized.
     """
 
     op: Op
@@ -38,11 +38,11 @@ class QuantizedLayer:
 
     @property
     def scheme(self) -> str:
-        """Bits as people write them, `W4A8`; A16 where the input stays in floating point."""
+        """Bits in the usual notation, `W4A8`; A16 where the input stays in floating point."""
         return f"W{self.weight_bits}A{self.activation.bits if self.activation else 16}"
 
     def problem(self, weight_shape: tuple[int, ...], rows: int) -> str | None:
-        """What breaks the invariants, as a phrase, or None."""
+        """The violated invariant as a phrase, or None."""
         if tuple(self.codes.shape) != weight_shape:
             return f"codes have shape {list(self.codes.shape)}, the layer's weight {list(weight_shape)}"
         if tuple(self.weight_scale.shape) != weight_shape[:1]:

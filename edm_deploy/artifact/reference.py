@@ -1,4 +1,4 @@
-"""The judge: runs an artifact in plain torch with exact integer sums. Every other executor is compared with this one, site by site."""
+"""The reference executor: an artifact in plain torch with exact integer sums. Every backend is compared with it, site by site."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edm_deploy.artifact.float_timesteps import float_activation_graph, quantize
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
 from edm_deploy.artifact.timestep_correction import DenoiseFn
 from edm_deploy.artifact.timestep_routing import route_by_timestep
-from edm_deploy.network.restructure import PRE_SCALE, scaled_input
+from edm_deploy.network.restructure import PRE_SCALE, replace_module, scaled_input
 from edm_deploy.numerics.activation_table import ActivationTable, per_sample, quantize_activation, table_rows
 from edm_deploy.numerics.codes import dequantize_weight, per_channel
 
@@ -23,10 +23,10 @@ ROWS_SUMMED_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """What one site saw in one forward pass.
+    """Input, codes and output of one site in one forward pass.
 
     Attributes:
-        x: float32, the site's input before quantization, pre-scaled where it is.
+        x: float32, the site's input before quantization, after its pre-scale if it has one.
         codes: float32 holding integers, the shape of `x`; the input itself where the site is weight-only.
         y: float32, the site's output, bias included.
     """
@@ -39,7 +39,7 @@ class SiteRecord:
 class ReferenceSite(nn.Module):
     """A quantized Conv2d or Linear: `y = s_x[row] * s_w[o] * conv(n_x, n_w) + bias`.
 
-    The sum runs over integers carried in a floating-point type wide enough that each partial sum is exact.
+    Integers are summed in a floating-point type wide enough that every partial sum is exact.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, site: QuantizedLayer, bias: Tensor | None) -> None:
@@ -52,11 +52,11 @@ class ReferenceSite(nn.Module):
         self.recording = False
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
-        """Output float32 for the layer's input [B, ...]; `rows` must hold each sample's row."""
+        """Output float32 for the layer's input [B, ...]; `rows` must hold the table row of each sample."""
         return self.quantized(scaled_input(self.layer, x))
 
     def quantized(self, x: Tensor) -> Tensor:
-        """Output float32 for the site's input [B, ...], pre-scaled already."""
+        """Output float32 for the site's input [B, ...] after its pre-scale."""
         table = self.site.activation
         if table is None:
             y = self._sum(x, dequantize_weight(self.site.codes, self.site.weight_scale))
@@ -74,7 +74,7 @@ class ReferenceSite(nn.Module):
         return y
 
     def _per_output(self, values: Tensor, y: Tensor) -> Tensor:
-        """`values` [Cout] to broadcast over `y`, whose channels stand last after a Linear and second after a convolution."""
+        """`values` [Cout] broadcast over `y`, whose channel axis is the last after a Linear and 1 after a convolution."""
         return values if isinstance(self.layer, nn.Linear) else per_channel(values, y[0])
 
     def _sum(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class ReferenceSite(nn.Module):
 
 
 class Reference(nn.Module):
-    """An artifact as a denoiser: graph inputs by name in, prediction out. Each sample of a batch stands at its own timestep.
+    """An artifact as a denoiser: prediction from graph inputs by name. Each sample of a batch may have another timestep.
 
     Args:
         artifact: A valid artifact.
@@ -102,7 +102,7 @@ class Reference(nn.Module):
             if (scale := artifact.params.get(f"{name}.{PRE_SCALE}")) is not None:
                 layers[name].register_parameter(PRE_SCALE, nn.Parameter(scale, requires_grad=False))
             self.sites[name] = ReferenceSite(layers[name], site, artifact.params.get(f"{name}.bias"))
-            _replace(model, name, self.sites[name])
+            replace_module(model, name, self.sites[name])
         state = {key: value for key, value in artifact.params.items() if key.removesuffix(".bias") not in self.sites}
         model.load_state_dict(state, assign=True, strict=False)
         self.model = model.eval()
@@ -116,7 +116,7 @@ class Reference(nn.Module):
         return self.family.forward(self.model, inputs)
 
     def record(self, inputs: Mapping[str, Tensor]) -> dict[str, SiteRecord]:
-        """What each site saw for these inputs, by site name."""
+        """Input, codes and output of each site for these inputs, by site name."""
         for site in self.sites.values():
             site.recording = True
         try:
@@ -128,7 +128,7 @@ class Reference(nn.Module):
 
     @torch.no_grad()
     def at_sites(self, x: Mapping[str, Tensor], timestep: Tensor) -> dict[str, SiteRecord]:
-        """What each site makes of an input of its own, the network between them left out.
+        """Codes and output of each site for a given input, without the network between the sites.
 
         Args:
             x: float32, by site name.
@@ -157,18 +157,13 @@ def exact_dtype(table: ActivationTable, codes: Tensor) -> torch.dtype:
         codes: int8 [Cout, ...], the weight codes; one output sums over all axes but the first.
     """
     largest = max(abs(int(table.qmin.min())), int(table.qmax.max()))
-    # Some rows at a time: summing widens every code to four bytes first, which at the size of real models is gigabytes. No code is -128.
+    # A block of rows at a time: the sum first widens every code to four bytes, which is gigabytes for real models. No code is -128.
     heaviest_row = max(int(rows.abs().sum(dim=1, dtype=torch.int32).max()) for rows in torch.split(codes.flatten(1), ROWS_SUMMED_AT_ONCE))
     return torch.float32 if largest * heaviest_row < 2**24 else torch.float64
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
-
-
 def reference_with_correction(artifact: Artifact) -> DenoiseFn:
-    """An artifact as a runtime runs it, by the reference executor: both graphs where it has two, and its correction."""
+    """An artifact as the runtime computes it, by the reference executor: both graphs where it has two, and its correction."""
     runs: list[DenoiseFn] = [Reference(quantized_graph(artifact))]
     if artifact.relaxed is not None:
         runs.append(Reference(float_activation_graph(artifact)))

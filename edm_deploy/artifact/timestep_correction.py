@@ -1,4 +1,4 @@
-"""What the runtime mends outside the graph, by timestep and channel: the predicted noise is multiplied, the sample is shifted."""
+"""Per-timestep output scaling and input bias correction, applied by the runtime outside the graph."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class _CorrectionDescription:
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """`prediction = scale[row] * graph(sample - input_bias[row])`, the row by each sample's timestep. Its rows need not be those of the tables.
+    """`prediction = scale[row] * graph(sample - input_bias[row])`, the row selected by each sample's timestep. The rows are independent of those of the activation tables.
 
-    The scale is linear in the prediction, so both halves of a guided batch take the same one, and so does what they combine to.
+    The correction is linear in the prediction, so scaling both halves of a guided batch alike scales their combination.
 
     Attributes:
         row_of_timestep: int32 [num_train_timesteps].
-        scale: float32 [R, C], what the prediction's channels are multiplied by; a variance learned beside them stays as it is.
-        input_bias: float32 [R, C], what is subtracted from the sample's channels; further channels beside them stay as they are.
+        scale: float32 [R, C], factors of the prediction's channels; channels of a learned variance are unchanged.
+        input_bias: float32 [R, C], subtracted from the sample's channels; additional channels are unchanged.
 
     Source: Yao et al., Timestep-Aware Correction for Quantized Diffusion Models, ECCV 2024, arXiv 2407.03917.
     """
@@ -48,7 +48,7 @@ class Correction:
     input_bias: Tensor
 
     def problem(self, num_train_timesteps: int, channels: int) -> str | None:
-        """What breaks the invariants, as a phrase, or None."""
+        """The violated invariant as a phrase, or None."""
         rows = len(self.scale)
         for name, values in (("scale", self.scale), ("input_bias", self.input_bias)):
             if tuple(values.shape) != (rows, channels) or rows == 0:
@@ -70,7 +70,7 @@ class Correction:
         return _on_channels(prediction, self._at(self.scale, prediction, timestep), torch.mul)
 
     def around(self, run: DenoiseFn) -> DenoiseFn:
-        """A graph as the runtime runs it."""
+        """A graph with the correction applied to its input and output."""
 
         def corrected(inputs: Mapping[str, Tensor]) -> Tensor:
             timestep = inputs[TIMESTEP.name]
@@ -79,7 +79,7 @@ class Correction:
         return corrected
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, exactly: a float32 is a float64. The rows stand as runs of timesteps, `first` of each and its `row`."""
+        """As json, exactly: every float32 is a float64. `row_of_timestep` is run-length encoded as `first` timesteps and their `row`."""
         rows = self.row_of_timestep
         first = [0, *(torch.nonzero(rows.diff())[:, 0] + 1).tolist()]
         return {
@@ -119,7 +119,7 @@ class Correction:
         return correction
 
     def summary(self) -> str:
-        """For people, in one line."""
+        """One line of text."""
         low, high = (float(edge) for edge in torch.aminmax(self.scale))
         shift = float(self.input_bias.abs().max())
         return f"prediction times {low:.4f} to {high:.4f}, sample shifted by up to {shift:.4f}, {len(self.scale)} rows"
@@ -140,12 +140,12 @@ def _few(numbers: Sequence[int]) -> str:
 
 
 def channel_axis(sample: Tensor) -> int:
-    """Which axis of a batch of samples holds the channels: the second of images, the last of sequences of tokens."""
+    """Channel axis of a batch of samples: 1 for images, the last for sequences of tokens."""
     return 1 if sample.ndim == 4 else sample.ndim - 1
 
 
 def _on_channels(value: Tensor, table: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`apply` to the first channels of `value`, as many as `table` has; float32 arithmetic, the result in the dtype of `value`."""
+    """Apply a function to as many leading channels of `value` as `table` has, in float32; the result has the dtype of `value`."""
     axis = channel_axis(value)
     count = table.shape[axis]
     head = apply(value.narrow(axis, 0, count).float(), table).to(value.dtype)

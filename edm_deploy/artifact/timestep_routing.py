@@ -12,15 +12,15 @@ from edm_deploy.errors import ArtifactError
 from edm_deploy.network.family import TIMESTEP
 from edm_deploy.numerics.activation_table import table_rows
 
-Intervals = tuple[tuple[int, int], ...]  # first and last timestep of each stretch
+Intervals = tuple[tuple[int, int], ...]  # first and last timestep of each
 
 
 def route_by_timestep(runs: Sequence[DenoiseFn], engine_of_timestep: Tensor | None) -> DenoiseFn:
-    """One function of several: each sample of a batch goes where its timestep belongs, and comes back to its place.
+    """One denoising function of several graphs: each sample is computed by the graph of its timestep, and the order of the batch is kept.
 
     Args:
-        runs: Graphs, by the numbers in the map.
-        engine_of_timestep: uint8 [num_train_timesteps]; None sends all to the first.
+        runs: The graphs.
+        engine_of_timestep: uint8 [num_train_timesteps], indices into `runs`; None routes all samples to the first.
     """
     if engine_of_timestep is None:
         return runs[0]
@@ -42,7 +42,7 @@ def route_by_timestep(runs: Sequence[DenoiseFn], engine_of_timestep: Tensor | No
 
 
 def intervals_from_mask(engine_of_timestep: Tensor) -> Intervals:
-    """The stretches of timesteps that the second graph computes, from uint8 [num_train_timesteps]."""
+    """The intervals of timesteps that the second graph computes, from a mask uint8 [num_train_timesteps]."""
     flags = torch.cat([torch.zeros(1), (engine_of_timestep > 0).float().cpu(), torch.zeros(1)]).diff()
     starts, ends = torch.nonzero(flags > 0)[:, 0], torch.nonzero(flags < 0)[:, 0] - 1
     return tuple((int(first), int(last)) for first, last in zip(starts, ends, strict=True))
@@ -75,5 +75,5 @@ def check_intervals(spans: Sequence[Sequence[int]], num_train_timesteps: int) ->
 
 
 def describe_intervals(spans: Sequence[Sequence[int]]) -> str:
-    """`timesteps 0 to 199`, for people."""
+    """Intervals as text, `timesteps 0 to 199`."""
     return "timesteps " + ", ".join(f"{first} to {last}" for first, last in spans)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from edm_deploy.errors import EdmDeployError, UnsupportedError, first_line
 from edm_deploy.network.family import Config, Family
 
+REASONED = (ValueError, ArithmeticError, RuntimeError)  # of these the message is of the config; of others it is of Python's types
 MAX_REASON = 200  # characters of an error of diffusers, some of which quote the whole config
 
 
@@ -39,7 +40,11 @@ class DiffusersFamily(Family):
         except EdmDeployError:
             raise
         except Exception as err:  # diffusers and torch check few values of a config; each raises whatever it meets first
-            reason = first_line(err)[:MAX_REASON]
+            reason = (
+                first_line(err)[:MAX_REASON]
+                if isinstance(err, REASONED)
+                else "a field is missing, or has a type that the model does not take"
+            )
             raise UnsupportedError(f"diffusers cannot build {self.class_name} from this config: {reason}. Check config.json.") from err
         return model
 

@@ -102,8 +102,7 @@ def restructure(model: nn.Module, structure: NetworkRewrite) -> None:
         layer = _layer(model, name)
         if problem := _unsplittable(layer, sizes):
             raise ArtifactError(f"Layer {name!r} cannot be split into segments {list(sizes)}: {problem}.")
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, SplitInputLayer(layer, sizes))
+        replace_module(model, name, SplitInputLayer(layer, sizes))
     for name in structure.pre_scaled:
         layer = _layer(model, name)
         if hasattr(layer, PRE_SCALE):
@@ -114,6 +113,12 @@ def restructure(model: nn.Module, structure: NetworkRewrite) -> None:
             PRE_SCALE, nn.Parameter(torch.ones(layer.weight.shape[1], device=layer.weight.device), requires_grad=False)
         )
         layer.register_forward_pre_hook(_multiply)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def scaled_input(layer: nn.Module, x: Tensor) -> Tensor:

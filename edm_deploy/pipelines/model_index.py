@@ -11,9 +11,9 @@ from edm_deploy.errors import ArtifactError, UnsupportedError
 from edm_deploy.models import family_named, name_of_family
 from edm_deploy.network.config_check import check_config, check_schedule
 from edm_deploy.network.family import Config, Family
-from edm_deploy.storage.directories import PIPELINE_FILES, SOURCE_KEY, read_json
+from edm_deploy.storage.directories import INDEX_FILE, PIPELINE_FILES, SCHEDULER_FILE, SOURCE_KEY, read_json
 
-INDEX = "model_index.json"
+INDEX = INDEX_FILE
 COMPONENTS = ("unet", "transformer")
 
 
@@ -45,7 +45,7 @@ class PipelineConfig:
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
         """Of the pipeline's scheduler, as its file says."""
-        content: Mapping[str, Any] = self.pipeline["scheduler/scheduler_config.json"]
+        content: Mapping[str, Any] = self.pipeline[SCHEDULER_FILE]
         return content
 
 
@@ -65,7 +65,7 @@ def read_pipeline_config(directory: Path, name: str | None = None) -> PipelineCo
     index = read_json(directory / INDEX, what="diffusers pipeline")
     if "scheduler" not in index:
         raise ArtifactError(
-            f"{name} is a pipeline without a scheduler; a trajectory needs one. Add scheduler/scheduler_config.json and its entry in {INDEX}."
+            f"{name} is a pipeline without a scheduler; a trajectory needs one. Add {SCHEDULER_FILE} and its entry in {INDEX}."
         )
     component = next((component for component in COMPONENTS if component in index), None)
     if component is None:
@@ -85,7 +85,7 @@ def read_pipeline_config(directory: Path, name: str | None = None) -> PipelineCo
     files = {path: read_json(directory / path, what="diffusers pipeline") for path in PIPELINE_FILES}
     config = family_named(family).full_config(config)
     check_config(family_named(family), config)
-    check_schedule(family_named(family), config, files["scheduler/scheduler_config.json"])
+    check_schedule(family_named(family), config, files[SCHEDULER_FILE])
     return PipelineConfig(
         name=name,
         family=family,

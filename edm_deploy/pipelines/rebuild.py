@@ -19,7 +19,7 @@ from edm_deploy.network.family import Config, Family
 from edm_deploy.pipelines.custom import ClassConditionalPipeline, ClassEmbedder, UnconditionalPipeline
 from edm_deploy.pipelines.schedulers import scheduler_from_config, scheduler_named
 from edm_deploy.pipelines.source import local_directory
-from edm_deploy.storage.directories import SOURCE_KEY, other_components, read_json
+from edm_deploy.storage.directories import INDEX_FILE, SCHEDULER_FILE, SOURCE_KEY, other_components, read_json
 
 LARGE = 4 << 30  # bytes of text encoders from which on they are loaded in bfloat16: T5-XXL takes 19 GB in float32
 OWN = {"ClassConditionalPipeline": ClassConditionalPipeline}
@@ -52,7 +52,7 @@ def pipeline_from_directory(
         UnsupportedError: A component of the pipeline is found nowhere.
     """
     index = index_with_components(directory, denoiser.family, denoiser.manifest.config, source)
-    config = read_json(directory / "scheduler" / "scheduler_config.json", what="pipeline")
+    config = read_json(directory / SCHEDULER_FILE, what="pipeline")
     chosen = scheduler_named(scheduler, config) if scheduler else scheduler_from_config(str(index["scheduler"][1]), config)
     if not other_components(index, component):
         return UnconditionalPipeline(denoiser, chosen)
@@ -81,9 +81,9 @@ def index_with_components(directory: Path, family: Family, config: Config, sourc
         ArtifactError: There is no pipeline in `directory` or `source`.
         UnsupportedError: The model needs conditioning, and no component of the pipeline provides it.
     """
-    index, component = read_json(directory / "model_index.json", what="pipeline"), family.component
+    index, component = read_json(directory / INDEX_FILE, what="pipeline"), family.component
     if source is not None and not other_components(index, component):
-        index = read_json(local_directory(source) / "model_index.json", what="diffusers pipeline")
+        index = read_json(local_directory(source) / INDEX_FILE, what="diffusers pipeline")
     needed = [declared.name for declared in family.inputs(config)[2:] if declared.name not in UNCONDITIONAL_INPUTS]
     if (needed or component != "unet") and not other_components(index, component):
         reason = f"needs {' and '.join(needed)}" if needed else "needs a VAE"
@@ -100,7 +100,7 @@ def text_pipeline(directory: Path) -> DiffusionPipeline | None:
     Raises:
         ArtifactError: A component cannot be read.
     """
-    index = read_json(directory / "model_index.json", what="diffusers pipeline")
+    index = read_json(directory / INDEX_FILE, what="diffusers pipeline")
     pipeline_class = getattr(diffusers, str(index["_class_name"]), None)
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
     kept = [name for name in parts if name.startswith(TEXT) and (directory / name).is_dir()]
@@ -127,7 +127,7 @@ def load_components(directory: Path, class_name: str, given: Mapping[str, Any], 
         raise UnsupportedError(
             f"diffusers {diffusers.__version__} has no pipeline {class_name!r}. Install the version that it was saved with."
         )
-    index = read_json(directory / "model_index.json", what="diffusers pipeline")
+    index = read_json(directory / INDEX_FILE, what="diffusers pipeline")
     # What the pipeline was saved without, SD3's third text encoder for example, diffusers takes for missing unless it is told.
     left_out = {name: None for name, value in index.items() if isinstance(value, list) and not value[0]}
     parts = {**left_out, **given}
@@ -166,7 +166,7 @@ def _remedy(directory: Path, component: str) -> str:
 
 
 def _class_conditional(home: Path, denoiser: Any, scheduler: Any, dtype: torch.dtype) -> ClassConditionalPipeline:
-    index = read_json(home / "model_index.json", what="pipeline")
+    index = read_json(home / INDEX_FILE, what="pipeline")
     vae_class = getattr(diffusers, str(index["vae"][1]))
     try:
         with quiet():

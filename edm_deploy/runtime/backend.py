@@ -1,4 +1,4 @@
-"""What an engine is to the runtime, and what a backend must offer: the contract between `edm_deploy` and `engines`."""
+"""Interfaces of engines and backends: the contract between `edm_deploy` and `engines`."""
 
 from __future__ import annotations
 
@@ -89,18 +89,18 @@ class Session(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """What a user may ask of a build. None means: the backend's own default. A backend refuses what it has not.
+    """Options of a build. None selects the backend's default. A backend refuses options that it does not have.
 
     Attributes:
-        profile: Sizes by dynamic dimension; `batch` is always there.
+        profile: Sizes by dynamic dimension; `batch` is always present.
         gpu: `rtx3090`, `rtx4090`, `sm_86`, ...; several with commas.
         precision: Floating-point type that the rest of the graph is computed in: `fp32`, `bf16`.
-        optimization_level: 0 to 5, as TensorRT counts.
+        optimization_level: 0 to 5, as in TensorRT.
         timing_cache: File to read and extend.
-        workspace_mib: Most scratch memory at build and run time, in MiB.
+        workspace_mib: Limit of scratch memory at build and run time, in MiB.
         threads: CPU threads of the engine.
         int4_where: `faster` runs a site whose codes fit 4 bits in INT8 where that is expected to be no slower; `fits` never.
-        allow_float_sites: Accept a build in which a quantized site did not land in an integer layer.
+        allow_float_sites: Accept a build in which a quantized site is not computed by an integer layer.
     """
 
     profile: Mapping[str, ShapeRange] = field(default_factory=dict)
@@ -119,15 +119,15 @@ COMMON_OPTIONS = frozenset({"profile", "allow_float_sites"})  # of every backend
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
-    """What a backend tells about an engine that it has just written.
+    """A backend's description of an engine that it has written.
 
     Attributes:
-        versions: Of the packages that must be the same when it is opened, by name.
-        options: The options as they took effect, defaults filled in.
-        executed: How sites are really computed, where that was seen and differs from what the target promises, by site.
-        codes: The kernel's kind of codes, by site, where the backend chooses one.
-        warnings: What a user should know, one line each.
-        details: More for the manifest's `build`.
+        versions: Of the packages that must be the same when the engine is opened, by name.
+        options: The effective options, including defaults.
+        executed: The observed execution of sites, where it differs from the backend's capabilities, by site.
+        codes: The kernel's code format, by site, where the backend chooses one.
+        warnings: For the user, one line each.
+        details: Further entries of the manifest's `build`.
     """
 
     versions: Mapping[str, str]
@@ -140,13 +140,13 @@ class BuildResult:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteTestCase:
-    """Every site alone: what goes in, and what the reference makes of it. An engine is judged on it one site at a time.
+    """Inputs and reference outputs of every site alone, with which an engine is compared site by site.
 
     Attributes:
-        artifact: What the sites are of.
+        artifact: The artifact of the sites.
         timestep: float32 [B], of each sample.
-        records: By site; `x` goes in, `codes` and `y` are expected.
-        scratch: A directory where a backend may keep what it makes of it: engines of one artifact share a cut.
+        records: By site: `x` is the input, `codes` and `y` are expected.
+        scratch: Directory in which a backend may cache files: engines of one artifact share an export.
     """
 
     artifact: Artifact
@@ -156,11 +156,11 @@ class SiteTestCase:
 
 
 class Backend(ABC, Generic[Content]):
-    """One way to build and run engines; `engines/<name>.py` holds it as BACKEND. Importing that file imports no vendor package.
+    """A way to build and run engines; `engines/<name>.py` defines it as BACKEND. Importing that file imports no vendor package.
 
     Attributes:
-        name: As users type it.
-        builds_from: Kind of directory that it builds from.
+        name: Name on the command line.
+        builds_from: Kind of directory that engines are built from.
         options: The fields of BuildOptions that it supports in addition to COMMON_OPTIONS.
         device: Where its engines run unless a user names another device.
     """
@@ -172,24 +172,27 @@ class Backend(ABC, Generic[Content]):
 
     @property
     def target(self) -> BackendCapabilities:
-        """What it can carry."""
+        """The backend's capabilities."""
         return capabilities_of(self.name)
 
     @abstractmethod
     def read(self, source: Path) -> tuple[Content, Manifest]:
-        """What it builds from, checked, and the manifest that the engine's begins with.
+        """Read and check the source of a build.
+
+        Returns:
+            The source in memory, and the manifest from which that of the engine is derived.
 
         Raises:
             ArtifactError: `source` is damaged, or of another kind: the message says which command makes the right one.
-            UnsupportedError: The backend cannot carry it.
+            UnsupportedError: The backend does not support it.
         """
 
     @abstractmethod
     def relaxed(self, source: Path, content: Content) -> tuple[Content, Manifest]:
-        """As `read`, of the second graph: the same weights with activations in floating point. Asked for where the manifest has relaxed timesteps.
+        """As `read`, for the second graph: the same weights with activations in floating point. Called where the manifest has relaxed timesteps.
 
         Args:
-            source: What was read.
+            source: The directory that was read.
             content: What `read` returned.
 
         Raises:
@@ -202,12 +205,12 @@ class Backend(ABC, Generic[Content]):
 
         Args:
             content: What `read` returned.
-            manifest: Likewise.
-            options: Checked: every dynamic dimension has a Range, and only this backend's options are set.
+            manifest: The manifest that `read` returned.
+            options: Checked: every dynamic dimension has a ShapeRange, and only options of this backend are set.
             out: An empty directory.
 
         Raises:
-            UnsupportedError: The backend is not installed here (the message says what to install), or cannot carry the content.
+            UnsupportedError: The backend is not installed here (the message says what to install), or does not support the content.
         """
 
     @abstractmethod
@@ -220,18 +223,18 @@ class Backend(ABC, Generic[Content]):
 
     @abstractmethod
     def at_sites(self, cut: SiteTestCase, engine: Manifest, device: torch.device) -> dict[str, Tensor]:
-        """What an engine computes at each site alone, built as `engine` was: `<site>.codes`, integers, and `<site>.y`.
+        """Codes and outputs of each site alone, with the options that `engine` was built with: `<site>.codes`, integers, and `<site>.y`.
 
         Raises:
             UnsupportedError: The backend cannot run on this machine.
         """
 
     def site_dtype(self, engine: Manifest) -> torch.dtype:
-        """Floating-point type in which a value reaches a site's quantizer: both sides of a comparison start from such values."""
+        """Floating-point type of a site's input before its quantizer; both sides of a comparison start from values of this type."""
         return torch.float32
 
     def refuse_foreign_options(self, options: BuildOptions) -> None:
-        """Raises UnsupportedError where an option is set that this backend has not."""
+        """Raises UnsupportedError where an option is set that this backend does not have."""
         for name in sorted({option.name for option in fields(BuildOptions)} - COMMON_OPTIONS - self.options):
             if getattr(options, name) is not None:
                 has = ", ".join(sorted(flag(option) for option in self.options)) or "none"

@@ -1,4 +1,4 @@
-"""What each backend can carry, as plain data, and what every site of an artifact becomes on it. Written in manifests, printed, never softened."""
+"""Capabilities of each backend as data, and the execution of every site of an artifact that follows from them; recorded in manifests."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Execution = Literal["int4", "int8", "weight-only", "float"]
 
 @dataclass(frozen=True, kw_only=True)
 class BackendCapabilities:
-    """What a backend makes of a quantized site.
+    """How a backend computes quantized sites.
 
     Attributes:
         backend: Name of the backend.
         executes: How a site with quantized weights and inputs is computed, by op.
-        reason: Why where `executes` is not an integer kernel.
-        weight_only: How a site with quantized weights only is computed; None where the backend cannot carry one.
+        reason: Why `executes` is not an integer kernel, where it is not.
+        weight_only: How a site with quantized weights only is computed; None where the backend does not support one.
         int4: Whether it multiplies 4-bit integers where a site's codes fit.
-        filters: Sizes of the filters whose convolutions it computes in integers; None where it takes any convolution.
+        filters: Filter sizes of the convolutions that it computes in integers; None for any convolution.
         plugins: Whether it runs the nodes of our INT4 plugins.
-        int4_storage: Whether packed INT4 initialisers can be read beside quantized activations.
+        int4_storage: Whether packed INT4 initialisers are supported together with quantized activations.
         float_dtypes: Floating-point types that the rest of the graph can run in, the default first.
         recorded_options: Build options that opening an engine reads from its manifest.
     """
@@ -86,12 +86,12 @@ CAPABILITIES: Mapping[str, BackendCapabilities] = {
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What one site becomes.
+    """The planned execution of one site.
 
     Attributes:
-        stored: Its scheme, `W4A4`.
-        executed: The arithmetic that computes it.
-        codes: How its codes are packed, where the backend chooses.
+        stored: The scheme of the site, `W4A4`.
+        executed: The arithmetic of its execution.
+        codes: The packing of its codes, where the backend chooses one.
     """
 
     stored: str
@@ -100,22 +100,22 @@ class SitePlan:
 
 
 def capabilities_of(backend: str) -> BackendCapabilities:
-    """The target of a backend; UnsupportedError lists the known ones otherwise."""
+    """The capabilities of a backend by name; UnsupportedError lists the known names otherwise."""
     if backend not in CAPABILITIES:
         raise UnsupportedError(f"No backend {backend!r}.{registry.suggestion(backend, CAPABILITIES)} Known: {', '.join(CAPABILITIES)}.")
     return CAPABILITIES[backend]
 
 
 def check_scheme(target: BackendCapabilities, weight_bits: int, act_bits: int) -> None:
-    """Refuse a scheme before any work is done.
+    """Refuse a scheme that a backend does not support, before any work is done.
 
     Args:
-        target: Where the model shall run.
+        target: Capabilities of the backend.
         weight_bits: 2 to 8.
         act_bits: 3 to 8, or 16 for weight-only.
 
     Raises:
-        UnsupportedError: The target cannot carry it; the message names the nearest that it can.
+        UnsupportedError: The scheme is not supported; the message names the nearest supported one.
     """
     weight_only = act_bits == WEIGHT_ONLY_BITS
     nearest_weight = min(WEIGHT_BITS, key=lambda bits: abs(bits - weight_bits))
@@ -133,7 +133,7 @@ def check_scheme(target: BackendCapabilities, weight_bits: int, act_bits: int) -
 
 
 def check_storage(target: BackendCapabilities, storage: str) -> None:
-    """Raises UnsupportedError where the target cannot read packed INT4 initialisers and `storage` is `int4`."""
+    """Raises UnsupportedError where `storage` is `int4` and the backend does not read packed INT4 initialisers."""
     if storage == "int4" and not target.int4_storage:
         able = [name for name, other in CAPABILITIES.items() if other.int4_storage]
         raise UnsupportedError(
@@ -143,7 +143,7 @@ def check_storage(target: BackendCapabilities, storage: str) -> None:
 
 
 def check_plugins(target: BackendCapabilities | None, sites: int) -> None:
-    """Raises UnsupportedError where `sites` > 0 sites are plugin nodes and the target, or any of them where it is None, does not run those."""
+    """Raises UnsupportedError where `sites` > 0 sites are plugin nodes and the backend, or any backend for None, does not run them."""
     if not sites or (target is not None and target.plugins):
         return
     able = " or ".join(name for name, other in CAPABILITIES.items() if other.plugins)
@@ -156,13 +156,13 @@ def check_plugins(target: BackendCapabilities | None, sites: int) -> None:
 
 
 def plan_layers(artifact: Artifact, target: BackendCapabilities) -> dict[str, SitePlan]:
-    """What each site becomes on a target, by site name."""
+    """The planned execution of each site on a backend, by site name."""
     layers = artifact.family_object.sites(artifact.skeleton())
     return {name: site_plan(site, layers[name], target) for name, site in artifact.sites.items()}
 
 
 def site_plan(site: QuantizedLayer, layer: nn.Conv2d | nn.Linear, target: BackendCapabilities) -> SitePlan:
-    """What one site becomes: decided by its op, its layer's shape, and where there are 4-bit kernels by its codes and bounds."""
+    """The planned execution of one site: determined by its op, the shape of its layer and, with 4-bit kernels, its codes and bounds."""
     executed = execution(site.op, site.activation is not None, target)
     if target.filters is not None and site.activation is not None:
         executed = "float" if unsupported_reason(layer, target.filters) else executed
@@ -173,16 +173,16 @@ def site_plan(site: QuantizedLayer, layer: nn.Conv2d | nn.Linear, target: Backen
 
 
 def execution(op: Op, quantized_input: bool, target: BackendCapabilities) -> Execution:
-    """How the target computes a site of this op, its codes unseen."""
+    """How a backend computes a site of this op, whatever its codes are."""
     return target.executes[op] if quantized_input else (target.weight_only or "float")
 
 
 def unsupported_reason(layer: nn.Conv2d | nn.Linear, filters: tuple[tuple[int, int], ...]) -> str | None:
-    """Why a convolution is none that our kernels compute, as a phrase, or None.
+    """Why the integer kernels do not compute a layer, as a phrase, or None.
 
     Args:
         layer: The layer; its weights may be on the meta device.
-        filters: Sizes of the filters that there are kernels for.
+        filters: Filter sizes of the kernels.
     """
     if isinstance(layer, nn.Linear):
         return None

@@ -1,4 +1,4 @@
-"""The drop-in: an engine that takes the place of a diffusers denoiser, in any pipeline and with any scheduler."""
+"""An engine as a drop-in replacement of a diffusers denoiser, in any pipeline and with any scheduler."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from edm_deploy.artifact.timestep_correction import Correction, DenoiseFn
 from edm_deploy.artifact.timestep_routing import route_by_timestep
 from edm_deploy.errors import InputError, flag
 from edm_deploy.models import family_named
-from edm_deploy.network.family import SAMPLE, Family, ModelInput
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Family, ModelInput
 from edm_deploy.runtime.backend import Session
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
 
-TIMESTEP = "timestep"
-
 
 class EngineDenoiser(nn.Module):
-    """`.config`, `.dtype`, `.device`, forward signature and output type of the diffusers model that it replaces. Has no parameters.
+    """An engine with `.config`, `.dtype`, `.device`, forward signature and output type of the diffusers model that it replaces. Has no parameters.
 
     May be called from several threads, as its sessions may. A context manager: it closes its engines on exit, after which a call raises InputError.
 
@@ -50,17 +48,17 @@ class EngineDenoiser(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs must be."""
+        """Device of inputs and outputs."""
         return self.session.device
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # the signature is that of the model it replaces
-        """As the diffusers model: `denoiser(sample, timestep, ...).sample`, or a tuple with return_dict=False.
+        """Same as the diffusers model: `denoiser(sample, timestep, ...).sample`, or a tuple with return_dict=False.
 
-        Samples of one batch may stand at different timesteps.
+        Samples of one batch may have different timesteps.
 
         Raises:
-            InputError: An input's dtype, device or shape is not what the engine was built for, or a timestep lies outside the schedule.
+            InputError: An input's dtype, device or shape is not what the engine was built for, or a timestep is outside the schedule.
         """
         given = self.family.bind(self.manifest.config, args, kwargs)
         sample = given[SAMPLE]
@@ -72,7 +70,7 @@ class EngineDenoiser(nn.Module):
 
     @torch.no_grad()
     def run(self, given: Mapping[str, Any]) -> Tensor:
-        """The graph's output for graph inputs by name; the timestep may be one for all samples.
+        """The graph's output for graph inputs by name; a single timestep applies to all samples.
 
         Raises:
             InputError: As `forward`.
@@ -91,7 +89,7 @@ class EngineDenoiser(nn.Module):
         self.close()
 
     def to(self, *args: Any, **kwargs: Any) -> EngineDenoiser:
-        """Stays where it is: an engine is bound to its device when it is opened. Another device raises InputError."""
+        """Return the denoiser unchanged: an engine is bound to its device when it is opened. Another device raises InputError."""
         device, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and device.type != self.device.type:
             raise InputError(
@@ -100,7 +98,7 @@ class EngineDenoiser(nn.Module):
         return self
 
     def _runs(self, session: Session) -> DenoiseFn:
-        """A session as a function; where a mixed batch was cut below the smallest that the profile allows, its last sample fills it up."""
+        """A session as a function. Batches below the smallest of the profile, as routing may create, are padded with their last sample."""
         fewest = self.manifest.profile.get("batch", ShapeRange(1, 1, 1)).min
 
         def run(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -118,7 +116,7 @@ class EngineDenoiser(nn.Module):
         inputs = {}
         for declared in self.manifest.inputs:
             value = given[declared.name]
-            if declared.name == TIMESTEP:
+            if declared.name == TIMESTEP.name:
                 value = self._timesteps(value, len(sample))
             if not isinstance(value, Tensor):
                 raise InputError(f"{declared.name} is {type(value).__name__}, expected a tensor.")
@@ -135,7 +133,7 @@ class EngineDenoiser(nn.Module):
         last = self.manifest.num_train_timesteps - (0 if self.family.flow else 1)
         outside = (timesteps.round() < 0) | (timesteps.round() > last) | ~timesteps.isfinite()
         if bool(outside.any()):
-            raise InputError(f"timestep {float(timesteps[outside][0]):g} lies outside the schedule; expected 0 to {last}.")
+            raise InputError(f"timestep {float(timesteps[outside][0]):g} is outside the schedule; expected 0 to {last}.")
         if len(timesteps) not in (1, batch):
             raise InputError(f"{len(timesteps)} timesteps for a batch of {batch}; expected one, or one for each sample.")
         return timesteps.expand(batch)
@@ -156,7 +154,7 @@ class EngineDenoiser(nn.Module):
             allowed = self.manifest.profile.get(dim, ShapeRange(1, 1, 1 << 30))
             if not allowed.min <= size <= allowed.max:
                 raise InputError(
-                    f"{dim} {size} lies outside the engine's profile {allowed.min}:{allowed.opt}:{allowed.max}. "
+                    f"{dim} {size} is outside the engine's profile {allowed.min}:{allowed.opt}:{allowed.max}. "
                     f"Use smaller pieces, or build again with {flag(dim)} {min(size, allowed.min)}:{allowed.opt}:{max(size, allowed.max)}."
                 )
             if dim in ("height", "width") and size % multiple:

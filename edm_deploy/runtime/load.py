@@ -24,10 +24,10 @@ def open_session(path: Path | str, *, device: str | torch.device | None = None) 
 
     Args:
         path: What `edm-deploy build-engine` wrote.
-        device: Where its inputs will be; None is where its backend runs.
+        device: Device of inputs and outputs; None selects the backend's default.
 
     Raises:
-        ArtifactError: No engine directory, or its files are not those that were built.
+        ArtifactError: Not an engine directory, or its files are not those that were built.
         UnsupportedError: Its backend is not installed, or it was built for another version or device.
     """
     manifest = Manifest.read(path, kind="engine")
@@ -41,7 +41,7 @@ def _open(directory: Path, manifest: Manifest, device: str | torch.device | None
 
 
 def load_denoiser(path: Path | str, *, device: str | torch.device | None = None) -> EngineDenoiser:
-    """An engine as a drop-in for the diffusers model that it was made from, to be put into a pipeline as `pipe.unet`.
+    """An engine as a drop-in replacement of its diffusers model, to be assigned to `pipe.unet` or `pipe.transformer`.
 
     Raises:
         ArtifactError, UnsupportedError: As `open_session`.
@@ -84,7 +84,7 @@ def load_pipeline(
 
     Args:
         path: What `edm-deploy build-engine` wrote.
-        device: Where it runs; None is where its backend runs.
+        device: Device of the pipeline; None selects the backend's default.
         scheduler: `ddim`, `ddpm`, `dpm-solver++`, `euler` or `unipc`; None keeps the source pipeline's own.
 
         source: Directory or hub id of the pipeline that the model came from, whose text encoders and VAE are taken; None looks into the

@@ -1,4 +1,4 @@
-"""The manifest beside an ONNX graph or an engine: what it was made from, what it takes, what it became. Checked before anything is deserialized."""
+"""The manifest of an ONNX graph or an engine: its artifact, inputs, sites and files. Checked before anything is deserialized."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from edm_deploy.runtime.manifest_checks import FoldedDescription, check_build, c
 from edm_deploy.storage.directories import read_json, read_pipeline_files, sha256_of, write_json
 from edm_deploy.storage.json_schema import Scheme, Sha256, Timesteps, check_schema, convert
 
-SCHEMA = 2  # 2 brought `structure`, `correction` and `relaxed`
+SCHEMA = 2  # 2 added `structure`, `correction` and `relaxed`
 NAME = "manifest.json"
 GraphDtype = Literal["fp32", "fp16"]
 TORCH_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-# Batches below an engine's smallest are filled up to it, so that a size is memory.
+# Bounded, because batches below the smallest size are padded to it in memory.
 ProfileSize = Annotated[int, Meta(le=2**16)]
 
 
 @dataclass(frozen=True)
 class ShapeRange:
-    """Sizes that one dynamic dimension may take: smallest, the one to optimise for, largest."""
+    """Sizes of one dynamic dimension: smallest, the one to optimise for, largest."""
 
     min: ProfileSize
     opt: ProfileSize
@@ -50,13 +50,13 @@ class ShapeRange:
 
 @dataclass(frozen=True)
 class GraphSite:
-    """One quantized layer as it stands in a graph.
+    """One quantized layer in a graph.
 
     Attributes:
-        node: Name of its Conv or MatMul node, by which layer tables and profiles speak of it.
-        op: What it was in the model.
+        node: Name of its Conv or MatMul node, as used in layer tables and profiles.
+        op: Its op in the model.
         scheme: Its bits, `W4A4`.
-        plugin: How plugin nodes pack its codes, where they compute it; None where it is Q/DQ, which any backend reads.
+        plugin: Code format of the plugin node that computes it; None for Q/DQ nodes, which any backend reads.
     """
 
     node: str
@@ -66,33 +66,33 @@ class GraphSite:
 
     @property
     def quantized_input(self) -> bool:
-        """Whether its input is quantized, not only its weight."""
+        """Whether its input is quantized in addition to its weight."""
         return not self.scheme.endswith(f"A{WEIGHT_ONLY_BITS}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What stands beside an ONNX graph (`onnx`) or an engine (`engine`).
+    """The description of an ONNX graph (`onnx`) or an engine (`engine`).
 
     Attributes:
-        kind: Which of the two.
+        kind: `onnx` or `engine`.
         artifact: Digest of the artifact.
-        scheme: Bits of most sites, `W4A4`.
+        scheme: Bits of the majority of sites, `W4A4`.
         family, config: The denoiser.
-        num_train_timesteps: Timesteps lie in [0, this).
+        num_train_timesteps: Exclusive upper bound of timesteps.
         dtype: Floating-point type of the graph's sample input.
         weight_storage: `int8` or `int4`.
         inputs, outputs: Of the graph, in order.
         sites: Each quantized layer, by its name in the model.
-        structure: What the network computes otherwise than the published one, as `Structure.to_json` writes it.
-        folded: `layers` that see the timestep alone, and either the `table` that they became or why they are `computed`; empty where none are.
-        correction: What the runtime does to sample and prediction, as `Correction.to_json` writes it; empty where it does nothing.
-        relaxed: Stretches of timesteps that the second graph or engine computes, which stands in the folder `relaxed`; empty where there is none.
+        structure: Equivalent rewrites of the published network, as written by `NetworkRewrite.to_json`.
+        folded: `layers` that depend on the timestep alone, with either their `table` or the reason why they are `computed`; empty where there are none.
+        correction: Correction of sample and prediction, as written by `Correction.to_json`; empty where there is none.
+        relaxed: Intervals of timesteps that the second graph or engine in the folder `relaxed` computes; empty where there is none.
         files: sha256 by relative path.
-        plan: What each site becomes; empty for a graph, which is for any backend.
-        backend: Name, for an engine.
-        profile: Sizes by dynamic dimension, for an engine.
-        build: Versions, GPU, options and build time of an engine, in its backend's words.
+        plan: Planned execution of each site of an engine; empty for a graph.
+        backend: Name of an engine's backend.
+        profile: Sizes of an engine by dynamic dimension.
+        build: Versions, GPU, options and build time of an engine.
     """
 
     kind: Literal["onnx", "engine"]
@@ -128,12 +128,12 @@ class Manifest:
 
     @property
     def plugin_sites(self) -> dict[str, CodeFormat]:
-        """The sites that plugin nodes compute, and how they pack codes. A graph that has any is for TensorRT alone."""
+        """Code formats of the sites that plugin nodes compute. Only TensorRT runs a graph that has any."""
         return {name: site.plugin for name, site in self.sites.items() if site.plugin is not None}
 
     @property
     def engine_of_timestep(self) -> torch.Tensor | None:
-        """uint8 [num_train_timesteps], 1 where the second graph or engine computes; None where there is none."""
+        """uint8 [num_train_timesteps], 1 for timesteps of the second graph or engine; None where there is none."""
         return mask_from_intervals(self.relaxed, self.num_train_timesteps) if self.relaxed else None
 
     @classmethod
@@ -147,15 +147,15 @@ class Manifest:
         weight_storage: Literal["int8", "int4"],
         plugins: Mapping[str, CodeFormat] | None = None,
     ) -> Manifest:
-        """What is written beside what is made of `artifact`; its files are hashed when it is written.
+        """The manifest of a graph or an engine that is made from `artifact`; files are hashed when it is written.
 
         Args:
             artifact: A valid artifact.
-            nodes: For each site the name by which the graph speaks of it.
-            kind: What is made.
-            dtype: Floating-point type of the sample that goes in.
+            nodes: Name of each site's node in the graph.
+            kind: `onnx` or `engine`.
+            dtype: Floating-point type of the sample input.
             weight_storage: `int8` or `int4`.
-            plugins: Sites that plugin nodes compute, and how they pack codes.
+            plugins: Code formats of the sites that plugin nodes compute.
         """
         plugins = plugins or {}
         return cls(

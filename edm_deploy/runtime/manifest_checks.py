@@ -89,7 +89,7 @@ def check_files(directory: Path, files: Mapping[str, str], *, listed_in: str) ->
         path = directory / name
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise ArtifactError(
-                f"{directory / listed_in} lists {name!r}, which lies outside its directory. Do not use it; make the directory again."
+                f"{directory / listed_in} lists {name!r}, which is outside its directory. Do not use it; make the directory again."
             )
         if not path.exists():
             raise ArtifactError(f"{path} is missing, but {listed_in} lists it. Copy the whole directory, or make it again.")

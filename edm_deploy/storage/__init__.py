@@ -1,1 +1,1 @@
-"""Files and directories: written whole or not at all, tensors streamed, weights mapped."""
+"""Files and directories: written atomically, tensors streamed, weights memory-mapped, json decoded strictly."""

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, and the json in them."""
+"""Directories that are written completely or not at all, and the json files in them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from edm_deploy.errors import ArtifactError, first_line
 from edm_deploy.storage.json_schema import MAX_DEPTH, Timesteps, check_bounded, convert
 from edm_deploy.storage.leftovers import recover, reserve
 
-# What rebuilds a diffusers pipeline beside its denoiser. Text encoders and VAE stay where the source pipeline has them.
+# From these a diffusers pipeline is rebuilt around its denoiser. Text encoders and VAE stay in the source pipeline.
 INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 PIPELINE_FILES = (INDEX_FILE, SCHEDULER_FILE)
 MAX_JSON_BYTES = 64 << 20
 AGAIN = "Copy or make it again."
-SOURCE_KEY = "_name_or_path"  # diffusers' own, in model_index.json: where the pipeline was loaded from
-VARIANTS = ("*.fp16.*", "*.non_ema.*")  # further copies of the same weights, which no pipeline of ours loads
+SOURCE_KEY = "_name_or_path"  # written by diffusers into model_index.json: where the pipeline was loaded from
+VARIANTS = ("*.fp16.*", "*.non_ema.*")  # further copies of the same weights, which are never loaded
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.onnx")
 
 
@@ -71,7 +71,7 @@ def _open_permissions(directory: Path, file_mode: int) -> None:
 
 
 def check_replaceable(path: Path, *, marker: str, overwrite: bool = True) -> None:
-    """Raises ArtifactError where `path` holds something that `new_directory` would not replace; ask before long work, not after."""
+    """Raises ArtifactError where `path` holds something that `new_directory` would not replace; call it before long work."""
     if path.exists() and not path.is_dir():
         raise ArtifactError(f"{path} is a file; --out needs a directory. Choose another path.")
     if path.is_dir() and any(path.iterdir()) and not (overwrite and (path / marker).is_file()):
@@ -89,7 +89,7 @@ def read_json(path: Path, *, what: str, home: Path | None = None, finite: bool =
 
     Args:
         path: The file.
-        what: What its directory should be, for the message: `artifact`, `engine`.
+        what: Kind of its directory, for messages: `artifact`, `engine`.
         home: Directory that the file must be in even after its links are followed; None allows any link, as a hub cache consists of links.
         finite: Whether NaN and infinity are refused. diffusers writes infinity into scheduler configs (`lambda_min_clipped`).
 
@@ -168,7 +168,7 @@ def read_pipeline_files(directory: Path) -> dict[str, Any]:
 
 
 def other_components(index: Mapping[str, Any], component: str) -> list[str]:
-    """A pipeline's components beside its denoiser and scheduler, by its model_index.json."""
+    """Names of a pipeline's components in addition to denoiser and scheduler, from its model_index.json."""
     parts = {name: value for name, value in index.items() if isinstance(value, list) and value and value[0]}
     return [name for name in parts if name not in ("scheduler", component)]
 
@@ -178,15 +178,15 @@ def copy_components(index: Mapping[str, Any], component: str, home: Path, direct
 
     Args:
         index: The pipeline's model_index.json.
-        component: The denoiser's name, which is not copied.
-        home: The pipeline.
-        directory: Where each gets a directory of its own.
+        component: Name of the denoiser, which is not copied.
+        home: Directory of the pipeline.
+        directory: Receives one directory for each component.
 
     Returns:
-        The components' names.
+        Names of the components.
 
     Raises:
-        ArtifactError: One is not there.
+        ArtifactError: A component is missing.
     """
     names = components_at(home, index, component)
     for name in names:
@@ -195,7 +195,7 @@ def copy_components(index: Mapping[str, Any], component: str, home: Path, direct
 
 
 def components_at(home: Path, index: Mapping[str, Any], component: str) -> list[str]:
-    """`other_components`, each of which has a directory in `home`; ArtifactError where one has none."""
+    """`other_components`, each checked to have a directory in `home`; ArtifactError where one has none."""
     names = other_components(index, component)
     if missing := [name for name in names if not (home / name).is_dir()]:
         raise ArtifactError(f"{home} has no {missing[0]!r}, which a {index.get('_class_name')} needs. Download or save the pipeline again.")
@@ -203,6 +203,6 @@ def components_at(home: Path, index: Mapping[str, Any], component: str) -> list[
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 hex of a file, read in pieces."""
+    """sha256 hex of a file, read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -71,15 +71,19 @@ def check_schema(schema: Any, newest: int, file: Path) -> None:
 
 
 def check_bounded(content: Any, *, path: str = "", finite: bool = True) -> None:
-    """Raises ArtifactError where decoded json is nested deeper than MAX_DEPTH levels, or holds NaN or infinity where `finite` is set."""
+    """Raises ArtifactError where decoded json is nested deeper than MAX_DEPTH levels, holds a string that is no text, or NaN or infinity where `finite` is set."""
     pending = [(content, path, 0)]
     while pending:
         value, place, level = pending.pop()
+        if isinstance(value, str) and not _is_text(value):
+            raise ArtifactError(f"{_name(place)} is {_shown(value)}, expected text without lone surrogates.")
         if finite and isinstance(value, float) and not math.isfinite(value):
             raise ArtifactError(f"{_name(place)} is {value}, expected a finite number.")
         if isinstance(value, dict | list):
             if level >= MAX_DEPTH:
                 raise ArtifactError(f"{_name(path)} is nested deeper than {MAX_DEPTH} levels, expected at most {MAX_DEPTH}.")
+            keys = list(value) if isinstance(value, dict) else []
+            pending += [(key, f"A key of {_name(place)}", level) for key in keys if not _is_text(key)]
             pending += [(entry, f"{place}{_step(key)}", level + 1) for key, entry in _entries(value)]
 
 
@@ -95,6 +99,11 @@ def check_config(config: Mapping[str, Any], *, path: str = "config") -> None:
             raise ArtifactError(f"{place} has length {len(value)}, expected at most {MAX_CONFIG_LENGTH}.")
         if isinstance(value, dict | list):
             pending += [(entry, f"{place}{_step(key)}") for key, entry in _entries(value)]
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written: json can escape half of a surrogate pair, which is no character."""
+    return value.isascii() or re.search("[\ud800-\udfff]", value) is None
 
 
 def _entries(value: Any) -> list[tuple[Any, Any]]:
@@ -123,10 +132,9 @@ def _shown(value: Any) -> str:
 
 def _message(content: Any, schema: Any, error: str, path: str) -> str:
     """A msgspec error in words, with the path complete: msgspec writes `[...]` for the key of an object."""
-    reason, _, place = error.partition(" - at `$")
-    steps = re.findall(r"\[\.\.\.\]|\[\d+\]|\.[^.\[\]]+", place.removesuffix("`"))
+    reason = error.partition(" - at `$")[0]
     value, kind = content, inspect.type_info(schema)
-    whole, keys = path, _offending_keys(content, schema, steps)
+    whole, keys = path, _offending_keys(content, schema, error)
     for key in keys:
         value, kind = _child(value, key), _child_type(kind, key)
         whole += _step(key)
@@ -143,13 +151,17 @@ def _message(content: Any, schema: Any, error: str, path: str) -> str:
     return f"{_name(whole)} is {_shown(value)}, expected {expected.rstrip('.')}."
 
 
-def _offending_keys(content: Any, schema: Any, steps: list[str]) -> list[Any]:
-    """The keys and indices of an error's path; an object's key is found by converting the object with one entry at a time."""
+def _offending_keys(content: Any, schema: Any, error: str) -> list[Any]:
+    """The keys and indices of an error's path; an object's key is found by bisection, converting the content with half of the entries."""
     keys: list[Any] = []
     value = content
-    for step in steps:
+    for step in re.findall(r"\[\.\.\.\]|\[\d+\]|\.[^.\[\]]+", error.partition(" - at `$")[2].removesuffix("`")):
         if step == "[...]":
-            key = next((key for key in value if not _converts(_with_only(content, keys, key), schema)), next(iter(value), ""))
+            candidates = list(value)
+            while len(candidates) > 1:
+                half = candidates[: len(candidates) // 2]
+                candidates = half if _error(_with_only(content, keys, half), schema) == error else candidates[len(half) :]
+            key = candidates[0]
         else:
             key = int(step[1:-1]) if step.startswith("[") else step[1:]
         keys.append(key)
@@ -157,20 +169,21 @@ def _offending_keys(content: Any, schema: Any, steps: list[str]) -> list[Any]:
     return keys
 
 
-def _with_only(content: Any, keys: list[Any], key: Any) -> Any:
-    """`content` in which the object at `keys` has only the entry `key`."""
-    if not keys:
-        return {key: content[key]}
-    inner = _with_only(content[keys[0]], keys[1:], key)
-    return {**content, keys[0]: inner} if isinstance(content, dict) else [inner if at == keys[0] else x for at, x in enumerate(content)]
+def _with_only(content: Any, path: list[Any], keys: list[Any]) -> Any:
+    """`content` in which the object at `path` has only the entries `keys`."""
+    if not path:
+        return {key: content[key] for key in keys}
+    inner = _with_only(content[path[0]], path[1:], keys)
+    return {**content, path[0]: inner} if isinstance(content, dict) else [inner if at == path[0] else x for at, x in enumerate(content)]
 
 
-def _converts(content: Any, schema: Any) -> bool:
+def _error(content: Any, schema: Any) -> str | None:
+    """The error of msgspec for a content, or None."""
     try:
         msgspec.convert(content, schema, strict=True)
-    except msgspec.ValidationError:
-        return False
-    return True
+    except msgspec.ValidationError as err:
+        return str(err)
+    return None
 
 
 def _child(value: Any, key: Any) -> Any:

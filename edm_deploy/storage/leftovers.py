@@ -100,7 +100,11 @@ def remove_leftovers(parent: Path, prefix: str, *, target: Path | None = None) -
     if fcntl is None or not parent.is_dir():
         return
     names = re.compile(rf"{re.escape(prefix)}{'' if target else '[a-z-]*'}[0-9a-f]{{8}}{re.escape(LOCK)}")
-    for lock in sorted(path for path in parent.iterdir() if names.fullmatch(path.name)):
+    try:
+        locks = sorted(path for path in parent.iterdir() if names.fullmatch(path.name))
+    except OSError:  # a directory that may be written and not listed
+        return
+    for lock in locks:
         with contextlib.suppress(OSError), _dead(lock):
             _remove(lock, target)
 

@@ -1,4 +1,4 @@
-"""Safetensors files, one tensor in memory at a time: written and hashed in one pass, read through the page cache."""
+"""Safetensors files: written and hashed in one pass with one tensor in memory at a time, read through memory maps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from edm_deploy.errors import ArtifactError, first_line
 from edm_deploy.storage.directories import check_regular, sha256_of
 
-NAMES = {  # the format's own
+NAMES = {  # of dtypes in the format
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -29,12 +29,12 @@ NAMES = {  # the format's own
 
 @dataclass(frozen=True)
 class DeferredTensor:
-    """A tensor as it will stand in a file.
+    """A tensor that is computed when it is written.
 
     Attributes:
         dtype: One of NAMES.
-        shape: Its shape.
-        make: Gives it when its turn comes, and again when it is asked again; nobody keeps it.
+        shape: Shape of the tensor.
+        make: Computes the tensor; called once for each pass over the file, and the result is not kept.
     """
 
     dtype: torch.dtype
@@ -43,17 +43,17 @@ class DeferredTensor:
 
     @classmethod
     def of(cls, value: Tensor) -> DeferredTensor:
-        """A tensor that is in memory already."""
+        """A tensor that is already in memory."""
         return cls(value.dtype, tuple(value.shape), lambda: value)
 
     @property
     def nbytes(self) -> int:
-        """Its bytes in the file."""
+        """Size in the file, in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def write_tensors(path: Path, tensors: Mapping[str, DeferredTensor]) -> str:
-    """Write a safetensors file; the sha256 hex of it.
+    """Write a safetensors file and return its sha256 hex.
 
     Raises:
         OSError: The system refuses to write.
@@ -63,7 +63,7 @@ def write_tensors(path: Path, tensors: Mapping[str, DeferredTensor]) -> str:
         for piece in _pieces(tensors):
             digest.update(piece)
             stream.write(piece)
-            del piece  # before the next one is made
+            del piece  # before the next tensor is computed
     return digest.hexdigest()
 
 
@@ -77,11 +77,11 @@ def digest_of(tensors: Mapping[str, DeferredTensor]) -> str:
 
 
 def read_tensors(path: Path, expected_sha256: str, *, listed_in: str) -> dict[str, Tensor]:
-    """Every tensor of a file, mapped: its pages are read when they are looked at, and belong to no one's heap.
+    """Every tensor of a file, memory-mapped: pages are read on first access and stay outside the heap.
 
     Args:
         path: The file.
-        expected_sha256: Its hash.
+        expected_sha256: Its sha256 hex.
         listed_in: The file of the same directory that states the hash.
 
     Raises:
@@ -108,21 +108,21 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """
     try:
         with safetensors.safe_open(path, framework="pt", device=device) as stream:
-            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # it is no dict
+            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # not a dict
     except (safetensors.SafetensorError, ValueError, RuntimeError, OSError, KeyError, AttributeError) as err:
         raise ArtifactError(f"{path} is no safetensors file that torch can read ({first_line(err)}). Make it again.") from err
 
 
 def tensor_bytes(value: Tensor) -> memoryview:
-    """The bytes of a tensor, row-major; without a copy where they lie so in memory already."""
+    """The bytes of a tensor, row-major; without a copy where it is contiguous on the CPU."""
     flat = value.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers before Python 3.12
 
 
 def _pieces(tensors: Mapping[str, DeferredTensor]) -> Iterator[bytes | memoryview]:
-    """The file from its first byte to its last.
+    """The bytes of the file in order.
 
-    Source: github.com/huggingface/safetensors, "Format": length of the header, header in JSON, data; wide types first, so that all lie aligned.
+    Source: github.com/huggingface/safetensors, "Format": length of the header, header in JSON, data; wide types first, so that all tensors are aligned.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header, at = {}, 0
@@ -144,7 +144,7 @@ def _checked(name: str, stored: DeferredTensor) -> memoryview:
 
 
 def check_params(params: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ArtifactError where a parameter is missing, has not its expected shape or is not finite."""
+    """Raises ArtifactError where a parameter is missing, has another shape than expected or is not finite."""
     for name, shape in expected.items():
         if name not in params:
             raise ArtifactError(f"parameter {name!r} is missing. Make the artifact again.")

@@ -1,4 +1,4 @@
-"""Float weights from safetensors files into a model: one tensor at a time, no second copy, or none at all where the files stay mapped."""
+"""Load float weights from safetensors files into a model: one tensor at a time without a second copy, or memory-mapped without any copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-WINDOW_BYTES = 256 << 20  # a file is mapped anew after so much: what was read of it then leaves this process's memory
+WINDOW_BYTES = 256 << 20  # a file is mapped again after this many bytes, which releases the pages that were read
 STEM = "diffusion_pytorch_model"
 WIDENS = "_widens_while_running"  # attribute of the class of a model whose layers hold float32 weights while they run
 INITS = frozenset(
@@ -21,7 +21,7 @@ INITS = frozenset(
 
 
 class _Empty(TorchFunctionMode):
-    """Parameters are allocated and not filled: memory that nobody writes is never taken. Buffers are computed as always."""
+    """Skip the initialization of parameters: memory that is never written is never committed. Buffers are computed as usual."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         filled = args[0] if args else (kwargs or {}).get("tensor")
@@ -31,7 +31,7 @@ class _Empty(TorchFunctionMode):
 
 
 def empty_model(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` makes, in eval mode and without gradients; its parameters hold no values yet, its buffers do."""
+    """The model of `build` in eval mode and without gradients; its parameters are uninitialized, its buffers are computed."""
     with _Empty():
         model = build()
     return model.eval().requires_grad_(False)
@@ -41,13 +41,13 @@ def load_weights(model: nn.Module, directory: Path, *, keep: bool = False) -> bo
     """Fill a model from the safetensors files that diffusers wrote in `directory`.
 
     Args:
-        model: Of `empty_model`.
+        model: From `empty_model`.
         directory: Holds `diffusion_pytorch_model.safetensors`, or an index and its shards.
-        keep: Leave the tensors mapped and in the dtype that the files have, see `widen_while_running`; otherwise they become float32,
+        keep: Whether tensors stay mapped and in the dtype of the files, see `widen_while_running`; otherwise they become float32,
             convolutions channels_last.
 
     Returns:
-        False, and the model as it was, where the files do not hold exactly the model's tensors by name and shape.
+        False, with the model unchanged, where names and shapes in the files are not exactly those of the model.
 
     Raises:
         OSError, ValueError: The files cannot be read.
@@ -64,7 +64,7 @@ def _filled(model: nn.Module, directory: Path, keep: bool) -> bool:
     found: dict[str, tuple[int, ...]] = {}
     for path in files:
         with safetensors.safe_open(path, framework="pt") as stream:
-            found |= {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118  # it is no dict
+            found |= {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118  # not a dict
     if found != expected:
         return False
     for path in files:
@@ -76,19 +76,19 @@ def _filled(model: nn.Module, directory: Path, keep: bool) -> bool:
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model in another floating-point type, in place; one that widens while it runs computes in `dtype` instead.
 
-    diffusers' own `to` warns that some parts should stay in float32, of models too that name none.
+    The `to` of diffusers warns that some parts should stay in float32, even for models that name no such part.
     """
     _stop_widening(model)
     return nn.Module.to(model, dtype=dtype)
 
 
 def widen_while_running(model: nn.Module) -> None:
-    """Let each module of the model hold its own parameters in float32 while it runs, and only then: the results are those of a float32 model."""
+    """Hold the parameters of each module in float32 only while it runs: the results are those of a float32 model."""
     for module in model.modules():
         if any(parameter.dtype != torch.float32 and parameter.is_floating_point() for parameter in module.parameters(recurse=False)):
             module.register_forward_pre_hook(_widen)
             module.register_forward_hook(_narrow, always_call=True)
-    # diffusers casts by `dtype`, which is that of a parameter at rest.
+    # diffusers casts inputs to `dtype`, which would be that of the stored parameters.
     kind = type(model)
     model.__class__ = type(
         kind.__name__, (kind,), {"dtype": property(lambda _: torch.float32), "__module__": kind.__module__, WIDENS: True}
@@ -132,7 +132,7 @@ def _files(directory: Path) -> list[str]:
 
 def _mapped(path: Path) -> Iterator[tuple[str, Tensor]]:
     with safetensors.safe_open(path, framework="pt") as stream:
-        for name in stream.keys():  # noqa: SIM118  # it is no dict
+        for name in stream.keys():  # noqa: SIM118  # not a dict
             yield name, stream.get_tensor(name)
 
 

@@ -82,9 +82,9 @@ def kind_of(path_or_id: str) -> PathKind:
         raise ArtifactError(f"{path / manifest_module.NAME} is of kind {kind!r}, expected onnx or engine. Write the directory again.")
     if path.is_file():
         raise ArtifactError(f"{path} is a file; expected the directory of a model, an artifact, an ONNX export or an engine.")
-    if path.exists() and not (path / "model_index.json").is_file():
+    if path.exists() and not (path / INDEX).is_file():
         raise ArtifactError(
-            f"{path} is no model, artifact, ONNX directory or engine: it has none of model_index.json, "
+            f"{path} is no model, artifact, ONNX directory or engine: it has none of {INDEX}, "
             f"{artifact_module.JSON_NAME}, {manifest_module.NAME}. Check the path."
         )
     return "model"

@@ -17,6 +17,7 @@ from edm_deploy.pipelines.model_index import INDEX, PipelineConfig, read_pipelin
 from edm_deploy.pipelines.schedulers import scheduler_from_config
 from edm_deploy.pipelines.source import local_directory
 from edm_deploy.runtime.capabilities import CAPABILITIES, summary
+from edm_deploy.storage.directories import SCHEDULER_FILE
 from edm_deploy_tools.common.console import Row, size_words
 from edm_deploy_tools.inspection import architectures, estimates
 
@@ -58,7 +59,7 @@ def pipeline_config_of_architecture(described: architectures.Architecture) -> Pi
         component=component,
         config=described.config,
         scheduler_class=described.scheduler_class,
-        pipeline={INDEX: index, "scheduler/scheduler_config.json": scheduler},
+        pipeline={INDEX: index, SCHEDULER_FILE: scheduler},
     )
 
 

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from edm_deploy.models import family_named, name_of_family
 from edm_deploy.network.meta_model import meta_model
-from edm_deploy.storage.directories import new_directory, write_json
+from edm_deploy.storage.directories import INDEX_FILE, SCHEDULER_FILE, new_directory, write_json
 from edm_deploy.storage.tensor_file import DeferredTensor, write_tensors
 from edm_deploy_tools.inspection.architectures import Architecture
-
-MARKER = "model_index.json"
 
 
 def write_random_model(chosen: Architecture, out: Path, *, size: int | None = None, seed: int = 0) -> Path:
@@ -38,9 +36,9 @@ def write_random_model(chosen: Architecture, out: Path, *, size: int | None = No
         family.component: ["diffusers", chosen.class_name],
         "scheduler": ["diffusers", chosen.scheduler_class],
     }
-    with new_directory(out, marker=MARKER) as directory:
-        write_json(directory / MARKER, index)
-        write_json(directory / "scheduler" / "scheduler_config.json", {"_class_name": chosen.scheduler_class, **chosen.scheduler_config})
+    with new_directory(out, marker=INDEX_FILE) as directory:
+        write_json(directory / INDEX_FILE, index)
+        write_json(directory / SCHEDULER_FILE, {"_class_name": chosen.scheduler_class, **chosen.scheduler_config})
         write_json(directory / family.component / "config.json", {"_class_name": chosen.class_name, **config})
         weights = directory / family.component / "diffusion_pytorch_model.safetensors"
         write_tensors(weights, random_weights(meta_model(family, config).state_dict(), seed))

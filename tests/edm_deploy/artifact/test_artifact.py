@@ -65,12 +65,12 @@ def test_saving_again_replaces_the_old_artifact_whole(saved, artifact_w8a8):
     assert sorted(path.name for path in saved.parent.iterdir()) == ["artifact"]
 
 
-def test_a_wrong_path_is_said(tmp_path):
+def test_a_missing_path_is_reported(tmp_path):
     with pytest.raises(ArtifactError, match="does not exist"):
         Artifact.load(tmp_path / "nowhere")
 
 
-def test_a_directory_that_is_no_artifact_is_said(tmp_path):
+def test_a_directory_that_is_no_artifact_is_reported(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(ArtifactError, match=r"no artifact directory: it has no artifact\.json"):
         Artifact.load(tmp_path / "x")
@@ -84,14 +84,14 @@ def test_a_flipped_byte_is_found(saved):
         Artifact.load(saved)
 
 
-def test_json_that_is_no_json_is_said(saved):
+def test_malformed_json_is_reported(saved):
     (saved / JSON_NAME).write_text('{"schema": 1,')
     with pytest.raises(ArtifactError, match="cannot be read as json"):
         Artifact.load(saved)
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '"text"', "null"])
-def test_json_that_is_no_object_is_said(saved, content):
+def test_json_other_than_an_object_is_reported(saved, content):
     (saved / JSON_NAME).write_text(content)
     with pytest.raises(ArtifactError, match="expected a json object"):
         Artifact.load(saved)
@@ -103,7 +103,7 @@ def test_a_newer_schema_asks_for_a_newer_version(saved):
         Artifact.load(saved)
 
 
-def test_missing_tensors_file_is_said(saved):
+def test_a_missing_tensors_file_is_reported(saved):
     (saved / TENSORS_NAME).unlink()
     with pytest.raises(ArtifactError, match="the artifact is incomplete"):
         Artifact.load(saved)

@@ -41,7 +41,7 @@ def test_what_shapes_every_token_stays_at_8_bit_and_the_variance_is_not_walked()
 def test_misuse_is_one_clear_error():
     denoiser = chain("dit").denoiser
     sample, labels = torch.zeros(1, 4, 8, 8), torch.tensor([1])
-    with pytest.raises(InputError, match="timestep 1000 lies outside the schedule"):
+    with pytest.raises(InputError, match="timestep 1000 is outside the schedule"):
         denoiser(sample, 1000, labels)
     with pytest.raises(InputError, match="height 9 is not a multiple of 2"):
         denoiser(torch.zeros(1, 4, 9, 8), 1, labels)

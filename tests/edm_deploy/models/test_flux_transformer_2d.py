@@ -100,7 +100,7 @@ def test_another_number_of_image_tokens_than_the_profile_is_refused():
     inputs = {"sample": torch.zeros(1, 100, 16), "timestep": torch.zeros(1)}
     inputs |= {"encoder_hidden_states": torch.zeros(1, 5, 12), "pooled_projections": torch.zeros(1, 16), "guidance": torch.ones(1)}
     with pytest.raises(
-        InputError, match=r"image_tokens 100 lies outside the engine's profile 16:16:64\..* build again with --image-tokens 16:16:100"
+        InputError, match=r"image_tokens 100 is outside the engine's profile 16:16:64\..* build again with --image-tokens 16:16:100"
     ):
         chain("flux").denoiser.run(inputs | {"img_ids": torch.zeros(1, 100, 3), "txt_ids": torch.zeros(1, 5, 3)})
 

@@ -96,7 +96,7 @@ def test_layers_whose_rows_are_not_the_samples_stay_float():
 
 def test_misuse_is_one_clear_error():
     denoiser = chain("pixart").denoiser
-    with pytest.raises(InputError, match="tokens 513 lies outside the engine's profile 1:8:512"):
+    with pytest.raises(InputError, match="tokens 513 is outside the engine's profile 1:8:512"):
         denoiser(torch.zeros(1, 4, 8, 8), torch.zeros(1, 513, 12), 1, encoder_attention_mask=torch.ones(1, 513))
     with pytest.raises(InputError, match="encoder_attention_mask has tokens 4, another input has 5"):
         denoiser(torch.zeros(1, 4, 8, 8), torch.zeros(1, 5, 12), 1, encoder_attention_mask=torch.ones(1, 4))

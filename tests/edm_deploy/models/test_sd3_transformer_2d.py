@@ -69,7 +69,7 @@ def test_a_flow_starts_at_the_length_of_the_schedule_and_no_higher():
     denoiser = chain("sd3").quantized
     inputs = torch.zeros(1, 4, 8, 8), torch.zeros(1, 5, 12), torch.zeros(1, 16)
     assert denoiser(*inputs, 1000.0).sample.isfinite().all()
-    with pytest.raises(InputError, match="timestep 1001 lies outside the schedule; expected 0 to 1000"):
+    with pytest.raises(InputError, match="timestep 1001 is outside the schedule; expected 0 to 1000"):
         denoiser(*inputs, 1001)
 
 
@@ -83,7 +83,7 @@ def test_positions_bound_the_size():
             backend="ort",
             options=BuildOptions(profile={"height": ShapeRange(8, 8, 26)}),
         )
-    with pytest.raises(InputError, match=r"height 24 lies outside the engine's profile 8:8:16\. .* build again with --height 8:8:24"):
+    with pytest.raises(InputError, match=r"height 24 is outside the engine's profile 8:8:16\. .* build again with --height 8:8:24"):
         chain("sd3").exact(PROMPTS[0], height=192, width=64, num_inference_steps=1, output_type="latent")
 
 

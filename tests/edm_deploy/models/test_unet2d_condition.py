@@ -174,7 +174,7 @@ def test_a_mask_lies_beside_the_latents_and_hides_the_image():
 
 
 def test_a_resolution_outside_the_profile_is_refused_with_the_mend():
-    with pytest.raises(InputError, match=r"height 24 lies outside the engine's profile 8:8:16\. .* build again with --height 8:8:24"):
+    with pytest.raises(InputError, match=r"height 24 is outside the engine's profile 8:8:16\. .* build again with --height 8:8:24"):
         chain("sdxl").exact(PROMPTS[0], height=48, width=16, num_inference_steps=1, output_type="latent")
 
 

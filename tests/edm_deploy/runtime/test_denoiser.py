@@ -70,15 +70,15 @@ def test_half_precision_samples_come_back_in_half_precision(denoiser):
 
 SAMPLE = torch.zeros(1, 3, 8, 8)
 MISUSE = {
-    "batch over the profile": ((torch.zeros(5, 3, 8, 8), 1), "batch 5 lies outside the engine's profile 1:2:4.*--batch 1:2:5"),
-    "another size": ((torch.zeros(1, 3, 16, 8), 1), "height 16 lies outside the engine's profile 8:8:8"),
+    "batch over the profile": ((torch.zeros(5, 3, 8, 8), 1), "batch 5 is outside the engine's profile 1:2:4.*--batch 1:2:5"),
+    "another size": ((torch.zeros(1, 3, 16, 8), 1), "height 16 is outside the engine's profile 8:8:8"),
     "integer sample": ((SAMPLE.long(), 1), "sample is torch.int64, expected a floating-point tensor"),
     "no tensor": (([[0.0]], 1), "sample is list, expected a floating-point tensor"),
     "channels": ((torch.zeros(1, 4, 8, 8), 1), r"sample has shape \[1, 4, 8, 8\], expected \['batch', 3"),
     "dimensions": ((torch.zeros(3, 8, 8), 1), "expected 4 dimensions"),
-    "timestep over the schedule": ((SAMPLE, 1000), "timestep 1000 lies outside the schedule; expected 0 to 999"),
-    "timestep below": ((SAMPLE, -1), "timestep -1 lies outside the schedule"),
-    "timestep NaN": ((SAMPLE, float("nan")), "timestep nan lies outside"),
+    "timestep over the schedule": ((SAMPLE, 1000), "timestep 1000 is outside the schedule; expected 0 to 999"),
+    "timestep below": ((SAMPLE, -1), "timestep -1 is outside the schedule"),
+    "timestep NaN": ((SAMPLE, float("nan")), "timestep nan is outside"),
     "timesteps for another batch": ((SAMPLE, torch.tensor([1, 2, 3])), "3 timesteps for a batch of 1"),
 }
 

@@ -15,7 +15,7 @@ from tests.conftest import tiny_inputs
 from tests.mutations import flip_bytes, mutated, mutated_tensors, outcome, replace_file, write_manifest
 
 # Which share of the mutations each directory gets: opening a cuda engine traces its model.
-COUNTS = {"onnx": 70, "ort": 70, "openvino": 25, "cuda": 15}
+COUNTS = {"onnx": 80, "ort": 80, "openvino": 12, "cuda": 8}
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def test_nothing_is_left_when_the_block_is_interrupted(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_of_ours_is_replaced_and_kept_when_the_block_fails(tmp_path):
+def test_a_previous_result_is_replaced_and_kept_when_the_block_fails(tmp_path):
     for text in ("old", "new"):
         with new_directory(tmp_path / "a", marker=MARKER) as directory:
             (directory / MARKER).write_text(text)
@@ -36,7 +36,7 @@ def test_one_of_ours_is_replaced_and_kept_when_the_block_fails(tmp_path):
     assert (tmp_path / "a" / MARKER).read_text() == "new"
 
 
-def test_a_file_in_the_way_is_said(tmp_path):
+def test_a_file_at_the_target_is_reported(tmp_path):
     (tmp_path / "a").write_text("")
     with pytest.raises(ArtifactError, match="is a file; --out needs a directory"), new_directory(tmp_path / "a", marker=MARKER):
         pass

@@ -5,6 +5,7 @@ import pytest
 from msgspec import Meta
 
 from edm_deploy.errors import ArtifactError
+from edm_deploy.storage import json_schema
 from edm_deploy.storage.json_schema import MAX_DEPTH, check_bounded, check_config, convert
 from tests.mutations import nested
 
@@ -71,6 +72,22 @@ def test_a_message_names_the_field_its_value_and_what_is_expected(content, messa
     assert str(error.value) == message
 
 
+def test_the_one_wrong_entry_of_many_is_named_with_few_conversions(monkeypatch):
+    calls = []
+    error_of = json_schema._error
+    monkeypatch.setattr(json_schema, "_error", lambda *arguments: calls.append(None) or error_of(*arguments))
+    layers = {f"layer{index}": {"op": "linear"} for index in range(1000)} | {"wrong": {"op": 3}}
+    with pytest.raises(ArtifactError, match=r"^layers\.wrong\.op is 3, expected a string"):
+        convert({"layers": dict(sorted(layers.items(), key=lambda item: item[0] != "layer7"))}, Outer)
+    assert len(calls) <= 10
+
+
+def test_of_several_wrong_fields_one_is_named_with_its_own_key():
+    layers = {f"layer{index}": {"op": "linear"} for index in range(9)} | {"wrong": {"op": 3}, "worse": {"bits": None}}
+    with pytest.raises(ArtifactError, match=r"^layers\.wrong\.op is 3, expected a string"):
+        convert({"layers": layers, "spans": 3, "note": 4}, Outer)
+
+
 def test_the_path_of_the_content_itself_comes_first():
     with pytest.raises(ArtifactError, match=r"^build\.layers is 3"):
         convert({"layers": 3}, Outer, path="build")
@@ -98,6 +115,13 @@ def test_depth_and_finiteness_are_bounded():
     with pytest.raises(ArtifactError, match=r"^a\[1\] is nan, expected a finite number"):
         check_bounded({"a": [0.5, float("nan")]})
     check_bounded({"a": float("inf")}, finite=False)
+
+
+def test_a_string_that_is_no_text_is_refused():
+    check_bounded({"a": ["\u00e9\U0001f600"]})
+    for content in ({"a": ["\ud800"]}, {"\udfff": 1}):
+        with pytest.raises(ArtifactError, match="expected text without lone surrogates"):
+            check_bounded(content, finite=False)
 
 
 @pytest.mark.parametrize("value", [2**31, -(2**31), 1e10, [1] * 5000, "x" * 5000], ids=lambda value: str(value)[:12])

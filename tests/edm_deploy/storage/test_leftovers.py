@@ -182,3 +182,13 @@ def test_a_reservation_is_of_one_run_only(tmp_path):
         remove_leftovers(tmp_path, ".a.", target=tmp_path / "a")
         assert first.directory.is_dir() and second.directory.is_dir()
     assert names(tmp_path) == []
+
+
+def test_a_directory_that_cannot_be_listed_is_left_alone(tmp_path, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    recover(tmp_path / "a")
+    with scratch_directory("test") as directory:
+        assert directory.is_dir()
