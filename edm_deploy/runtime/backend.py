@@ -183,7 +183,7 @@ class Backend(ABC, Generic[Content]):
             The source in memory, and the manifest from which that of the engine is derived.
 
         Raises:
-            ArtifactError: `source` is damaged, or of another kind: the message says which command makes the right one.
+            ArtifactError: `source` is damaged, or of another kind: the message names the command that makes the right one.
             UnsupportedError: The backend does not support it.
         """
 
@@ -210,7 +210,7 @@ class Backend(ABC, Generic[Content]):
             out: An empty directory.
 
         Raises:
-            UnsupportedError: The backend is not installed here (the message says what to install), or does not support the content.
+            UnsupportedError: The backend is not installed here (the message names what to install), or does not support the content.
         """
 
     @abstractmethod
