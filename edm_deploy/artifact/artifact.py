@@ -159,10 +159,10 @@ class Artifact:
 
     @classmethod
     def load(cls, path: Path | str) -> Artifact:
-        """Read and validate an artifact; nothing is executed, nothing is partly loaded.
+        """Read and validate an artifact; no code is executed, and an invalid artifact is never loaded in part.
 
         Raises:
-            ArtifactError: `path` is no artifact, was made by a newer version, or is damaged; the message names the remedy.
+            ArtifactError: `path` is not an artifact, was made by a newer version, or is damaged; the message names the remedy.
         """
         directory = Path(path)
         content = read_json(directory / JSON_NAME, what="artifact", home=directory, finite=True)

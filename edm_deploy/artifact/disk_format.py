@@ -78,7 +78,7 @@ class TensorReader:
         return self.take(name, dtype) if name in self.tensors else None
 
     def check_all_taken(self) -> None:
-        """Raises ArtifactError where a tensor belongs to nothing that artifact.json describes."""
+        """Raises ArtifactError where artifact.json does not describe a tensor."""
         if left := sorted(set(self.tensors) - self.taken):
             raise ArtifactError(f"tensor {left[0]!r} belongs to nothing that artifact.json describes. Make the artifact again.")
 

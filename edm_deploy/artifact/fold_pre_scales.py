@@ -71,12 +71,13 @@ def fold_pre_scales(artifact: Artifact) -> Artifact:
 def edits_of(program: ExportedProgram, pre_scales: Mapping[str, Tensor]) -> tuple[Edits, set[str]]:
     """Factors of parameters that replace pre-scales, and the layers whose pre-scales they replace.
 
-    A pre-scale goes where all that its input is computed by, back to a norm's affine or to a layer's weight and bias, merely carries channels along, and
-    where nobody else reads any of it; q, k and v go together, where the three are equal. It stays behind an activation function, behind a sum with what
-    others read too, and behind an adaptive norm's `1 + scale`: p (1 + s) is 1 + (p s + p - 1), whose last sum cancels digits where p is small.
+    A pre-scale is folded where every operation between its input and a norm's affine parameters or a layer's weight and bias preserves channels, and
+    where no other node reads these values; those of q, k and v are folded together where the three are equal. It remains after an activation function,
+    after a sum with a value that other nodes read, and after the `1 + scale` of an adaptive norm: p (1 + s) = 1 + (p s + p - 1), whose last sum cancels
+    digits where p is small.
 
     Args:
-        program: A float program, its parameters behind `model.`, with a Mul for each pre-scale.
+        program: A float program whose parameters are named `model.*`, with a Mul for each pre-scale.
         pre_scales: float32 [Cin] by layer.
     """
     graph, edits, folded = _Graph(program), Edits(), set[str]()

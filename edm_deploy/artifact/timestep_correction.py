@@ -62,11 +62,11 @@ class Correction:
         return None
 
     def of_sample(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """`sample` [B, ...] shifted, in its own dtype; `timestep` is [B]."""
+        """`sample` [B, ...] shifted, in the dtype of `sample`; `timestep` is [B]."""
         return sample if not bool(self.input_bias.any()) else _on_channels(sample, -self._at(self.input_bias, sample, timestep), torch.add)
 
     def of_prediction(self, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """`prediction` [B, ...] scaled, in its own dtype; `timestep` is [B]."""
+        """`prediction` [B, ...] scaled, in the dtype of `prediction`; `timestep` is [B]."""
         return _on_channels(prediction, self._at(self.scale, prediction, timestep), torch.mul)
 
     def around(self, run: DenoiseFn) -> DenoiseFn:

@@ -68,7 +68,13 @@ def exported_program(
         try:
             return torch.export.export(wrapped, arguments, dynamic_shapes=dynamic, strict=False)
         except Exception as err:  # torch wraps every failure of its tracer in classes that share no base
-            raise UnsupportedError(f"torch.export cannot trace {family.class_name} with this config: {first_line(err)}.") from err
+            # These two state Python types, which are not in the config.
+            reason = (
+                "a field has a value that its forward cannot compute with"
+                if isinstance(err, TypeError | AttributeError)
+                else first_line(err)
+            )
+            raise UnsupportedError(f"torch.export cannot trace {family.class_name} with this config: {reason}.") from err
 
 
 def _example(declared: ModelInput, multiple: int, dtype: torch.dtype) -> Tensor:

@@ -137,7 +137,7 @@ def check_storage(target: BackendCapabilities, storage: str) -> None:
     if storage == "int4" and not target.int4_storage:
         able = [name for name, other in CAPABILITIES.items() if other.int4_storage]
         raise UnsupportedError(
-            f"{target.backend} does not read packed INT4 weights beside quantized activations. "
+            f"{target.backend} does not read packed INT4 weights together with quantized activations. "
             f"Export again with --weight-storage int8, or build for {' or '.join(able)}."
         )
 

@@ -119,7 +119,7 @@ def check_family(name: str, config: Mapping[str, Any]) -> int:
 
     Raises:
         ArtifactError: A field is missing, or has a value that the model cannot have.
-        UnsupportedError: No such family, or it does not carry this config.
+        UnsupportedError: No such family, or it does not support this config.
     """
     check_config(config)
     family, config = family_named(name), _ReadKeys(config)

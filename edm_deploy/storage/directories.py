@@ -99,7 +99,9 @@ def read_json(path: Path, *, what: str, home: Path | None = None, finite: bool =
     if not path.parent.exists():
         raise ArtifactError(f"{path.parent} does not exist; expected {_a(what)} directory. Check the path.")
     if not path.exists():
-        raise ArtifactError(f"{path.parent} is no {what} directory: it has no {path.name}. `edm-deploy inspect` says what a path is.")
+        raise ArtifactError(
+            f"{path.parent} is no {what} directory: it has no {path.name}. Run `edm-deploy inspect` to see what a path holds."
+        )
     check_regular(path, home=home)
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -155,7 +157,7 @@ def read_pipeline_files(directory: Path) -> dict[str, Any]:
     """The source pipeline's json files below `directory` by relative path, as far as they are there.
 
     Raises:
-        ArtifactError: One cannot be read, or has not the fields that rebuild a pipeline.
+        ArtifactError: A file cannot be read, or lacks a field that rebuilding a pipeline needs.
     """
     files = [name for name in PIPELINE_FILES if (directory / name).exists()]
     contents = {name: read_json(directory / name, what="pipeline", home=directory) for name in files}

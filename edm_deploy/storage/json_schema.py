@@ -71,7 +71,7 @@ def check_schema(schema: Any, newest: int, file: Path) -> None:
 
 
 def check_bounded(content: Any, *, path: str = "", finite: bool = True) -> None:
-    """Raises ArtifactError where decoded json is nested deeper than MAX_DEPTH levels, holds a string that is no text, or NaN or infinity where `finite` is set."""
+    """Raises ArtifactError where decoded json is nested deeper than MAX_DEPTH levels, or holds an invalid string, or NaN or infinity where `finite` is set."""
     pending = [(content, path, 0)]
     while pending:
         value, place, level = pending.pop()
@@ -102,7 +102,7 @@ def check_config(config: Mapping[str, Any], *, path: str = "config") -> None:
 
 
 def _is_text(value: str) -> bool:
-    """Whether a string can be written: json can escape half of a surrogate pair, which is no character."""
+    """Whether a string can be encoded: json can escape half of a surrogate pair, which is not a character."""
     return value.isascii() or re.search("[\ud800-\udfff]", value) is None
 
 
@@ -142,7 +142,7 @@ def _message(content: Any, schema: Any, error: str, path: str) -> str:
         return f"{_name(whole)} has no field {missing[1]!r}."
     if reason.startswith("Invalid enum value"):
         return f"{_name(whole)} is {_shown(value)}, expected {' or '.join(_literals(kind))}."
-    if not reason.startswith(("Expected", "Number out of range", "Integer value out")):  # a __post_init__ of ours
+    if not reason.startswith(("Expected", "Number out of range", "Integer value out")):  # raised by a __post_init__
         return f"{_name(whole)}: {reason.rstrip('.')}."
     expected = re.sub(r", got .*", "", reason.removeprefix("Expected "))
     if not reason.startswith("Expected"):

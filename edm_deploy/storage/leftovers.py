@@ -16,7 +16,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: no lock tells a live run from a dead one, and nothing is removed
+except ImportError:  # not a POSIX system: without locks, live and dead runs cannot be distinguished, and nothing is removed
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)

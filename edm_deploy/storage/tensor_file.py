@@ -104,7 +104,7 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Every tensor of a file whose hash has been checked; on the CPU its pages are mapped.
 
     Raises:
-        ArtifactError: It is no safetensors file.
+        ArtifactError: It is not a safetensors file.
     """
     try:
         with safetensors.safe_open(path, framework="pt", device=device) as stream:
