@@ -19,7 +19,7 @@ test: lint types
 
 # Everything: full products of models and recipes, all mutants, every GPU's code; with the coverage of the packages.
 test-all: lint types
-	$(PYTEST) -m "" --cov --cov-report term:skip-covered
+	$(PYTEST) -m "" -o faulthandler_timeout=3000 --cov --cov-report term:skip-covered
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -67,15 +67,7 @@ def fit(
     source = restructured(source, structure)
     conditioner = conditioner_of(source, scale=recipe.guidance, prompts=prompts_of(options.prompts))
     folded = folded_layers(source, options.fold_time)
-    configuration: dict[str, Any] = {  # json: everything that the result depends on, besides the teacher
-        "recipe": recipe.name,
-        "settings": recipe.settings(),
-        "teacher_dtype": options.teacher_dtype,
-        "conditioning": conditioner.origin,
-        **({"folded": list(folded)} if folded else {}),
-        **({"budget_seconds": options.budget_seconds} if budget is not None else {}),
-        **({"passes": {each.name: each.settings() for each in passes}} if passes else {}),
-    }
+    configuration = _configuration(recipe, options, passes, conditioner.origin, folded)
     pass_context = PassContext(source=source, recipe=recipe, conditioner=conditioner, device=device)
     timesteps = row_timesteps(pass_context, passes)
     trajectories = Trajectories(
@@ -119,6 +111,21 @@ def fit(
         "peak_memory_bytes": peak_memory(device),
     }
     return replace(artifact, provenance=provenance | dict(artifact.provenance))
+
+
+def _configuration(
+    recipe: Recipe, options: RunOptions, passes: Sequence[Pass], conditioning: str, folded: Sequence[str]
+) -> dict[str, Any]:  # json
+    """Everything besides the teacher that the result depends on, for the provenance and the identity of checkpoints."""
+    return {
+        "recipe": recipe.name,
+        "settings": recipe.settings(),
+        "teacher_dtype": options.teacher_dtype,
+        "conditioning": conditioning,
+        **({"folded": list(folded)} if folded else {}),
+        **({"budget_seconds": options.budget_seconds} if options.budget_seconds is not None else {}),
+        **({"passes": {each.name: each.settings() for each in passes}} if passes else {}),
+    }
 
 
 def row_timesteps(context: PassContext, passes: Sequence[Pass]) -> Tensor:

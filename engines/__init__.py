@@ -1,4 +1,4 @@
-"""Backends, one a file: how an ONNX directory or an artifact becomes an engine, and how an engine is opened. `build_engine` is the door."""
+"""Backends, one per file: build an engine from an ONNX directory or an artifact, and open it. The entry point is `build_engine`."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ DEFAULT_BATCH = ShapeRange(1, 16, 64)
 
 
 def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions | None = None, pipeline: Path | None = None) -> Manifest:
-    """Build an engine directory, whole or not at all: engine, manifest and the pipeline's files. One folder deploys.
+    """Build an engine directory atomically: engine, manifest and the pipeline's files. This directory is all that deployment needs.
 
     Args:
-        source: What the backend builds from: the directory that `edm-deploy export` wrote, or an artifact.
-        out: Directory to write; an engine that stood there is replaced.
+        source: The directory that `edm-deploy export` wrote, or an artifact, as the backend requires.
+        out: Directory to write; an engine that is there is replaced.
         backend: `ort`, `openvino`, `trt-rtx`, `trt` from ONNX; `cuda` from the artifact.
-        options: What the user asks of the build; dynamic dimensions without a Range get a default one.
-        pipeline: The source pipeline, whose text encoders, tokenizers and VAE are copied beside the engine and listed in its manifest; None
-            copies none, and the engine's pipeline takes them from where the model came from.
+        options: Build options; dynamic dimensions without a ShapeRange get a default one.
+        pipeline: The source pipeline, whose text encoders, tokenizers and VAE are copied into the engine directory and listed in its manifest;
+            None copies none, and the engine's pipeline takes them from the model's source.
 
     Returns:
         The engine's manifest, as written.
 
     Raises:
-        ArtifactError: `source` is damaged, none, or not what this backend builds from; or `out` cannot be written.
-        UnsupportedError: No such backend, it is not installed, it has not an option that is set, or it cannot carry the graph.
+        ArtifactError: `source` is damaged, missing, or not what this backend builds from; or `out` cannot be written.
+        UnsupportedError: The backend does not exist, is not installed, does not support an option that is set, or cannot represent the graph.
         InputError: The profile names no dimension of the graph, or sizes that the model cannot take.
     """
     options = options or BuildOptions()
@@ -48,7 +48,7 @@ def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions
     index = {} if pipeline is None else read_json(source / PIPELINE_FILES[0], what="pipeline")
     component = family_named(manifest.family).component
     if pipeline is not None:
-        components_at(pipeline, index, component)  # what is not there is said before the build, not after
+        components_at(pipeline, index, component)  # a missing component is refused before the build, not after
     options = replace(options, profile=complete_profile(manifest, options.profile))
     with new_directory(out, marker=NAME) as directory:
         engine = _built(builder, content, manifest, options, directory)
@@ -63,7 +63,7 @@ def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions
 
 
 def _built(builder: Backend[Any], content: Any, manifest: Manifest, options: BuildOptions, directory: Path) -> Manifest:
-    """Build into an empty directory; the engine's manifest, not yet written."""
+    """Build into an empty directory and return the engine's manifest, not yet written."""
     started = time.perf_counter()
     built = builder.build(content, manifest, options, directory)
     seconds = time.perf_counter() - started
@@ -84,18 +84,18 @@ def backend_named(name: str) -> Backend[Any]:
     return backend
 
 
-def complete_profile(manifest: Manifest, asked: Mapping[str, ShapeRange]) -> dict[str, ShapeRange]:
-    """A Range for every dynamic dimension: the one asked for, or batch 1:16:64, the model's own size.
+def complete_profile(manifest: Manifest, requested: Mapping[str, ShapeRange]) -> dict[str, ShapeRange]:
+    """A ShapeRange for every dynamic dimension: the requested one, else 1:16:64 for the batch and the size in the model's config for the others.
 
     Raises:
-        InputError: A name that is no dynamic dimension of the graph, a size that the model's levels cannot halve, or one beyond what it takes.
+        InputError: A name is no dynamic dimension of the graph, a size cannot be halved by the model's levels, or it exceeds the model's maximum.
     """
     dims = manifest.dynamic_dims
-    if unknown := sorted(set(asked) - set(dims)):
+    if unknown := sorted(set(requested) - set(dims)):
         raise InputError(f"{flag(unknown[0])}: the graph has no dynamic dimension of this name. It has {', '.join(dims)}.")
     family = family_named(manifest.family)
-    own = {dim: ShapeRange(size, size, size) for dim, size in family.sizes(manifest.config).items()} | {"batch": DEFAULT_BATCH}
-    profile = {dim: asked.get(dim) or own[dim] for dim in dims}
+    defaults = {dim: ShapeRange(size, size, size) for dim, size in family.sizes(manifest.config).items()} | {"batch": DEFAULT_BATCH}
+    profile = {dim: requested.get(dim) or defaults[dim] for dim in dims}
     multiple = family.size_multiple(manifest.config)
     for dim in {"height", "width"} & set(profile):
         sizes = profile[dim]
@@ -108,7 +108,7 @@ def complete_profile(manifest: Manifest, asked: Mapping[str, ShapeRange]) -> dic
 
 
 def executed_plan(manifest: Manifest, builder: Backend[Any], built: BuildResult) -> dict[str, SitePlan]:
-    """What each site became: what the target promises, corrected by what the build saw."""
+    """How each site is executed: as the build observed, else as the backend's capabilities state."""
     return {
         name: SitePlan(
             site.scheme,

@@ -1,4 +1,4 @@
-"""Our own INT4 and INT8 kernels inside the torch model: built from the artifact, W4A4 on INT4 tensor cores, the rest in float16 or bfloat16."""
+"""Our INT4 and INT8 kernels in the torch graph: built from the artifact; W4A4 on INT4 tensor cores, the rest in float16 or bfloat16."""
 
 from __future__ import annotations
 
@@ -38,13 +38,17 @@ log = logging.getLogger(__name__)
 
 ENGINE_NAME = "engine.safetensors"
 PARAMS, ROWS = "params.", "row_of_timestep"  # names in the engine's file; those of a layer are packed_layer.tensor_name
-LAYOUT = 1  # of the packed weights; raised when an older file would be misread
-DEFAULT_GPU = "sm_86"  # where none is named and none is here
+LAYOUT = 1  # version of the packed weights; incremented when an older file would be misread
+DEFAULT_GPU = "sm_86"  # where none is named and this machine has none
 DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class CudaBackend(ArtifactBackend):
-    """The kernels of `engines/kernels/`, in the graph that torch.export draws of the float model when the engine is opened."""
+    """The kernels of `engines/kernels/`, in the graph that torch.export traces from the float model when the engine is opened.
+
+    A site with quantized input that no kernel computes (groups, dilation, another filter size) fails the build, or is a warning with
+    `--allow-float-sites`. Weight-only sites run in floating point and are always a warning.
+    """
 
     name: ClassVar[str] = "cuda"
     options: ClassVar[frozenset[str]] = frozenset({"gpu", "precision", "int4_where"})
@@ -74,18 +78,18 @@ class CudaBackend(ArtifactBackend):
 
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
         from engines.kernels import driver
-        from engines.torch_graph.cuda_graph_session import CudaSession  # defines operators: only where they are used
+        from engines.torch_graph.cuda_graph_session import CudaSession  # registers operators, so imported on use
 
         _refuse_foreign(manifest)
         manifest.require_files(ENGINE_NAME)
         kinds = code_formats_on(manifest, device)
         if device.type == "cuda":
-            driver.prepare(device)  # a missing compiler or an old driver is told before any weight is read
+            driver.prepare(device)  # report a missing compiler or an old driver before any weight is read
         module = _graph(manifest, load_tensors(directory / ENGINE_NAME, device=str(device)), kinds).module()
         return CudaSession(module, [declared.name for declared in manifest.inputs], manifest.outputs, device)
 
     def at_sites(self, cut: SiteTestCase, engine: Manifest, device: torch.device) -> dict[str, Tensor]:
-        """The unfused graph, every site in it alone."""
+        """Run the unfused graph, cut at every site."""
         from engines.torch_graph import rewrite as rewriting
         from engines.torch_graph.packed_layer import integers
 
@@ -93,18 +97,18 @@ class CudaBackend(ArtifactBackend):
         tensors = _stored(cut.artifact, engine.plan, self.site_dtype(engine))
         rewritten = _graph(engine, {name: value.to(device) for name, value in tensors.items()}, kinds, fused=False)
         dtype = self.site_dtype(engine)
-        given = {placeholder: cut.records[name].x.to(device, dtype) for name, placeholder in rewriting.cut_at_layers(rewritten).items()}
-        codes, outputs = rewritten.module()(cut.timestep.to(device), *given.values())
+        inputs = {placeholder: cut.records[name].x.to(device, dtype) for name, placeholder in rewriting.cut_at_layers(rewritten).items()}
+        codes, outputs = rewritten.module()(cut.timestep.to(device), *inputs.values())
         rows = table_rows(cut.artifact.row_of_timestep, cut.timestep).to(device)
-        found = {f"{name}.y": value for name, value in outputs.items()}
+        results = {f"{name}.y": value for name, value in outputs.items()}
         for name, value in codes.items():
             table = cut.artifact.sites[name].activation
             assert table is not None  # a weight-only site has no codes
-            found[f"{name}.codes"] = integers(value, kinds[name], table.qmin.to(device)[rows], cut.records[name].x)
-        return found
+            results[f"{name}.codes"] = integers(value, kinds[name], table.qmin.to(device)[rows], cut.records[name].x)
+        return results
 
     def site_dtype(self, engine: Manifest) -> torch.dtype:
-        """What lies between the sites: the kernels read no float32."""
+        """Floating-point type between the sites: the kernels do not read float32."""
         return DTYPES[engine.build["options"]["precision"]]
 
 
@@ -112,20 +116,20 @@ BACKEND = CudaBackend()
 
 
 def plan_with_reasons(artifact: Artifact, target: BackendCapabilities) -> tuple[dict[str, SitePlan], dict[str, str]]:
-    """What each site becomes where there are INT4 tensor cores, and why those sites that no kernel computes are none."""
+    """The plan of each site on a GPU with INT4 tensor cores, and the reason for each site that no integer kernel computes."""
     layers = artifact.family_object.sites(artifact.skeleton())
     plans = {name: site_plan(site, layers[name], target) for name, site in artifact.sites.items()}
-    refused = {name for name, plan in plans.items() if plan.executed == "float" and artifact.sites[name].activation is not None}
-    return plans, {name: str(unsupported_reason(layers[name], target.filters or ())) for name in plans if name in refused}
+    floats = {name for name, plan in plans.items() if plan.executed == "float" and artifact.sites[name].activation is not None}
+    return plans, {name: str(unsupported_reason(layers[name], target.filters or ())) for name in plans if name in floats}
 
 
 def code_formats_on(manifest: Manifest, device: torch.device) -> dict[str, CodeFormat | None]:
-    """The kernels that run each site on a device: those that the engine was packed for, or INT8 ones where there are no INT4 tensor cores.
+    """Code format of the kernel that runs each site on a device: as the engine was packed, or INT8 where there are no INT4 tensor cores.
 
-    Weights are widened when the engine is opened, and every code stays the same, so an engine opens on any GPU that the kernels run on.
+    Weights are widened when the engine is opened, with the same codes, so an engine opens on every GPU that the kernels support.
 
     Raises:
-        UnsupportedError: No such device, or a GPU that is too old.
+        UnsupportedError: The device does not exist, or its GPU is too old.
     """
     planned = str(manifest.build["options"]["gpu"])
     gpu = planned if device.type == "cpu" else _present(device)
@@ -143,13 +147,13 @@ def code_formats_on(manifest: Manifest, device: torch.device) -> dict[str, CodeF
 
 
 def _present(device: torch.device) -> str:
-    """Capability of the GPU that a device names."""
+    """Compute capability, `sm_86`, of a CUDA device."""
     if device.type != "cuda":
         raise UnsupportedError(f"cuda runs on NVIDIA GPUs, not on {device.type}. Open the engine with device='cuda'.")
     if not torch.cuda.is_available():
-        lacking = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA driver or GPU"
+        missing = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA driver or GPU"
         raise UnsupportedError(
-            f"This engine needs an NVIDIA GPU, and {lacking} here. Run it on a machine that has one, or build for ort or openvino; "
+            f"This engine needs an NVIDIA GPU, and {missing} here. Run it on a machine that has one, or build for ort or openvino; "
             "device 'cpu' (--device cpu) checks its arithmetic, slowly."
         )
     gpu = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
@@ -164,13 +168,15 @@ def _refuse_old(gpu: str, name: str) -> None:
         )
 
 
-def _gpu(asked: str | None) -> str:
-    if asked is None:
+def _gpu(requested: str | None) -> str:
+    if requested is None:
         return _present(torch.device("cuda")) if torch.cuda.is_available() else DEFAULT_GPU
-    named = capabilities(asked)
+    named = capabilities(requested)
     if len(named) > 1:
-        raise InputError(f"--gpu {asked}: name one GPU. The plan is for one; the engine opens on any from {arch_of(LEAST_CAPABILITY)} on.")
-    _refuse_old(named[0], asked)
+        raise InputError(
+            f"--gpu {requested}: name one GPU. The plan is for one; the engine opens on any from {arch_of(LEAST_CAPABILITY)} on."
+        )
+    _refuse_old(named[0], requested)
     return named[0]
 
 
@@ -186,7 +192,7 @@ def _warnings(plans: Mapping[str, SitePlan], reasons: Mapping[str, str], gpu: st
 
 
 def _stored(artifact: Artifact, plans: Mapping[str, SitePlan], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The engine's file: packed sites, and every other parameter; one-dimensional ones stay float32, as norms and epilogues take them."""
+    """Tensors of the engine's file: packed sites and every other parameter. One-dimensional ones stay float32, as norms and epilogues read them."""
     from engines.torch_graph.packed_layer import tensors_from_layer
 
     expected = {name: _stored_dtype(value, dtype) for name, value in artifact.skeleton().state_dict().items()}
@@ -203,7 +209,7 @@ def _stored_dtype(value: Tensor, dtype: torch.dtype) -> torch.dtype:
 def _graph(
     manifest: Manifest, tensors: Mapping[str, Tensor], kinds: Mapping[str, CodeFormat | None], *, fused: bool = True
 ) -> GraphRewrite:
-    """The engine's graph with its tensors, on the device that these are on."""
+    """The engine's graph with its tensors, on the device of the tensors."""
     from engines.torch_graph import fusions
     from engines.torch_graph import rewrite as rewriting
     from engines.torch_graph.packed_layer import layer_from_tensors

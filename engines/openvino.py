@@ -1,4 +1,4 @@
-"""OpenVINO: the fast CPU path, INT8 on AMX or VNNI. The engine is OpenVINO's own graph format, xml and bin."""
+"""OpenVINO: INT8 on the CPU by AMX or VNNI, the fastest CPU backend. The engine is a graph in OpenVINO's format, xml and bin."""
 
 from __future__ import annotations
 
@@ -34,16 +34,19 @@ ENGINE_NAME = "engine.xml"
 WEIGHTS_NAME = "engine.bin"
 TABLES_NAME = "tables.safetensors"
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
-DEQUANTIZED = "/DequantizationMultiply"  # what OpenVINO appends to the name of a product whose scales it has moved behind it
-COMPILED_SHAPES = 4  # compiled models kept in memory; each holds its own copy of the weights
+DEQUANTIZED = "/DequantizationMultiply"  # suffix that OpenVINO appends to the name of a product when it moves the scales after it
+COMPILED_SHAPES = 4  # compiled models that a session keeps in memory; each holds a copy of the weights
 
 
 def _openvino() -> Any:
-    return vendor(PACKAGE, mend='Install it with pip install "edm-deploy[openvino]".')
+    return vendor(PACKAGE, remedy='Install it with pip install "edm-deploy[openvino]".')
 
 
 class OpenvinoBackend(GraphBackend):
-    """OpenVINO on the CPU."""
+    """OpenVINO on the CPU.
+
+    A quantized site that OpenVINO does not compute in integers does not fail the build, with or without `--allow-float-sites`; the plan states it as float.
+    """
 
     name: ClassVar[str] = "openvino"
     options: ClassVar[frozenset[str]] = frozenset({"precision", "threads"})
@@ -58,7 +61,7 @@ class OpenvinoBackend(GraphBackend):
         kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model)
         try:
             ov.save_model(model, out / ENGINE_NAME, compress_to_fp16=False)
-        except RuntimeError as err:  # OpenVINO hides the system's reason
+        except RuntimeError as err:  # OpenVINO does not report the system's reason
             raise ArtifactError(
                 f"OpenVINO cannot write {ENGINE_NAME}. Nothing was left behind; free space or choose another path."
             ) from err
@@ -102,7 +105,7 @@ class OpenvinoSession(Session):
         self._table_shapes = {name: tuple(table.shape[1:]) for name, table in tables.items()}
         self._tables = torch.stack([table.flatten() for table in tables.values()]) if tables else torch.zeros(0, 1)  # float32 [S, R]
         self._lock = threading.Lock()
-        self._models: OrderedDict[tuple[tuple[int, ...], ...], _CompiledModel] = OrderedDict()  # least recently used first
+        self._models: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], _CompiledModel] = OrderedDict()  # least recently used first
 
     def _infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         model = self._for_shapes({name: tuple(value.shape) for name, value in inputs.items()})
@@ -116,7 +119,7 @@ class OpenvinoSession(Session):
         self._models.clear()
 
     def _for_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> _CompiledModel:
-        key = tuple(shapes.values())
+        key = tuple(sorted(shapes.items()))
         with self._lock:
             if key not in self._models:
                 # Evict before compiling, so that five never exist at once; calls that still use the evicted model keep it until they return.
@@ -200,7 +203,7 @@ def _check_files(ov: Any, directory: Path, manifest: Manifest) -> None:
 
 
 def _read(ov: Any, xml: Path) -> Any:
-    """An engine's graph, ready to compile."""
+    """Read an engine's graph, ready to compile."""
     model = ov.Core().read_model(xml)
     widen_int4(ov, model)
     return model
@@ -218,7 +221,7 @@ def properties(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _executed(ov: Any, xml: Path, options: Mapping[str, Any], manifest: Manifest) -> dict[str, Execution]:
-    """How each site is computed on this machine: the data type that its product runs in, in the compiled graph."""
+    """How each site is executed on this machine, from the data type of its product in the compiled graph."""
     with _refusals(ov):
         compiled = ov.Core().compile_model(_read(ov, xml), "CPU", properties(options))
     precisions: dict[str, str] = {}
@@ -237,13 +240,13 @@ def _executed(ov: Any, xml: Path, options: Mapping[str, Any], manifest: Manifest
 
 def _warnings(ov: Any, precision: Any) -> tuple[str, ...]:
     if precision == "bf16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        return ("This CPU has no bfloat16 instructions; what --precision bf16 asks for is computed in float32.",)
+        return ("This CPU has no bfloat16 instructions; --precision bf16 is computed in float32.",)
     return ()
 
 
 @contextlib.contextmanager
 def _refusals(ov: Any) -> Iterator[None]:
-    """OpenVINO's own errors, which are all RuntimeError and many lines long, as one line."""
+    """Convert OpenVINO's errors, all of them RuntimeError with many lines, to UnsupportedError with one."""
     try:
         yield
     except RuntimeError as err:

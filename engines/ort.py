@@ -1,4 +1,4 @@
-"""ONNX Runtime: the portable default, on the CPU or on CUDA. The engine is the exported graph itself; ONNX Runtime optimises it when it is opened."""
+"""ONNX Runtime on the CPU or CUDA: the portable default. The engine is the exported graph; ONNX Runtime optimizes it when it is opened."""
 
 from __future__ import annotations
 
@@ -29,11 +29,15 @@ CPU = "CPUExecutionProvider"
 
 
 def _onnxruntime() -> Any:
-    return vendor(PACKAGE, mend='Install it with pip install "edm-deploy[ort]".')
+    return vendor(PACKAGE, remedy='Install it with pip install "edm-deploy[ort]".')
 
 
 class OrtBackend(GraphBackend):
-    """ONNX Runtime."""
+    """ONNX Runtime.
+
+    The CPU provider computes convolutions on exact codes in floating point, and those linear sites that it does not fuse. Neither fails a build, with or
+    without `--allow-float-sites`; the plan states how each site is executed.
+    """
 
     name: ClassVar[str] = "ort"
     options: ClassVar[frozenset[str]] = frozenset({"threads"})
@@ -41,7 +45,7 @@ class OrtBackend(GraphBackend):
     def build(self, content: Path, manifest: Manifest, options: BuildOptions, out: Path) -> BuildResult:
         ort = _onnxruntime()
         for name in manifest.files:
-            if name.startswith(GRAPH_NAME):  # the graph, and its weights where they stand beside it
+            if name.startswith(GRAPH_NAME):  # the graph, and its weights where they are separate files
                 shutil.copyfile(content.parent / name, out / name)
         return BuildResult(
             versions={PACKAGE: ort.__version__},
@@ -102,7 +106,7 @@ def _numpy_type(value: Tensor) -> Any:
 def _session(ort: Any, graph: Path, device: torch.device, *, threads: int | None, profile_prefix: str | None = None) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # Weight-only sites in float, as the plan says: left alone, ONNX Runtime rounds their activations to 8 bits behind its back.
+    # Weight-only sites in float, as the plan states: by default ONNX Runtime quantizes their activations to 8 bits.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -117,7 +121,7 @@ def _session(ort: Any, graph: Path, device: torch.device, *, threads: int | None
 
 
 def _executed(ort: Any, graph: Path, manifest: Manifest) -> dict[str, Execution]:
-    """How each site is computed on the CPU: by the operator types that one profiled run really called."""
+    """How each site is executed on the CPU, from the operator types that one profiled run called."""
     with scratch_directory("ort") as scratch:
         session = _session(ort, graph, torch.device("cpu"), threads=None, profile_prefix=f"{scratch}/ort")
         session.run(
@@ -131,7 +135,7 @@ def _executed(ort: Any, graph: Path, manifest: Manifest) -> dict[str, Execution]
 
 
 def _smallest(dims: tuple[str | int, ...], dtype: torch.dtype, manifest: Manifest) -> Any:
-    """Zeros of the smallest shape that runs: dynamic dimensions at the model's own size, a batch of one."""
+    """Zeros of the smallest valid shape: dynamic dimensions at the size in the model's config, a batch of one."""
     sizes = family_named(manifest.family).sizes(manifest.config)
     return torch.zeros([sizes.get(dim, 1) if isinstance(dim, str) else dim for dim in dims], dtype=dtype).numpy()
 

@@ -1,6 +1,6 @@
-"""TensorRT 10.9 and later, 11 included, strongly typed: engines for the GPU of the machine that builds them. Not executed where this was written.
+"""TensorRT 10.9 and later, including 11, with strongly typed networks: engines for the GPU of the machine that builds them. Not executed on a GPU yet.
 
-A graph with INT4 plugin nodes has its plugins registered before it is parsed. The engine carries their code, and opens without them.
+Plugins are registered before a graph with INT4 plugin nodes is parsed. The engine contains their code and opens without them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class TrtBackend(Nvinfer):
     package: ClassVar[str] = PACKAGE
     module: ClassVar[str] = "engines.trt"
     install: ClassVar[str] = (
-        'Run pip install "edm-deploy[trt]" on a machine with an NVIDIA GPU. What can be built here instead: '
+        'Run pip install "edm-deploy[trt]" on a machine with an NVIDIA GPU. What can be built without one: '
         "trt-rtx (ahead of time, for a GPU that you name), ort, openvino."
     )
 

@@ -1,4 +1,4 @@
-"""TensorRT-RTX: engines for named GPUs, built ahead of time on a machine without one. Each quantized site is checked to have landed in an integer layer."""
+"""TensorRT-RTX: engines for named GPUs, built ahead of time on a machine without a GPU. The build verifies that each quantized site became an integer layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGE = "tensorrt_rtx"
 
 
 class TrtRtxBackend(Nvinfer):
-    """TensorRT-RTX. Its builder times nothing, so there is no timing cache."""
+    """TensorRT-RTX. Its builder does not time kernels, so there is no timing cache."""
 
     name: ClassVar[str] = "trt-rtx"
     options: ClassVar[frozenset[str]] = frozenset({"gpu", "optimization_level", "workspace_mib"})
@@ -22,7 +22,7 @@ class TrtRtxBackend(Nvinfer):
         "sm_86",
         "sm_89",
         "sm_120",
-    )  # GeForce RTX 30, 40 and 50; another target costs next to nothing
+    )  # GeForce RTX 30, 40 and 50; a further target adds little
 
 
 BACKEND = TrtRtxBackend()

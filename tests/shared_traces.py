@@ -12,7 +12,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,7 @@ from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".pytest_cache" / "traces"
 SOURCES = ("edm_deploy/network", "edm_deploy/models", "edm_deploy/export")
+DAY = 24 * 3600  # seconds
 PACKAGES = ("torch", "diffusers", "onnx-ir", "onnxscript")
 trace, exported_program = tracing.trace, float_program.exported_program  # the functions themselves, before they are replaced
 
@@ -51,15 +54,26 @@ def key(family: Family, config: Config, structure: NetworkRewrite, *dtypes: torc
     )
 
 
+@functools.cache
+def folder() -> Path:
+    """Where the graphs of the present sources and versions are stored. Those of others are removed once they are a day old."""
+    found = FOLDER / versions()[:16]
+    if not found.is_dir():
+        for other in FOLDER.glob("*"):
+            if other.is_dir() and time.time() - other.stat().st_mtime > DAY:
+                shutil.rmtree(other, ignore_errors=True)
+        found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
 def path_of(wanted: str) -> Path:
     """Where the graph of this key is stored."""
-    return FOLDER / f"{hashlib.sha256((versions() + wanted).encode()).hexdigest()[:32]}.onnx"
+    return folder() / f"{hashlib.sha256(wanted.encode()).hexdigest()[:32]}.onnx"
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process at a time; the lock ends with its process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

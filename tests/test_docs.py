@@ -18,6 +18,7 @@ from calibration import passes, recipes
 from calibration.recipe import Recipe
 from calibration.run.options import RunOptions
 from edm_deploy import registry
+from edm_deploy.errors import flag
 from edm_deploy_tools.cli import app
 from tests.conftest import TINY_UNET
 from tests.documentation import LANGUAGES, ROOT, RUN_LANGUAGES, Block, Runner, blocks_of, commands_of, smallest
@@ -143,9 +144,40 @@ def test_the_reference_lists_every_command_extra_and_common_setting():
     assert sorted((commands | extras | settings) - set(re.findall(r"`([\w-]+)`", text))) == []
 
 
+def test_the_defaults_in_the_reference_are_those_of_the_recipes():
+    text = (ROOT / "docs" / "reference.md").read_text()
+    rows = dict(
+        re.findall(r"^\| `(\w+)` \| (.*) \|[^|]*\|$", text[text.index("## Settings") : text.index("Options of a run")], re.MULTILINE)
+    )
+    for setting, row in rows.items():
+        default, _, others = (part.strip() for part in row.partition("|"))
+        other, _, of = others.partition(":")
+        for name in registry.names(recipes):
+            expected = other if f"`{name}`" in of else default
+            actual = {field.name: field.default for field in dataclasses.fields(registry.load(recipes, name, "RECIPE"))}[setting]
+            assert str(actual).lower() == expected, f"{setting} of {name}"
+    assert set(rows) == {field.name for field in dataclasses.fields(Recipe)}
+
+
 def test_every_recipe_pass_and_backend_is_on_the_page_of_its_task():
     assert sorted({*registry.names(recipes), *registry.names(passes)} - named("quantize.md")) == []
     assert sorted(set(registry.names(engines)) - named("build.md")) == []
+
+
+@pytest.mark.parametrize("name", registry.names(engines))
+def test_the_options_of_a_backend_are_those_that_it_has(name):
+    (row,) = (line for line in (ROOT / "docs" / "build.md").read_text().splitlines() if line.startswith(f"| `{name}` |"))
+    assert set(re.findall(r"--[\w-]+", row)) == {flag(option) for option in engines.backend_named(name).options}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "kernels.md"], ids=lambda page: page.stem)
+def test_every_option_that_a_page_names_is_one_of_a_command(page):
+    command = typer.main.get_command(app)
+    options = {
+        name for one in (command, *command.commands.values()) for option in one.params for name in (*option.opts, *option.secondary_opts)
+    }
+    programs = {"--help", "--architecture", "--size", "--backends", "--layers"}  # of bench_scale, in README's conditions
+    assert sorted(set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-[a-z0-9]+)*\b(?!-)", page.read_text())) - options - programs) == []
 
 
 def test_a_block_is_found_with_its_line_language_and_marker(tmp_path):

@@ -78,8 +78,9 @@ def run(*command: object, cwd: Path) -> str:
 
 @dataclass(frozen=True)
 class Built:
-    """An sdist of the repository, and the wheels that are built from it and from the repository itself."""
+    """A copy of the repository, its sdist, and the wheels that are built from the sdist and from the copy."""
 
+    repository: Path
     sdist: Path
     wheel: Path
     wheel_of_repository: Path
@@ -115,9 +116,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
     name = run(sys.executable, "-c", BUILD_SDIST, root, cwd=root / "copy").splitlines()[-1]
     with tarfile.open(root / name) as archive:
-        archive.extractall(root / "unpacked", filter="data")
+        archive.extractall(root / "unpacked")  # ours: `filter` came in the middle of Python 3.11
     (unpacked,) = (root / "unpacked").iterdir()
-    return Built(root / name, wheel(unpacked, root / "from-sdist"), wheel(root / "copy", root / "from-copy"))
+    return Built(root / "copy", root / name, wheel(unpacked, root / "from-sdist"), wheel(root / "copy", root / "from-copy"))
 
 
 def environment_with(wheel: Path, path: Path) -> Path:
@@ -139,6 +140,19 @@ def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("installed")
     (environment_with(built.wheel, path) / "dependencies.pth").write_text(f"{SITE_PACKAGES}\n")
     return path
+
+
+def test_an_editable_installation_finds_every_package(built, tmp_path):
+    venv.create(tmp_path, with_pip=False, symlinks=True)
+    python = tmp_path / "bin" / "python"
+    copy = built.repository
+    (next(tmp_path.glob("lib/python3*/site-packages")) / "dependencies.pth").write_text(f"{SITE_PACKAGES}\n")
+    install = ("-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--editable", copy)
+    run(sys.executable, *install, cwd=tmp_path)
+    # A sub-package is searched in the folder of its package, which is found without importing it.
+    code = "import sys; from importlib.util import find_spec; print(*[find_spec(name).submodule_search_locations[0] for name in sys.argv[1:]], sep='|')"
+    folders = run(python, "-c", code, *PACKAGES.values(), cwd=tmp_path).strip().split("|")
+    assert [Path(folder) for folder in folders] == [copy / folder for folder in PACKAGES]
 
 
 @dataclass(frozen=True)

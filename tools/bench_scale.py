@@ -62,7 +62,18 @@ def steps_of(
     if match is None:
         raise InputError(f"--bits {bits!r}: expected a scheme such as W4A8.")
     weight_bits, act_bits = match.groups()
-    calibrate = ("calibrate", "model", "--out", "artifact", "--weight-bits", weight_bits, "--act-bits", act_bits, "--rows", str(rows))
+    calibrate: tuple[str, ...] = (
+        "calibrate",
+        "model",
+        "--out",
+        "artifact",
+        "--weight-bits",
+        weight_bits,
+        "--act-bits",
+        act_bits,
+        "--rows",
+        str(rows),
+    )
     calibrate += ("--set", f"calibration_samples={trajectories}", *(("--low-memory",) if low_memory else ()))
     steps = [CommandStep(name="calibrate", arguments=calibrate, out="artifact")]
     exported: set[str] = set()
@@ -76,7 +87,7 @@ def steps_of(
                 CommandStep(name=f"export {dtype}", arguments=("export", "artifact", "--out", source, "--dtype", dtype), out=source)
             )
             exported.add(dtype)
-        arguments = ("build-engine", source, "--out", f"engine-{backend}", "--backend", backend, "--batch", "1:2:2")
+        arguments: tuple[str, ...] = ("build-engine", source, "--out", f"engine-{backend}", "--backend", backend, "--batch", "1:2:2")
         arguments += ("--gpu", gpu) if backend in FOR_A_GPU else ()
         steps.append(CommandStep(name=f"{BUILD}{backend}", arguments=arguments, out=f"engine-{backend}"))
     return steps

@@ -6,7 +6,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -129,7 +129,7 @@ def build_engine(
     from edm_deploy_tools.common.build_options import build, build_options, pipeline_to_copy
 
     sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens, "image_tokens": image_tokens}
-    others = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": optimization_level}
+    others: dict[str, Any] = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": optimization_level}
     others |= {"timing_cache": timing_cache, "workspace_mib": workspace_mib, "allow_float_sites": allow_float_sites}
     others["int4_where"] = opt.value(int4_where)
     pipeline = pipeline_to_copy(source, with_pipeline, components)

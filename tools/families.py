@@ -16,7 +16,8 @@ from edm_deploy import models, registry
 from edm_deploy.models import family_named
 from edm_deploy.network.family import LAYER_GROUPS, Config, Family, PlacementRule
 from edm_deploy.network.meta_model import meta_model
-from edm_deploy.pipelines.model_index import INDEX, read_pipeline_config
+from edm_deploy.pipelines.model_index import read_pipeline_config
+from edm_deploy.storage.directories import INDEX_FILE
 from edm_deploy_tools.common.assets import REFERENCE_MODEL
 from edm_deploy_tools.inspection import architectures
 
@@ -113,7 +114,7 @@ def shipped() -> architectures.Architecture:
         title="the shipped reference model",
         class_name=pipeline.family_object.class_name,
         config=pipeline.config,
-        pipeline_class=str(pipeline.pipeline[INDEX]["_class_name"]),
+        pipeline_class=str(pipeline.pipeline[INDEX_FILE]["_class_name"]),
         scheduler_class=pipeline.scheduler_class,
         scheduler_config=pipeline.scheduler_config,
         parameters=sum(value.numel() for value in model.parameters()),

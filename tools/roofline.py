@@ -136,7 +136,7 @@ def roofline(layers: ModelLayers, gpu: Gpu, batch: int, *, fused: bool = False) 
 
 def site_rows(roof: Roofline) -> list[Row]:
     """One row for each site, the slowest first."""
-    rows = []
+    rows: list[Row] = []
     for name in sorted(roof.sites, key=lambda name: -roof.fastest(name).seconds):
         times, best = roof.sites[name], roof.fastest(name)
         row: dict[str, Any] = {"site": name, "bound by": best.bound, "tile": "{}x{}".format(*best.tile), "splits": best.splits}

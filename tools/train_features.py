@@ -78,7 +78,7 @@ def train(data: LabelledImages, settings: Settings) -> FeatureNetwork:
     """Train a network; batch norms are folded, and weights are rounded to float16 and stored in float32."""
     torch.manual_seed(settings.seed)
     network = FeatureNetwork(normalized=True)
-    if torch.backends.mkldnn.is_available():
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # untyped in torch
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's type stubs
     steps = settings.epochs * (len(data.labels) // settings.batch)
     optimizer = torch.optim.SGD(network.parameters(), lr=settings.rate, momentum=0.9, nesterov=True, weight_decay=settings.decay)
@@ -94,7 +94,7 @@ def train(data: LabelledImages, settings: Settings) -> FeatureNetwork:
             logits = network(augmented(data.images[chosen], generator).contiguous(memory_format=torch.channels_last))
         loss = functional.cross_entropy(logits.float(), data.labels[chosen], label_smoothing=settings.smoothing)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
         optimizer.step()
         step_done(step + 1, float(loss.detach()))
     return folded(network.eval())
@@ -118,15 +118,18 @@ def folded(network: FeatureNetwork) -> FeatureNetwork:
     """An equivalent network with batch norms folded into the convolutions, weights rounded to float16."""
     plain = FeatureNetwork()
     for name, child in network.named_children():
-        fused = fuse_conv_bn_eval(child[0], child[1]) if isinstance(child, nn.Sequential) else child
+        fused = child
+        if isinstance(child, nn.Sequential):
+            fused = fuse_conv_bn_eval(child[0], child[1])  # type: ignore[type-var, arg-type]  # a convolution and its batch norm
         setattr(plain, name, fused)
-    return plain.half().float().to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]  # as above
+    rounded: FeatureNetwork = plain.half().float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as above
+    return rounded.eval()
 
 
 @torch.no_grad()
 def accuracy(network: FeatureNetwork, data: LabelledImages) -> float:
     """Share of the images that are classified correctly, 0 to 1."""
-    predicted = torch.cat([network(scaled(images)).argmax(1) for images in data.images.split(BATCH)])
+    predicted = torch.cat([network(scaled(images)).argmax(1) for images in data.images.split(BATCH)])  # type: ignore[no-untyped-call]  # untyped in torch
     return float((predicted == data.labels).double().mean())
 
 

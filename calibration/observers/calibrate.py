@@ -15,6 +15,7 @@ from calibration.run.options import Interrupted
 from calibration.run.parallel_map import parallel_map
 from calibration.run.progress import ProgressMeter
 from calibration.student.layers import StudentLayer
+from calibration.student.module_outputs import input_hooks
 from edm_deploy.network.restructure import scaled_input
 
 
@@ -38,38 +39,34 @@ def calibrate(context: TrainingContext, recipe: Recipe) -> None:
     generator = torch.Generator().manual_seed(recipe.seed)
     observers = {name: Observer(generator) for name in student.quantizers}
     means = {name: InputMean() for name in layers} if recipe.corrects_bias else {}
-    hooks: list[tuple[str, Observer | InputMean]] = [*observers.items(), *means.items()]
-    handles = [layers[name].register_forward_pre_hook(_pre_scaled(student.layers[name], hook)) for name, hook in hooks]
+    collectors: list[tuple[str, Observer | InputMean]] = [*observers.items(), *means.items()]
+    hooks = [(layers[name], _pre_scaled(student.layers[name], collector)) for name, collector in collectors]
     specs = {name: recipe.layer_spec(name, teacher.family.placement(name)) for name in student.quantizers}
     pooled: dict[str, ActivationSamples] = {}
-    try:
-        with ProgressMeter(run, "calibrate", trajectories.device) as meter:
-            for done, (row, batches) in enumerate(trajectories.traverse_schedule(FORWARD_BATCH), start=1):
-                for batch in batches:
-                    prediction = teacher(batch.inputs)
-                    if not run.student_leads:
-                        trajectories.advance(batch, batch.conditioning.combine(prediction))
-                observed = {name: observer.pop() for name, observer in observers.items()}
-                if recipe.static:
-                    subsets = {name: samples.subsample(trajectories.rows, generator) for name, samples in observed.items()}
-                    observed = pooled = {name: pooled[name] + subset for name, subset in subsets.items()} if pooled else subsets
-                ranges = parallel_map(lambda name: recipe.activation_range(observed[name], specs[name]), observed)  # noqa: B023  # called at once
-                for quantizer, range_ in zip(student.quantizers.values(), ranges, strict=True):
-                    quantizer.set_row(slice(None) if recipe.static else row, range_)
-                for batch in batches if run.student_leads else ():
-                    trajectories.advance(batch, batch.conditioning.combine(student(batch.inputs).float()))
-                meter.report(done, trajectories.rows)
-                if meter.interrupted:
-                    raise Interrupted("Interrupted while calibrating; nothing was written. Run the same command again.")
-    finally:
-        for handle in handles:
-            handle.remove()
+    with input_hooks(hooks), ProgressMeter(run, "calibrate", trajectories.device) as meter:
+        for done, (row, batches) in enumerate(trajectories.traverse_schedule(FORWARD_BATCH), start=1):
+            for batch in batches:
+                prediction = teacher(batch.inputs)
+                if not run.student_leads:
+                    trajectories.advance(batch, batch.conditioning.combine(prediction))
+            observed = {name: observer.pop() for name, observer in observers.items()}
+            if recipe.static:
+                subsets = {name: samples.subsample(trajectories.rows, generator) for name, samples in observed.items()}
+                observed = pooled = {name: pooled[name] + subset for name, subset in subsets.items()} if pooled else subsets
+            ranges = parallel_map(lambda name: recipe.activation_range(observed[name], specs[name]), observed)  # noqa: B023  # called at once
+            for quantizer, range_ in zip(student.quantizers.values(), ranges, strict=True):
+                quantizer.set_row(slice(None) if recipe.static else row, range_)
+            for batch in batches if run.student_leads else ():
+                trajectories.advance(batch, batch.conditioning.combine(student(batch.inputs).float()))
+            meter.report(done, trajectories.rows)
+            if meter.interrupted:
+                raise Interrupted("Interrupted while calibrating; nothing was written. Run the same command again.")
     for name, mean in means.items():
         student.layers[name].correct_bias(mean.value())
     if run.after_calibration is not None:
         run.after_calibration()
 
 
-def _pre_scaled(layer: StudentLayer, hook: Observer | InputMean) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """`hook` on the input of the teacher's layer as the student's layer quantizes it, i.e. multiplied by the pre-scale if there is one."""
-    return lambda teacher_layer, args: hook(teacher_layer, (scaled_input(layer.layer, args[0]),))
+def _pre_scaled(layer: StudentLayer, collector: Observer | InputMean) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that calls `collector` on the input of the teacher's layer as the student's layer quantizes it, i.e. multiplied by the pre-scale if there is one."""
+    return lambda teacher_layer, args: collector(teacher_layer, (scaled_input(layer.layer, args[0]),))

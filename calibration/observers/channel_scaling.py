@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from calibration.recipe import Recipe, TrainingContext
 from calibration.run.parallel_map import parallel_map
+from calibration.student.module_outputs import input_hooks
 from calibration.student.student import Student
 
 SAMPLES = 32  # trajectories that channels are observed on: MPQ-DM's first calibration batch
@@ -77,15 +78,11 @@ def channel_ranges(context: TrainingContext, names: list[str]) -> dict[str, Chan
 
         return hook
 
-    handles = [teacher.model.get_submodule(name).register_forward_pre_hook(observe(name)) for name in names]
-    try:
+    with input_hooks((teacher.model.get_submodule(name), observe(name)) for name in names):
         for _ in range(trajectories.rows):
             trajectories.next_index = 0
             batch = trajectories.next_batch(min(SAMPLES, trajectories.size))
             trajectories.advance(batch, batch.conditioning.combine(teacher(batch.inputs)))
-    finally:
-        for handle in handles:
-            handle.remove()
     trajectories.restart()
     # The schedule is descending, table rows are ascending.
     return {

@@ -12,6 +12,7 @@ from torch.nn import functional
 from calibration.recipe import Recipe, TrainingContext
 from calibration.run.parallel_map import parallel_map
 from calibration.student.layers import StudentLayer
+from calibration.student.module_outputs import input_hooks
 from edm_deploy.network.restructure import scaled_input
 from edm_deploy.numerics.codes import WEIGHT_BITS, dequantize_weight, quantize_weight
 
@@ -95,14 +96,10 @@ def mix_channel_bits(context: TrainingContext, recipe: Recipe, share: float) -> 
 
         return hook
 
-    handles = [teacher.model.get_submodule(name).register_forward_pre_hook(compare(name)) for name in proposals]
     next_index = trajectories.next_index
-    try:
+    with input_hooks((teacher.model.get_submodule(name), compare(name)) for name in proposals):
         teacher(trajectories.next_batch(min(trajectories.size, 2 * trajectories.rows)).inputs)
-    finally:
-        trajectories.next_index = next_index
-        for handle in handles:
-            handle.remove()
+    trajectories.next_index = next_index
     for name in (name for name, improved in better.items() if improved):
         bits, scale = proposals[name]
         layers[name].set_channel_bits(bits)

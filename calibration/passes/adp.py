@@ -22,6 +22,7 @@ from calibration.observers.kmeans import centroids_of, cluster, memberships, seg
 from calibration.observers.observers import MinMaxObserver
 from calibration.recipe import Recipe
 from calibration.run.setting_checks import at_least
+from calibration.student.module_outputs import input_hooks
 from calibration.student.student import Student
 from calibration.student.teacher import Teacher
 from edm_deploy.artifact.artifact import Artifact
@@ -168,19 +169,15 @@ def _range_features(context: PassContext, timesteps: Tensor, samples: int) -> Te
     """Range of every site's input at each timestep: the logarithm of its width, and the relative position of its lower end. float [T, 2 sites]."""
     recipe, teacher = context.recipe, Teacher(context.source, context.device)
     observers = {name: MinMaxObserver() for name in teacher.family.sites(teacher.model)}
-    handles = [layer.register_forward_pre_hook(observers[name]) for name, layer in teacher.family.sites(teacher.model).items()]
     trajectories = Trajectories(
         context.source, timesteps, size=samples, eta=recipe.eta, seed=recipe.seed, device=context.device, conditioner=context.conditioner
     )
     features = torch.zeros(len(timesteps), 2 * len(observers))
-    try:
+    with input_hooks((layer, observers[name]) for name, layer in teacher.family.sites(teacher.model).items()):
         for row, batches in trajectories.traverse_schedule(samples):
             for batch in batches:
                 trajectories.advance(batch, batch.conditioning.combine(teacher(batch.inputs)))
             low, high = torch.tensor([observer.pop() for observer in observers.values()]).T
             width = (high - low).clamp(min=1e-12)
             features[row] = torch.cat([width.log(), low / width])
-    finally:
-        for handle in handles:
-            handle.remove()
     return features

@@ -25,7 +25,6 @@ from calibration.training.binary_residual import FIRST_BITS, BinaryResidual, com
 from calibration.training.distillation import distill
 from calibration.training.losses import RelationDistillationLoss
 from edm_deploy.errors import InputError
-from edm_deploy.network.meta_model import meta_model
 
 UpdateInit = Literal["zero", "error"]
 
@@ -137,8 +136,7 @@ def init_lora_from_error(layer: StudentLayer) -> None:
 
 def last_block(student: Student) -> str:
     """Name of the last block with several sites: of a UNet the last one of its decoder."""
-    skeleton = meta_model(student.family, student.config, student.structure)
-    blocks = blocks_of(student, skeleton, "block")
+    blocks = blocks_of(student, "block")
     return next((block for block in reversed(blocks) if len(block.sites) > 1), blocks[-1]).modules[-1]
 
 

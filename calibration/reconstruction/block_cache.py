@@ -12,7 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from calibration.data.trajectory_pool import FORWARD_BATCH, Batch
 from calibration.reconstruction.blocks import Block, entropy
-from calibration.student.module_outputs import module_calls, tensors_of
+from calibration.student.module_outputs import input_hooks, module_calls, tensors_of
 from calibration.student.student import Student
 from calibration.student.teacher import Teacher
 from edm_deploy.numerics.activation_table import table_rows
@@ -146,12 +146,8 @@ def entropies_of(teacher: Teacher, inputs: ModelInputs, sites: Iterable[str]) ->
     def measure(name: str) -> Any:
         return lambda _, args: entropies.__setitem__(name, entropy(args[0]))
 
-    handles = [teacher.model.get_submodule(name).register_forward_pre_hook(measure(name)) for name in sites]
-    try:
+    with input_hooks((teacher.model.get_submodule(name), measure(name)) for name in sites):
         teacher(inputs.spread(FORWARD_BATCH).values)
-    finally:
-        for handle in handles:
-            handle.remove()
     return entropies
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from calibration.student.shared_inputs import meta_inputs
 from calibration.student.student import Student
 from edm_deploy.errors import InputError
 from edm_deploy.network.family import Config, Family
+from edm_deploy.network.layer_costs import site_work
+from edm_deploy.network.meta_model import meta_inputs, meta_model
 
 Partition = Literal["block", "layer", "entropy"]
 BINS = 256  # of the histogram of an entropy, which is therefore at most 8 bits
@@ -72,15 +73,15 @@ def check_partition(partition: str) -> None:
         raise InputError(f"partition is {partition!r}; expected one of {', '.join(get_args(Partition))}. Set another partition.")
 
 
-def blocks_of(student: Student, skeleton: nn.Module, partition: Partition, entropies: Mapping[str, float] | None = None) -> list[Block]:
+def blocks_of(student: Student, partition: Partition, entropies: Mapping[str, float] | None = None) -> list[Block]:
     """The blocks of a student in execution order.
 
     Args:
         student: Its sites are partitioned.
-        skeleton: The model on the meta device, with the student's module names.
         partition: `layer` is every site by itself; `entropy` starts from `block`.
         entropies: Entropy of each site's input in bits; used by `entropy` only.
     """
+    skeleton = meta_model(student.family, student.config, student.structure)
     calls = traced_calls(student.family, student.config, skeleton, student.layers)
     inside = {name: tuple(site for site in student.layers if _holds(name, site)) for name in calls}
     whole = () if partition == "layer" else _innermost(skeleton, inside)
@@ -159,7 +160,9 @@ def traced_calls(family: Family, config: Config, skeleton: nn.Module, sites: Ite
         wired = {index: source for index, leaf in enumerate(large) for tensor, source in results if tensor is leaf}
         results += [(leaf, (name, index)) for index, leaf in enumerate(large_out)]
         elements = [leaf.numel() // 3 for leaf, count in zip([*large, *large_out], [*batched, *outputs], strict=True) if count]
-        calls[name] = Call(batched, outputs, wired, sum(elements), _macs(skeleton.get_submodule(name), large_out[0]) // 3)
+        module = skeleton.get_submodule(name)
+        macs = site_work(module, large[0], large_out[0]).macs // 3 if isinstance(module, nn.Conv2d | nn.Linear) else 0
+        calls[name] = Call(batched, outputs, wired, sum(elements), macs)
     return calls
 
 
@@ -179,7 +182,7 @@ def _forward(
     handles += [module.register_forward_hook(after(name)) for name, module in modules.items()]
     try:
         with torch.no_grad():
-            family.forward(skeleton, meta_inputs(family, config, batch=batch))
+            family.forward(skeleton, meta_inputs(family, config, batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -210,13 +213,6 @@ def _block(names: Sequence[str], calls: Mapping[str, Call], inside: Mapping[str,
 
 def _within(call: Call, names: Sequence[str]) -> Call:
     return dataclasses.replace(call, wired={leaf: source for leaf, source in call.wired.items() if source[0] in names})
-
-
-def _macs(module: nn.Module, output: Tensor) -> int:
-    if not isinstance(module, nn.Conv2d | nn.Linear):
-        return 0
-    channel = 1 if isinstance(module, nn.Conv2d) else -1
-    return module.weight.numel() * (output.numel() // output.shape[channel])
 
 
 def _holds(module: str, site: str) -> bool:

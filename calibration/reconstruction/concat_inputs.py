@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from calibration.student.shared_inputs import meta_inputs
 from edm_deploy.network.family import Config, Family
-from edm_deploy.network.meta_model import meta_model
+from edm_deploy.network.meta_model import meta_inputs, meta_model
 
 _JOIN: frozenset[Callable[..., Any]] = frozenset({torch.cat, torch.concat, torch.concatenate})
 # Functions that preserve channels, so that the segments continue to a layer behind them.
@@ -57,7 +56,7 @@ def concatenated_inputs(family: Family, config: Config, *, through: bool) -> dic
         if family.placement(name) == "quantize":
             layer.register_forward_pre_hook(record(name))
     with tracer, torch.no_grad():
-        family.forward(model, meta_inputs(family, config, batch=1))
+        family.forward(model, meta_inputs(family, config))
     return segments
 
 

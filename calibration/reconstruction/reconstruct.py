@@ -25,7 +25,6 @@ from calibration.run.dtypes import DTYPES
 from calibration.run.progress import ProgressMeter
 from calibration.student.student import Student, activations_unquantized
 from calibration.training.param_group import ParamGroup
-from edm_deploy.network.meta_model import meta_model
 
 SAVE_INTERVAL = 20  # the time between two checkpoints is at least this many times the time that the previous one took
 CACHE_SHARE = 0.25  # share of a budget that filling the caches may take
@@ -122,8 +121,7 @@ class _Reconstruction:
 
     def _divide(self, entropies: Mapping[str, float]) -> None:
         self.entropies = entropies
-        skeleton = meta_model(self.student.family, self.student.config, self.student.structure)
-        self.blocks = blocks_of(self.student, skeleton, self.partition, entropies)
+        self.blocks = blocks_of(self.student, self.partition, entropies)
         self.allocation = TimeAllocation([block.macs for block in self.blocks], [stage.steps for stage in self.stages])
 
     @torch.no_grad()

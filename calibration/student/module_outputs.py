@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,6 +23,15 @@ def capture_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str
             handle = model.get_submodule(name).register_forward_hook(store(name))
             stack.callback(handle.remove)
         yield outputs
+
+
+@contextmanager
+def input_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Within the context each of these modules calls its hook with itself and its positional arguments before its forward pass."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield
 
 
 def module_calls(network: nn.Module, inputs: Mapping[str, Tensor], names: Sequence[str], *, results: bool) -> list[Any]:

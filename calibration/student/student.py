@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from calibration.run.parallel_map import parallel_map
 from calibration.student.layers import ActivationQuantizer, StudentLayer
 from calibration.student.quantization_spec import LayerSpec
-from calibration.student.shared_inputs import shared_inputs
 from calibration.student.teacher import Teacher, share_weights
 from edm_deploy.network.family import SAMPLE, Placement
+from edm_deploy.network.layer_costs import model_work
 from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite, replace_module
 from edm_deploy.numerics.activation_table import nearest_rows, table_rows
 from edm_deploy.pipelines.source import Source
@@ -62,7 +62,8 @@ class Student(nn.Module):
         self.float_rows: Tensor | None = None
         self.shared_row: nn.Parameter | None = None  # a parameter, so that checkpoints contain it
         self.segments = segments
-        self.shared_input = shared_inputs(self.family, self.config, NetworkRewrite(segments))
+        shared = model_work(self.family, self.config, NetworkRewrite(segments)).shared_input
+        self.shared_input = {name: shared.get(name, name) for name in self.family.sites(self.model)}
         sites = {name: layer for name, layer in self.family.sites(self.model).items() if name not in folded}
         specs = {name: layer_spec(name, self.family.placement(name)) for name in sites}
         self.quantizers: dict[str, ActivationQuantizer] = {}

@@ -1,1 +1,1 @@
-"""From an artifact to a Q/DQ ONNX directory: `trace` draws the float graph, `qdq` puts the codes and scale tables in, `onnx` writes it."""
+"""Export an artifact to a Q/DQ ONNX directory: `trace` makes the float graph, `qdq` inserts codes and scale tables, `onnx` writes the directory."""

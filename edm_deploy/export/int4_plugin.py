@@ -1,9 +1,9 @@
-"""The graph's form for `--int4 plugin`: each site whose codes fit 4 bits becomes two nodes of our TensorRT plugins, every other site stays Q/DQ.
+"""The graph of `--int4 plugin`: each site whose codes fit 4 bits becomes two nodes of the TensorRT plugins; all other sites are Q/DQ.
 
     Conv     x [N, C, H, W] -> EdmQuantize -> codes [N, H, W, Cb] -> EdmConv -> [N, P, Q, K] -> Transpose
     MatMul   x [B, L, C] -> Unsqueeze -> EdmQuantize (channels last) -> codes [B, L, 1, Cb] -> EdmConv, a 1x1 filter -> [B, L, 1, K] -> Squeeze
 
-What the nodes compute is what the Q/DQ form computes; `plugins.py` describes them.
+The nodes compute the same as the Q/DQ form; `plugin_schema.py` describes them.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from edm_deploy.numerics.kernel_layout import CodeFormat, code_bytes, pack_weigh
 from edm_deploy.runtime.capabilities import CAPABILITIES, code_format, unsupported_reason
 
 BITS = 4
-FILTERS = CAPABILITIES["cuda"].filters or ()  # that there are kernels for
-UNSQUEEZED: Mapping[int, list[int]] = {2: [1, 2], 3: [2], 4: []}  # axes that make a linear's input, by its rank, [B, H, W, C]
+FILTERS = CAPABILITIES["cuda"].filters or ()  # filter sizes that have kernels
+UNSQUEEZED: Mapping[int, list[int]] = {2: [1, 2], 3: [2], 4: []}  # axes to insert into a linear's input, by its rank, to get [B, H, W, C]
 
 
 def plugin_kinds(artifact: Artifact) -> dict[str, CodeFormat]:
-    """The sites that plugin nodes compute, and how each packs its codes: signed (`s4`) or unsigned (`u4`).
+    """The sites that plugin nodes compute, each with its code format: signed (`s4`) or unsigned (`u4`).
 
     Raises:
-        UnsupportedError: There is none.
+        UnsupportedError: There are none.
     """
     layers = artifact.family_object.sites(artifact.skeleton())
     kinds = {name: code_format(site) for name, site in artifact.sites.items() if site.activation is not None}
-    able: dict[str, CodeFormat] = {
+    supported: dict[str, CodeFormat] = {
         name: kind for name, kind in kinds.items() if kind != "s8" and unsupported_reason(layers[name], FILTERS) is None
     }
-    if not able:
+    if not supported:
         raise UnsupportedError(
-            f"None of the {len(artifact.sites)} sites of this {artifact.scheme} artifact has codes that fit 4 bits, so there is nothing "
-            "for --int4 plugin. Leave it out, or quantize with --weight-bits 4 --act-bits 4."
+            f"None of the {len(artifact.sites)} sites of this {artifact.scheme} artifact has codes that fit 4 bits, so that --int4 plugin "
+            "applies to none. Leave it out, or quantize with --weight-bits 4 --act-bits 4."
         )
-    return able
+    return supported
 
 
 def insert_plugins(model: ir.Model, artifact: Artifact, sites: Mapping[str, SiteNodes], kinds: Mapping[str, CodeFormat]) -> dict[str, str]:
@@ -55,8 +55,8 @@ def insert_plugins(model: ir.Model, artifact: Artifact, sites: Mapping[str, Site
     Args:
         model: The float16 graph from `trace`, unoptimised.
         artifact: Codes, scales and tables.
-        sites: Where each site stands, from `find_sites`.
-        kinds: From `plugin_kinds`.
+        sites: The nodes of each site, from `find_sites`.
+        kinds: Code formats, from `plugin_kinds`.
 
     Returns:
         For each site the name of its EdmConv, Conv or MatMul node.
@@ -78,16 +78,16 @@ def insert_plugins(model: ir.Model, artifact: Artifact, sites: Mapping[str, Site
 
 
 class _PluginWriter(GraphWriter):
-    """Writes plugin nodes too. Siblings that read one tensor through one table share its packed codes."""
+    """A graph writer for plugin nodes. Sites that read one tensor through equal tables share its packed codes."""
 
     def __init__(self, graph: ir.Graph, artifact: Artifact) -> None:
         super().__init__(graph, artifact)
         self.packed: dict[tuple[ir.Value, CodeFormat], list[tuple[ActivationTable, ir.Value]]] = {}
 
     def rewrite_as_plugin(self, name: str, site: QuantizedLayer, nodes: SiteNodes, kind: CodeFormat, layer: nn.Conv2d | nn.Linear) -> str:
-        """Put one site's two plugin nodes in the place of its float nodes; returns the name of the second."""
+        """Replace one site's float nodes by its two plugin nodes; returns the name of the second."""
         at, x, table = nodes.dead[-1], nodes.x, site.activation
-        assert table is not None and x.shape is not None, f"{name} is no site for a plugin"
+        assert table is not None and x.shape is not None, f"the plugins do not support {name}"
         axes = None if isinstance(layer, nn.Conv2d) else self._axes(name, len(x.shape))
         codes = self._codes(name, table, x, kind, at, axes)
         unsigned = kind == "u4"
@@ -126,9 +126,9 @@ class _PluginWriter(GraphWriter):
         return UNSQUEEZED[rank]
 
     def _codes(self, name: str, table: ActivationTable, x: ir.Value, kind: CodeFormat, at: ir.Node, axes: list[int] | None) -> ir.Value:
-        """The packed codes of `x`: of a map [N, C, H, W] where `axes` is None, else of [B, ..., C] unsqueezed at `axes`."""
-        known = self.packed.setdefault((x, kind), [])
-        for other, value in known:
+        """The packed codes of `x`: a feature map [N, C, H, W] where `axes` is None, else [B, ..., C] unsqueezed at `axes`."""
+        shared = self.packed.setdefault((x, kind), [])
+        for other, value in shared:
             if other.equals(table):
                 return value
         assert x.shape is not None and self.row is not None
@@ -149,17 +149,17 @@ class _PluginWriter(GraphWriter):
         n, h, w, c = shape if axes is not None else [shape[0], shape[2], shape[3], shape[1]]
         assert isinstance(c, int), "channels are fixed"
         codes.shape = ir.Shape([n, h, w, code_bytes(c, BITS)])
-        known.append((table, codes))
+        shared.append((table, codes))
         return codes
 
     def _plugin(
         self, at: ir.Node, plugin: Plugin, inputs: Mapping[str, ir.Value], output: str, attributes: Sequence[int], dtype: ir.DataType
     ) -> ir.Value:
-        """One plugin node; its output. TensorRT's parser finds the plugin by the three attributes at the end."""
+        """Insert a plugin node; returns its output. TensorRT's parser finds the plugin by the last three attributes."""
         assert tuple(inputs) == plugin.inputs
         parser: dict[str, str | int] = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": 1}
-        own = dict(zip(plugin.attributes, attributes, strict=True))
-        node = ir.node(plugin.name, list(inputs.values()), attributes={**own, **parser}, domain=NAMESPACE, name=output)
+        fields = dict(zip(plugin.attributes, attributes, strict=True))
+        node = ir.node(plugin.name, list(inputs.values()), attributes={**fields, **parser}, domain=NAMESPACE, name=output)
         (value,) = node.outputs
         value.name, value.type = output, ir.TensorType(dtype)
         self.graph.insert_before(at, node)
@@ -173,9 +173,9 @@ class _PluginWriter(GraphWriter):
 
 
 def _geometry(layer: nn.Conv2d | nn.Linear) -> tuple[int, int, int]:
-    """Filter size, padding and stride; a Linear is a 1x1 convolution."""
+    """Filter size, padding and stride; those of a Linear are of a 1x1 convolution."""
     if isinstance(layer, nn.Linear):
         return 1, 0, 1
     padding = layer.padding[0]
-    assert isinstance(padding, int), "`obstacle` refuses named padding"
+    assert isinstance(padding, int), "`unsupported_reason` refuses named padding"
     return layer.kernel_size[0], padding, layer.stride[0]

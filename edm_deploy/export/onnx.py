@@ -1,4 +1,4 @@
-"""An artifact written as an ONNX directory: graph, manifest, and what rebuilds the pipeline."""
+"""Export an artifact as an ONNX directory: graph, manifest, and the files that rebuild the pipeline."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from edm_deploy.storage.directories import copy_pipeline_files, new_directory
 
 DATA_NAME = "model.onnx.data"
 Int4 = Literal["qdq", "plugin"]
-FOLDED = "edm_deploy.folded"  # among the graph's metadata
-# One protobuf file ends at 2 GiB, and holds all weights three times while it is written; where they are few, one file is handier than two.
+FOLDED = "edm_deploy.folded"  # key of the graph's metadata
+# A protobuf file is limited to 2 GiB, and writing it holds all weights in memory three times. Small graphs are a single file.
 EXTERNAL_DATA_BYTES = 1 << 28
 
 
@@ -95,7 +95,7 @@ def _export(
 def graph_from_artifact(
     artifact: Artifact, dtype: torch.dtype, storage: WeightStorage, plugins: Mapping[str, CodeFormat] | None = None
 ) -> tuple[ir.Model, dict[str, str]]:
-    """The Q/DQ graph of an artifact, optimised, and the node name of each site; those in `plugins` as plugin nodes."""
+    """The simplified Q/DQ graph of an artifact, and the node name of each site; sites in `plugins` are plugin nodes."""
     traced = trace(artifact.family_object, artifact.config, dtype, artifact.structure)
     return _quantized(artifact, traced, dtype, storage, plugins)
 
@@ -110,43 +110,43 @@ def _quantized(
     site_nodes = insert_qdq(model, artifact, sites, storage) if plugins is None else insert_plugins(model, artifact, sites, plugins)
     remove_float_weights(model.graph, artifact.sites)
     _fill_parameters(model.graph, artifact, dtype)
-    passes.TopologicalSortPass()(model)  # a shared input was written before its first user, not before all of them
+    passes.TopologicalSortPass()(model)  # a shared input is inserted before its first user only
     tidy(model)
     model.producer_name = "edm-deploy"
     model.metadata_props["edm_deploy.artifact"] = artifact.digest
     model.metadata_props[FOLDED] = json.dumps(folded)
-    kept = {node.name for node in model.graph}
-    if lost := sorted(set(site_nodes.values()) - kept):
+    remaining = {node.name for node in model.graph}
+    if lost := sorted(set(site_nodes.values()) - remaining):
         raise UnsupportedError(f"Graph optimisation removed {lost[0]!r}, a quantized layer. Please report this with the model's config.")
     return model, site_nodes
 
 
 def save_graph(model: ir.Model, directory: Path) -> list[str]:
-    """Write and check the graph; returns the names of the files. Weights go beside it once it would pass EXTERNAL_DATA_BYTES."""
+    """Write and check the graph; returns the names of the files. Weights above EXTERNAL_DATA_BYTES are written to a second file."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = DATA_NAME if size > EXTERNAL_DATA_BYTES else None
     path = directory / GRAPH_NAME
     ir.save(model, path, external_data=external)
     try:
         onnx.checker.check_model(path, full_check=external is None)
-        if external:  # the full check reads all data first; types and shapes need none
+        if external:  # the full check would read all data, which types and shapes do not need
             onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), check_type=True, strict_mode=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
         raise UnsupportedError(
-            f"The exported graph is no valid ONNX: {first_line(err)}. Please report this with the model's config."
+            f"The exported graph is not valid ONNX: {first_line(err)}. Please report this with the model's config."
         ) from err
     return [GRAPH_NAME] + ([DATA_NAME] if external else [])
 
 
 def _fill_parameters(graph: ir.Graph, artifact: Artifact, dtype: torch.dtype) -> None:
-    """Give the float graph's remaining initialisers the artifact's values."""
+    """Assign the artifact's values to the float graph's remaining initialisers."""
     for name, value in graph.initializers.items():
         if name in artifact.params:
             value.const_value = _lazy(name, artifact.params[name], dtype)
 
 
 def _lazy(name: str, param: Tensor, dtype: torch.dtype) -> ir.TensorProtocol:
-    """A parameter that is converted when it is written, and not kept."""
+    """A parameter that is converted when it is written, without keeping the result."""
     dtype = dtype if param.is_floating_point() else param.dtype
     kind = ir.tensor(torch.zeros(0, dtype=dtype).numpy()).dtype
     return ir.LazyTensor(lambda: ir.tensor(param.to(dtype).numpy(), name=name), dtype=kind, shape=ir.Shape(param.shape), name=name)

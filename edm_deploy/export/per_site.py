@@ -1,4 +1,4 @@
-"""The exported graph cut open at every site, so that an engine can be judged one site at a time, from the reference's own input."""
+"""The exported graph with an input and outputs at every site, to compare an engine with the reference one site at a time on the reference's inputs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ BEFORE_CODES = ("Max", "Min", "Clip")
 
 
 def onnx_cut_at_sites(artifact: Artifact, records: Mapping[str, SiteRecord], out: Path | str, *, dtype: GraphDtype = "fp32") -> Manifest:
-    """Write an ONNX directory that runs every site alone: the very nodes of the exported graph, the network between them left out.
+    """Write an ONNX directory that computes every site separately, with the nodes of the exported graph and without the network between the sites.
 
     Args:
         artifact: A valid artifact.
-        records: What the reference saw at each site; gives the shapes.
-        out: Directory to write. Inputs `timestep` and `<site>.x` (float32, the shape of the record's x; sites that share one quantized
-            input share the first one's), outputs `<site>.codes` (int8) and `<site>.y` (float32).
+        records: The reference's input and output of each site, for their shapes.
+        out: Directory to write. Inputs `timestep` and `<site>.x` (float32 in the shape of the record's x; sites with one shared
+            quantized input have the input of the first), outputs `<site>.codes` (int8) and `<site>.y` (float32).
         dtype: Floating-point type of the graph that is cut.
 
     Returns:
-        The manifest; build and open it like any other.
+        The manifest. The directory is built and opened like any other.
     """
     model, site_nodes = graph_from_artifact(artifact, TORCH_DTYPES[dtype], "int8")
     nodes = {node.name: node for node in model.graph}
@@ -69,7 +69,7 @@ def onnx_cut_at_sites(artifact: Artifact, records: Mapping[str, SiteRecord], out
 
 
 def _start(layer: ir.Node) -> tuple[ir.Node, ir.Value | None]:
-    """Where a site begins: the node whose first input is the float32 input, and the codes (None for a weight-only site)."""
+    """The first node of a site, whose first input is the float32 input, and the codes (None for a weight-only site)."""
     dequantize = _producer(layer)
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return layer, None
@@ -89,7 +89,7 @@ def _producer(node: ir.Node) -> ir.Node | None:
 
 
 def _output(graph: ir.Graph, after: ir.Node, value: ir.Value, name: str) -> ir.Value:
-    """A graph output of its own name: two sites may share one codes value, and a value has one name only."""
+    """A graph output as an Identity of `value`: two sites may share one value of codes, which can have only one name."""
     identity = ir.node("Identity", [value], name=name)
     output = identity.outputs[0]
     output.name, output.type, output.shape = name, value.type, value.shape

@@ -1,17 +1,17 @@
-"""The two TensorRT plugins that compute a 4-bit site, as exporter and engine both speak of them: their names, inputs, attributes and what they compute.
+"""Signatures of the two TensorRT plugins that compute a 4-bit site, for exporter and engine: names, inputs and attributes.
 
-    EdmQuantize   x float16 [N, C, H, W], or [N, H, W, C]  ->  codes int8 [N, H, W, Cb], packed as `packing.py` says
+    EdmQuantize   x float16 [N, C, H, W], or [N, H, W, C]  ->  codes int8 [N, H, W, Cb], packed as by `kernel_layout.pack_codes`
     EdmConv       codes int8 [N, H, W, Cb]                 ->  float16 [N, P, Q, K]
 
-Packed codes travel as INT8: TensorRT has no 4-bit activations. Every scale and bound is a tensor, since a plugin's kernel takes pointers and integers only.
+Packed codes have type INT8, because TensorRT has no 4-bit activations. Every scale and bound is a tensor: a plugin's kernel takes pointers and integers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-NAMESPACE = "edm_deploy"  # of the plugins in TensorRT's registry, and the domain of their ONNX nodes
-VERSION = "1"  # the only one that TensorRT's quick plugins have
+NAMESPACE = "edm_deploy"  # namespace in TensorRT's plugin registry, and domain of the ONNX nodes
+VERSION = "1"  # the only version of TensorRT's quick plugins
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Plugin:
     """A plugin's signature.
 
     Attributes:
-        name: Its op type. TensorRT's parser looks an op up by this name alone, so it must be no standard op's.
-        inputs: Names of its tensors, in order.
-        types: Their types, as TensorRT spells them, and the output's at the end.
-        attributes: Names of its integers, in order.
+        name: The op type. TensorRT's parser finds an op by its name alone, which must therefore differ from every standard op's.
+        inputs: Names of the input tensors, in order.
+        types: TensorRT's names of the inputs' types, then of the output's.
+        attributes: Names of the integer attributes, in order.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Plugin:
 
     @property
     def id(self) -> str:
-        """`edm_deploy::EdmConv`."""
+        """Namespace and name, such as `edm_deploy::EdmConv`."""
         return f"{NAMESPACE}::{self.name}"
 
 

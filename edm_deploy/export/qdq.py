@@ -1,10 +1,10 @@
-"""Where a scale table becomes graph nodes: each site of a float graph rewritten as an integer layer between two lookups.
+"""Rewrite each site of a float graph as an integer layer with its scale tables as lookups in the graph.
 
     row = Gather(row_of_timestep, Clip(Cast(Round(timestep))))                                        once, [B]
     x -> Cast f32 -> Mul Gather(1/s, row) -> Max, Min with Gather(qmin | qmax, row) -> QuantizeLinear(1, int8) -> DequantizeLinear(1)
       -> Conv | MatMul with DequantizeLinear(codes, s_w, axis) -> Mul Gather(s, row) -> Add bias -> Cast back
 
-Source: the runtime scale stands outside Q/DQ because TensorRT takes constant scales only; docs/design.md section 4 has what was measured.
+The scale is applied outside of Q/DQ, whose scales must be constant in TensorRT; docs/design.md, section 4, has the measurements.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
 from edm_deploy.export.trace import SiteNodes
+from edm_deploy.network.family import TIMESTEP
 from edm_deploy.network.graph_names import ROW_NAME, TableColumn, biased, layer_node, lookup, rescaled
 from edm_deploy.numerics.activation_table import ActivationTable
 from edm_deploy.numerics.codes import fits_int4, pack_int4
@@ -33,11 +34,11 @@ def insert_qdq(model: ir.Model, artifact: Artifact, sites: Mapping[str, SiteNode
     Args:
         model: The float graph from `trace`, unoptimised.
         artifact: Codes, scales and tables.
-        sites: Where each site stands, from `find_sites`.
+        sites: The nodes of each site, from `find_sites`.
         storage: `int4` stores codes that fit in [-8, 7] as packed INT4 initialisers.
 
     Returns:
-        For each site the name of its Conv or MatMul node, by which layer tables and profiles speak of it.
+        For each site the name of its Conv or MatMul node, which engines' layer tables and profiles use.
     """
     writer = GraphWriter(model.graph, artifact)
     writer.write_row_lookup()
@@ -45,7 +46,7 @@ def insert_qdq(model: ir.Model, artifact: Artifact, sites: Mapping[str, SiteNode
 
 
 class GraphWriter:
-    """Writes nodes into one graph. Holds what sites share: the row of each sample, and inputs that are quantized alike."""
+    """Insert nodes into one graph. Holds the values that sites share: the row of each sample, and quantized inputs."""
 
     def __init__(self, graph: ir.Graph, artifact: Artifact) -> None:
         self.graph = graph
@@ -58,13 +59,13 @@ class GraphWriter:
         self.zero = self.constant("quant.zero", np.int8(0))
 
     def constant(self, name: str, array: np.ndarray[Any, Any] | np.generic) -> ir.Value:
-        """An initialiser; the same name twice is the same value."""
+        """An initialiser of this name, which is created on first use."""
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         return self.initializer(ir.tensor(np.asarray(array), name=name))
 
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """A tensor as an initialiser of its own name."""
+        """Add a tensor as an initialiser of the same name."""
         shape = ir.Shape(tensor.shape)  # type: ignore[arg-type]  # an initialiser's shape is all numbers
         value = ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.initializers.add(value)
@@ -79,33 +80,33 @@ class GraphWriter:
         like: ir.Value | None = None,
         **attributes: int | float | Sequence[int],
     ) -> ir.Value:
-        """One node before another; its output, whose shape is that of `like`."""
+        """Insert a node before another; returns its output, with the shape of `like`."""
         node = ir.node(op, inputs, attributes=attributes, name=output)
         value = node.outputs[0]
         value.name = output
-        value.type = ir.TensorType(ir.DataType.FLOAT)  # all of the island but its codes and rows, whose writers say so
+        value.type = ir.TensorType(ir.DataType.FLOAT)  # the type within a quantized layer, except codes and rows, whose callers set theirs
         if like is not None:
             value.shape = like.shape
         self.graph.insert_before(before, node)
         return value
 
     def write_row_lookup(self) -> None:
-        """`row` [B]: each sample's table row, from its timestep rounded to the nearest integer and clipped to the schedule."""
+        """Insert `row` [B], each sample's table row, from its timestep, rounded to the nearest integer and clipped to the schedule."""
         rows = self.artifact.row_of_timestep
-        timestep = next(value for value in self.graph.inputs if value.name == "timestep")
+        timestep = next(value for value in self.graph.inputs if value.name == TIMESTEP.name)
         at = self.first_node
         last = self.constant("row.last_timestep", np.float32(len(rows) - 1))
         value = self.node(at, "Round", [timestep], "row.rounded", like=timestep)
         value = self.node(at, "Clip", [value, self.constant("row.first_timestep", np.float32(0)), last], "row.clipped", like=timestep)
         value = self.node(at, "Cast", [value], "row.index", like=timestep, to=int(ir.DataType.INT64))
         value.type = ir.TensorType(ir.DataType.INT64)
-        # int32 indices: half the table, and the type that every backend's Gather has a kernel for.
+        # int32: half the size of int64, and supported by every backend's Gather.
         table = self.constant("row.of_timestep", rows.numpy())
         self.row = self.node(at, "Gather", [table, value], ROW_NAME, like=timestep, axis=0)
         self.row.type = ir.TensorType(ir.DataType.INT32)
 
     def rewrite(self, name: str, site: QuantizedLayer, nodes: SiteNodes, storage: WeightStorage) -> str:
-        """Put one site's integer form in the place of its float nodes."""
+        """Replace one site's float nodes by its integer form; returns the name of the layer's node."""
         at = nodes.dead[-1]
         x = nodes.x if site.activation is None else self._quantized_input(name, site.activation, nodes.x, at)
         if site.activation is None:
@@ -121,7 +122,7 @@ class GraphWriter:
             scale = self._lookup(at, name, "scale", site.activation.scale, _rank(nodes.x))
             value = self.node(at, "Mul", [value, scale], rescaled(name), like=nodes.y)
         if (bias := self.artifact.params.get(f"{name}.bias")) is not None:
-            # After the Mul: the layer ran on x / s, so a bias added before it would be scaled too.
+            # After the Mul: the layer computes on x / s, so that a bias added before would be scaled too.
             shape = (1, -1, 1, 1) if op == "Conv" else (-1,)
             value = self.node(
                 at, "Add", [value, self.constant(f"{name}.bias_f32", bias.numpy().reshape(shape))], biased(name), like=nodes.y
@@ -131,10 +132,10 @@ class GraphWriter:
         return layer_node(name)
 
     def replace(self, nodes: SiteNodes, value: ir.Value) -> None:
-        """Put `value` in the place of a site's output and drop its float nodes."""
+        """Replace a site's output by `value` and remove its float nodes."""
         old = nodes.y
         if old.is_graph_output():
-            # The graph's output keeps its name; the value behind it is now ours.
+            # The graph's output keeps its name.
             value.name, old.name = old.name, f"{old.name}.float"
             value.shape, value.type = old.shape, old.type
         ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
@@ -142,9 +143,9 @@ class GraphWriter:
             self.graph.remove(node, safe=True)
 
     def _quantized_input(self, name: str, table: ActivationTable, x: ir.Value, at: ir.Node) -> ir.Value:
-        """`x` as codes behind a DequantizeLinear; siblings with the same input and table (q, k and v) share one."""
-        for known, value in self.quantized.get(x, []):
-            if known.equals(table):
+        """Quantize `x` and dequantize its codes; sites with the same input and equal tables (q, k and v) share the result."""
+        for other, value in self.quantized.get(x, []):
+            if other.equals(table):
                 return value
         rank = _rank(x)
         value = self.cast(at, x, ir.DataType.FLOAT, f"{name}/x_f32")
@@ -157,7 +158,7 @@ class GraphWriter:
         return value
 
     def _clipped(self, at: ir.Node, name: str, table: ActivationTable, value: ir.Value, rank: int) -> ir.Value:
-        """Bounds as constants where all rows agree, by lookup otherwise; nothing where QuantizeLinear saturates there anyway."""
+        """Clip to the bounds: constants where all rows are equal, lookups otherwise, nothing where QuantizeLinear saturates at the same bound."""
         for op, column, saturation in (("Max", table.qmin, INT8_BOUNDS[0]), ("Min", table.qmax, INT8_BOUNDS[1])):
             if bool((column == saturation).all()):
                 continue
@@ -166,7 +167,7 @@ class GraphWriter:
         return value
 
     def _lookup(self, at: ir.Node, name: str, what: TableColumn, column: Tensor, rank: int) -> ir.Value:
-        """`column[row]` as [B, 1, ...] of `rank` dimensions; a scalar constant where all rows agree."""
+        """`column[row]` as [B, 1, ...] of `rank` dimensions; a scalar constant where all rows are equal."""
         if bool((column == column[0]).all()):
             return self.constant(f"{name}.{what}", np.float32(column[0].item()))
         table = self.constant(f"{name}.{what}", column.numpy().astype(np.float32).reshape(-1, *[1] * (rank - 1)))
@@ -176,7 +177,7 @@ class GraphWriter:
         return value
 
     def _weight(self, at: ir.Node, name: str, site: QuantizedLayer, storage: WeightStorage, *, transpose: bool) -> ir.Value:
-        """The codes behind a DequantizeLinear per output channel; a Linear's are stored [Cin, Cout], as MatMul takes them."""
+        """The weight's codes, dequantized per output channel; those of a Linear are stored as MatMul reads them, [Cin, Cout]."""
         codes = site.codes.t() if transpose else site.codes
         packed = storage == "int4" and fits_int4(codes)
         dtype, shape, label = ir.DataType.INT4 if packed else ir.DataType.INT8, ir.Shape(codes.shape), f"{name}.weight_codes"
@@ -186,7 +187,7 @@ class GraphWriter:
                 return ir.PackedTensor(pack_int4(codes).numpy(), dtype=dtype, shape=shape, name=label)
             return ir.tensor(codes.contiguous().numpy(), name=label)
 
-        # Lazy: turned round and packed when it is written, and not kept.
+        # Lazy: transposed and packed when it is written, without keeping the result.
         tensor = ir.LazyTensor(make, dtype=dtype, shape=shape, name=label)
         scale = self.constant(f"{name}.weight_scale", site.weight_scale.numpy())
         value = self.node(at, "DequantizeLinear", [self.initializer(tensor), scale], f"{name}/weight", axis=1 if transpose else 0)
@@ -194,7 +195,7 @@ class GraphWriter:
         return value
 
     def cast(self, at: ir.Node, value: ir.Value, dtype: ir.DataType, output: str) -> ir.Value:
-        """`value` as `dtype`; the tracer leaves the type of its own helper nodes open, which is then the graph's."""
+        """Cast `value` to `dtype`. The tracer gives some helper nodes no type; theirs is the graph's."""
         if (value.dtype or self.float_dtype) == dtype:
             return value
         value = self.node(at, "Cast", [value], output, like=value, to=int(dtype))
@@ -208,7 +209,7 @@ def _rank(value: ir.Value) -> int:
 
 
 def remove_float_weights(graph: ir.Graph, sites: Iterable[str]) -> None:
-    """Drop the initialisers of float weights and biases that nothing reads any more."""
+    """Remove the initialisers of float weights and biases that are no longer read."""
     for name in sites:
         for leaf in ("weight", "bias"):
             value = graph.initializers.get(f"{name}.{leaf}")

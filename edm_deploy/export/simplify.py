@@ -1,4 +1,4 @@
-"""The traced graph made small: constants folded, what computes nothing taken out. Backends fuse for themselves."""
+"""Simplify the exported graph: fold constants and remove operators without effect. Fusion is left to the backends."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from onnxscript import optimizer
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 
-ROUNDS = 2  # one rule's result is another's pattern
-# Those of onnxscript's own optimizer that a denoiser's graph gives work to. Left out above all: joining slices into a Split, which tries every pair of
-# slices in the graph, and took nine minutes of SDXL's export to find none.
+ROUNDS = 2  # the result of one rule may match another
+# The rules of onnxscript's optimizer that apply to a denoiser's graph. Excluded in particular: joining slices into a Split, which tries every pair of
+# slices of the graph, and took nine minutes of SDXL's export without a match.
 RULES = (
     rules.add_0_rule,
     rules.sub_0_rule,
@@ -39,7 +39,7 @@ RULES = (
 
 
 def tidy(model: ir.Model) -> None:
-    """Make a graph small, in place; nodes keep their names, and what two nodes compute alike is computed once."""
+    """Simplify a graph in place. Nodes keep their names; equal computations are merged."""
     passes.InlinePass()(model)
     for _ in range(ROUNDS):
         optimizer.fold_constants(model, onnx_shape_inference=True)

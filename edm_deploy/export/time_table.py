@@ -1,11 +1,11 @@
-"""What depends on the timestep alone becomes a table: the time embedding, its projection in every block, and whatever else is between.
+"""Tabulate the part of the graph that depends on the timestep alone: the time embedding and its projections in every block.
 
     t = Clip(timestep);  low = Floor(t)
-    features = table[low] + (t - low) * (table[low + 1] - table[low])          float32, one table [num_train_timesteps, all features side by side]
-    Split -> Cast -> Reshape: each feature where its layers' output stood
+    features = table[low] + (t - low) * (table[low + 1] - table[low])          float32, one table [num_train_timesteps, concatenated features]
+    Split -> Cast -> Reshape: each feature replaces its layers' output
 
-At a whole timestep that is the table's row, bit for bit. Between two (Euler's timesteps are fractional) it is a straight line from one to the next.
-The table has a row for every training timestep, not for the calibrated ones, so that any scheduler and any number of steps finds its own.
+At an integer timestep this is the table's row, bit for bit; between two (Euler's timesteps are fractional) it interpolates linearly. The table has a
+row for every training timestep, not only for the calibrated ones, so that it serves any scheduler and any number of steps.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from edm_deploy.export.trace import find_sites
 from edm_deploy.network.family import SAMPLE, TIMESTEP
 
 LARGEST_TABLE = 32 << 20  # values: 64 MiB in float16
-LARGEST_GROWTH = 4  # how many times the weights that it replaces a table may hold
+LARGEST_GROWTH = 4  # largest size of a table, as a multiple of the weights that it replaces
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Where the part of a graph that depends on the timestep alone ends.
+    """The part of a graph that depends on the timestep alone.
 
     Attributes:
-        nodes: All of that part, in order, and the constants that it reads.
-        values: What the rest of the graph reads of it.
+        nodes: The nodes of that part, in order, with the constant nodes that they read.
+        values: The values of that part that the rest of the graph reads.
     """
 
     nodes: tuple[ir.Node, ...]
@@ -41,20 +41,20 @@ class Frontier:
 
 
 def fold_time(model: ir.Model, artifact: Artifact, site_nodes: Iterable[ir.Node]) -> dict[str, Any]:
-    """Replace the part of a graph that depends on the timestep alone by a lookup, in place.
+    """Replace the part of a graph that depends on the timestep alone by a table lookup, in place.
 
     Args:
-        model: The float graph, unoptimised; its initialisers need hold no data yet.
-        artifact: Says which layers are folded, and has their weights.
-        site_nodes: Nodes of the quantized sites; nothing behind one of these is folded.
+        model: The float graph before simplification; its initialisers need not hold data.
+        artifact: The artifact, with the names and weights of the folded layers.
+        site_nodes: Nodes of the quantized sites; nothing that depends on one of these is folded.
 
     Returns:
-        For the manifest: `layers`, and `table` or, where the table would be too large, `computed`. Empty where the artifact folds nothing.
+        The manifest's entry: `layers`, and `table` or, where the table would be too large, `computed`. Empty where the artifact folds nothing.
     """
     if not artifact.folded:
         return {}
-    # As far as the timestep alone reaches, or to the folded layers and no further: an adaLN-single adds a table of each block to what one layer
-    # gives, which is many times as wide.
+    # Either all that depends on the timestep alone, or only up to the folded layers: an adaLN-single adds a table of each block to the output of one
+    # layer, which makes it many times as wide.
     ends = [site.y for site in find_sites(model.graph, list(artifact.folded)).values()]
     stop = set(site_nodes)
     frontier = min(find_frontier(model.graph, stop), find_frontier(model.graph, stop, ends), key=_total_width)
@@ -71,7 +71,7 @@ def fold_time(model: ir.Model, artifact: Artifact, site_nodes: Iterable[ir.Node]
 
 
 def find_frontier(graph: ir.Graph, stop: set[ir.Node], ends: Iterable[ir.Value] | None = None) -> Frontier:
-    """The largest part of a graph that reads the timestep, constants and the batch's size, and no node of `stop`; or what of it leads to `ends`."""
+    """The largest part of a graph that reads only the timestep, constants and the batch size, and no node of `stop`; or its part that `ends` need."""
     timestep = next(value for value in graph.inputs if value.name == TIMESTEP.name)
     timed: set[ir.Value] = {timestep}
     fixed: set[ir.Value] = set(graph.initializers.values())
@@ -81,7 +81,7 @@ def find_frontier(graph: ir.Graph, stop: set[ir.Node], ends: Iterable[ir.Value] 
         if node in stop or any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
             continue
         if node.op_type == "Shape" or all(value in fixed for value in inputs):
-            # A shape is no value: the batch's size is the table's length while it is made.
+            # A shape is constant here: while the table is computed, the batch size is its number of rows.
             fixed.update(node.outputs)
         elif all(value in timed or value in fixed for value in inputs):
             timed.update(node.outputs)
@@ -98,7 +98,7 @@ def find_frontier(graph: ir.Graph, stop: set[ir.Node], ends: Iterable[ir.Value] 
 
 
 def _with_sources(nodes: tuple[ir.Node, ...], part: Mapping[ir.Node, None]) -> tuple[ir.Node, ...]:
-    """`nodes` and those of `part` that they read, directly or not, in the order of `part`."""
+    """`nodes` and all nodes of `part` that they depend on, in the order of `part`."""
     wanted, queue = set(nodes), list(nodes)
     while queue:
         for value in queue.pop().inputs:
@@ -121,7 +121,7 @@ def _width(value: ir.Value) -> int:
 
 
 def evaluate(model: ir.Model, frontier: Frontier, artifact: Artifact) -> list[np.ndarray[Any, Any]]:
-    """The frontier's values at every training timestep, [num_train_timesteps, ...], computed in float32 and rounded once to the graph's type."""
+    """The frontier's values at every training timestep, [num_train_timesteps, ...], computed in float32 and then rounded to the graph's type."""
     rows = artifact.num_train_timesteps
     function = _float32_model(model, frontier, artifact)
     sample = next(value for value in model.graph.inputs if value.name == SAMPLE)
@@ -132,12 +132,12 @@ def evaluate(model: ir.Model, frontier: Frontier, artifact: Artifact) -> list[np
     results = ReferenceEvaluator(ir.serde.serialize_model(function)).run(None, feeds)
     dtypes = [(value.dtype or sample.dtype or ir.DataType.FLOAT).numpy() for value in frontier.values]
     for value, result in zip(frontier.values, results, strict=True):
-        assert len(result) == rows, f"{value.name} is not one row a sample"
+        assert len(result) == rows, f"{value.name} is not one row per sample"
     return [result.astype(dtype) for result, dtype in zip(results, dtypes, strict=True)]
 
 
 def _float32_model(model: ir.Model, frontier: Frontier, artifact: Artifact) -> ir.Model:
-    """The part as a model of its own: timestep (and the sample, for its shape) in, the frontier out, every float16 in it float32."""
+    """The part as a separate model in float32: its inputs are the timestep and the sample (for its shape), its outputs the frontier."""
     values: dict[ir.Value, ir.Value] = {}
     inputs, initializers, nodes = [], [], []
 
@@ -156,10 +156,10 @@ def _float32_model(model: ir.Model, frontier: Frontier, artifact: Artifact) -> i
 
     for node in frontier.nodes:
         attributes = [_float32_attribute(attribute) for attribute in node.attributes.values()]
-        own = [copied(value) for value in node.inputs]
+        copies = [copied(value) for value in node.inputs]
         outputs = [ir.Value(name=output.name) for output in node.outputs]
         values |= dict(zip(node.outputs, outputs, strict=True))
-        nodes.append(ir.Node(node.domain, node.op_type, own, attributes, outputs=outputs, name=node.name, version=node.version))
+        nodes.append(ir.Node(node.domain, node.op_type, copies, attributes, outputs=outputs, name=node.name, version=node.version))
     results = [values[value] for value in frontier.values]
     graph = ir.Graph(inputs, results, nodes=nodes, initializers=initializers, opset_imports=model.graph.opset_imports, name="time")
     return ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
@@ -185,7 +185,7 @@ def _float32_attribute(attribute: ir.Attr) -> ir.Attr:
 
 
 def _look_up(graph: ir.Graph, frontier: Frontier, features: list[np.ndarray[Any, Any]]) -> None:
-    """Write the lookup in front of the graph and drop the part that it stands for."""
+    """Insert the lookup at the start of the graph and remove the part that it replaces."""
     first, rows = graph[0], len(features[0])
     timestep = next(value for value in graph.inputs if value.name == TIMESTEP.name)
 

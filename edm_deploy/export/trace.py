@@ -1,4 +1,4 @@
-"""The float graph of a denoiser, unoptimised, with each site found by its parameter's name."""
+"""The float graph of a denoiser before simplification, and the nodes of each site in it, found by parameter name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from edm_deploy.errors import UnsupportedError, first_line
 from edm_deploy.network.family import Config, Family, ModelInput
-from edm_deploy.network.float_program import MODEL, exported_program, quiet
+from edm_deploy.network.float_program import MODEL, exported_program, without_library_output
 from edm_deploy.network.graph_names import OUTPUT
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 
@@ -18,12 +18,12 @@ OPSET = 21  # the first with INT4 initialisers and per-group normalization as on
 
 @dataclass(frozen=True)
 class SiteNodes:
-    """Where one site stands in the float graph.
+    """The nodes of one site in the float graph.
 
     Attributes:
-        node: Its Conv, MatMul or Gemm.
-        y: Its output, bias included.
-        dead: Nodes that vanish with the float weight: the node itself, its weight's Transpose, its bias' Add.
+        node: The Conv, MatMul or Gemm.
+        y: The output of the layer, including its bias.
+        dead: Nodes that are replaced: the node, the Transpose of its weight, the Add of its bias.
     """
 
     node: ir.Node
@@ -32,27 +32,27 @@ class SiteNodes:
 
     @property
     def x(self) -> ir.Value:
-        """Its input, as the graph stands now: rewriting the site before it puts another value there."""
+        """The current input of the layer, which changes when the site before it is rewritten."""
         (x, *_) = self.node.inputs
         assert x is not None
         return x
 
 
 def trace(family: Family, config: Config, dtype: torch.dtype, structure: NetworkRewrite = PUBLISHED) -> ir.Model:
-    """The float graph at opset 21; initialisers are named as in the model's state dict and hold no data yet.
+    """Trace the float graph at opset 21. Initialisers are named as in the model's state dict and hold no data.
 
     Args:
         family: The model family.
-        config: Its config.
+        config: Config of the model.
         dtype: float32 or float16, the graph's floating-point type.
-        structure: What the network computes otherwise.
+        structure: Rewrites of the network.
 
     Raises:
         UnsupportedError: torch cannot trace this config.
     """
     inputs = family.inputs(config)
     exported = exported_program(family, config, dtype, structure=structure)
-    with quiet():
+    with without_library_output():
         try:
             program = torch.onnx.export(
                 exported,
@@ -80,14 +80,14 @@ def find_sites(graph: ir.Graph, names: list[str]) -> dict[str, SiteNodes]:
     """The nodes of each site.
 
     Raises:
-        UnsupportedError: A site's weight does not feed exactly one Conv, Gemm or MatMul.
+        UnsupportedError: A site's weight is not the input of exactly one Conv, Gemm or MatMul.
     """
     return {name: _site_nodes(graph, name) for name in names}
 
 
 def _site_nodes(graph: ir.Graph, name: str) -> SiteNodes:
     weight = graph.initializers.get(f"{name}.weight")
-    # Of a convolution without a bias the exporter makes one of zeros, in the shape that the weight has; it goes with the convolution.
+    # For a convolution without bias the exporter adds one of zeros, sized by the Shape of the weight; both are replaced with the convolution.
     users = [use.node for use in weight.uses() if use.node.op_type != "Shape"] if weight is not None else []
     dead: list[ir.Node] = []
     while len(users) == 1 and users[0].op_type in ("Transpose", "Identity"):
@@ -114,10 +114,10 @@ def _site_nodes(graph: ir.Graph, name: str) -> SiteNodes:
 
 
 def _name_dimensions(model: ir.Model, inputs: tuple[ModelInput, ...]) -> None:
-    """Plain names (`height`, not `4*height`) on the graph's inputs and output, as every engine's profile options use them."""
+    """Name the dynamic dimensions of the graph's inputs and output as the engines' profile options do: `height`, not `4*height`."""
     for value, declared in zip(model.graph.inputs, inputs, strict=True):
         value.shape = ir.Shape(declared.dims)
     (output,) = model.graph.outputs
     assert output.shape is not None
-    # The output has the sample's axes; only its channels may be others in number.
+    # The output has the dimensions of the sample, except for its number of channels.
     output.shape = ir.Shape([dim if isinstance(dim, str) else size for dim, size in zip(inputs[0].dims, output.shape, strict=True)])

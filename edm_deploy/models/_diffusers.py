@@ -57,16 +57,18 @@ class DiffusersFamily(Family):
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         names = [declared.name for declared in self.inputs(config)]
-        given = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
+        arguments = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
         for name, reason in self.refused.items():
-            if _is_given(given.pop(name, None)):
+            if _is_set(arguments.pop(name, None)):
                 raise UnsupportedError(f"The engine has no input {name!r}: {reason}.")
-        given = {self.renamed.get(name, name): value for name, value in given.items() if value is not None and name != "return_dict"}
-        if unknown := sorted(set(given) - set(names)):
+        arguments = {
+            self.renamed.get(name, name): value for name, value in arguments.items() if value is not None and name != "return_dict"
+        }
+        if unknown := sorted(set(arguments) - set(names)):
             raise UnsupportedError(f"The engine has no input {unknown[0]!r}; it takes {', '.join(names)}. Leave it out.")
-        if missing := [name for name in names if name not in given]:
+        if missing := [name for name in names if name not in arguments]:
             raise UnsupportedError(f"The engine needs {missing[0]!r}; pass it as to the diffusers model.")
-        return given
+        return arguments
 
     def output(self, sample: Tensor) -> Any:
         return self.output_class(sample=sample)
@@ -75,6 +77,6 @@ class DiffusersFamily(Family):
         return FrozenDict(config)
 
 
-def _is_given(value: Any) -> bool:
+def _is_set(value: Any) -> bool:
     """Whether an argument is set; pipelines pass None, False or an empty dict otherwise."""
     return isinstance(value, Tensor) or bool(value)

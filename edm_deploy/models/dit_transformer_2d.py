@@ -43,7 +43,7 @@ class DiTTransformer2D(TransformerFamily):
         output layers read too, is computed once, so that each weight is in the graph once.
         """
         net: Any = model  # diffusers is untyped
-        sample, timestep, labels = inputs[SAMPLE], inputs["timestep"], inputs[LABELS]
+        sample, timestep, labels = inputs[SAMPLE], inputs[TIMESTEP.name], inputs[LABELS]
         embedded: list[Tensor] = []
         hook = net.transformer_blocks[0].norm1.emb.register_forward_hook(lambda _, __, output: embedded.append(output))
         try:

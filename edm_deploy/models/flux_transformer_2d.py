@@ -89,7 +89,7 @@ class FluxTransformer2D(TransformerFamily):
             inputs[SAMPLE],
             encoder_hidden_states=inputs[TOKENS],
             pooled_projections=inputs[POOLED],
-            timestep=inputs["timestep"] / TIMESTEPS,
+            timestep=inputs[TIMESTEP.name] / TIMESTEPS,
             img_ids=inputs[IMAGE_IDS][0],
             txt_ids=inputs[TEXT_IDS][0],
             guidance=inputs.get(SCALE_INPUT),
@@ -98,13 +98,13 @@ class FluxTransformer2D(TransformerFamily):
         return output
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        given = super().bind(config, args, kwargs)
-        given["timestep"] = torch.as_tensor(given["timestep"], dtype=torch.float32) * TIMESTEPS
-        batch = len(given[SAMPLE])
+        arguments = super().bind(config, args, kwargs)
+        arguments[TIMESTEP.name] = torch.as_tensor(arguments[TIMESTEP.name], dtype=torch.float32) * TIMESTEPS
+        batch = len(arguments[SAMPLE])
         for name in (IMAGE_IDS, TEXT_IDS):
-            if given[name].ndim == 2:
-                given[name] = given[name].expand(batch, -1, -1)
-        return given
+            if arguments[name].ndim == 2:
+                arguments[name] = arguments[name].expand(batch, -1, -1)
+        return arguments
 
     def sample_size(self, config: Config) -> tuple[int, int]:
         """In latents, as in other models' configs; FLUX's published config has no `sample_size`."""
@@ -157,8 +157,8 @@ class FluxTransformer2D(TransformerFamily):
         return drawn | ({SCALE_INPUT: torch.full((batch,), SCALE)} if config["guidance_embeds"] else {})
 
     def encode_prompts(self, config: Config, pipeline: Any, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        given, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=torch.device("cpu"), num_images_per_prompt=1)
-        return {TOKENS: given, POOLED: pooled}, {}
+        conditional, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=torch.device("cpu"), num_images_per_prompt=1)
+        return {TOKENS: conditional, POOLED: pooled}, {}
 
     def _grid(self, config: Config) -> tuple[int, int]:
         """Height and width in tokens."""

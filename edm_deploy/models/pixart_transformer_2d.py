@@ -78,7 +78,7 @@ class PixArtTransformer2D(TransformerFamily):
         sample, text, mask = inputs[SAMPLE], inputs[TOKENS], inputs[MASK]
         added = {name: inputs.get(name) for name in (RESOLUTION, ASPECT)}
         tokens = net.pos_embed(sample)
-        modulation, embedded = net.adaln_single(inputs["timestep"], added, batch_size=sample.shape[0], hidden_dtype=tokens.dtype)
+        modulation, embedded = net.adaln_single(inputs[TIMESTEP.name], added, batch_size=sample.shape[0], hidden_dtype=tokens.dtype)
         if net.caption_projection is not None:
             text = net.caption_projection(text)
         bias = ((1 - mask.to(tokens.dtype)) * MASKED)[:, None]
@@ -93,9 +93,9 @@ class PixArtTransformer2D(TransformerFamily):
         return output[:, : int(config["in_channels"])]
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        given = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
-        given |= given.pop("added_cond_kwargs", None) or {}
-        return super().bind(config, (), given)
+        arguments = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
+        arguments |= arguments.pop("added_cond_kwargs", None) or {}
+        return super().bind(config, (), arguments)
 
     def sizes(self, config: Config) -> dict[str, int]:
         return super().sizes(config) | {"tokens": T5_TOKENS}
@@ -128,10 +128,10 @@ class PixArtTransformer2D(TransformerFamily):
 
     def encode_prompts(self, config: Config, pipeline: Any, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         # With the pipeline's default number of tokens, which is 300 for PixArt-Sigma.
-        given, mask, without, without_mask = pipeline.encode_prompt(
+        conditional, mask, unconditional, unconditional_mask = pipeline.encode_prompt(
             list(prompts), do_classifier_free_guidance=True, num_images_per_prompt=1, device=torch.device("cpu")
         )
-        return {TOKENS: given, MASK: mask.float()}, {TOKENS: without[:1], MASK: without_mask[:1].float()}
+        return {TOKENS: conditional, MASK: mask.float()}, {TOKENS: unconditional[:1], MASK: unconditional_mask[:1].float()}
 
 
 def _takes_size(config: Config) -> bool:

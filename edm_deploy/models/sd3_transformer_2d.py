@@ -70,7 +70,7 @@ class SD3Transformer2D(TransformerFamily):
         return sample, TIMESTEP, tokens, ModelInput(POOLED, "float", ("batch", int(config["pooled_projection_dim"])))
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        output: Tensor = model(inputs[SAMPLE], inputs[TOKENS], inputs[POOLED], inputs["timestep"], return_dict=False)[0]
+        output: Tensor = model(inputs[SAMPLE], inputs[TOKENS], inputs[POOLED], inputs[TIMESTEP.name], return_dict=False)[0]
         return output
 
     def sizes(self, config: Config) -> dict[str, int]:
@@ -101,10 +101,10 @@ class SD3Transformer2D(TransformerFamily):
         if getattr(pipeline, "transformer", None) is None:
             # Without T5 the pipeline replaces its tokens by zeros, whose width it reads from the model's config.
             object.__setattr__(pipeline, "transformer", SimpleNamespace(config=self.freeze_config(config)))
-        given, without, pooled, without_pooled = pipeline.encode_prompt(
+        conditional, unconditional, pooled, unconditional_pooled = pipeline.encode_prompt(
             list(prompts), None, None, device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=True
         )
-        return {TOKENS: given, POOLED: pooled}, {TOKENS: without[:1], POOLED: without_pooled[:1]}
+        return {TOKENS: conditional, POOLED: pooled}, {TOKENS: unconditional[:1], POOLED: unconditional_pooled[:1]}
 
 
 FAMILY = SD3Transformer2D()

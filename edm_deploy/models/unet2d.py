@@ -50,7 +50,7 @@ class UNet2D(UNetFamily):
                 return sample, TIMESTEP, ModelInput(LABELS, "int64", ("batch",))
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        timestep = inputs["timestep"]
+        timestep = inputs[TIMESTEP.name]
         if getattr(model.config, "time_embedding_type", None) == "learned":
             timestep = timestep.round().long()
         prediction: Tensor = model(inputs[SAMPLE], timestep, class_labels=inputs.get(LABELS), return_dict=False)[0]

@@ -101,17 +101,17 @@ class UNet2DCondition(UNetFamily):
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         # Both as float32: diffusers concatenates them, and sizes are float32. torch promotes types; ONNX has no Concat of two types.
         added = {name: inputs[name].float() for name in (POOLED, TIME_IDS) if name in inputs}
-        output: Tensor = model(inputs[SAMPLE], inputs["timestep"], inputs[TOKENS], added_cond_kwargs=added, return_dict=False)[0]
+        output: Tensor = model(inputs[SAMPLE], inputs[TIMESTEP.name], inputs[TOKENS], added_cond_kwargs=added, return_dict=False)[0]
         return output
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        given = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
-        given |= given.pop("added_cond_kwargs", None) or {}
-        given = {name: value for name, value in given.items() if not (name == "cross_attention_kwargs" and not value)}
+        arguments = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
+        arguments |= arguments.pop("added_cond_kwargs", None) or {}
+        arguments = {name: value for name, value in arguments.items() if not (name == "cross_attention_kwargs" and not value)}
         for name, reason in REFUSED_ARGUMENTS.items():
-            if given.get(name) is not None:
+            if arguments.get(name) is not None:
                 raise UnsupportedError(f"The engine has no input {name!r}: {reason}.")
-        return super().bind(config, (), given)
+        return super().bind(config, (), arguments)
 
     def latent_shape(self, config: Config) -> tuple[int, ...]:
         return int(config["out_channels"]), *self.sample_shape(config)[1:]
@@ -160,10 +160,10 @@ class UNet2DCondition(UNetFamily):
             prompt=list(prompts), device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=True
         )
         if not _is_sdxl(config):
-            given, without = encoded
-            return {TOKENS: given}, {TOKENS: without[:1]}
-        given, without, pooled, without_pooled = encoded
-        return {TOKENS: given, POOLED: pooled}, {TOKENS: without[:1], POOLED: without_pooled[:1]}
+            conditional, unconditional = encoded
+            return {TOKENS: conditional}, {TOKENS: unconditional[:1]}
+        conditional, unconditional, pooled, unconditional_pooled = encoded
+        return {TOKENS: conditional, POOLED: pooled}, {TOKENS: unconditional[:1], POOLED: unconditional_pooled[:1]}
 
 
 def _is_sdxl(config: Config) -> bool:

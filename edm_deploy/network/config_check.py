@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from edm_deploy.errors import UnsupportedError, first_line
-from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Family
-from edm_deploy.network.meta_model import meta_model
+from edm_deploy.network.family import Config, Family
+from edm_deploy.network.meta_model import meta_inputs, meta_model
 
 
 def check_config(family: Family, config: Config) -> None:
-    """Check that a model of this config builds, runs at its own size, and predicts what a scheduler can step.
+    """Check that a model of this config builds, runs at its sample size, and predicts what a scheduler can step.
 
     Runs one forward pass on the meta device, without memory or arithmetic.
 
@@ -29,10 +29,8 @@ def check_config(family: Family, config: Config) -> None:
             "so that every level or patch of the model is whole. Set another sample_size in config.json."
         )
     try:
-        conditioning = family.random_conditioning(config, 1, torch.Generator().manual_seed(0))
-        inputs = {SAMPLE: torch.empty(1, *family.sample_shape(config)), TIMESTEP.name: torch.zeros(1)} | conditioning
         with torch.no_grad():
-            output = family.forward(model, {name: value.to("meta") for name, value in inputs.items()})
+            output = family.forward(model, meta_inputs(family, config))
         predicted = tuple(family.prediction(config, output).shape[1:])
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as err:
         raise UnsupportedError(

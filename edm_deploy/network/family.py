@@ -142,7 +142,7 @@ class Family(ABC):
         return dict(config)
 
     def sample_size(self, config: Config) -> tuple[int, int]:
-        """Height and width of a sample at the model's own size, in pixels or latents.
+        """Height and width of a sample at the model's sample size, in pixels or latents.
 
         Raises:
             UnsupportedError: The config has no usable `sample_size`.
@@ -156,7 +156,7 @@ class Family(ABC):
         return sides[0], sides[1]
 
     def sample_shape(self, config: Config) -> tuple[int, ...]:
-        """Shape of the input `sample` at the model's own size, without the batch dimension: [channels, height, width] by default."""
+        """Shape of the input `sample` at the model's sample size, without the batch dimension: [channels, height, width] by default."""
         return int(config["in_channels"]), *self.sample_size(config)
 
     def latent_shape(self, config: Config) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ def exported_program(
     multiple = family.size_multiple(config)
     input_dtype = input_dtype or dtype
     # Empty tensors take address space only: the tracer reads shapes, not values, so that no float weight is ever in memory.
-    with quiet():
+    with without_library_output():
         model = meta_model(family, config, structure).to(dtype).to_empty(device="cpu")
         wrapped = _Denoiser(family, model, inputs, dtype, input_dtype).eval()
         arguments = tuple(_example(declared, multiple, input_dtype) for declared in inputs)
@@ -99,7 +99,7 @@ def _dynamic_dims(declared: ModelInput, multiple: int, limits: Mapping[str, int]
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def without_library_output() -> Iterator[None]:
     """Silence torch's exporters, which print and warn about packages that they do not need. A user can remedy none of it."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from edm_deploy.network.family import SAMPLE, Config, Family
-from edm_deploy.network.meta_model import meta_model
+from edm_deploy.network.family import Config, Family
+from edm_deploy.network.meta_model import meta_inputs, meta_model
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 
 
@@ -90,15 +90,16 @@ def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLI
     counter, attention, live = FlopCounterMode(display=False), _Attention(), _LiveBytes()
 
     def record(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        uses.setdefault(name, []).append(_site_work(layer, x, y))
+        uses.setdefault(name, []).append(site_work(layer, x, y))
         inputs_of.append((live.identity(x), name))
 
     for name, layer in family.sites(model).items():
         layer.register_forward_hook(lambda module, args, y, name=name: record(name, module, args[0], y))
-    conditioning = family.random_conditioning(config, 1, torch.Generator().manual_seed(0))
-    inputs = {SAMPLE: torch.empty(1, *family.sample_shape(config), device="meta"), "timestep": torch.zeros(1, device="meta")}
+    inputs = meta_inputs(family, config)
+    for declared in family.inputs(config)[2:]:  # else each view of the conditioning would count as a new value
+        live.hold(inputs[declared.name])
     with counter, live, attention, torch.no_grad():
-        family.forward(model, inputs | {name: value.to("meta") for name, value in conditioning.items()})
+        family.forward(model, inputs)
     sites = {name: _sum(uses[name]) for name in family.sites(model) if name in uses}
     return ModelWork(
         sites=sites,
@@ -144,10 +145,11 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
-                self._hold(tensor)
+                self.hold(tensor)
         return out
 
-    def _hold(self, tensor: Tensor) -> None:
+    def hold(self, tensor: Tensor) -> None:
+        """Count a tensor until it is freed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if not self.holders[key]:
@@ -162,7 +164,8 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         self.now -= 0 if self.holders[key] else size
 
 
-def _site_work(layer: Any, x: Tensor, y: Tensor) -> SiteWork:
+def site_work(layer: Any, x: Tensor, y: Tensor) -> SiteWork:
+    """The cost of a Conv2d or Linear for input `x` and output `y`; positions count all samples of the batch."""
     if isinstance(layer, nn.Conv2d):
         outputs, channels, *window = layer.weight.shape
         return SiteWork(

@@ -7,11 +7,11 @@ import threading
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from edm_deploy.errors import ArtifactError
-from edm_deploy.network.family import Config, Family
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Family
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite, restructure
 
 MAX_PARAMETERS = 6000  # parameter tensors of a model; SDXL has 1680, FLUX.1 780
@@ -28,6 +28,13 @@ def meta_model(family: Family, config: Config, structure: NetworkRewrite = PUBLI
         model = family.build(config).eval().requires_grad_(False)
         restructure(model, structure)
     return model
+
+
+def meta_inputs(family: Family, config: Config, batch: int = 1) -> dict[str, Tensor]:
+    """Graph inputs of `batch` samples on the meta device, by name: shapes and dtypes without values."""
+    inputs = {SAMPLE: torch.empty(batch, *family.sample_shape(config), device="meta"), TIMESTEP.name: torch.zeros(batch)}
+    inputs |= family.random_conditioning(config, batch, torch.Generator().manual_seed(0))
+    return {name: value.to("meta") for name, value in inputs.items()}
 
 
 @contextlib.contextmanager

@@ -140,16 +140,16 @@ def _multiply(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _layer(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
-    found: nn.Module | None
+    layer: nn.Module | None
     try:
-        found = model.get_submodule(name)
+        layer = model.get_submodule(name)
     except AttributeError:
-        found = None
-    if not isinstance(found, nn.Conv2d | nn.Linear):
+        layer = None
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
         raise ArtifactError(
             f"Layer {name!r} is not a convolution or linear layer of this model, so that its input cannot be split or scaled."
         )
-    return found
+    return layer
 
 
 def _unsplittable(layer: nn.Conv2d | nn.Linear, sizes: Sequence[int]) -> str | None:

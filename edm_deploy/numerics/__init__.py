@@ -1,1 +1,1 @@
-"""Integer codes, activation tables, and how codes are packed in memory."""
+"""Integer codes, activation tables, and the memory layout of packed codes."""

@@ -1,4 +1,4 @@
-"""Activation tables: one scale and one pair of bounds per table row, and the map from timestep to row."""
+"""Activation tables: a scale and a pair of bounds per table row, and the map from timesteps to rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationTable:
-    """How one site's input is quantized at each table row r: `n = clip(round(x * inv_scale[r]), qmin[r], qmax[r])`, `x ~ n * scale[r]`.
+    """Quantization of one site's input at each table row r: `n = clip(round(x * inv_scale[r]), qmin[r], qmax[r])`, `x ~ n * scale[r]`.
 
-    Always: scale > 0 and finite; qmin <= 0 <= qmax, both in [-128, 127]; qmax - qmin <= 2^bits - 1. So code 0 is real 0.
+    Always true: scale > 0 and finite; qmin <= 0 <= qmax, both in [-128, 127]; qmax - qmin <= 2^bits - 1. Code 0 is therefore real 0.
 
     Attributes:
         bits: 3 to 8.
@@ -29,21 +29,21 @@ class ActivationTable:
 
     @property
     def inv_scale(self) -> Tensor:
-        """float32 [R]: the reciprocal of the scale, which every executor multiplies by."""
+        """The reciprocal of the scale, float32 [R], by which every executor multiplies."""
         return reciprocal(self.scale)
 
     @property
     def is_constant(self) -> bool:
-        """True where every row is the same: the graph then needs no lookup."""
+        """Whether all rows are equal, so that the graph needs no lookup."""
         return all(bool((column == column[0]).all()) for column in (self.scale, self.qmin, self.qmax))
 
     def equals(self, other: ActivationTable) -> bool:
-        """True where both quantize alike at every row."""
+        """Whether both tables have equal scales and bounds at every row."""
         pairs = ((self.scale, other.scale), (self.qmin, other.qmin), (self.qmax, other.qmax))
         return all(torch.equal(a, b) for a, b in pairs)
 
     def problem(self, rows: int) -> str | None:
-        """What breaks the invariants, as a phrase, or None. `rows` is the number of rows that the artifact has."""
+        """The violated invariant, as a phrase, or None. `rows` is the number of table rows of the artifact."""
         for name, column in (("act_scale", self.scale), ("act_qmin", self.qmin), ("act_qmax", self.qmax)):
             if tuple(column.shape) != (rows,):
                 shapes = f"{name} has shape {list(column.shape)}, expected [{rows}]"
@@ -60,12 +60,12 @@ class ActivationTable:
 
 
 def reciprocal(scale: Tensor) -> Tensor:
-    """`float32(1 / scale)`, float32 in the shape of `scale`. Every executor multiplies by this same number, so that codes can be compared."""
+    """`float32(1 / scale)`, in the shape of `scale`. Every executor multiplies by this number, so that their codes can be compared."""
     return (1.0 / scale.double()).float()
 
 
 def quantize_activation(x: Tensor, table: ActivationTable, rows: Tensor) -> Tensor:
-    """Codes of a site's input, each sample at its own row.
+    """Quantize a site's input, each sample at its row.
 
     Args:
         x: float32 [B, ...].
@@ -73,19 +73,19 @@ def quantize_activation(x: Tensor, table: ActivationTable, rows: Tensor) -> Tens
         rows: int64 [B].
 
     Returns:
-        float32 [B, ...] holding integers: rounding half to even, then the bounds.
+        Codes, float32 [B, ...]: rounded half to even, then clipped to the bounds.
     """
     inv_scale, qmin, qmax = (per_sample(column, rows, x) for column in (table.inv_scale, table.qmin, table.qmax))
     return torch.minimum(torch.maximum((x * inv_scale).round_(), qmin), qmax)
 
 
 def per_sample(column: Tensor, rows: Tensor, like: Tensor) -> Tensor:
-    """`column[rows]` as float32 [B, 1, ...], to broadcast over `like` [B, ...]."""
+    """`column[rows]` as float32 [B, 1, ...], which broadcasts over `like` [B, ...]."""
     return column[rows].float().reshape(-1, *[1] * (like.ndim - 1))
 
 
 def nearest_rows(timesteps: Sequence[int] | Tensor, num_train_timesteps: int) -> Tensor:
-    """The row of the nearest calibrated timestep, for every timestep; of two equally near, the smaller one.
+    """Row of the nearest calibrated timestep, for every timestep; of two at equal distance, the smaller one.
 
     Args:
         timesteps: The calibrated timesteps [R], ascending, unique, in [0, num_train_timesteps).
@@ -100,7 +100,7 @@ def nearest_rows(timesteps: Sequence[int] | Tensor, num_train_timesteps: int) ->
 
 
 def table_rows(row_of_timestep: Tensor, timesteps: Tensor) -> Tensor:
-    """Rows of a batch of timesteps, rounded to the nearest integer (Euler's and flow matching's may be fractional) and clipped to the schedule.
+    """Table rows of a batch of timesteps, which are rounded (those of Euler and flow matching are fractional) and clipped to the schedule.
 
     Args:
         row_of_timestep: int32 [num_train_timesteps].

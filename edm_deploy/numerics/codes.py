@@ -1,4 +1,4 @@
-"""Integer codes: their bounds, rounding and packing. Code 0 is real 0, always: an asymmetric range is a pair of bounds, never a zero-point."""
+"""Integer codes: bounds, rounding and packing. Code 0 is always real 0: an asymmetric range is a pair of bounds, not a zero-point."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from edm_deploy.errors import InputError
 
-WEIGHT_ONLY_BITS = 16  # activation bits that stand for "the input is not quantized"
+WEIGHT_ONLY_BITS = 16  # activation bits of a site whose input is not quantized
 
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = range(3, 9)
@@ -16,7 +16,7 @@ ACTIVATION_BITS = range(3, 9)
 def weight_bounds(bits: int) -> tuple[int, int]:
     """Smallest and largest weight code at `bits` bits.
 
-    Two's complement for 2 to 7 bits; [-127, 127] at 8, so that a code can be negated and no engine meets -128 x -128.
+    Two's complement for 2 to 7 bits; [-127, 127] at 8, so that codes can be negated and no engine computes -128 x -128.
 
     Raises:
         InputError: `bits` is not in 2..8.
@@ -39,32 +39,36 @@ def symmetric_bounds(bits: int) -> tuple[int, int]:
 
 
 def check_activation_bits(bits: int) -> None:
-    """Raises InputError where `bits` is not in 3..8."""
+    """Check the number of activation bits.
+
+    Raises:
+        InputError: `bits` is not in 3..8.
+    """
     if bits not in ACTIVATION_BITS:
         raise InputError(f"activation bits {bits}: expected {ACTIVATION_BITS.start} to {ACTIVATION_BITS.stop - 1}.")
 
 
 def per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """`values` [C] shaped [C, 1, ...] so that it broadcasts along the first axis of `like`."""
+    """`values` [C] reshaped to [C, 1, ...], which broadcasts along the first axis of `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def channel_bounds(bits: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight_bounds` of each output channel: float32 [C] both, for bits of any integer dtype [C]."""
+    """`weight_bounds` of each output channel, float32 [C] each, for `bits` of any integer dtype, [C]."""
     bounds = torch.tensor([weight_bounds(int(channel)) for channel in bits.tolist()], dtype=torch.float32, device=bits.device)
     return bounds[:, 0], bounds[:, 1]
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, bits: int | Tensor) -> Tensor:
-    """Weight codes `clip(round(W / s_w[o]), qmin, qmax)`, rounding half to even.
+    """Quantize a weight: `clip(round(W / s_w[o]), qmin, qmax)`, rounded half to even.
 
     Args:
         weight: float32 [Cout, ...].
         scale: float32 [Cout], each > 0.
-        bits: 2 to 8; one for all, or of each output channel, integers [Cout].
+        bits: 2 to 8: one number, or one per output channel, integers [Cout].
 
     Returns:
-        int8, the shape of `weight`.
+        Codes, int8 in the shape of `weight`.
     """
     codes = (weight / per_channel(scale, weight)).round_()
     if isinstance(bits, int):
@@ -74,7 +78,7 @@ def quantize_weight(weight: Tensor, scale: Tensor, bits: int | Tensor) -> Tensor
 
 
 def dequantize_weight(codes: Tensor, scale: Tensor) -> Tensor:
-    """`codes * s_w[o]`: float32, the shape of `codes` (int8 [Cout, ...]); `scale` is float32 [Cout]."""
+    """`codes * s_w[o]`, float32 in the shape of `codes` (int8 [Cout, ...]), for `scale` float32 [Cout]."""
     return codes.to(scale.dtype) * per_channel(scale, codes)
 
 
@@ -109,18 +113,18 @@ def unpack_int4(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
         int8 [*shape], each in [-8, 7].
 
     Raises:
-        ValueError: `packed` has not the length that `shape` needs.
+        ValueError: The length of `packed` does not match `shape`.
     """
     count = int(torch.Size(shape).numel())
     if packed.numel() != (count + 1) // 2:
         raise ValueError(f"{packed.numel()} bytes hold {2 * packed.numel()} codes; shape {shape} needs {count}.")
     signed = packed.reshape(-1).view(torch.int8)
-    low, high = (signed << 4) >> 4, signed >> 4  # arithmetic shifts: the sign comes along
+    low, high = (signed << 4) >> 4, signed >> 4  # arithmetic shifts extend the sign
     return torch.stack([low, high], dim=1).reshape(-1)[:count].reshape(shape)
 
 
 def fits_int4(codes: Tensor) -> bool:
-    """True where every code lies in [-8, 7]."""
+    """Whether every code is in [-8, 7]."""
     if codes.numel() == 0:
         return True
     lowest, highest = torch.aminmax(codes)

@@ -1,4 +1,4 @@
-"""How codes and tables lie in memory for the kernels, as `engines/kernels/cuda/params.h` describes it; on any device."""
+"""Memory layout of codes and tables for the kernels, as described in `engines/kernels/cuda/params.h`. Works on any device."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch.nn import functional
 from edm_deploy.errors import InputError
 from edm_deploy.numerics.codes import fits_int4
 
-# What integer tensor cores multiply: signed by signed 4 bits, unsigned activations by signed 4 bits, signed by signed 8 bits.
+# Operand types of integer tensor cores (activation by weight): signed by signed 4 bits, unsigned by signed 4 bits, signed by signed 8 bits.
 CodeFormat = Literal["s4", "u4", "s8"]
-SPAN4 = 15  # largest qmax - qmin that an unsigned 4-bit code n - qmin can carry
+SPAN4 = 15  # largest qmax - qmin that an unsigned 4-bit code n - qmin can represent
 CODE_FORMATS: tuple[CodeFormat, ...] = get_args(CodeFormat)
 
-CHUNK = 16  # bytes: what one cp.async copies, so every pixel and every filter tap starts at a multiple of it
+CHUNK = 16  # bytes that one cp.async copies; every pixel and every filter tap is aligned to it
 
 
 def bits_of(kind: str) -> int:
-    """Bits in which `kind` stores a code, of an activation and of a weight: 4 or 8.
+    """Number of bits that format `kind` stores an activation or weight code in: 4 or 8.
 
     Raises:
-        InputError: `kind` is none of KINDS.
+        InputError: `kind` is not one of CODE_FORMATS.
     """
     if kind not in CODE_FORMATS:
         raise InputError(f"No kernel kind {kind!r}; expected {', '.join(CODE_FORMATS)}.")
@@ -31,7 +31,7 @@ def bits_of(kind: str) -> int:
 
 
 def code_bytes(channels: int, bits: int) -> int:
-    """Bytes of one pixel's or one filter tap's codes (Cb): those of `channels` codes of 4 or 8 bits, rounded up to a whole chunk of 16.
+    """Size in bytes of the codes of one pixel or one filter tap (Cb): `channels` codes of 4 or 8 bits, rounded up to whole chunks of 16 bytes.
 
     Raises:
         InputError: `bits` is neither 4 nor 8.
@@ -42,7 +42,7 @@ def code_bytes(channels: int, bits: int) -> int:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes along the last axis and pad it to whole chunks with zeros.
+    """Pack codes along the last axis, padded with zeros to whole chunks.
 
     Args:
         codes: integers [..., C]: in [-8, 15] at 4 bits (signed and unsigned nibbles alike), in [-128, 127] at 8.
@@ -59,7 +59,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     padded = functional.pad(codes.to(torch.int8), (0, stored - channels)).view(torch.uint8)
     if bits == 8:
         return padded.contiguous()
-    return ((padded[..., 0::2] & 0xF) | (padded[..., 1::2] << 4)).contiguous()  # codes may be a transposed view
+    return ((padded[..., 0::2] & 0xF) | (padded[..., 1::2] << 4)).contiguous()  # `codes` may be a transposed view
 
 
 def unpack_codes(packed: Tensor, bits: int, *, unsigned: bool = False, channels: int | None = None) -> Tensor:
@@ -68,8 +68,8 @@ def unpack_codes(packed: Tensor, bits: int, *, unsigned: bool = False, channels:
     Args:
         packed: uint8 [..., Cb].
         bits: 4 or 8.
-        unsigned: Whether a nibble stands for [0, 15] rather than [-8, 7].
-        channels: Codes to return of each pixel; None returns those of the padding too.
+        unsigned: Whether nibbles are in [0, 15] rather than [-8, 7].
+        channels: Number of codes per pixel to return; None includes the padding.
 
     Returns:
         int8 [..., channels].
@@ -81,17 +81,17 @@ def unpack_codes(packed: Tensor, bits: int, *, unsigned: bool = False, channels:
 
 
 def pack_weight(codes: Tensor, bits: int) -> Tensor:
-    """A weight as the convolution reads it: channels last, one row of chunks per filter tap.
+    """Pack a weight as the convolution reads it: channels last, one row of chunks per filter tap.
 
     Args:
         codes: int8 [K, C, R, S], or [K, C] of a Linear; at 4 bits each in [-8, 7].
-        bits: 4 or 8. Codes of a narrow weight may be stored in 8 bits: that is how a site runs as `s8`.
+        bits: 4 or 8. Codes that fit 4 bits may be stored in 8, so that the site runs as `s8`.
 
     Returns:
         uint8 [K, R * S, Cb], contiguous; padding channels hold 0.
 
     Raises:
-        InputError: Codes do not fit in `bits`, or have neither of the two shapes.
+        InputError: Codes do not fit in `bits`, or have another number of dimensions.
     """
     if codes.ndim not in (2, 4):
         raise InputError(f"weight codes have shape {list(codes.shape)}; expected [K, C, R, S] or [K, C].")
@@ -102,7 +102,7 @@ def pack_weight(codes: Tensor, bits: int) -> Tensor:
 
 
 def weight_sum(codes: Tensor) -> Tensor:
-    """Sum of each output channel's codes, int32 [K]: with it a `u4` kernel turns the sum of (n - qmin) * w into that of n * w.
+    """Sum of each output channel's codes, int32 [K], by which a `u4` kernel converts the sum of (n - qmin) * w to that of n * w.
 
     Args:
         codes: int8 [K, ...].
@@ -111,12 +111,12 @@ def weight_sum(codes: Tensor) -> Tensor:
 
 
 def zero_codes(qmin: Tensor, bits: int, *, unsigned: bool) -> Tensor:
-    """One chunk of the code of real 0 at every table row, which stands wherever a filter reaches beyond the map.
+    """One chunk of the code of real 0 at every table row, which the kernel reads where a filter extends beyond the feature map.
 
     Args:
         qmin: integers [rows], each <= 0.
         bits: 4 or 8.
-        unsigned: Whether codes are stored as `n - qmin`; then real 0 is -qmin, else 0.
+        unsigned: Whether codes are stored as `n - qmin`, so that real 0 is -qmin; otherwise it is 0.
 
     Returns:
         uint8 [rows, 16].
@@ -127,13 +127,17 @@ def zero_codes(qmin: Tensor, bits: int, *, unsigned: bool) -> Tensor:
     if unsigned:
         check_unsigned(bits)
         if int(qmin.min()) < -SPAN4:
-            raise InputError(f"qmin {int(qmin.min())}: an unsigned 4-bit code cannot carry real 0 below {-SPAN4}. Use kind s8.")
+            raise InputError(f"qmin {int(qmin.min())}: an unsigned 4-bit code cannot represent real 0 below {-SPAN4}. Use kind s8.")
     zero = -qmin if unsigned else torch.zeros_like(qmin)
     per_chunk = CHUNK * 8 // bits
     return pack_codes(zero[:, None].expand(-1, per_chunk), bits)
 
 
 def check_unsigned(bits: int) -> None:
-    """Raises InputError where unsigned codes are not of 4 bits: an 8-bit code n always fits in int8 as it is."""
+    """Check that unsigned codes have 4 bits; 8-bit codes always fit int8.
+
+    Raises:
+        InputError: `bits` is not 4.
+    """
     if bits != 4:
         raise InputError(f"unsigned codes of {bits} bits: expected 4. Codes of 8 bits are stored signed.")

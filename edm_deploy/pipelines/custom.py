@@ -1,4 +1,4 @@
-"""Pipelines that diffusers lacks: pixels from noise with any scheduler, and a latent model whose label is a token."""
+"""Pipelines that diffusers does not have: pixel-space sampling with any scheduler, and a latent model conditioned on a label token."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TOKENS = "encoder_hidden_states"
 
 
 class UnconditionalPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ships no types
-    """Images from noise with any scheduler and any step count; class labels where the model takes them.
+    """Pixel-space sampling with any scheduler and any number of steps, unconditional or class-conditional.
 
-    diffusers' own DDIMPipeline and DDPMPipeline call `step` with arguments that other schedulers refuse and skip their input scaling.
+    DDIMPipeline and DDPMPipeline of diffusers pass arguments to `step` that other schedulers refuse, and skip their input scaling.
     """
 
     def __init__(self, unet: nn.Module, scheduler: Any) -> None:
@@ -44,9 +44,9 @@ class UnconditionalPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffuse
         Args:
             batch_size: Number of images.
             num_inference_steps: Steps of the scheduler.
-            generator: For the first noise, and for a stochastic scheduler's.
+            generator: Source of the initial noise and of a stochastic scheduler's noise.
             class_labels: int64 [batch_size], for class-conditional models.
-            eta: DDIM's share of fresh noise, 0 to 1.
+            eta: Weight of DDIM's added noise, 0 to 1.
             output_type: `pil`, or `np` for float32 [B, H, W, C] in [0, 1].
             return_dict: Whether to wrap the images in diffusers' output class.
         """
@@ -63,16 +63,16 @@ class UnconditionalPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffuse
 
 
 class ClassEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ships no types
-    """A label as one cross-attention token. The last row of its table stands for no label.
+    """Embed a label as one cross-attention token. The last row of the table is the token for no label.
 
     Source: ClassEmbedder of github.com/CompVis/latent-diffusion, configs/latent-diffusion/cin256-v2.yaml (1001 rows, 1000 is no label).
 
     Args:
-        num_classes: Labels, the one for none not counted.
+        num_classes: Number of labels, without the one for no label.
         embed_dim: Width of the token, the UNet's `cross_attention_dim`.
     """
 
-    @register_to_config  # type: ignore[untyped-decorator]  # likewise
+    @register_to_config  # type: ignore[untyped-decorator]  # diffusers ships no types
     def __init__(self, num_classes: int = 1000, embed_dim: int = 512) -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_classes + 1, embed_dim)
@@ -84,7 +84,7 @@ class ClassEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers
 
 
 class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ships no types
-    """Images of a latent model whose label is a cross-attention token: LDM-4 on ImageNet, the model of the EfficientDM paper."""
+    """Sampling of a latent model whose label is a cross-attention token: LDM-4 on ImageNet, the model of the EfficientDM paper."""
 
     model_cpu_offload_seq = "class_embedder->unet->vae"
 
@@ -108,14 +108,14 @@ class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         Args:
             class_labels: int64 [B].
             num_inference_steps: Steps of the scheduler.
-            guidance_scale: 1 is off. Source: 3.0, EfficientDM's evaluation of LDM-4.
-            generator: For the first noise, and for a stochastic scheduler's.
-            eta: DDIM's share of fresh noise, 0 to 1.
-            output_type: `pil`; `np` for float32 [B, H, W, C] in [0, 1]; `latent` for what the UNet made.
+            guidance_scale: 1 is no guidance. Source of 3.0: EfficientDM's evaluation of LDM-4.
+            generator: Source of the initial noise and of a stochastic scheduler's noise.
+            eta: Weight of DDIM's added noise, 0 to 1.
+            output_type: `pil`; `np` for float32 [B, H, W, C] in [0, 1]; `latent` for the latents before the VAE.
             return_dict: Whether to wrap the images in diffusers' output class.
 
         Raises:
-            InputError: A label that the model has not.
+            InputError: A label outside the model's classes.
         """
         table = self.class_embedder
         labels = torch.as_tensor(class_labels, dtype=torch.int64).reshape(-1)
@@ -139,7 +139,7 @@ class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
 
 
 def images_from_sample(sample: Tensor) -> Any:
-    """Pixels of a pixel-space sample: numpy float32 [B, H, W, C] in [0, 1], from float [B, C, H, W] in [-1, 1]."""
+    """Convert a pixel-space sample, float [B, C, H, W] in [-1, 1], to pixels: numpy float32 [B, H, W, C] in [0, 1]."""
     return (sample.float() / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
 
 

@@ -1,4 +1,4 @@
-"""A diffusers pipeline put together around an engine: text encoders, tokenizers and VAE as they are, the denoiser exchanged."""
+"""Rebuild a diffusers pipeline around an engine: its text encoders, tokenizers and VAE with the engine as the denoiser."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from edm_deploy.pipelines.schedulers import scheduler_from_config, scheduler_nam
 from edm_deploy.pipelines.source import local_directory
 from edm_deploy.storage.directories import INDEX_FILE, SCHEDULER_FILE, SOURCE_KEY, other_components, read_json
 
-LARGE = 4 << 30  # bytes of text encoders from which on they are loaded in bfloat16: T5-XXL takes 19 GB in float32
-OWN = {"ClassConditionalPipeline": ClassConditionalPipeline}
+LARGE = 4 << 30  # bytes; larger text encoders are loaded in bfloat16 (T5-XXL takes 19 GB in float32)
+CUSTOM = {"ClassConditionalPipeline": ClassConditionalPipeline}
 TEXT = ("text_encoder", "tokenizer")
 UNCONDITIONAL_INPUTS = ("class_labels",)  # that UnconditionalPipeline passes on, besides sample and timestep
 
@@ -31,25 +31,25 @@ def _not_torchvision(record: logging.LogRecord) -> bool:
     return "requires torchvision (not installed)" not in record.getMessage()
 
 
-# diffusers imports image processors that no pipeline of ours asks for, and each that falls back to PIL is announced when it is imported.
+# diffusers imports image processors that are not used here, and transformers logs each one that falls back to PIL.
 logging.getLogger("transformers.utils.import_utils").addFilter(_not_torchvision)
 
 
 def pipeline_from_directory(
     directory: Path, component: str, denoiser: Any, *, scheduler: str | None = None, source: str | Path | None = None
 ) -> DiffusionPipeline:
-    """The source pipeline, rebuilt around an engine.
+    """Rebuild the source pipeline around an engine.
 
     Args:
-        directory: Holds the pipeline's json files, and perhaps its other components.
-        component: The denoiser's name in it, `unet` or `transformer`.
-        denoiser: The drop-in.
-        scheduler: Another scheduler's name; None keeps the source's.
-        source: Directory or hub id that other components are taken from; None takes the one that `directory` names, where it holds none.
+        directory: Directory with the pipeline's JSON files and possibly its other components.
+        component: The denoiser's name in the pipeline, `unet` or `transformer`.
+        denoiser: The replacement of the denoiser.
+        scheduler: Name of another scheduler; None is the source's.
+        source: Directory or hub id of the other components; None uses `directory` where it holds them, else the source that it names.
 
     Raises:
         ArtifactError: The directory holds no pipeline, or a component cannot be read.
-        UnsupportedError: A component of the pipeline is found nowhere.
+        UnsupportedError: A component of the pipeline is in none of these places.
     """
     index = index_with_components(directory, denoiser.family, denoiser.manifest.config, source)
     config = read_json(directory / SCHEDULER_FILE, what="pipeline")
@@ -59,10 +59,10 @@ def pipeline_from_directory(
     home = _home(directory, index, component, source)
     dtype = denoiser.dtype if denoiser.device.type == "cuda" else torch.float32
     class_name = str(index["_class_name"])
-    if class_name in OWN:
+    if class_name in CUSTOM:
         return _class_conditional(home, denoiser, chosen, dtype).to(denoiser.device)
     loaded = load_components(home, class_name, {component: None, "scheduler": chosen}, dtype)
-    # Built anew, not set afterwards: some pipelines read the denoiser's config when they are made.
+    # Constructed again rather than assigned: some pipelines read the denoiser's config in __init__.
     accepted = set(inspect.signature(type(loaded).__init__).parameters)
     settings = {key: value for key, value in index.items() if key in accepted and not isinstance(value, list)}
     return type(loaded)(**{**loaded.components, component: denoiser}, **settings).to(denoiser.device)
@@ -95,7 +95,7 @@ def index_with_components(directory: Path, family: Family, config: Config, sourc
 
 
 def text_pipeline(directory: Path) -> DiffusionPipeline | None:
-    """A pipeline's text encoders and tokenizers alone; None where it has none, or does not encode prompts by itself.
+    """A pipeline with its text encoders and tokenizers only; None where it has none, or has no `encode_prompt`.
 
     Raises:
         ArtifactError: A component cannot be read.
@@ -103,24 +103,24 @@ def text_pipeline(directory: Path) -> DiffusionPipeline | None:
     index = read_json(directory / INDEX_FILE, what="diffusers pipeline")
     pipeline_class = getattr(diffusers, str(index["_class_name"]), None)
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
-    kept = [name for name in parts if name.startswith(TEXT) and (directory / name).is_dir()]
-    if not any(name.startswith("text_encoder") for name in kept) or not hasattr(pipeline_class, "encode_prompt"):
+    text = [name for name in parts if name.startswith(TEXT) and (directory / name).is_dir()]
+    if not any(name.startswith("text_encoder") for name in text) or not hasattr(pipeline_class, "encode_prompt"):
         return None
-    size = sum(file.stat().st_size for name in kept for file in (directory / name).glob("*.safetensors"))
+    size = sum(file.stat().st_size for name in text for file in (directory / name).glob("*.safetensors"))
     return load_components(
         directory,
         str(index["_class_name"]),
-        {name: None for name in parts if name not in kept},
+        {name: None for name in parts if name not in text},
         torch.bfloat16 if size > LARGE else torch.float32,
     )
 
 
-def load_components(directory: Path, class_name: str, given: Mapping[str, Any], dtype: torch.dtype) -> DiffusionPipeline:
-    """A diffusers pipeline of which some components are given; None leaves one out.
+def load_components(directory: Path, class_name: str, components: Mapping[str, Any], dtype: torch.dtype) -> DiffusionPipeline:
+    """Load a diffusers pipeline, with `components` in place of those in the directory; None leaves one out.
 
     Raises:
         ArtifactError: A component cannot be read.
-        UnsupportedError: diffusers has no such pipeline.
+        UnsupportedError: diffusers has no pipeline of this class.
     """
     pipeline_class = getattr(diffusers, class_name, None)
     if pipeline_class is None:
@@ -128,11 +128,11 @@ def load_components(directory: Path, class_name: str, given: Mapping[str, Any], 
             f"diffusers {diffusers.__version__} has no pipeline {class_name!r}. Install the version that it was saved with."
         )
     index = read_json(directory / INDEX_FILE, what="diffusers pipeline")
-    # What the pipeline was saved without, SD3's third text encoder for example, diffusers takes for missing unless it is told.
+    # diffusers reports components that the pipeline was saved without (such as SD3's third text encoder) as missing unless they are passed as None.
     left_out = {name: None for name, value in index.items() if isinstance(value, list) and not value[0]}
-    parts = {**left_out, **given}
+    parts = {**left_out, **components}
     try:
-        with quiet():
+        with without_loading_messages():
             return pipeline_class.from_pretrained(directory, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **parts)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as err:
         raise ArtifactError(
@@ -141,27 +141,27 @@ def load_components(directory: Path, class_name: str, given: Mapping[str, Any], 
 
 
 def _home(directory: Path, index: Mapping[str, Any], component: str, source: str | Path | None) -> Path:
-    """Where the other components are: in the engine's own directory, or in the source pipeline."""
+    """The directory of the other components: the engine's, or the source pipeline's."""
     others = other_components(index, component)
-    found = source or (directory if all((directory / name).is_dir() for name in others) else index.get(SOURCE_KEY))
-    mend = _remedy(directory, component)
-    if found is None:
+    location = source or (directory if all((directory / name).is_dir() for name in others) else index.get(SOURCE_KEY))
+    remedy = _remedy(directory, component)
+    if location is None:
         raise UnsupportedError(
-            f"{directory} has no {others[0]!r}, which a {index['_class_name']} needs, and does not say where it is. {mend}"
+            f"{directory} has no {others[0]!r}, which a {index['_class_name']} needs, and names no source pipeline. {remedy}"
         )
     try:
-        home = local_directory(found)
+        home = local_directory(location)
     except ArtifactError as err:
-        raise UnsupportedError(f"{directory} takes its {others[0]!r} from {found}, which is not there. {mend}") from err
+        raise UnsupportedError(f"{directory} takes its {others[0]!r} from {location}, which does not exist. {remedy}") from err
     if missing := [name for name in others if not (home / name).is_dir()]:
-        raise UnsupportedError(f"{home} has no {missing[0]!r}, which a {index['_class_name']} needs. {mend}")
+        raise UnsupportedError(f"{home} has no {missing[0]!r}, which a {index['_class_name']} needs. {remedy}")
     return home
 
 
 def _remedy(directory: Path, component: str) -> str:
     return (
         "Name the pipeline with --source or load_pipeline(..., source=...), build the engine with --with-pipeline, "
-        f"or put it into a pipeline of your own: pipe.{component} = edm_deploy.load_denoiser({str(directory)!r})."
+        f"or assign the engine to a loaded pipeline: pipe.{component} = edm_deploy.load_denoiser({str(directory)!r})."
     )
 
 
@@ -169,7 +169,7 @@ def _class_conditional(home: Path, denoiser: Any, scheduler: Any, dtype: torch.d
     index = read_json(home / INDEX_FILE, what="pipeline")
     vae_class = getattr(diffusers, str(index["vae"][1]))
     try:
-        with quiet():
+        with without_loading_messages():
             vae = vae_class.from_pretrained(home / "vae", torch_dtype=dtype, use_safetensors=True)
             embedder = ClassEmbedder.from_pretrained(home / "class_embedder", torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as err:
@@ -180,9 +180,10 @@ def _class_conditional(home: Path, denoiser: Any, scheduler: Any, dtype: torch.d
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Loading and encoding speak of a safety checker that is off, image processors without torchvision, weights on their way, a renamed argument
-    and prompts that CLIP sees the beginning of: not the user's to mend.
+def without_loading_messages() -> Iterator[None]:
+    """Silence diffusers and transformers while components load, encode and run: log lines up to WARNING, progress bars, a renamed argument.
+
+    Their messages concern a disabled safety checker, image processors without torchvision and truncated prompts, which are reported elsewhere.
     """
     level, bars = logging.root.manager.disable, [home for home in _progress_bars() if home.is_progress_bar_enabled()]
     logging.disable(logging.WARNING)
@@ -190,7 +191,7 @@ def quiet() -> Iterator[None]:
         home.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)  # older releases know no other name
+            warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)  # older releases accept no other name
             yield
     finally:
         for home in bars:
@@ -199,7 +200,7 @@ def quiet() -> Iterator[None]:
 
 
 def _progress_bars() -> list[Any]:
-    """The modules that switch a library's progress bars."""
+    """The logging modules of diffusers and transformers, which switch their progress bars."""
     homes: list[Any] = [diffusers.utils.logging]
     with contextlib.suppress(ImportError):
         from transformers.utils import logging as of_transformers

@@ -1,4 +1,4 @@
-"""Schedulers by the names that users type, on the noise schedule of a model."""
+"""Schedulers by their short names, with the noise schedule of a model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SCHEDULERS: Mapping[str, str] = {
 }
 
 
-FLOW = "flow-"  # how the names of flow matching's schedulers begin
+FLOW = "flow-"  # prefix of the names of flow-matching schedulers
 
 
 def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:
-    """A scheduler by the name that users type (`ddim`, `euler`, ...), on the noise schedule of `config`.
+    """The scheduler of a short name (`ddim`, `euler`, ...), with the noise schedule of `config`.
 
     Raises:
-        UnsupportedError: No such name, or it walks a flow where the model was trained for a diffusion, or the other way round.
+        UnsupportedError: There is none of this name, or one of model and scheduler is of a flow and the other of a diffusion.
     """
     if name not in SCHEDULERS:
         raise UnsupportedError(f"No scheduler {name!r}.{suggestion(name, SCHEDULERS)} Known: {', '.join(SCHEDULERS)}.")
@@ -39,7 +39,7 @@ def scheduler_named(name: str, config: Mapping[str, Any]) -> Any:
         raise UnsupportedError(f"Scheduler {name!r} cannot sample this model, which was trained {process}. Choose {', '.join(fitting)}.")
     clips = "clip_sample" in config or "clip_sample" in _parameters(str(config.get("_class_name")))
     if not clips and "clip_sample" in _parameters(SCHEDULERS[name]):
-        # Latents reach beyond 1. Where the model's own scheduler knows no clipping, diffusers' default of another's must not bring it in.
+        # Latents exceed 1. Where the model's scheduler has no clipping, the default of another scheduler must not add it.
         config = {**config, "clip_sample": False}
     return scheduler_from_config(SCHEDULERS[name], config)
 
@@ -50,13 +50,17 @@ def _parameters(class_name: str) -> Mapping[str, Any]:
 
 
 def schedulers_for(config: Mapping[str, Any]) -> list[str]:
-    """Names of the schedulers that can sample what a scheduler of this config samples: a flow, or a diffusion."""
+    """Names of the schedulers for models whose scheduler has this config: those of a flow, or those of a diffusion."""
     flow = str(config.get("_class_name", "")).startswith("FlowMatch") or ("shift" in config and "beta_schedule" not in config)
     return [name for name in SCHEDULERS if name.startswith(FLOW) == flow]
 
 
 def scheduler_from_config(class_name: str, config: Mapping[str, Any]) -> Any:
-    """A diffusers scheduler by class name; UnsupportedError where diffusers has none of that name."""
+    """The diffusers scheduler of this class name and config.
+
+    Raises:
+        UnsupportedError: diffusers has no such class.
+    """
     scheduler_class = getattr(diffusers, class_name, None)
     if scheduler_class is None:
         raise UnsupportedError(

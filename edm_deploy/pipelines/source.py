@@ -1,4 +1,4 @@
-"""diffusers pipelines from outside: a float model with its scheduler, taken out of one."""
+"""Load the float model and the scheduler of a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError, first_line
 from edm_deploy.models import family_named
 from edm_deploy.network.family import Config, Family
-from edm_deploy.network.float_program import quiet
+from edm_deploy.network.float_program import without_library_output
 from edm_deploy.pipelines.model_index import PipelineConfig, read_pipeline_config
 from edm_deploy.pipelines.schedulers import scheduler_from_config
 from edm_deploy.storage.directories import PIPELINE_FILES
@@ -36,17 +36,17 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A float model as it comes from diffusers.
+    """A float model loaded from a diffusers pipeline.
 
     Attributes:
-        name: Path or hub id, as the user gave it.
-        family: Name of its family.
-        config: Its config, without diffusers' private keys.
-        model: Computes in float32; in eval mode, without gradients, on the CPU. Its weights are float32 too, unless it was loaded with
-            `low_memory`: then they lie as the files have them, mapped, and each layer is widened while it runs.
-        scheduler: The pipeline's own scheduler.
-        pipeline: The pipeline's json files, by relative path.
-        directory: Where the rest of the pipeline is, text encoders and VAE; None where there is no rest.
+        name: Path or hub id, as the user specified it.
+        family: Name of the model's family.
+        config: Config of the model, without diffusers' private keys.
+        model: The model, which computes in float32; in eval mode, without gradients, on the CPU. Its weights are float32 too, unless it was loaded
+            with `low_memory`: then they are memory-mapped in the dtype of the files, and each layer is converted while it runs.
+        scheduler: The pipeline's scheduler.
+        pipeline: The pipeline's JSON files, by relative path.
+        directory: Directory of the other components, such as text encoders and VAE; None where there are none.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Source:
         return int(self.scheduler.config.num_train_timesteps)
 
     def digest(self) -> str:
-        """sha256 hex of the float weights, as float32 whatever they are stored in; one tensor at a time."""
+        """sha256 hex of the float weights converted to float32, one tensor at a time."""
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
@@ -77,40 +77,42 @@ class Source:
 
 
 def load_source(path_or_id: str | Path, *, low_memory: bool = False) -> Source:
-    """The denoiser and scheduler of a local diffusers directory or a hub id.
+    """Load the denoiser and scheduler of a local diffusers directory or a hub id.
 
     Args:
         path_or_id: The directory or hub id.
-        low_memory: Leave the weights in their files until a layer runs, which takes time and changes no result.
+        low_memory: Leave the weights in their files until a layer runs, which is slower and changes no result.
 
     Raises:
-        ArtifactError: Nothing there, or nothing that diffusers can read; a checkpoint in pickle form is refused.
-        UnsupportedError: No family answers for the denoiser's class.
+        ArtifactError: There is no such directory, diffusers cannot read it, or its checkpoint is a pickle.
+        UnsupportedError: No family supports the denoiser's class or config.
     """
     directory = local_directory(path_or_id)
-    outline = read_pipeline_config(directory, str(path_or_id))  # refuses what no family carries, before any work
-    _refuse_pickle(directory / outline.component)
-    _refuse_lora(directory, outline.component)
-    model_class = getattr(diffusers, outline.family_object.class_name)
+    described = read_pipeline_config(directory, str(path_or_id))  # refuses unsupported models before any work
+    _refuse_pickle(directory / described.component)
+    _refuse_lora(directory, described.component)
+    model_class = getattr(diffusers, described.family_object.class_name)
     try:
-        model = _streamed(outline, directory / outline.component, low_memory) or _by_diffusers(model_class, directory / outline.component)
+        model = _streamed(described, directory / described.component, low_memory) or _by_diffusers(
+            model_class, directory / described.component
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as err:
         raise ArtifactError(
-            f"{directory / outline.component} cannot be read as {model_class.__name__}: {first_line(err)}. Download or save the model again."
+            f"{directory / described.component} cannot be read as {model_class.__name__}: {first_line(err)}. Download or save the model again."
         ) from err
     return Source(
-        name=outline.name,
-        family=outline.family,
-        config=outline.config,
+        name=described.name,
+        family=described.family,
+        config=described.config,
         model=model.eval().requires_grad_(False),
-        scheduler=scheduler_from_config(outline.scheduler_class, outline.scheduler_config),
-        pipeline=outline.pipeline,
+        scheduler=scheduler_from_config(described.scheduler_class, described.scheduler_config),
+        pipeline=described.pipeline,
         directory=directory,
     )
 
 
 def float_artifact(source: Source) -> Artifact:
-    """The float model as an artifact without quantized sites, which goes the same way as any other."""
+    """The float model as an artifact without quantized sites, which can be exported and built like any other."""
     return Artifact(
         family=source.family,
         config=source.config,
@@ -124,20 +126,20 @@ def float_artifact(source: Source) -> Artifact:
 
 
 def _by_diffusers(model_class: Any, directory: Path) -> nn.Module:
-    """The model as diffusers reads it; it would leave a tensor that the files do not name at random, and say so in a log."""
-    with quiet():
-        model, seen = model_class.from_pretrained(
+    """Load the model with diffusers. A tensor that the files lack is an error here; diffusers would leave it random and log that."""
+    with without_library_output():
+        model, loading_info = model_class.from_pretrained(
             directory, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True
         )
-    if missing := sorted(seen["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise ValueError(f"the files hold no {missing[0]!r}" + (f" and {len(missing) - 1} more of its tensors" if missing[1:] else ""))
     loaded: nn.Module = model
     return loaded
 
 
-def _streamed(outline: PipelineConfig, directory: Path, low_memory: bool) -> nn.Module | None:
-    """The model, filled tensor by tensor; None where the files name tensors otherwise, as old ones do: diffusers knows how to read those."""
-    model = empty_model(lambda: outline.family_object.build(outline.config))
+def _streamed(described: PipelineConfig, directory: Path, low_memory: bool) -> nn.Module | None:
+    """Load the model tensor by tensor; None where the files use older tensor names, which only diffusers can read."""
+    model = empty_model(lambda: described.family_object.build(described.config))
     if not load_weights(model, directory, keep=low_memory):
         return None
     if low_memory:
@@ -146,28 +148,28 @@ def _streamed(outline: PipelineConfig, directory: Path, low_memory: bool) -> nn.
 
 
 def local_directory(path_or_id: str | Path, *, weights: bool = True) -> Path:
-    """The local directory of a pipeline, asked of the hub where there is none of that name.
+    """The local directory of a pipeline; downloaded from the hub where there is no directory of this name.
 
     Args:
         path_or_id: A directory or a hub id.
-        weights: False fetches the json files only.
+        weights: False downloads the JSON files only.
 
     Raises:
-        ArtifactError: Neither here nor on the hub.
+        ArtifactError: Neither the directory nor the hub id exists.
     """
     directory = Path(path_or_id)
     if directory.exists():
         return directory
     if str(path_or_id).startswith((".", "/", "~")) or str(path_or_id).count("/") != 1:
         raise ArtifactError(f"{path_or_id} does not exist; expected a diffusers directory or a hub id such as google/ddpm-cifar10-32.")
-    log.info("no such directory, asking the hub for %s", path_or_id)
+    log.info("%s is not a local directory; downloading it from the hub", path_or_id)
     try:
         if not weights:
             return Path(snapshot_download(str(path_or_id), allow_patterns=[*PIPELINE_FILES, "*/config.json"]))
         return Path(DiffusionPipeline.download(str(path_or_id), use_safetensors=True))
     except (OSError, ValueError, RuntimeError) as err:
         raise ArtifactError(
-            f"{path_or_id} is no local directory, and the hub does not give it: {first_line(err)}. Check the path or the network."
+            f"{path_or_id} is not a local directory, and the hub does not provide it: {first_line(err)}. Check the path or the network."
         ) from err
 
 
@@ -184,20 +186,20 @@ def _refuse_pickle(directory: Path) -> None:
 
 
 def _refuse_lora(directory: Path, component: str) -> None:
-    """Raises ArtifactError where low-rank updates lie in or beside the weights: quantized without them, the model would be another one."""
-    mend = (
+    """Raises ArtifactError where the directory holds low-rank updates that are not fused: quantized without them, it would be another model."""
+    remedy = (
         "Fuse it first, in diffusers: pipe.load_lora_weights(...); pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(...). "
-        "Then quantize what was saved."
+        "Then quantize the saved pipeline."
     )
     for name in LORA_FILES:
         for home in (directory, directory / component):
             if (home / name).is_file():
-                raise ArtifactError(f"{home / name} is a LoRA that is not fused into the model. {mend} Or take the file away.")
+                raise ArtifactError(f"{home / name} is a LoRA that is not fused into the model. {remedy} Or remove the file.")
     for path in sorted((directory / component).glob("*.safetensors")):
         try:
             with safetensors.safe_open(path, framework="pt") as stream:
-                found = next((key for key in stream.keys() if any(part in key for part in LORA_PARTS)), None)  # noqa: SIM118  # it is no dict
+                low_rank = next((key for key in stream.keys() if any(part in key for part in LORA_PARTS)), None)  # noqa: SIM118  # it is no dict
         except (safetensors.SafetensorError, OSError):
-            return  # who reads the weights says what is wrong with them
-        if found:
-            raise ArtifactError(f"{path} carries a LoRA that is not fused: it has a tensor {found!r}. {mend}")
+            return  # loading the weights reports it
+        if low_rank:
+            raise ArtifactError(f"{path} carries a LoRA that is not fused: it has a tensor {low_rank!r}. {remedy}")

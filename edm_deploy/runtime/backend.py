@@ -1,4 +1,4 @@
-"""Interfaces of engines and backends: the contract between `edm_deploy` and `engines`."""
+"""The contract between `edm_deploy` and `engines`: opened engines (Session) and backends (Backend)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edm_deploy.numerics.kernel_layout import CodeFormat
 from edm_deploy.runtime.capabilities import BackendCapabilities, Execution, capabilities_of
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
 
-Content = TypeVar("Content")  # what a backend builds from, as it is in memory: the path of a graph, an Artifact
+Content = TypeVar("Content")  # what a backend builds from, once read: the path of a graph, or an Artifact
 
 
 class Session(ABC):
@@ -89,18 +89,18 @@ class Session(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """Options of a build. None selects the backend's default. A backend refuses options that it does not have.
+    """Options of a build. None selects the backend's default. A backend refuses options that it does not support.
 
     Attributes:
-        profile: Sizes by dynamic dimension; `batch` is always present.
-        gpu: `rtx3090`, `rtx4090`, `sm_86`, ...; several with commas.
+        profile: Sizes by dynamic dimension; always contains `batch`.
+        gpu: `rtx3090`, `rtx4090`, `sm_86`, ...; several separated by commas.
         precision: Floating-point type that the rest of the graph is computed in: `fp32`, `bf16`.
-        optimization_level: 0 to 5, as in TensorRT.
+        optimization_level: TensorRT's, 0 to 5.
         timing_cache: File to read and extend.
-        workspace_mib: Limit of scratch memory at build and run time, in MiB.
+        workspace_mib: Maximum scratch memory at build and run time, in MiB.
         threads: CPU threads of the engine.
-        int4_where: `faster` runs a site whose codes fit 4 bits in INT8 where that is expected to be no slower; `fits` never.
-        allow_float_sites: Accept a build in which a quantized site is not computed by an integer layer.
+        int4_where: `faster` runs a site whose codes fit 4 bits in INT8 where that is expected to be no slower; `fits` always runs it in INT4.
+        allow_float_sites: Whether to accept a build in which a quantized site is not computed in integers, on backends that otherwise refuse it.
     """
 
     profile: Mapping[str, ShapeRange] = field(default_factory=dict)
@@ -114,19 +114,19 @@ class BuildOptions:
     allow_float_sites: bool = False
 
 
-COMMON_OPTIONS = frozenset({"profile", "allow_float_sites"})  # of every backend
+COMMON_OPTIONS = frozenset({"profile", "allow_float_sites"})  # supported by every backend
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
-    """A backend's description of an engine that it has written.
+    """Description of an engine that a backend has written.
 
     Attributes:
-        versions: Of the packages that must be the same when the engine is opened, by name.
-        options: The effective options, including defaults.
-        executed: The observed execution of sites, where it differs from the backend's capabilities, by site.
-        codes: The kernel's code format, by site, where the backend chooses one.
-        warnings: For the user, one line each.
+        versions: Package versions that must match when the engine is opened, by package name.
+        options: The options in effect, with defaults filled in.
+        executed: How sites are executed, where the build observed it, by site; takes precedence over the backend's capabilities.
+        codes: The kernel's code format, by site, where the backend selects one.
+        warnings: Messages for the user, one line each.
         details: Further entries of the manifest's `build`.
     """
 
@@ -140,13 +140,13 @@ class BuildResult:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteTestCase:
-    """Inputs and reference outputs of every site alone, with which an engine is compared site by site.
+    """Inputs and expected outputs of every site in isolation. An engine is compared with the reference one site at a time.
 
     Attributes:
         artifact: The artifact of the sites.
-        timestep: float32 [B], of each sample.
-        records: By site: `x` is the input, `codes` and `y` are expected.
-        scratch: Directory in which a backend may cache files: engines of one artifact share an export.
+        timestep: float32 [B], one per sample.
+        records: By site: the input `x`, and the expected `codes` and `y`.
+        scratch: Directory in which a backend may cache what it builds; engines of one artifact share the cut graph.
     """
 
     artifact: Artifact
@@ -160,9 +160,9 @@ class Backend(ABC, Generic[Content]):
 
     Attributes:
         name: Name on the command line.
-        builds_from: Kind of directory that engines are built from.
+        builds_from: Kind of directory it builds from.
         options: The fields of BuildOptions that it supports in addition to COMMON_OPTIONS.
-        device: Where its engines run unless a user names another device.
+        device: Default device of its engines.
     """
 
     name: ClassVar[str]
@@ -172,18 +172,15 @@ class Backend(ABC, Generic[Content]):
 
     @property
     def target(self) -> BackendCapabilities:
-        """The backend's capabilities."""
+        """The capabilities of the backend."""
         return capabilities_of(self.name)
 
     @abstractmethod
     def read(self, source: Path) -> tuple[Content, Manifest]:
-        """Read and check the source of a build.
-
-        Returns:
-            The source in memory, and the manifest from which that of the engine is derived.
+        """Read and check a source; returns its content and the manifest that the engine's is derived from.
 
         Raises:
-            ArtifactError: `source` is damaged, or of another kind: the message names the command that makes the right one.
+            ArtifactError: `source` is damaged or of another kind; the message names the command that makes the right one.
             UnsupportedError: The backend does not support it.
         """
 
@@ -192,7 +189,7 @@ class Backend(ABC, Generic[Content]):
         """As `read`, for the second graph: the same weights with activations in floating point. Called where the manifest has relaxed timesteps.
 
         Args:
-            source: The directory that was read.
+            source: The argument of `read`.
             content: What `read` returned.
 
         Raises:
@@ -206,11 +203,11 @@ class Backend(ABC, Generic[Content]):
         Args:
             content: What `read` returned.
             manifest: The manifest that `read` returned.
-            options: Checked: every dynamic dimension has a ShapeRange, and only options of this backend are set.
+            options: Checked: every dynamic dimension has a ShapeRange, and only this backend's options are set.
             out: An empty directory.
 
         Raises:
-            UnsupportedError: The backend is not installed here (the message names what to install), or does not support the content.
+            UnsupportedError: The backend is not installed (the message names what to install), or does not support the content.
         """
 
     @abstractmethod
@@ -218,23 +215,23 @@ class Backend(ABC, Generic[Content]):
         """Open an engine directory whose manifest and files have been checked.
 
         Raises:
-            UnsupportedError: Not installed, built by another version or for another device.
+            UnsupportedError: The backend is not installed, or the engine was built by another version or for another device.
         """
 
     @abstractmethod
     def at_sites(self, cut: SiteTestCase, engine: Manifest, device: torch.device) -> dict[str, Tensor]:
-        """Codes and outputs of each site alone, with the options that `engine` was built with: `<site>.codes`, integers, and `<site>.y`.
+        """Compute each site in isolation, built with the options of `engine`: returns `<site>.codes`, integers, and `<site>.y`.
 
         Raises:
             UnsupportedError: The backend cannot run on this machine.
         """
 
     def site_dtype(self, engine: Manifest) -> torch.dtype:
-        """Floating-point type of a site's input before its quantizer; both sides of a comparison start from values of this type."""
+        """Floating-point type of a site's input before its quantizer. Both sides of a comparison start from values of this type."""
         return torch.float32
 
     def refuse_foreign_options(self, options: BuildOptions) -> None:
-        """Raises UnsupportedError where an option is set that this backend does not have."""
+        """Raises UnsupportedError where an option is set that this backend does not support."""
         for name in sorted({option.name for option in fields(BuildOptions)} - COMMON_OPTIONS - self.options):
             if getattr(options, name) is not None:
                 has = ", ".join(sorted(flag(option) for option in self.options)) or "none"

@@ -1,4 +1,4 @@
-"""An engine as a drop-in replacement of a diffusers denoiser, in any pipeline and with any scheduler."""
+"""EngineDenoiser: an engine in place of a diffusers denoiser, in any pipeline and with any scheduler."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class EngineDenoiser(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of inputs and outputs."""
+        """Device that inputs must be on."""
         return self.session.device
 
     @torch.no_grad()
@@ -58,24 +58,24 @@ class EngineDenoiser(nn.Module):
         Samples of one batch may have different timesteps.
 
         Raises:
-            InputError: An input's dtype, device or shape is not what the engine was built for, or a timestep is outside the schedule.
+            InputError: An input's dtype, device or shape is not what the engine was built for, a timestep is outside the schedule, or the engine is closed.
         """
-        given = self.family.bind(self.manifest.config, args, kwargs)
-        sample = given[SAMPLE]
+        inputs = self.family.bind(self.manifest.config, args, kwargs)
+        sample = inputs[SAMPLE]
         if not isinstance(sample, Tensor) or not sample.is_floating_point():
             found = sample.dtype if isinstance(sample, Tensor) else type(sample).__name__
             raise InputError(f"sample is {found}, expected a floating-point tensor. Convert it with .to(torch.float32).")
-        prediction = self.run(given).to(sample.dtype)
+        prediction = self.run(inputs).to(sample.dtype)
         return self.family.output(prediction) if kwargs.get("return_dict", True) else (prediction,)
 
     @torch.no_grad()
-    def run(self, given: Mapping[str, Any]) -> Tensor:
-        """The graph's output for graph inputs by name; a single timestep applies to all samples.
+    def run(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The graph's output for graph inputs by name; one timestep may be given for all samples.
 
         Raises:
             InputError: As `forward`.
         """
-        return self._run(self._inputs(given, given[SAMPLE]))
+        return self._run(self._inputs(inputs, inputs[SAMPLE]))
 
     def close(self) -> None:
         """Release the memory of every engine, once the running calls have returned. Closing again has no effect."""
@@ -89,7 +89,7 @@ class EngineDenoiser(nn.Module):
         self.close()
 
     def to(self, *args: Any, **kwargs: Any) -> EngineDenoiser:
-        """Return the denoiser unchanged: an engine is bound to its device when it is opened. Another device raises InputError."""
+        """Return self: an engine is bound to its device when it is opened. Another device raises InputError."""
         device, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and device.type != self.device.type:
             raise InputError(
@@ -98,24 +98,24 @@ class EngineDenoiser(nn.Module):
         return self
 
     def _runs(self, session: Session) -> DenoiseFn:
-        """A session as a function. Batches below the smallest of the profile, as routing may create, are padded with their last sample."""
-        fewest = self.manifest.profile.get("batch", ShapeRange(1, 1, 1)).min
+        """A session as a function. Where routing leaves fewer samples than the profile's minimum, the last sample is repeated."""
+        minimum = self.manifest.profile.get("batch", ShapeRange(1, 1, 1)).min
 
         def run(inputs: Mapping[str, Tensor]) -> Tensor:
             count = len(inputs[SAMPLE])
-            if count < fewest:
-                filled = torch.arange(fewest).clamp(max=count - 1)
-                inputs = {name: value[filled.to(value.device)] for name, value in inputs.items()}
+            if count < minimum:
+                padded = torch.arange(minimum).clamp(max=count - 1)
+                inputs = {name: value[padded.to(value.device)] for name, value in inputs.items()}
             contiguous = {name: value.contiguous() for name, value in inputs.items()}
             return session.run(contiguous)[self.manifest.outputs[0]][:count]
 
         return run
 
-    def _inputs(self, given: Mapping[str, Any], sample: Tensor) -> dict[str, Tensor]:
+    def _inputs(self, values: Mapping[str, Any], sample: Tensor) -> dict[str, Tensor]:
         sizes: dict[str, int] = {}
         inputs = {}
         for declared in self.manifest.inputs:
-            value = given[declared.name]
+            value = values[declared.name]
             if declared.name == TIMESTEP.name:
                 value = self._timesteps(value, len(sample))
             if not isinstance(value, Tensor):

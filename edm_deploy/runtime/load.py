@@ -1,4 +1,4 @@
-"""Open an engine directory: as a session, as a drop-in denoiser, or as a whole diffusers pipeline."""
+"""Open an engine directory as a session, as a drop-in denoiser, or as a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def open_session(path: Path | str, *, device: str | torch.device | None = None) 
     """Check an engine directory and open it.
 
     Args:
-        path: What `edm-deploy build-engine` wrote.
-        device: Device of inputs and outputs; None selects the backend's default.
+        path: Directory that `edm-deploy build-engine` wrote.
+        device: Device of its inputs; None selects the backend's default.
 
     Raises:
-        ArtifactError: Not an engine directory, or its files are not those that were built.
+        ArtifactError: `path` is no engine directory, or its files are not those that were built.
         UnsupportedError: Its backend is not installed, or it was built for another version or device.
     """
     manifest = Manifest.read(path, kind="engine")
@@ -35,13 +35,13 @@ def open_session(path: Path | str, *, device: str | torch.device | None = None) 
 
 
 def _open(directory: Path, manifest: Manifest, device: str | torch.device | None) -> Session:
-    # The only import of a higher package: by name, and only when an engine is opened.
+    # The only dependency on a higher package: by name, and only when an engine is opened.
     backend: Backend[Any] = registry.load(importlib.import_module("engines"), str(manifest.backend), "BACKEND")
     return backend.open(directory, manifest, torch.device(device or backend.device))
 
 
 def load_denoiser(path: Path | str, *, device: str | torch.device | None = None) -> EngineDenoiser:
-    """An engine as a drop-in replacement of its diffusers model, to be assigned to `pipe.unet` or `pipe.transformer`.
+    """Open an engine as a drop-in for the diffusers model that it was made from, for use as `pipe.unet` or `pipe.transformer`.
 
     Raises:
         ArtifactError, UnsupportedError: As `open_session`.
@@ -80,20 +80,20 @@ def load_pipeline(
     scheduler: str | None = None,
     source: str | Path | None = None,
 ) -> Any:  # a DiffusionPipeline
-    """A diffusers pipeline whose denoiser is the engine: `load_pipeline("engine/")(num_inference_steps=20).images`.
+    """Open a diffusers pipeline whose denoiser is the engine: `load_pipeline("engine/")(num_inference_steps=20).images`.
 
     Args:
-        path: What `edm-deploy build-engine` wrote.
-        device: Device of the pipeline; None selects the backend's default.
-        scheduler: `ddim`, `ddpm`, `dpm-solver++`, `euler` or `unipc`; None keeps the source pipeline's own.
-
-        source: Directory or hub id of the pipeline that the model came from, whose text encoders and VAE are taken; None looks into the
-            engine's own directory, and then where the model was quantized from.
+        path: Directory that `edm-deploy build-engine` wrote.
+        device: Device it runs on; None selects the backend's default.
+        scheduler: `ddim`, `ddpm`, `dpm-solver++`, `euler` or `unipc`; None keeps the source pipeline's.
+        source: Directory or hub id of the pipeline that the model came from, whose text encoders and VAE are used; None looks in the
+            engine's directory, then in the source that the model was quantized from.
 
     Raises:
-        ArtifactError, UnsupportedError: As `open_session`; or the scheduler's name is unknown, or a component of the pipeline is not found.
+        ArtifactError, UnsupportedError: As `open_session`; or the scheduler is unknown, or a component of the pipeline is not found.
     """
-    from edm_deploy.pipelines.rebuild import pipeline_from_directory  # diffusers' pipelines load slowly; a bare denoiser needs none
+    # Imported here: diffusers' pipelines are slow to import, and a denoiser alone needs none.
+    from edm_deploy.pipelines.rebuild import pipeline_from_directory
 
     denoiser = load_denoiser(path, device=device)
     return pipeline_from_directory(Path(path), denoiser.family.component, denoiser, scheduler=scheduler, source=source)

@@ -1,1 +1,1 @@
-"""What backends share: what they build from, and how vendor packages are found and checked."""
+"""Shared by backends: their sources, vendor packages, precision, and the order of runs on a GPU."""

@@ -1,4 +1,4 @@
-"""What engines are built from: the base of the backends that take an exported graph, and of those that take the artifact itself."""
+"""Base classes of backends that build from an exported graph and of those that build from the artifact."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from edm_deploy.storage.directories import read_json
 
 
 class GraphBackend(Backend[Path]):
-    """A backend that builds from an ONNX directory; what it reads is the path of the graph."""
+    """A backend that builds from an ONNX directory; `read` returns the path of the graph."""
 
     builds_from: ClassVar[Literal["onnx", "artifact"]] = "onnx"
 
@@ -43,8 +43,8 @@ class GraphBackend(Backend[Path]):
         return self.read(source / FOLDER)
 
     def at_sites(self, cut: SiteTestCase, engine: Manifest, device: torch.device) -> dict[str, Tensor]:
-        """The exported graph cut open at every site, built as `engine` was, and run."""
-        from edm_deploy.export.per_site import onnx_cut_at_sites  # onnx is for the machine that judges, not for the one that runs
+        """Export the graph cut at every site, build it with the options of `engine`, and run it."""
+        from edm_deploy.export.per_site import onnx_cut_at_sites  # onnx is needed for evaluation, not for deployment
         from engines import build_engine
 
         onnx, batch = cut.scratch / f"onnx-{engine.dtype}", len(cut.timestep)
@@ -59,7 +59,7 @@ class GraphBackend(Backend[Path]):
 
 
 class ArtifactBackend(Backend[Artifact]):
-    """A backend that builds from the artifact itself."""
+    """A backend that builds from the artifact."""
 
     builds_from: ClassVar[Literal["onnx", "artifact"]] = "artifact"
 

@@ -1,4 +1,4 @@
-"""What every backend asks of its vendor package: that it is there, and that it is the one that built the engine."""
+"""Import a vendor package, and refuse engines that another backend or another version of the package built."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from edm_deploy.errors import UnsupportedError
 from edm_deploy.runtime.manifest import Manifest
 
 
-def vendor(module: str, *, mend: str) -> Any:  # vendor packages carry no types
-    """The vendor's module, imported.
+def vendor(module: str, *, remedy: str) -> Any:  # vendor packages carry no types
+    """Import the vendor's module.
 
     Raises:
-        UnsupportedError: It is not installed, or a library that it needs is not; the message ends with `mend`.
+        UnsupportedError: It, or a library that it needs, is not installed; the message ends with `remedy`.
     """
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError) as err:  # OSError: the package is there, one of its shared libraries is not
-        raise UnsupportedError(f"{module} cannot be imported here ({err}). {mend}") from err
+    except (ImportError, OSError) as err:  # OSError: a shared library of an installed package is missing
+        raise UnsupportedError(f"{module} cannot be imported here ({err}). {remedy}") from err
 
 
 def refuse_other_backend(manifest: Manifest, backend: str) -> None:
@@ -30,12 +30,12 @@ def refuse_other_backend(manifest: Manifest, backend: str) -> None:
 
 
 def refuse_other_build(manifest: Manifest, backend: str, package: str, version: str) -> None:
-    """Refuse an engine of another backend or version, before any of its files is read.
+    """Refuse an engine of another backend or package version, before any of its files is read.
 
-    The plan in the manifest says what was seen with one version; another may compute the same file in another way, or not read it at all.
+    The plan in the manifest was observed with one version; another may execute the same file differently, or fail to read it.
 
     Raises:
-        UnsupportedError: The message says what built it and how to mend it.
+        UnsupportedError: The message names the version that built it and the remedy.
     """
     refuse_other_backend(manifest, backend)
     built_by = manifest.build.get("versions", {}).get(package)

@@ -1,8 +1,8 @@
-"""Compile the kernels for a GPU, and keep the result: `cubin("sm_86")`, or `python -m engines.kernels.build --arch sm_86,sm_89`.
+"""Compile the kernels for a GPU and cache the result: `cubin("sm_86")`, or `python -m engines.kernels.build --arch sm_86,sm_89`.
 
-NVRTC, NVIDIA's compiler as a library, comes with `pip install 'edm-deploy[cuda]'` and needs neither toolkit nor GPU; an nvcc is taken where one is named
-(--nvcc, or EDM_DEPLOY_NVCC). What was compiled is kept in a cache directory under a key of the source, the flags, the compiler and the GPU: in EDM_DEPLOY_CACHE,
-else in XDG_CACHE_HOME or ~/.cache under edm-deploy.
+NVRTC, NVIDIA's compiler as a library, comes with `pip install 'edm-deploy[cuda]'` and needs neither toolkit nor GPU; nvcc is used where one is named
+(--nvcc, or EDM_DEPLOY_NVCC). Cubins are cached under a key of the source, the flags, the compiler and the GPU, in EDM_DEPLOY_CACHE, else in XDG_CACHE_HOME or
+~/.cache under edm-deploy.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "cuda"
 MAIN = "kernels.cu"
-FLAGS = ("-std=c++17",)  # spelled alike by NVRTC and nvcc
+FLAGS = ("-std=c++17",)  # the same for NVRTC and nvcc
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90")
 INSTALL = "pip install 'edm-deploy[cuda]'"
-SEAL = b"edm-deploy sha256 "  # stands after a cached cubin, with the checksum: tools that read the cubin stop before it
+SEAL = b"edm-deploy sha256 "  # follows a cached cubin, before its checksum; tools that read the cubin ignore what follows it
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """What compiles.
+    """A CUDA compiler.
 
     Attributes:
         name: `nvrtc`, or the path of an nvcc.
-        version: (major, minor) of the CUDA that it belongs to.
+        version: (major, minor) of its CUDA release.
     """
 
     name: str
@@ -57,10 +57,10 @@ class Cubin:
     """The kernels compiled for one GPU.
 
     Attributes:
-        path: Where it is kept.
-        code: What the driver loads.
+        path: Location in the cache.
+        code: Content that the driver loads.
         arch: `sm_86`.
-        compiler: What compiled it; the driver must not be of an older major version.
+        compiler: The compiler; the driver's major version must not be older.
     """
 
     path: Path
@@ -74,11 +74,11 @@ def cubin(arch: str, nvcc: str | None = None, *, main: str = MAIN) -> Cubin:
 
     Args:
         arch: `sm_86`.
-        nvcc: Path or name of an nvcc; None takes EDM_DEPLOY_NVCC where it is set, else NVRTC.
+        nvcc: Path or name of nvcc; None selects EDM_DEPLOY_NVCC where it is set, else NVRTC.
         main: File in `cuda/` that is compiled.
 
     Raises:
-        UnsupportedError: No compiler, one that does not know `arch`, or one that refuses the source.
+        UnsupportedError: There is no compiler, it does not support `arch`, or it refuses the source.
     """
     with_nvcc = nvcc or os.environ.get("EDM_DEPLOY_NVCC")
     compiler = nvcc_compiler(with_nvcc) if with_nvcc else nvrtc_compiler()
@@ -105,7 +105,7 @@ def nvrtc_compiler() -> Compiler:
     nvrtc = _nvrtc()
     try:
         _, major, minor = nvrtc.nvrtcVersion()
-    except RuntimeError as err:  # cuda-bindings is there, the library that it binds is not
+    except RuntimeError as err:  # cuda-bindings is installed, the library it binds is not
         raise UnsupportedError(f"NVRTC, which compiles the kernels, cannot be loaded ({_first_line(err)}). Run {INSTALL}.") from err
     return Compiler("nvrtc", (major, minor))
 
@@ -121,26 +121,26 @@ def nvcc_compiler(nvcc: str) -> Compiler:
         raise UnsupportedError(
             f"No nvcc at {nvcc!r}. Name the one of a CUDA toolkit, or leave it out: NVRTC from {INSTALL} compiles as well."
         )
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    version = re.search(r"release (\d+)\.(\d+)", said)
+    output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"release (\d+)\.(\d+)", output)
     if version is None:
         raise UnsupportedError(f"{path} --version names no release, so it is no nvcc. Name the one of a CUDA toolkit.")
     return Compiler(path, (int(version[1]), int(version[2])))
 
 
 def compiled(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) -> bytes:
-    """The cubin of `files[main]` for `arch`; its PTX where `arch` is a virtual one, `compute_80`.
+    """Compile `files[main]` for `arch`: a cubin, or PTX where `arch` is virtual, as `compute_80`.
 
     Raises:
-        UnsupportedError: The compiler does not know `arch`, or refuses the source; the message has its first error.
+        UnsupportedError: The compiler does not support `arch`, or refuses the source; the message contains its first error.
     """
     return _by_nvrtc(files, main, arch, compiler) if compiler.name == "nvrtc" else _by_nvcc(files, main, arch, compiler)
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels are kept; it may not exist yet."""
-    if own := os.environ.get("EDM_DEPLOY_CACHE"):
-        return Path(own) / "kernels"
+    """Directory of compiled kernels; it may not exist yet."""
+    if configured := os.environ.get("EDM_DEPLOY_CACHE"):
+        return Path(configured) / "kernels"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edm-deploy" / "kernels"
 
 
@@ -152,7 +152,7 @@ def _key(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) -> s
 
 
 def _read(path: Path) -> bytes | None:
-    """What `_write` wrote, or None where there is nothing, or something half-written or damaged."""
+    """The content that `_write` wrote, or None where the file is missing, incomplete or damaged."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -165,7 +165,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, code: bytes) -> Path:
-    """Keep `code` at `path`, where it appears whole or not at all; at a temporary place where that cannot be written. Returns where it is."""
+    """Write `code` to `path` atomically, or to a temporary directory where `path` is not writable. Returns the location."""
     try:
         return _write_sealed(path, code)
     except OSError as err:
@@ -187,9 +187,9 @@ def _write_sealed(path: Path, code: bytes) -> Path:
 
 @functools.cache
 def _fallback(directory: str, reason: str) -> Path:
-    """A directory of this process only, said once."""
+    """A directory of this process only, reported once."""
     temporary = tempfile.TemporaryDirectory(prefix="edm-deploy-kernels-", ignore_cleanup_errors=True)
-    _kept.append(temporary)
+    _temporary.append(temporary)
     log.warning(
         "Compiled kernels cannot be kept in %s (%s), so each process compiles them again. Set EDM_DEPLOY_CACHE to a directory that can be written.",
         directory,
@@ -198,7 +198,7 @@ def _fallback(directory: str, reason: str) -> Path:
     return Path(temporary.name)
 
 
-_kept: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
+_temporary: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
 
 
 def _by_nvrtc(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) -> bytes:
@@ -215,9 +215,9 @@ def _by_nvrtc(files: dict[str, bytes], main: str, arch: str, compiler: Compiler)
         options = [flag.encode() for flag in (*FLAGS, f"-arch={arch}")]
         status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
         if int(status):
-            said = b" " * _nvrtc_ok(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))
-            nvrtc.nvrtcGetProgramLog(program, said)
-            raise _refused(compiler, arch, said.decode(errors="replace"))
+            output = b" " * _nvrtc_ok(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))
+            nvrtc.nvrtcGetProgramLog(program, output)
+            raise _refused(compiler, arch, output.decode(errors="replace"))
         size, read = (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX) if _virtual(arch) else (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
         code: bytes = b" " * _nvrtc_ok(nvrtc, size(program))
         _nvrtc_ok(nvrtc, read(program, code))
@@ -238,12 +238,12 @@ def _by_nvcc(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) 
 
 
 def _virtual(arch: str) -> bool:
-    """Whether `arch` is one that no GPU is of, and code for it PTX."""
+    """Whether `arch` is a virtual architecture, compiled to PTX."""
     return arch.startswith("compute_")
 
 
-def _refused(compiler: Compiler, arch: str, said: str) -> UnsupportedError:
-    lines = [line.strip() for line in said.replace("\0", "").splitlines() if line.strip()]
+def _refused(compiler: Compiler, arch: str, output: str) -> UnsupportedError:
+    lines = [line.strip() for line in output.replace("\0", "").splitlines() if line.strip()]
     first = next((line for line in lines if "error" in line.lower() or "fatal" in line.lower()), lines[0] if lines else "it gave no reason")
     return UnsupportedError(f"{compiler} cannot compile the kernels for {arch}: {first}")
 
@@ -269,9 +269,9 @@ def _first_line(err: Exception) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile for the GPUs asked for; a line each: path, bytes, seconds. Returns the exit code."""
+    """Compile for the requested GPUs; prints path, bytes and seconds of each. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m engines.kernels.build", description="Compile the kernels ahead of their first use.")
-    parser.add_argument("--arch", default=",".join(ARCHS), help="compute capabilities, with commas (default: %(default)s)")
+    parser.add_argument("--arch", default=",".join(ARCHS), help="compute capabilities, separated by commas (default: %(default)s)")
     parser.add_argument("--nvcc", nargs="?", const="nvcc", help="compile with this nvcc, or the one on PATH, instead of NVRTC")
     options = parser.parse_args(arguments)
     try:

@@ -1,6 +1,6 @@
-"""What the kernels compute, in plain torch on packed codes, bit for bit as `cuda/params.h` says.
+"""The kernels in plain torch on packed codes, bit for bit as `cuda/params.h` specifies.
 
-It makes everything above the kernels testable on a machine without a GPU. It is no substitute for one: it is slow.
+For tests of everything above the kernels on a machine without a GPU. It is slow.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from engines.kernels.operands import LARGEST_CODE, ConvShape, Norm, Operands, Ta
 def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tensor:
     """Packed codes of an activation, uint8 [B, H, W, Cb].
 
-    `round(v * inv_scale[row])`, half to even, then the bounds; all in float32. Of a NaN: qmin, as the GPU's max has it.
+    `round(v * inv_scale[row])`, half to even, then the bounds; all in float32. NaN becomes qmin, as with the GPU's max.
 
     Args:
         x: float16 or bfloat16 [B, C, H, W] or [B, ..., C].
-        norm: Normalizes x first: every step rounded on its own.
+        norm: Normalizes x first, each step rounded separately; None for no norm.
         table: Rows, scales and bounds.
         silu: Whether v = u / (1 + exp(-u)) instead of u itself. On a GPU its relative error is below 2^-19: a code may differ by a tie.
     """
@@ -36,7 +36,7 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tenso
 
 
 def pixels(x: Tensor) -> Tensor:
-    """An activation as [B, H, W, C]: a map [B, C, H, W] turned channels last, or [B, ..., C] with what lies between as its height."""
+    """An activation as [B, H, W, C]: a map [B, C, H, W] permuted to channels last, or [B, ..., C] with the middle axes as its height."""
     return x.permute(0, 2, 3, 1) if x.ndim == 4 else x.reshape(x.shape[0], -1, 1, x.shape[-1])
 
 
@@ -59,7 +59,7 @@ def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype) -> Tensor:
-    """`float(sum) * (act_scale[row] * weight_scale) + bias + residual`, each step rounded to float32 on its own, then to `dtype`.
+    """`float(sum) * (act_scale[row] * weight_scale) + bias + residual`, each step rounded to float32, then to `dtype`.
 
     Args:
         operands: Of kind `u4` the sum is of (n - qmin) * w, and qmin * weight_sum is added to it. The residual is [M, K].
@@ -85,10 +85,10 @@ def _sums(operands: Operands, shape: ConvShape) -> Tensor:
     """Sums of products of the stored codes [N, P, Q, K], in float32 where each partial sum stays below 2^24 and so is exact, else in float64."""
     kind, bits = operands.kind, bits_of(operands.kind)
     filters = unpack_codes(operands.weight, bits)
-    heaviest = int(filters.to(torch.int32).abs().sum(dim=(1, 2)).max())
-    exact = torch.float32 if LARGEST_CODE[kind] * heaviest < 2**24 else torch.float64
+    largest_sum = int(filters.to(torch.int32).abs().sum(dim=(1, 2)).max())
+    exact = torch.float32 if LARGEST_CODE[kind] * largest_sum < 2**24 else torch.float64
     filters = filters.to(exact)
-    codes = _surrounded(operands.codes, operands.zero[operands.rows.long()], shape.padding)
+    codes = _padded(operands.codes, operands.zero[operands.rows.long()], shape.padding)
     x = unpack_codes(codes, bits, unsigned=kind == "u4").to(exact)
     if shape.R == shape.S == 1:
         return x[:, :: shape.stride, :: shape.stride] @ filters[:, 0].T
@@ -96,8 +96,8 @@ def _sums(operands: Operands, shape: ConvShape) -> Tensor:
     return functional.conv2d(x.permute(0, 3, 1, 2), filters, stride=shape.stride).permute(0, 2, 3, 1)
 
 
-def _surrounded(codes: Tensor, zero: Tensor, padding: int) -> Tensor:
-    """The map with `padding` pixels around it, made of the sample's chunk of zeros [N, 16]: uint8 [N, H + 2p, W + 2p, Cb]."""
+def _padded(codes: Tensor, zero: Tensor, padding: int) -> Tensor:
+    """Pad the map by `padding` pixels with the sample's 16-byte code of zero, uint8 [N, 16]: uint8 [N, H + 2p, W + 2p, Cb]."""
     if padding == 0:
         return codes
     batch, height, width, stored = codes.shape

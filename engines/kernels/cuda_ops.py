@@ -1,4 +1,4 @@
-"""From torch tensors to launches: which entry point, which tile, and memory for what comes out. The same calls as `_arithmetic.py` answers."""
+"""Launch the kernels on torch tensors: select the entry point and the tile, allocate outputs. Same functions as `cpu_ops.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TYPE_NAMES = dict(zip(FLOATS, TYPES, strict=True))
 
 
 def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tensor:
-    """As `_arithmetic.quantize`. A contiguous map [B, C, H, W] is read as it lies, unless it is normalized, which happens channels last."""
+    """As `cpu_ops.quantize`. A contiguous map [B, C, H, W] is read without a copy, unless it is normalized, which requires channels last."""
     shape = pixels(x).shape
     batch, height, width, channels = shape
     first = norm is None and x.ndim == 4 and x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
@@ -47,7 +47,7 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tenso
 
 
 def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """As `_arithmetic.group_stats`, summed in float32 in two passes."""
+    """As `cpu_ops.group_stats`, summed in float32 in two passes."""
     values = pixels(x).contiguous()
     batch, height, width, channels = values.shape
     mean, rstd = (torch.empty((batch, groups), dtype=torch.float32, device=x.device) for _ in range(2))
@@ -59,12 +59,12 @@ def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype) -> Tensor:
-    """As `_arithmetic.convolve`."""
+    """As `cpu_ops.convolve`."""
     device, M, K = operands.codes.device, shape.M, shape.K
     tile, splits = choose_tile(M, K, shape.R * shape.S * shape.Cb, driver.multiprocessors(device))
     out = torch.empty((shape.N, shape.P, shape.Q, K), dtype=dtype, device=device)
     partial = torch.empty((splits, M, K), dtype=torch.int32, device=device) if splits > 1 else None
-    # Kept alive by these names until the launch: the allocator hands freed memory out again, in the stream's order.
+    # Referenced until the launch: the allocator reuses freed memory, in stream order.
     codes, weight, zero = _aligned(operands.codes), _aligned(operands.weight), _aligned(operands.zero)
     residual = None if operands.residual is None else _aligned(operands.residual)
     params = ConvParams(

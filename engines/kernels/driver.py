@@ -1,7 +1,7 @@
-"""Load the kernels onto a GPU and start them: CUDA's driver API, on torch's own context and current stream, through `cuda.bindings`.
+"""Load the kernels onto a GPU and launch them: CUDA's driver API in torch's context and on its current stream, through `cuda.bindings`.
 
-Nothing of CUDA is imported before the first call. `available` says whether kernels could run here; `prepare` builds and loads them, which takes seconds the first
-time and must not happen while a CUDA graph is captured; `launch` starts them.
+No CUDA package is imported before the first call. `available` reports whether kernels could run on this machine; `prepare` builds and loads them, which takes
+seconds the first time and must not happen during the capture of a CUDA graph; `launch` launches them.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from engines.kernels.launch import Launch
 log = logging.getLogger(__name__)
 
 LEAST_CAPABILITY = (8, 0)  # cp.async and mma of 4-bit integers
-FREE_SHARED_BYTES = 48 * 1024  # of a block's dynamic shared memory; more must be asked for by kernel
+FREE_SHARED_BYTES = 48 * 1024  # dynamic shared memory of a block; more must be requested per kernel
 ELSEWHERE = "Use --backend ort, openvino or trt."
 
 
 def available() -> str | None:
-    """Why kernels cannot run on this machine, or None where they can."""
+    """The reason why kernels cannot run on this machine, or None where they can."""
     try:
         _driver()
     except UnsupportedError as err:
         return str(err)
     if not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no CUDA device. Install a torch that is built for CUDA. {ELSEWHERE}"
+        return f"torch {torch.__version__} finds no CUDA device. Install a torch that is built for CUDA. {ELSEWHERE}"
     return None
 
 
 def prepare(device: torch.device) -> None:
-    """Build, where that has not been done, and load the kernels for a GPU.
+    """Build the kernels for a GPU, where they are not cached, and load them.
 
     Raises:
         UnsupportedError: No driver, one that is too old, a GPU that is too old, or no compiler.
@@ -48,10 +48,10 @@ def prepare(device: torch.device) -> None:
 
 
 def launch(launches: Sequence[Launch], device: torch.device) -> None:
-    """Start kernels one after the other on the device's current stream. Does not wait for them.
+    """Launch kernels in order on the device's current stream. Does not wait for them.
 
     Raises:
-        UnsupportedError: As `prepare`, or the driver refuses a kernel; errors that a kernel makes while it runs come later, from torch.
+        UnsupportedError: As `prepare`, or the driver refuses a kernel; errors during a kernel's execution are raised later, by torch.
     """
     index = _index(device)
     with torch.cuda.device(index):
@@ -60,12 +60,12 @@ def launch(launches: Sequence[Launch], device: torch.device) -> None:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a GPU has."""
+    """Number of multiprocessors of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def arch_of(capability: tuple[int, int]) -> str:
-    """Compute capability, `sm_86`, that kernels are compiled for on a GPU of this one.
+    """Architecture, `sm_86`, that kernels are compiled for on a GPU of this compute capability.
 
     Raises:
         UnsupportedError: It is below 8.0.
@@ -78,10 +78,10 @@ def arch_of(capability: tuple[int, int]) -> str:
 
 
 class Driver:
-    """The driver with our kernels on each GPU that was asked for.
+    """The driver, with our kernels loaded on each GPU in use.
 
     Args:
-        api: `cuda.bindings.driver`, or what behaves like it.
+        api: `cuda.bindings.driver`, or an object with its functions.
 
     Raises:
         UnsupportedError: There is no driver, or it finds no GPU.
@@ -91,23 +91,23 @@ class Driver:
         self._api = api
         self._modules: dict[int, _Module] = {}
         try:
-            self._call("cuInit", 0, doing="The NVIDIA driver cannot start", mend=ELSEWHERE)
+            self._call("cuInit", 0, doing="The NVIDIA driver cannot start", remedy=ELSEWHERE)
         except RuntimeError as err:  # the library itself is missing
             raise UnsupportedError(f"No NVIDIA driver is installed (libcuda cannot be loaded). Install one. {ELSEWHERE}") from err
 
     def module(self, index: int) -> _Module:
-        """The kernels on GPU number `index`, loaded when first asked for."""
+        """The kernels on GPU number `index`, loaded at the first call."""
         if index not in self._modules:
             self._modules[index] = self._load(index)
         return self._modules[index]
 
     def launch(self, launches: Sequence[Launch], index: int, stream: int) -> None:
-        """Start kernels on a stream, whose device torch has made the current one."""
+        """Launch kernels on a stream of torch's current device."""
         module = self.module(index)
         self._make_current(module.context)
         for one in launches:
             function = module.function(one.entry, one.shared_bytes)
-            # The driver takes an array of addresses, one an argument, and copies what stands there before it returns.
+            # The driver takes an array of addresses, one per argument, and copies the arguments before it returns.
             arguments = (ctypes.c_void_p * 1)(ctypes.addressof(one.params))
             self._call(
                 "cuLaunchKernel",
@@ -135,12 +135,12 @@ class Driver:
         return _Module(self, handle, context)
 
     def _check_version(self, compiler: build.Compiler) -> None:
-        """A driver runs what any compiler of its own major version made, and of older ones (CUDA's minor version compatibility)."""
+        """A driver runs code of any compiler of its major version or an older one (CUDA's minor version compatibility)."""
         version = self._call("cuDriverGetVersion", doing="The NVIDIA driver does not say its version")
         major, minor = version // 1000, version % 1000 // 10
         if major < compiler.version[0]:
             raise UnsupportedError(
-                f"The NVIDIA driver is one for CUDA {major}.{minor}; kernels compiled by {compiler} need one for {compiler.version[0]}.0 or later. "
+                f"The NVIDIA driver supports CUDA {major}.{minor}; kernels compiled by {compiler} need a driver for {compiler.version[0]}.0 or later. "
                 f"Update the driver, or pip install 'nvidia-cuda-nvrtc<{major + 1}'."
             )
 
@@ -149,12 +149,12 @@ class Driver:
         if int(current) != int(context):
             self._call("cuCtxSetCurrent", context, doing="The GPU's context cannot be made the current one")
 
-    def _call(self, name: str, *arguments: Any, doing: str, mend: str = "") -> Any:
+    def _call(self, name: str, *arguments: Any, doing: str, remedy: str = "") -> Any:
         status, *values = getattr(self._api, name)(*arguments)
         if int(status):
             words = self._api.cuGetErrorName(status)[1], self._api.cuGetErrorString(status)[1]
-            said = ": ".join(word.decode() if isinstance(word, bytes) else str(word) for word in words)
-            raise UnsupportedError(f"{doing} ({said}). {mend}".rstrip())
+            reason = ": ".join(word.decode() if isinstance(word, bytes) else str(word) for word in words)
+            raise UnsupportedError(f"{doing} ({reason}). {remedy}".rstrip())
         return values[0] if values else None
 
 
@@ -168,7 +168,7 @@ class _Module:
         self.context = context
 
     def function(self, entry: str, shared_bytes: int) -> Any:
-        """A kernel by name, allowed to take `shared_bytes` of dynamic shared memory, always the same for one name."""
+        """A kernel by name, with `shared_bytes` of dynamic shared memory, a constant of each kernel."""
         if entry not in self._functions:
             call, api = self._driver._call, self._driver._api
             function = call("cuModuleGetFunction", self._handle, entry.encode(), doing=f"The kernels have no {entry}")

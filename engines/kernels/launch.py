@@ -1,6 +1,6 @@
-"""How each kernel is called: the structs of `cuda/params.h` as ctypes mirrors them, the entry points' names, and their grids.
+"""Launch parameters of each kernel: ctypes mirrors of the structs in `cuda/params.h`, names of entry points, grids.
 
-Addresses are plain integers here, so that everything that starts these kernels (torch operators, a TensorRT plugin, a benchmark) shares it.
+Addresses are integers, so that torch operators, a TensorRT plugin and a benchmark share this file.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from edm_deploy.numerics.kernel_layout import CODE_FORMATS
 from engines.kernels.tiles import TILES, Tile
 
 THREADS = 256  # of every kernel but the convolutions
-TURN = 64  # pixels, and channels, that a block of quantize_first turns around
-OCTET = 8  # channels that a thread takes
+TURN = 64  # pixels, and channels, of the tile that a block of quantize_first transposes
+OCTET = 8  # channels per thread
 LARGEST_GRID = (2**31 - 1, 65535, 65535)  # blocks along x, y, z; the kernels stride over what a smaller grid leaves
 TYPES = ("f16", "bf16")  # operands.FLOATS, as entry points name them
 
@@ -24,19 +24,19 @@ def _fields(pointers: str, integers: str) -> Sequence[tuple[str, type]]:
 
 
 class QuantizeParams(ctypes.Structure):
-    """Mirror of the struct of this name."""
+    """Mirror of the C++ struct of the same name."""
 
     _fields_ = _fields("x codes row inv_scale qmin qmax mean rstd gamma beta", "N HW C Cb groups unsigned_codes")
 
 
 class StatsParams(ctypes.Structure):
-    """Mirror of the struct of this name."""
+    """Mirror of the C++ struct of the same name."""
 
     _fields_ = [*_fields("x mean rstd", "N HW C groups"), ("eps", ctypes.c_float)]
 
 
 class ConvParams(ctypes.Structure):
-    """Mirror of the struct of this name."""
+    """Mirror of the C++ struct of the same name."""
 
     _fields_ = _fields(
         "codes weight zero row act_scale qmin weight_scale weight_sum bias residual out partial",
@@ -46,14 +46,14 @@ class ConvParams(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call, complete but for the stream.
+    """One kernel launch, complete except for the stream.
 
     Attributes:
         entry: Name of the kernel.
-        grid: Blocks along x, y, z.
-        threads: Of a block.
-        shared_bytes: Dynamic shared memory of a block.
-        params: The one struct that the kernel takes by value.
+        grid: Numbers of blocks in x, y, z.
+        threads: Threads per block.
+        shared_bytes: Dynamic shared memory per block.
+        params: The struct that the kernel takes by value.
     """
 
     entry: str
@@ -70,9 +70,9 @@ def quantize_launch(params: QuantizeParams, *, type_name: str, bits: int, channe
         params: All fields set.
         type_name: `f16` or `bf16`, of x.
         bits: 4 or 8.
-        channels_last: How x lies; a norm needs channels last.
-        norm: Whether the fields mean and rstd hold statistics.
-        silu: Whether SiLU comes before the rounding.
+        channels_last: Memory layout of x; a norm requires channels last.
+        norm: Whether the fields mean and rstd are set.
+        silu: Whether SiLU is applied before rounding.
     """
     assert channels_last or not norm, "no kernel normalizes channels first"
     channels = params.Cb * 8 // bits
@@ -86,15 +86,15 @@ def quantize_launch(params: QuantizeParams, *, type_name: str, bits: int, channe
 
 
 def stats_launch(params: StatsParams, *, type_name: str) -> Launch:
-    """Statistics of a group norm; x lies channels last."""
+    """Statistics of a group norm; x is channels last."""
     return Launch(f"group_stats_{type_name}", _clipped(params.groups, params.N, 1), THREADS, 0, params)
 
 
 def conv_launches(params: ConvParams, *, kind: str, tile: Tile, type_name: str) -> list[Launch]:
-    """The convolution, and where `params.splits` > 1 the sum of the splits after it.
+    """The convolution, followed by the sum over the splits where `params.splits` > 1.
 
     Args:
-        params: All fields set; `partial` where the sum is split.
+        params: All fields set, `partial` only where the sum is split.
         kind: `s4`, `u4` or `s8`.
         tile: From `tiles.TILES`.
         type_name: `f16` or `bf16`, of the output and the residual.
@@ -109,7 +109,7 @@ def conv_launches(params: ConvParams, *, kind: str, tile: Tile, type_name: str) 
 
 
 def entry_points() -> list[str]:
-    """Names of all kernels, as `cuda/kernels.cu` must define them."""
+    """Names of all kernels, which `cuda/kernels.cu` must define."""
     names = []
     for type_name in TYPES:
         names += [f"conv_{kind}_{tile.name}_{type_name}" for kind in CODE_FORMATS for tile in TILES]

@@ -1,4 +1,4 @@
-"""The operands of the kernels, and what they must be. A kernel reads raw pointers, so everything it relies on is asked for here."""
+"""The operands of the kernels and their checks. Kernels read raw pointers, so everything they rely on is checked here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGEST_WEIGHT = {"s4": 8, "u4": 8, "s8": 128}
 
 @dataclass(frozen=True)
 class Table:
-    """How an activation is quantized at each row, and the row of each sample.
+    """Quantization of an activation at each table row, and the row of each sample.
 
     Attributes:
         rows: int32 [B].
@@ -41,7 +41,7 @@ class Table:
     unsigned: bool
 
     def check(self, op: str, x: Tensor) -> None:
-        """Raises InputError where this does not fit the activation `x` [B, ...]."""
+        """Raises InputError where the table does not match the activation `x` [B, ...]."""
         code_bytes(1, self.bits)
         if self.unsigned:
             check_unsigned(self.bits)
@@ -54,7 +54,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Norm:
-    """Statistics float32 [B, groups] of a group norm, and its affine pair float32 [C], each of which may be missing."""
+    """Statistics float32 [B, groups] of a group norm, and its affine parameters float32 [C], each of which may be None."""
 
     mean: Tensor
     rstd: Tensor
@@ -62,7 +62,7 @@ class Norm:
     beta: Tensor | None
 
     def check(self, op: str, x: Tensor, channels: int, groups: int) -> None:
-        """Raises InputError where this does not fit the activation `x`, whose channels are `channels`."""
+        """Raises InputError where the norm does not match the activation `x` with `channels` channels."""
         check_groups(op, channels, groups)
         for name, column in (("mean", self.mean), ("rstd", self.rstd)):
             _expect(op, name, column, torch.float32, [x.shape[0], groups], x.device)
@@ -95,7 +95,7 @@ class ConvShape:
 
 @dataclass(frozen=True)
 class Operands:
-    """What a convolution or a Linear of packed codes reads, in the order of the operators' arguments.
+    """Operands of a convolution or a Linear of packed codes, in the order of the operators' arguments.
 
     Attributes:
         codes: uint8 [B, H, W, Cb].
@@ -127,8 +127,8 @@ class Operands:
         """The sizes.
 
         Raises:
-            InputError: Codes or weight are not packed as `layout` packs them, do not belong together, or are smaller than the filter.
-            UnsupportedError: A filter or a stride that no kernel is compiled for, or a sum that could pass int32.
+            InputError: Codes or weight are not packed as in `numerics/kernel_layout.py`, do not match, or are smaller than the filter.
+            UnsupportedError: No kernel is compiled for the filter or the stride, or a sum could exceed int32.
         """
         R, S = kernel
         if (R, S) not in FILTERS or stride not in STRIDES:
@@ -152,12 +152,12 @@ class Operands:
         products = R * S * stored * 8 // bits_of(self.kind)
         if products * LARGEST_CODE[self.kind] * LARGEST_WEIGHT[self.kind] >= INT32:
             raise UnsupportedError(
-                f"{op}: a sum of {products} products of {self.kind} codes may pass int32. Keep this layer in floating point."
+                f"{op}: a sum of {products} products of {self.kind} codes may exceed int32. Keep this layer in floating point."
             )
         return ConvShape(batch, height, width, stored, weight.shape[0], R, S, P, Q, padding, stride)
 
     def check(self, op: str, shape: ConvShape, result: Sequence[int], dtype: torch.dtype) -> None:
-        """Raises InputError where a table, a column of the output channels or the residual does not fit; `result` is the output's shape."""
+        """Raises InputError where a table, a per-channel operand or the residual does not match; `result` is the output's shape."""
         device, rows = self.codes.device, self.act_scale.numel()
         _expect(op, "rows", self.rows, torch.int32, [shape.N], device)
         _expect(op, "act_scale", self.act_scale, torch.float32, [rows], device)
@@ -174,10 +174,10 @@ class Operands:
 
 
 def check_values(op: str, x: Tensor) -> int:
-    """The channels of an activation of floats.
+    """Number of channels of a floating-point activation.
 
     Raises:
-        InputError: Not float16 or bfloat16, fewer than two axes, or nothing in it.
+        InputError: It is not float16 or bfloat16, has fewer than two axes, or is empty.
     """
     if x.dtype not in FLOATS:
         raise InputError(f"{op}: x is {_words(x.dtype)}; the kernels read float16 and bfloat16. Run the model in one of them.")
@@ -189,13 +189,13 @@ def check_values(op: str, x: Tensor) -> int:
 
 
 def check_groups(op: str, channels: int, groups: int) -> None:
-    """Raises InputError where the channels do not fall into `groups` equal groups."""
+    """Raises InputError where the channels cannot be divided into `groups` equal groups."""
     if groups < 1 or channels % groups:
         raise InputError(f"{op}: {channels} channels do not fall into {groups} equal groups.")
 
 
 def check_leading(op: str, codes: Tensor, leading: Sequence[int]) -> None:
-    """Raises InputError where the axes before a Linear's channels do not hold as many vectors as its codes."""
+    """Raises InputError where the axes before a Linear's channels do not match the number of vectors in its codes."""
     if len(leading) == 0 or leading[0] != codes.shape[0] or math.prod(leading) != codes.shape[0] * codes.shape[1] or codes.shape[2] != 1:
         raise InputError(
             f"{op}: codes [B, L, 1, Cb] are {list(codes.shape)}, which is not {list(leading)} vectors; leading must be [B, ...] of B * L in all."
@@ -212,7 +212,7 @@ def check_size(op: str, **shapes: Sequence[int]) -> None:
 
 
 def check_rows(op: str, rows: Tensor, count: int) -> None:
-    """Raises InputError where a row is not in the table of `count`; on the CPU only, because reading it would stop a GPU."""
+    """Raises InputError where a row is not in a table of `count` rows; on the CPU only, because reading it would synchronize a GPU."""
     if rows.device.type == "cpu" and (int(rows.min()) < 0 or int(rows.max()) >= count):
         raise InputError(f"{op}: rows {rows.tolist()} reach beyond the table; expected 0 to {count - 1}.")
 

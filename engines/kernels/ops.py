@@ -1,20 +1,20 @@
-"""The kernels as torch operators, `torch.ops.edm_deploy.*`, which torch.export, torch.compile and CUDA graphs see through.
+"""The kernels as torch operators, `torch.ops.edm_deploy.*`, for use with torch.export, torch.compile and CUDA graphs.
 
-Importing this file defines them; it needs nothing beyond torch. On CUDA tensors they launch kernels on the current stream (`cuda_ops.py`), on CPU tensors
-they compute the same bits in plain torch (`cpu_ops.py`), under a tracer only shapes. All read the same checks (`operands.py`).
+Importing this file registers them; it requires torch only. On CUDA tensors they launch kernels on the current stream (`cuda_ops.py`), on CPU tensors they
+compute the same bits in plain torch (`cpu_ops.py`), and under a tracer only shapes. All share the checks in `operands.py`.
 
-    quantize          float16 or bfloat16 -> packed codes, SiLU first where asked
+    quantize          float16 or bfloat16 -> packed codes, optionally after SiLU
     group_stats       mean and 1 / sqrt(variance + eps) of each sample's groups of channels
-    quantize_normed   as quantize, the values normalized by such statistics first
+    quantize_normed   as quantize, after normalization with such statistics
     conv2d            packed codes * packed weight -> float16 or bfloat16 [B, K, P, Q], channels last
-    linear            likewise for a Linear -> [*leading, K]
+    linear            the same for a Linear -> [*leading, K]
 
 An activation is a map [B, C, H, W], or [B, ..., C] of 2, 3 or more than 4 axes; four axes are always a map, so a Linear's [B, X, Y, C] goes in as
-[B, X * Y, C]. Channels last is read as it lies, and so is a contiguous map by `quantize`; anything else is copied. Packed codes, weights and tables must be
-contiguous. `rows` is int32 [B], the table row of each sample, in the tensors' own memory, so that a CUDA graph replays with whatever stands there; on CUDA
-nobody checks that it lies in the table. `unsigned_codes` asks for `n - qmin`, which a convolution of kind `u4` expects.
+[B, X * Y, C]. Channels last is read without a copy, and so is a contiguous map by `quantize`; other layouts are copied. Packed codes, weights and tables must be
+contiguous. `rows` is int32 [B], the table row of each sample, read from device memory, so that a CUDA graph replays with its current content; on CUDA
+it is not checked against the table. `unsigned_codes` stores `n - qmin`, which a convolution of kind `u4` expects.
 
-Raises InputError for operands that do not fit, UnsupportedError for what no kernel does (docs of `operands.py`).
+Raises InputError for operands that do not fit, UnsupportedError for what no kernel supports (see `operands.py`).
 """
 
 from __future__ import annotations
@@ -135,6 +135,6 @@ def _define(library: Any, name: str) -> None:  # torch.library.Library, whose me
     torch.library.register_fake(f"edm_deploy::{name}", partial(_FUNCTIONS[name], True), lib=library)
 
 
-_LIBRARY: Any = torch.library.Library("edm_deploy", "DEF")  # type: ignore[no-untyped-call]  # the operators live as long as this object
+_LIBRARY: Any = torch.library.Library("edm_deploy", "DEF")  # type: ignore[no-untyped-call]  # the operators exist as long as this object
 for _name in SCHEMAS:
     _define(_LIBRARY, _name)

@@ -1,7 +1,7 @@
-"""Our kernels as TensorRT plugins, compiled ahead of time: TensorRT keeps their code in the engine, which then needs neither Python nor this project.
+"""Our kernels as TensorRT plugins, compiled ahead of time: TensorRT stores their code in the engine, which then needs neither Python nor this project.
 
-TensorRT 10.9 brought these quick plugins (`tensorrt.plugin`). What is here is tested against the Python half of NVIDIA's package; its C++ half, and with it
-the kernels inside an engine, has not been executed where this was written.
+TensorRT 10.9 introduced quick plugins (`tensorrt.plugin`). This file is tested against the Python part of NVIDIA's package; its C++ part, and with it the kernels
+inside an engine, have not been executed yet.
 Source: https://docs.nvidia.com/deeplearning/tensorrt, `tensorrt.plugin`; samples/python/quickly_deployable_plugins in github.com/NVIDIA/TensorRT.
 """
 
@@ -22,15 +22,13 @@ from engines.kernels.launch import OCTET, THREADS, TURN
 from engines.kernels.tiles import TILES, Tile
 
 PTX_VERSION = b".version 8.0"  # CUDA 12's. NVRTC writes its own newest, which older drivers refuse; an instruction that needs more than 8.0 would not assemble
-ARCH = (
-    "compute_80"  # of the PTX: the driver finishes it for whichever GPU the engine runs on, 4-bit tensor cores included where it has them
-)
+ARCH = "compute_80"  # of the PTX, which the driver compiles for the GPU that the engine runs on, with 4-bit tensor cores where it has them
 MOST_BLOCKS = 65535  # along y and z of a grid; the kernels stride over what a smaller grid leaves
 OLDEST = "10.9"
 
 
 def register() -> None:
-    """Make the plugins known to TensorRT, before a graph that holds them is parsed. Doing so again changes nothing.
+    """Register the plugins with TensorRT, before a graph that contains them is parsed. Further calls have no effect.
 
     Raises:
         UnsupportedError: TensorRT is missing, or older than 10.9.
@@ -50,7 +48,7 @@ def register() -> None:
 
 
 def _decorate(trt: Any, trtp: Any, plugin: Plugin, describe: Callable[..., Any], implement: Callable[..., Any]) -> None:
-    """Hand one plugin's functions over. TensorRT reads their signatures, so these are made from the plugin's own."""
+    """Register one plugin's functions. TensorRT reads their signatures, which are generated from the plugin's inputs and attributes."""
     inputs = dict.fromkeys(plugin.inputs, trtp.TensorDesc)
     attributes = dict.fromkeys(plugin.attributes, int)
 
@@ -65,7 +63,7 @@ def _decorate(trt: Any, trtp: Any, plugin: Plugin, describe: Callable[..., Any],
         return [trtp.AutoTuneCombination(", ".join(plugin.types), "LINEAR", tactics)]
 
     shape_signature = _signature(inputs | attributes, trtp.TensorDesc)
-    launch = tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]  # type: ignore[name-defined]  # classes of a module that is handed in
+    launch = tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]  # type: ignore[name-defined]  # classes of a module that is passed in
     kernel_signature = _signature(inputs | attributes | {"outputs": tuple[trtp.TensorDesc], "tactic": int}, launch)  # type: ignore[name-defined]
     shape.__signature__ = shape_signature  # type: ignore[attr-defined]  # what inspect.signature looks for
     kernel.__signature__ = kernel_signature  # type: ignore[attr-defined]
@@ -110,7 +108,7 @@ def _convolved(trt: Any, trtp: Any, *, codes: Any, weight: Any, kernel: int, pad
 
 
 def _convolve(trtp: Any, *, codes: Any, outputs: Any, tactic: int, **attributes: Any) -> Any:
-    """The kernel of the tile that `tactic` stands for, its launch and its integers N, H, W, Cb, K, R, S, P, Q, padding, stride."""
+    """The kernel of tile number `tactic`, its launch and its integers N, H, W, Cb, K, R, S, P, Q, padding, stride."""
     n, h, w, stored = codes.shape_expr
     _n, p, q, k = outputs[0].shape_expr
     tile = TILES[tactic - 1]
@@ -129,7 +127,7 @@ def _pixels(x: Any, channels_last: int) -> tuple[Any, Any, Any, Any]:
 
 
 def _integers(trtp: Any, *values: Any) -> Any:
-    """The kernel's own integers, each of 32 bits; `from_tuple` alone would leave the width of a constant open, which TensorRT refuses."""
+    """The kernel's integer arguments, each of 32 bits; `from_tuple` alone would not fix the width of a constant, which TensorRT refuses."""
     return trtp.SymIntExprs.from_tuple(tuple(trtp.SymInt32(value) for value in values))
 
 
@@ -150,7 +148,7 @@ def conv_code(kind: str, tile: Tile) -> tuple[str, bytes]:
 
 
 def entry_source(name: str, macros: Mapping[str, str]) -> bytes:
-    """The file that is compiled: one entry point of `cuda/plugin.cu`."""
+    """Source of one entry point, which includes `cuda/plugin.cu`."""
     defines = [f"#define {macro} {value}\n" for macro, value in {"PLUGIN_ENTRY": name, **macros}.items()]
     return "".join([*defines, '#include "plugin.cu"\n']).encode()
 
@@ -161,7 +159,9 @@ def _ptx(name: str, **macros: str) -> bytes:
 
 @functools.cache
 def _compiled_once(name: str, macros: tuple[tuple[str, str], ...]) -> bytes:
-    """The PTX; a model has hundreds of nodes and a dozen kernels."""
+    """The PTX, compiled once per kernel: a model has hundreds of nodes and a dozen kernels."""
     main = "plugin_entry.cu"
     ptx = compiled(source_files() | {main: entry_source(name, dict(macros))}, main, ARCH, nvrtc_compiler())
-    return re.sub(rb"^\.version \d+\.\d+", PTX_VERSION, ptx.rstrip(b"\0"), count=1, flags=re.MULTILINE)  # NVRTC ends it as C does
+    return re.sub(
+        rb"^\.version \d+\.\d+", PTX_VERSION, ptx.rstrip(b"\0"), count=1, flags=re.MULTILINE
+    )  # NVRTC terminates it with a zero byte

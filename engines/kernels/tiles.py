@@ -1,8 +1,8 @@
-"""Which tile computes a convolution, and among how many blocks its sum is split.
+"""Choose the tile that computes a convolution, and the number of blocks that its sum is split among.
 
-A tile is a compiled kernel: a block computes BM output pixels x BN output channels. Large tiles load less for each product; small ones, and splitting the sum,
-give every multiprocessor something to do where the map is small. `choose_tile` weighs both by a model in clock cycles; its figures are an RTX 3090's, and only
-their ratios matter. What it says has been compared with no measurement yet.
+A tile is a compiled kernel: a block computes BM output pixels x BN output channels. Large tiles load less per product; small ones, and splitting the sum,
+occupy every multiprocessor where the map is small. `choose_tile` compares both by a model in clock cycles; its figures are an RTX 3090's, and only their ratios
+matter. It has not been compared with measurements yet.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from dataclasses import dataclass
 
 from edm_deploy.numerics.kernel_layout import CHUNK
 
-STAGE_BYTES = 4 * CHUNK  # of the sum that a block takes in at once, for each row of its tile
+STAGE_BYTES = 4 * CHUNK  # bytes along the sum per stage, for each row of a tile
 TENSOR_BYTES = (
     1024  # bytes multiplied by bytes that a multiprocessor's tensor cores do a clock: one product of 8 bits each, or two of 4 bits
 )
 L2_BYTES = 17.2  # a clock and multiprocessor: 2390 GB/s over 82 at 1695 MHz, profiles/gpus.toml
 L2_LATENCY = 600  # cycles from a copy's start to its bytes in shared memory, under load
-BLOCK_CYCLES = 1500  # a block's own start and end: filling its stages, storing its tile
+BLOCK_CYCLES = 1500  # start and end of a block: filling its stages, storing its tile
 REDUCE_CYCLES = 2500  # starting the second kernel that adds the splits: about 1.5 us
-SPLIT_MARGIN = 1.1  # what a split must promise before it is worth its memory, given how rough this model is
+SPLIT_MARGIN = 1.1  # expected gain that a split must exceed, given its memory and the model's accuracy
 MOST_SPLITS = 16
-LEAST_STAGES = 4  # of each split: below, a block ends before its pipeline has filled
+LEAST_STAGES = 4  # per split: with fewer, a block ends before its pipeline is full
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A compiled tile, as TILES in `cuda/kernels.cu` has it.
+    """A compiled tile, as defined by TILES in `cuda/kernels.cu`.
 
     Attributes:
-        BM, BN: Output pixels and output channels of a block.
-        warp_m: Output pixels of a warp.
+        BM, BN: Output pixels and output channels per block.
+        warp_m: Output pixels per warp.
         stages: Buffers of the ring between memory and tensor cores.
-        threads: Of a block.
-        shared_bytes: Dynamic shared memory of a block.
-        blocks: That fit on one multiprocessor together.
+        threads: Threads per block.
+        shared_bytes: Dynamic shared memory per block.
+        blocks: Blocks that fit on one multiprocessor.
     """
 
     BM: int
@@ -52,7 +52,7 @@ class Tile:
         return f"{self.BM}x{self.BN}"
 
     def grid(self, M: int, N: int, splits: int) -> tuple[int, int, int]:
-        """Blocks along output pixels, output channels and splits."""
+        """Numbers of blocks along output pixels, output channels and splits."""
         return _ceil(M, self.BM), _ceil(N, self.BN), splits
 
 
@@ -65,7 +65,7 @@ TILES = (
 
 
 def choose_tile(M: int, N: int, K_bytes: int, sms: int) -> tuple[Tile, int]:
-    """The tile and the number of splits that the model below expects to be fastest; of equals, the larger tile and the fewer splits.
+    """The tile and the number of splits with the fewest expected cycles; among equals, the larger tile, then the fewer splits.
 
     4 and 8 bits cost the same by the byte: at 4 bits a byte holds twice the products, and the tensor cores do twice as many.
 
@@ -84,8 +84,8 @@ def choose_tile(M: int, N: int, K_bytes: int, sms: int) -> tuple[Tile, int]:
 def cycles(tile: Tile, splits: int, M: int, N: int, K_bytes: int, sms: int) -> float:
     """Expected clock cycles of a convolution.
 
-    Blocks are dealt to multiprocessors in rounds. Within a round, either the multiprocessor is busy (its tensor cores, or its share of L2), or, where it has
-    too few blocks to hide it, each block waits for its own copies. A split sum is written and read once more, and ends in a second kernel.
+    Blocks are distributed to multiprocessors in waves. Within a wave, either the multiprocessor is busy (its tensor cores, or its share of L2), or, with too
+    few blocks to hide the latency, each block waits for its copies. A split sum is written and read once more, and needs a second kernel.
     """
     gm, gn, _ = tile.grid(M, N, splits)
     blocks = gm * gn * splits
@@ -105,7 +105,7 @@ def _candidates(K_bytes: int) -> Iterator[tuple[Tile, int]]:
     stages = _ceil(K_bytes, STAGE_BYTES)
     for tile in TILES:
         for splits in range(1, MOST_SPLITS + 1):
-            # A share of the stages that leaves a block with none is the same as fewer splits.
+            # Splits that leave a block without stages are the same as fewer splits.
             if splits == 1 or (stages // splits >= LEAST_STAGES and _ceil(stages, _ceil(stages, splits)) == splits):
                 yield tile, splits
 

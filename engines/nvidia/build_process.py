@@ -1,6 +1,6 @@
-"""The build itself, in a process of its own because some graphs crash the builder. `run_in_child` is the parent's side, `main` the child's.
+"""The build, in a child process because some graphs crash the builder. `run_in_child` is the parent's side, `main` the child's.
 
-The vendor's module is passed in; this file names neither TensorRT nor TensorRT-RTX.
+The vendor's module is passed in, so that TensorRT and TensorRT-RTX share this file.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from engines.nvidia.layer_audit import EngineLayer, layers_from_inspector, layer
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:
-    """What the child process builds; its fields are json.
+    """What the child process builds; the fields are serialized as JSON.
 
     Attributes:
         graph, engine, reply: Paths of the ONNX file, the engine to write and the reply to write.
-        shapes: Smallest, usual and largest shape, by input.
-        gpus: Compute capabilities, `sm_86`; empty means this machine's own GPU.
+        shapes: Minimum, optimal and maximum shape, by input.
+        gpus: Compute capabilities, `sm_86`; empty means this machine's GPU.
         optimization_level, timing_cache, workspace_mib: As in BuildOptions.
-        plugins: Whether the graph holds nodes of our plugins.
+        plugins: Whether the graph contains nodes of our plugins.
     """
 
     graph: str
@@ -46,7 +46,7 @@ class BuildRequest:
 
 
 def run_in_child(module: str, request: BuildRequest, scratch: Path) -> dict[str, Any]:
-    """Run `python -m <module> <request>`; what it replied.
+    """Run `python -m <module> <request>` and return its reply.
 
     Raises:
         UnsupportedError: The child refused the graph (its message), or crashed (the signal).
@@ -56,28 +56,28 @@ def run_in_child(module: str, request: BuildRequest, scratch: Path) -> dict[str,
     if child.returncode < 0:
         name = signal.Signals(-child.returncode).name
         raise UnsupportedError(
-            f"The builder crashed ({name}) on {request.graph}. The graph holds a form that it cannot take; "
+            f"The builder crashed ({name}) on {request.graph}. The graph contains a form that it cannot build; "
             "export it with edm-deploy export, which writes none that is known to crash, or build for ort or openvino."
         )
     if child.returncode:
-        lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode} without a word"]
+        lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode} without a message"]
         raise UnsupportedError(lines[-1])
     return read_json(Path(request.reply), what="build reply")
 
 
 def main(package: str, install: str, register_plugins: Callable[[], None] | None = None) -> None:
-    """Body of the child process: build what the request in argv[1] says; a refusal is one line on stderr and exit status 2.
+    """Body of the child process: build the request in argv[1]. A refusal is one line on stderr and exit status 2.
 
     Args:
         package: The vendor's module.
-        install: What to do where it is missing.
-        register_plugins: Called before a graph that needs them is parsed.
+        install: Remedy where it is missing.
+        register_plugins: Called before a graph that needs plugins is parsed.
     """
     request = BuildRequest(**json.loads(Path(sys.argv[1]).read_text()))
     try:
-        module = vendor(package, mend=install)
+        module = vendor(package, remedy=install)
         if request.plugins:
-            assert register_plugins is not None, "target.py lets plugin nodes through to backends that register them"
+            assert register_plugins is not None, "capabilities.check_plugins admits plugin nodes only for backends that register them"
             register_plugins()
         write_json(Path(request.reply), build_here(module, request))
     except (EdmDeployError, OSError) as err:
@@ -89,14 +89,14 @@ def build_here(module: Any, request: BuildRequest) -> dict[str, Any]:
     """Build in this process.
 
     Returns:
-        `layers` as the builder tells of them, and `gpus`, the compute capabilities.
+        `layers`, as the builder reports them, and `gpus`, the compute capabilities.
 
     Raises:
-        UnsupportedError: The parser or the builder refuses.
+        UnsupportedError: The parser or the builder refuses the graph.
     """
     log = _log_of(module)
     builder = module.Builder(log)
-    flags = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # newer releases know nothing else
+    flags = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # newer releases are always strongly typed
     network = builder.create_network(1 << int(flags) if flags is not None else 0)
     parser = module.OnnxParser(network, log)
     if not parser.parse_from_file(request.graph):
@@ -154,14 +154,14 @@ def _read_cache(config: Any, path: str | None) -> Any:
 
 
 def _inspected(module: Any, log: Any, engine: Any) -> list[EngineLayer]:
-    """Layers from the engine inspector, which needs the GPU. Not executed where this was written."""
+    """Layers from the engine inspector, which needs the GPU. Not executed on a GPU yet."""
     live = module.Runtime(log).deserialize_cuda_engine(engine)
     return layers_from_inspector(live.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON))
 
 
 def _log_of(module: Any) -> Any:
     class Log(module.ILogger):  # type: ignore[misc]  # the base class comes with the vendor's module
-        """Keeps every message: the layer table is among the verbose ones."""
+        """Stores every message: the layer table is one of the verbose ones."""
 
         def __init__(self) -> None:
             module.ILogger.__init__(self)

@@ -1,6 +1,6 @@
-"""The layer table of an NVIDIA engine, read from the builder's verbose log or the engine inspector, and the audit of quantized sites in it.
+"""Read the layer table of an NVIDIA engine from the builder's verbose log or the engine inspector, and audit the quantized sites in it.
 
-The table proves the data types that reach the kernel library, not the kernel: TensorRT-RTX chooses that on the GPU itself.
+The table proves the data types passed to the kernel library, not the kernel, which TensorRT-RTX selects on the GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class EngineLayer:
     """One layer of a built engine.
 
     Attributes:
-        name: The builder's own.
+        name: As the builder names it.
         type: `correlation`, `gemm`, `kgen`, ...
-        inputs: Data types of what flows in.
+        inputs: Data types of the input tensors.
         constants: Data types of weights and scales.
-        outputs: Data types of what flows out.
-        nodes: Names of the ONNX nodes that it computes.
+        outputs: Data types of the output tensors.
+        nodes: Names of the ONNX nodes it computes.
     """
 
     name: str
@@ -56,7 +56,7 @@ class EngineLayer:
 
 @dataclass(frozen=True)
 class LayerAudit:
-    """Where one quantized site landed.
+    """How one quantized site is executed.
 
     Attributes:
         layers: Names of the layers that compute its product.
@@ -70,7 +70,7 @@ class LayerAudit:
 
 
 def layers_from_log(messages: Iterable[str]) -> list[EngineLayer]:
-    """Layers of every `Layers:` table in a verbose build log (one table a compute capability)."""
+    """Layers of every `Layers:` table in a verbose build log, which has one table per compute capability."""
     tables = (message.split("I/O Tensors:")[0] for message in messages if message.lstrip().startswith("Layers:"))
     return [_layer(line.strip()) for table in tables for line in table.splitlines() if line.strip().startswith("Name: ")]
 
@@ -89,7 +89,7 @@ def _layer(line: str) -> EngineLayer:
 
 
 def layers_from_inspector(text: str) -> list[EngineLayer]:
-    """Layers of an engine inspector's json, as TensorRT 10 and 11 print it with detailed profiling. Not executed where this was written."""
+    """Layers of an engine inspector's json, as TensorRT 10 and 11 print it with detailed profiling. Not executed on a GPU yet."""
 
     def types(tensors: Iterable[Mapping[str, str]]) -> tuple[str, ...]:
         described = (tensor.get("Format/Datatype") or tensor.get("Datatype", "") for tensor in tensors)
@@ -113,7 +113,7 @@ def layers_from_inspector(text: str) -> list[EngineLayer]:
 
 
 def audit(layers: Iterable[EngineLayer], sites: Mapping[str, GraphSite]) -> dict[str, LayerAudit]:
-    """Where each site with a quantized input landed, by site name."""
+    """How each site with a quantized input is executed, by site name."""
     by_node: dict[str, list[EngineLayer]] = {}
     for layer in layers:
         for node in layer.nodes:

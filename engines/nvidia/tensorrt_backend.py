@@ -1,4 +1,4 @@
-"""What TensorRT and TensorRT-RTX share as backends: one Python API under two names. The vendor's module is passed in; this file names neither."""
+"""Base of the TensorRT and TensorRT-RTX backends, whose packages have the same Python API. Subclasses name the vendor's module."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ OPTIMIZATION_LEVELS = range(6)
 class Nvinfer(GraphBackend):
     """A backend whose vendor package has TensorRT's API.
 
+    A site with quantized input that is not in an integer layer fails the build, or is a warning with `--allow-float-sites`. INT4 plugin nodes are not audited.
+
     Attributes:
         package: The vendor's module.
-        module: The file of ours that is run as the child process.
-        install: What to do where the package is missing.
-        default_gpus: Compute capabilities that are built for when none is named; empty means this machine's GPU.
+        module: Module that is run as the child process.
+        install: Remedy where the package is missing.
+        default_gpus: Compute capabilities to build for where none is named; empty means this machine's GPU.
     """
 
     package: ClassVar[str]
@@ -47,7 +49,7 @@ class Nvinfer(GraphBackend):
     def build(self, content: Path, manifest: Manifest, options: BuildOptions, out: Path) -> BuildResult:
         gpus = capabilities(options.gpu) if options.gpu else self.default_gpus
         _check_level(options.optimization_level)
-        version = str(vendor(self.package, mend=self.install).__version__)
+        version = str(vendor(self.package, remedy=self.install).__version__)
         with scratch_directory("tensorrt") as scratch:
             request = BuildRequest(
                 graph=str(content.resolve()),
@@ -61,7 +63,7 @@ class Nvinfer(GraphBackend):
                 plugins=bool(manifest.plugin_sites),
             )
             reply = run_in_child(self.module, request, scratch)
-        plugins = manifest.plugin_sites  # nothing to audit: their nodes are our kernels, or the graph would not have parsed
+        plugins = manifest.plugin_sites  # not audited: their nodes are our kernels, or the graph would not have parsed
         audited = {name: site for name, site in manifest.sites.items() if name not in plugins}
         findings = audit([EngineLayer(**{key: _tuples(value) for key, value in layer.items()}) for layer in reply["layers"]], audited)
         write_json(out / AUDIT_NAME, {site: asdict(finding) for site, finding in findings.items()})
@@ -78,15 +80,15 @@ class Nvinfer(GraphBackend):
         )
 
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
-        """Open an engine on a CUDA device. Written against the documented API; not executed where this was written, which has no GPU."""
+        """Open an engine on a CUDA device. Written against the documented API; not executed on a GPU yet."""
         gpus = manifest.build.get("gpus", [])
         manifest.require_files(ENGINE_NAME)
         if manifest.backend == self.name and (device.type != "cuda" or not torch.cuda.is_available()):
             raise UnsupportedError(
-                f"This engine needs an NVIDIA GPU (built for {', '.join(gpus)}); device is {device}, and torch sees "
+                f"This engine needs an NVIDIA GPU (built for {', '.join(gpus)}); device is {device}, and torch finds "
                 f"{torch.cuda.device_count()} CUDA devices here. Open it with device='cuda' on a machine that has one, or build for ort or openvino."
             )
-        module = vendor(self.package, mend=self.install)
+        module = vendor(self.package, remedy=self.install)
         refuse_other_build(manifest, self.name, self.package, str(module.__version__))
         here = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         if here not in gpus:
@@ -97,7 +99,7 @@ class Nvinfer(GraphBackend):
 
 
 class NvinferSession(Session):
-    """An engine on torch's CUDA tensors, on torch's current stream. Not executed where this was written, which has no GPU.
+    """An engine on torch's CUDA tensors, on torch's current stream. Written against the documented API; not executed on a GPU yet.
 
     An execution context serves one thread and one stream at a time, so runs are serialized.
     Source: NVIDIA TensorRT documentation, Developer Guide, "Threading".

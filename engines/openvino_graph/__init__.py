@@ -1,1 +1,1 @@
-"""Rewrites of an OpenVINO graph: scales as inputs, group norms split."""
+"""Rewrites of an OpenVINO graph: looked-up scales as inputs, decomposed group norms."""

@@ -1,7 +1,8 @@
-"""Group normalization in the memory order that integer convolutions leave their result in.
+"""Decompose group normalization so that it runs in the memory layout of the integer convolutions.
 
-OpenVINO computes GroupNormalization on planar tensors, and so reorders before and after each one: more time than the norm itself. As sums per channel,
-then arithmetic on [B, C] numbers, then one multiplication and addition per element, it needs no reordering, and the last two fuse with what follows.
+OpenVINO computes GroupNormalization on planar tensors and inserts a reorder before and after each, which take longer than the norm. Decomposed into
+reductions per channel, arithmetic on [B, C] values, and one multiplication and addition per element, it needs no reorder, and the last two operations
+fuse with the next.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ def split_group_norms(ov: Any, model: Any) -> set[str]:
 
         v = mean over c of (mean of d^2 + (m_c - m)^2),    y = gamma / sqrt(v + epsilon) * (d + m_c - m) + beta
 
-    The squares are of d, not of x, because bfloat16 sums of x^2 would leave nothing of a small variance beside a large mean.
+    The squares are of d, not of x: in bfloat16, sums of x^2 lose a variance that is small compared with the squared mean.
 
     Returns:
-        Names of the nodes on [B, C] numbers: they cost nothing in float32, and bfloat16 would shift a whole group.
+        Names of the nodes on [B, C] values. They are to stay in float32, which costs nothing at that size; bfloat16 would shift a whole group.
     """
     small: set[str] = set()
     for norm in [node for node in model.get_ordered_ops() if node.get_type_name() == "GroupNormalization"]:

@@ -1,7 +1,8 @@
-"""What OpenVINO's graph needs beyond the exported one, so that its bfloat16 mode keeps the scale tables and the timestep in float32.
+"""Keep scale tables and the timestep in float32 in OpenVINO's bfloat16 mode.
 
-OpenVINO rounds the result of every Gather to bfloat16 before it meets the tensor it scales; a graph input it leaves in float32. So the tables leave the
-graph: each looked-up row becomes an input, and the session looks it up. The timestep's way to its quantizer is marked as one that keeps its precision.
+OpenVINO rounds the result of every Gather to bfloat16 before it multiplies a tensor by it, but keeps graph inputs in float32. The tables are therefore
+removed from the graph: each looked-up row becomes a graph input, which the session looks up. The nodes from the timestep to its quantizer are marked as
+ones that keep float32.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch import Tensor
 from edm_deploy.network.graph_names import ROW_NAME, TABLE_COLUMNS, lookup
 from edm_deploy.numerics.codes import unpack_int4
 
-KEEP_FLOAT32 = {"name": "precise", "version": "0"}  # OpenVINO's own mark in its graph files; its Python API cannot set it
+KEEP_FLOAT32 = {"name": "precise", "version": "0"}  # OpenVINO's attribute in its graph files; its Python API cannot set it
 ENDS_OF_TIMESTEP = ("FakeQuantize", "MatMul", "Convolution")
 
 
 def scales_to_inputs(ov: Any, model: Any, sites: Iterable[str]) -> dict[str, Tensor]:
-    """Replace each table lookup of the exported graph with a graph input of the same name, float32 [B, 1, ...].
+    """Replace each lookup by the samples' table rows with a graph input of the same name, float32 [B, 1, ...].
 
     Args:
         ov: The openvino module.
@@ -77,15 +78,15 @@ def timestep_path(model: Any, name: str) -> set[str]:
 
 
 def _downstream(start: Any) -> Iterator[str]:
-    waiting, seen = [start], set()
-    while waiting:
-        users = [target.get_node() for output in waiting.pop().outputs() for target in output.get_target_inputs()]
+    pending, visited = [start], set()
+    while pending:
+        users = [target.get_node() for output in pending.pop().outputs() for target in output.get_target_inputs()]
         for node in users:
-            if node.get_friendly_name() not in seen and node.get_type_name() != "Result":
-                seen.add(node.get_friendly_name())
+            if node.get_friendly_name() not in visited and node.get_type_name() != "Result":
+                visited.add(node.get_friendly_name())
                 yield node.get_friendly_name()
                 if node.get_type_name() not in ENDS_OF_TIMESTEP:
-                    waiting.append(node)
+                    pending.append(node)
 
 
 def keep_float32(xml: Path, names: set[str]) -> None:

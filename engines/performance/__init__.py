@@ -1,1 +1,1 @@
-"""Expected times of layers on GPUs: roofline, GPU data, choice between INT4 and INT8."""
+"""Expected times of layers on GPUs: roofline model, GPU data, selection of INT4 or INT8."""

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs: their names, the compute capability that an engine is built for, and the figures behind expected times."""
+"""NVIDIA GPUs: names, compute capabilities, and the figures from which expected times are computed."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Gpu:
     """A GPU as profiles/gpus.toml describes it, with the source of each number there.
 
     Attributes:
-        name: As people type it, `rtx3090`.
-        title: As NVIDIA writes it.
+        name: Short name, `rtx3090`.
+        title: NVIDIA's product name.
         sm: Compute capability, `sm_86`.
         sms: Streaming multiprocessors.
         clock: Boost clock, Hz.
-        dram: DRAM bandwidth that a copy reaches, bytes a second.
-        l2: L2 bandwidth that a read reaches, bytes a second.
+        dram: DRAM bandwidth that a copy reaches, bytes per second.
+        l2: L2 bandwidth that a read reaches, bytes per second.
         l2_size: L2 cache, bytes.
-        ops: Dense tensor-core operations a clock and multiprocessor, by precision; `int4` is missing where there are no INT4 tensor cores.
+        ops: Dense tensor-core operations per clock and multiprocessor, by precision; no `int4` where there are no INT4 tensor cores.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Gpu:
         return "int4" in self.ops
 
     def peak(self, precision: str) -> float:
-        """Tensor-core operations a second in `precision`, a multiply-accumulate being two."""
+        """Peak tensor-core operations per second in `precision`; a multiply-accumulate counts as two."""
         return self.ops[precision] * self.sms * self.clock
 
 
@@ -58,10 +58,10 @@ def capabilities(names: str) -> tuple[str, ...]:
     """Compute capabilities, `sm_86`, of one or more GPU names, each once.
 
     Args:
-        names: `rtx3090`, `RTX 3090`, `sm_86`, `8.6`; several with commas.
+        names: `rtx3090`, `RTX 3090`, `sm_86`, `8.6`; several separated by commas.
 
     Raises:
-        UnsupportedError: A name that is in no line of profiles/gpus.toml; the message has the nearest.
+        UnsupportedError: A name is not in profiles/gpus.toml; the message suggests the nearest.
     """
     return tuple(dict.fromkeys(capability(name) for name in names.split(",")))
 
@@ -106,7 +106,7 @@ def gpu_named(name: str) -> Gpu:
         name: `rtx3090`, `RTX 3090`, `NVIDIA H200`, ...
 
     Raises:
-        UnsupportedError: No figures of it stand in profiles/gpus.toml; the message lists those that do.
+        UnsupportedError: profiles/gpus.toml has no figures for it; the message lists the GPUs that have.
     """
     table, plain = _table()["gpu"], _plain(name)
     if plain not in table:
@@ -133,7 +133,7 @@ def gpu_names() -> list[str]:
 
 
 def launch_seconds(*, graph: bool) -> float:
-    """What a kernel costs beyond its work: in a CUDA graph, or launched one by one on a stream."""
+    """Overhead of a kernel launch, seconds: in a CUDA graph, or one by one on a stream."""
     return float(_table()["launch"]["graph_us" if graph else "stream_us"]) * 1e-6
 
 

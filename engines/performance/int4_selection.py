@@ -1,4 +1,4 @@
-"""Which sites run in INT4: every one whose codes fit, or only those that are expected to be faster for it."""
+"""Select the sites that run in INT4: all whose codes fit, or only those expected to be faster in INT4."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from engines.performance.roofline import faster_as_int8
 
 @dataclass(frozen=True, kw_only=True)
 class Int4Selection:
-    """What `--int4-where faster` makes of a plan.
+    """A plan after `--int4-where`.
 
     Attributes:
         plans: By site.
-        as_int8: The sites that it moved from INT4 to INT8.
-        reasons: Why, a sentence; none where it moved none.
+        as_int8: The sites moved from INT4 to INT8.
+        reasons: One sentence of explanation; empty where no site was moved.
     """
 
     plans: Mapping[str, SitePlan]
@@ -32,11 +32,11 @@ class Int4Selection:
 
 
 def select_int4(plans: Mapping[str, SitePlan], artifact: Artifact, options: BuildOptions) -> Int4Selection:
-    """The plan that a build's options ask for, for the GPU and the usual batch that they name.
+    """The plan according to the build options, for their GPU and their batch to optimize for.
 
     Raises:
-        InputError: `faster` is asked for, and neither a GPU is named nor is one here.
-        UnsupportedError: The GPU's figures are not known.
+        InputError: `faster` is set, no GPU is named and this machine has none.
+        UnsupportedError: There are no figures for the GPU.
     """
     if options.int4_where != "faster":
         return Int4Selection(plans=plans)
@@ -48,13 +48,13 @@ def select_int4(plans: Mapping[str, SitePlan], artifact: Artifact, options: Buil
 
 
 def int4_where_faster(plans: Mapping[str, SitePlan], artifact: Artifact, gpu: Gpu, batch: int) -> Int4Selection:
-    """Move to INT8 what is expected to be no faster in INT4. Every code stays the same, and so does what is computed.
+    """Move to INT8 the sites that are expected to be no faster in INT4. The codes, and so the results, stay the same.
 
     Args:
-        plans: With INT4 wherever the codes fit.
-        artifact: What is built.
-        gpu: Where it shall run.
-        batch: Samples a call.
+        plans: Plans with INT4 wherever the codes fit.
+        artifact: The artifact that is built.
+        gpu: GPU that the engine will run on.
+        batch: Samples per call.
     """
     narrow = {name for name, plan in plans.items() if plan.executed == "int4"}
     work = model_work(artifact.family_object, artifact.config, artifact.structure)

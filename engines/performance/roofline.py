@@ -1,9 +1,9 @@
-"""Expected times of a layer on a GPU, in float16, INT8 and INT4, and what bounds them. Computed from figures and shapes; nothing here was measured.
+"""Expected times of a layer on a GPU, in float16, INT8 and INT4, and what bounds them. Computed from GPU figures and shapes, not measured.
 
-A layer is the matmul [rows, channels * taps] x [channels * taps, outputs], cut into tiles (an implicit GEMM). Each tile's products keep one
-multiprocessor's tensor cores busy, so whole waves of tiles count; its operands come through L2; weights, and activations that L2 does not hold, come
-from DRAM. The three overlap: the longest counts. Each kernel adds its launch. Where the tiles are too few, blocks share a tile's sum (split-K) and a
-second kernel adds their parts. What others measured on such kernels stands in profiles/measured.toml, with the distance of this model from it.
+A layer is the matmul [rows, channels * taps] x [channels * taps, outputs], cut into tiles (an implicit GEMM). A tile occupies the tensor
+cores of one multiprocessor, so whole waves of tiles count; its operands are read through L2; weights, and activations that exceed L2, are read from DRAM.
+The three overlap: the longest counts. Each kernel adds its launch overhead. Where there are too few tiles, several blocks share the sum of a tile (split-K)
+and a second kernel adds their parts. profiles/measured.toml has published measurements of such kernels, and the deviation of this model from them.
 Source: Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009.
 """
 
@@ -31,12 +31,12 @@ BITS: Mapping[Precision, int] = {"float16": 16, "int8": 8, "int4": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class Matmul:
-    """The matmul that a layer is, for a whole batch.
+    """The matmul equivalent to a layer, for a whole batch.
 
     Attributes:
         rows: Output positions of all samples.
-        channels, taps, outputs: Of the filter; taps is 1 for a Linear.
-        inputs: Input positions of all samples; None where it is `rows`.
+        channels, taps, outputs: Sizes of the filter; taps is 1 for a Linear.
+        inputs: Input positions of all samples; None where they equal `rows`.
     """
 
     rows: int
@@ -54,25 +54,25 @@ class Matmul:
 
     @property
     def operations(self) -> int:
-        """Two for each multiply-accumulate."""
+        """Operations, two per multiply-accumulate."""
         return 2 * self.rows * self.channels * self.taps * self.outputs
 
     @property
     def input_positions(self) -> int:
-        """Positions that are read."""
+        """Input positions of all samples."""
         return self.rows if self.inputs is None else self.inputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """Expected time of a layer. Never a measurement.
+    """Expected time of a layer; not a measurement.
 
     Attributes:
-        parts: Seconds by what they are spent on: launches, and for each kernel the longest of its three roofs.
-        precision: What the tensor cores multiply: int8 where int4 was asked of a GPU without INT4.
+        parts: Seconds by bound: launches, and for each kernel the longest of its three roofs.
+        precision: Precision of the tensor-core operations: int8 where int4 was requested on a GPU without INT4.
         tile: Rows and output channels of a tile.
         splits: Blocks that share a tile's sum.
-        quantize_seconds: Of all, the separate kernel that quantizes and packs the input.
+        quantize_seconds: Part of the time that the separate kernel for quantizing and packing the input takes.
     """
 
     parts: Mapping[Bound, float]
@@ -83,12 +83,12 @@ class Expected:
 
     @property
     def seconds(self) -> float:
-        """All kernels of the layer, launches included."""
+        """Seconds of all kernels of the layer, launches included."""
         return sum(self.parts.values())
 
     @property
     def bound(self) -> Bound:
-        """What most of the time is spent on."""
+        """The bound with the largest share of the time."""
         return max(self.parts, key=lambda name: self.parts[name])
 
 
@@ -102,16 +102,16 @@ def expected(
     resident: bool = True,
     quantize: bool = True,
 ) -> Expected:
-    """Expected time of one layer: of our kernel with the tile and the split that `tiles.choose_tile` takes, or of the vendor's in float16.
+    """Expected time of one layer: of our kernel with the tile and split of `tiles.choose_tile`, or of the vendor's in float16.
 
     Args:
-        matmul: Its shape.
-        precision: Of its operands; the output is float16.
-        gpu: Where.
-        fused_quantize: Whether the kernel before writes codes, at no cost; otherwise a kernel of its own reads float16 and writes them.
+        matmul: Shape of the layer.
+        precision: Precision of the operands; the output is float16.
+        gpu: The GPU.
+        fused_quantize: Whether the preceding kernel writes codes, at no cost; otherwise a separate kernel reads float16 and writes them.
         graph: Whether kernels are launched by a CUDA graph.
-        resident: Whether activations stay in L2 between kernels where they fit; False where a benchmark flushes it.
-        quantize: False where the input's codes are there already, made for another site.
+        resident: Whether activations that fit stay in L2 between kernels; False for a benchmark that flushes L2.
+        quantize: False where the input's codes were computed for another site.
     """
     precision = "int8" if precision == "int4" and not gpu.has_int4 else precision
     launch = launch_seconds(graph=graph)
@@ -137,7 +137,7 @@ def others(
     tile: tuple[int, int] | None = None,
     out_bytes: float = 2,
 ) -> Expected:
-    """Expected time of somebody else's kernel, of the tile and the split that make it shortest.
+    """Expected time of a third-party kernel, with the fastest tile and split.
 
     `tile` names the only one to consider, `out_bytes` the size of an output element; the rest is as in `expected`.
     """
@@ -149,19 +149,19 @@ def others(
 
 
 def faster_as_int8(sites: Mapping[str, SiteWork], gpu: Gpu, batch: int, *, fused_quantize: bool = False) -> frozenset[str]:
-    """The sites that are expected to be no slower in INT8 than in INT4, so that 4 bits buy nothing there but memory.
+    """The sites that are expected to be no slower in INT8 than in INT4, so that 4 bits only save memory there.
 
     Args:
-        sites: Those that INT4 kernels could compute, by name.
-        gpu: Where; one without INT4 tensor cores gives back every site.
-        batch: Samples a call.
+        sites: Sites that INT4 kernels could compute, by name.
+        gpu: The GPU; for one without INT4 tensor cores all sites are returned.
+        batch: Samples per call.
         fused_quantize: As in `expected`.
     """
 
     def seconds(site: SiteWork, precision: Precision) -> float:
         return expected(Matmul.of(site, batch), precision, gpu, fused_quantize=fused_quantize).seconds
 
-    # Less than 1 % is within what the figures are known to, and INT8 is the safer of two equals.
+    # Differences below 1 % are within the accuracy of the figures; among equals INT8 is the safer choice.
     return frozenset(name for name, site in sites.items() if seconds(site, "int8") <= 1.01 * seconds(site, "int4"))
 
 

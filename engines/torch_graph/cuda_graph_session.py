@@ -1,6 +1,6 @@
-"""A rewritten denoiser as a session: eager on the CPU, on a GPU one CUDA graph for each set of shapes.
+"""Session of a rewritten denoiser: eager on the CPU, on a GPU one CUDA graph per set of input shapes.
 
-What needs a GPU here (capture and replay) has not been executed where this was written; `pytest -m gpu` holds its tests.
+Capture and replay have not been executed on a GPU yet; `pytest -m gpu` runs their tests.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor, fx
 from edm_deploy.runtime.backend import Session
 from engines.common.serialized_runs import SerializedRuns
 
-CAPTURED_SHAPES = 4  # graphs kept; all draw their memory from one pool
-WARM_UP = 3  # eager runs before a capture: kernels are built and loaded, cuBLAS and cuDNN take their workspaces
+CAPTURED_SHAPES = 4  # graphs kept; all allocate from one memory pool
+WARM_UP = 3  # eager runs before a capture: kernels are built and loaded, cuBLAS and cuDNN allocate their workspaces
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A CUDA graph with the memory that it reads and writes.
+    """A CUDA graph with its input and output memory.
 
     Attributes:
-        graph: Replays every kernel of one run.
-        inputs: By name; a run copies its inputs into them.
+        graph: A replay runs every kernel of one call.
+        inputs: By name; each run copies its inputs into them.
         outputs: By name; the next replay overwrites them.
     """
 
-    graph: Any  # torch.cuda.CUDAGraph, which a torch without CUDA has not
+    graph: Any  # torch.cuda.CUDAGraph, absent from a torch without CUDA
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
 
@@ -76,7 +76,7 @@ class CudaSession(Session):
         return dict(zip(self._outputs, self._module(*ordered), strict=True))
 
     def _for_shapes(self, inputs: Mapping[str, Tensor]) -> Captured:
-        """The graph for these shapes, captured when they are met first; the one unused for longest makes room."""
+        """The graph for these shapes, captured at their first use; the least recently used graph is evicted."""
         key = tuple(tuple(inputs[name].shape) for name in self._inputs)
         if key not in self._captured:
             self._captured[key] = self._record(inputs)

@@ -1,10 +1,10 @@
-"""What a rewritten graph computes in memory for nothing, moved into the kernels beside it. Each fusion is one walk over the graph.
+"""Fuse redundant memory-bound operations of a rewritten graph into adjacent kernels. Each fusion is one pass over the graph.
 
     silu -> quantize               SiLU in float32 before rounding
-    group_norm -> quantize         statistics in a kernel of their own, the rest while quantizing
+    group_norm -> quantize         statistics in a separate kernel, the rest while quantizing
     conv2d | linear -> add         the other summand enters the epilogue, in float32
 
-A fused value is not rounded to float16 in between, so codes may differ from the unfused graph's where a value stands near a rounding tie.
+A fused value is not rounded to float16 in between, so codes may differ from the unfused graph's where a value is close to a rounding tie.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ RESIDUAL = [argument.name for argument in kernels.conv2d.default._schema.argumen
 
 
 def fuse(rewritten: GraphRewrite) -> None:
-    """All fusions, in the order in which one opens the way for the next."""
+    """Apply all fusions, in the order in which one enables the next."""
     fuse_silu(rewritten)
     fuse_group_norm(rewritten)
     fuse_residual(rewritten)
 
 
 def fuse_silu(rewritten: GraphRewrite) -> None:
-    """SiLU that feeds quantizers only becomes their prologue."""
+    """Move a SiLU whose result is only quantized into the quantizers' prologue."""
     for silu in _calls(rewritten.graph, aten.silu.default):
         if _feeds_quantizers(silu) and not any(quantize.args[SILU] for quantize in _quantizers(silu)):
             x = silu.args[0]
             for quantize in _quantizers(silu):
                 quantize.args = (x, *quantize.args[1:SILU], True)
-            silu.replace_all_uses_with(x)  # who asks for its sizes
+            silu.replace_all_uses_with(x)  # the readers of its sizes
             rewritten.graph.erase_node(silu)
 
 
 def fuse_group_norm(rewritten: GraphRewrite) -> None:
-    """A group norm that feeds quantizers only: its statistics are computed once, its affine part while quantizing."""
+    """Split a group norm whose result is only quantized: statistics in one kernel, normalization and affine part while quantizing."""
     for norm in _calls(rewritten.graph, aten.group_norm.default):
         x, y = norm.args[0], norm
-        if value_of(x).ndim == 3:  # attention: [B, C, L] between two transposes, [B, L, C] outside them
+        if value_of(x).ndim == 3:  # attention: [B, C, L] between two transposes of [B, L, C]
             y = next(iter(norm.users))
             if len(norm.users) > 1 or not (_swaps(x) and _swaps(y)):
                 continue
             x = x.args[0]
         if _feeds_quantizers(y) and value_of(x).dtype == rewritten.dtype:
             _norm_into(rewritten, norm, x, _quantizers(y))
-            y.replace_all_uses_with(x)  # who asks for its sizes
+            y.replace_all_uses_with(x)  # the readers of its sizes
 
 
 def _norm_into(rewritten: GraphRewrite, norm: Any, x: Any, quantizers: list[Any]) -> None:
@@ -70,7 +70,7 @@ def _norm_into(rewritten: GraphRewrite, norm: Any, x: Any, quantizers: list[Any]
 
 
 def fuse_residual(rewritten: GraphRewrite) -> None:
-    """A sum whose one side is the output of a layer and read by nobody else: the other side enters the layer's epilogue."""
+    """Move the addition of a residual into the epilogue of the layer whose output it is added to, where nothing else reads that output."""
     for add in _calls(rewritten.graph, aten.add.Tensor):
         if add.kwargs:
             continue  # alpha scales the second summand
@@ -80,8 +80,8 @@ def fuse_residual(rewritten: GraphRewrite) -> None:
                     arguments = (*product.args[:RESIDUAL], other, *product.args[RESIDUAL + 1 :])
                     fused = rewritten.graph.call_function(product.target, arguments)
                 fused.meta = dict(add.meta)
-                for name, known in rewritten.products.items():
-                    if known is product:
+                for name, node in rewritten.products.items():
+                    if node is product:
                         rewritten.products[name] = fused
                 add.replace_all_uses_with(fused)
                 rewritten.graph.erase_node(add)
@@ -96,7 +96,7 @@ def _takes_residual(rewritten: GraphRewrite, product: Any, other: Any) -> bool:
     return alone and same_shape(product, other) and value_of(other).dtype == rewritten.dtype
 
 
-def _calls(graph: fx.Graph, target: Any) -> list[Any]:  # nodes; what fx says of their arguments' types is of no help
+def _calls(graph: fx.Graph, target: Any) -> list[Any]:  # fx.Node, whose argument types are too wide to be useful
     return [node for node in graph.nodes if node.op == "call_function" and node.target is target]
 
 
@@ -105,7 +105,7 @@ def _quantizers(node: Any) -> list[Any]:
 
 
 def _feeds_quantizers(node: Any) -> bool:
-    """Whether a value is quantized and otherwise only asked for its sizes."""
+    """Whether a value is quantized, and otherwise only its sizes are read."""
     quantizers = _quantizers(node)
     return bool(quantizers) and all(user in quantizers or user.target is aten.sym_size.int for user in node.users)
 
@@ -123,7 +123,7 @@ def _item(pair: tuple[Any, Any], index: int) -> Any:
 
 
 def _float32(rewritten: GraphRewrite, parameter: fx.Node | None) -> fx.Node | None:
-    """The float32 form of a norm's parameter: the kernels take no other."""
+    """The float32 form of a norm's parameter, which is the only one the kernels read."""
     if parameter is None:
         return None
     name = f"float32.{parameter.target}"

@@ -1,4 +1,4 @@
-"""What torch's tracer leaves in a graph: fake values to ask for types and shapes, and nodes that compute nothing."""
+"""Helpers for graphs from torch's tracer: remove nodes that compute nothing, read dtypes and shapes from fake tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ aten: Any = torch.ops.aten
 
 
 def clean(graph: fx.Graph, device: torch.device) -> None:
-    """Take out what the tracer leaves behind and computes nothing; name the device that the graph will run on."""
+    """Remove the tracer's checks and nodes that compute nothing, and set the device that the graph will run on."""
     nodes: list[Any] = list(graph.nodes)
     for node in nodes:
         if node.op == "call_module" or node.target is aten._assert_tensor_metadata.default:
@@ -20,7 +20,9 @@ def clean(graph: fx.Graph, device: torch.device) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target is aten.view.default:
-            node.target = aten.reshape.default  # the trace saw channels first; ours are channels last, of which not every view exists
+            node.target = (
+                aten.reshape.default
+            )  # the trace ran channels first; the rewritten graph is channels last, where not every view exists
     for node in graph.nodes:
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": device}
@@ -33,13 +35,13 @@ def _does_nothing(node: Any) -> bool:
         return not node.args[2]
     if node.target is aten.to.dtype:
         return len(node.args) == 2 and value_of(node.args[0]).dtype == node.args[1]
-    if node.target in (aten.div.Tensor, aten.mul.Tensor):  # diffusers divides by output_scale_factor, which is 1 but for few models
+    if node.target in (aten.div.Tensor, aten.mul.Tensor):  # diffusers divides by output_scale_factor, which is 1 for most models
         return node.args[1] == 1 and value_of(node.args[0]).is_floating_point()
     return False
 
 
 def value_of(node: Any) -> Tensor:
-    """The fake tensor that the tracer saw at a node: its dtype, rank and symbolic shape."""
+    """The fake tensor that the tracer recorded for a node: its dtype, rank and symbolic shape."""
     value: Tensor = node.meta["val"]
     return value
 

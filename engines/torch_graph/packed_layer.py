@@ -1,4 +1,4 @@
-"""One quantized layer as the kernels take it: packed for an engine's file, and read back with everything that follows from it."""
+"""One quantized layer in the kernels' format: packed for an engine's file, and read back with the derived tensors."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ LEAVES = ("weight", "weight_scale", "weight_sum", "act_scale", "act_qmin", "act_
 
 @dataclass(frozen=True, kw_only=True)
 class PackedLayer:
-    """A site's tensors, on one device. Names and layouts as in `cuda/params.h`.
+    """Tensors of one quantized layer on one device. Names and layouts as in `cuda/params.h`.
 
     Attributes:
-        kind: The kernels that compute it; None where none does.
+        kind: Code format of the kernel that computes it; None where none does.
         weight: uint8 [K, R * S, Cb], or float [K, ...] dequantized where no kernel computes it.
         weight_scale: float32 [K].
         weight_sum: int32 [K].
         bias: float32 [K] or None.
-        act_scale, inv_scale: float32 [rows]; None where only the weight is quantized, as are the next three.
+        act_scale, inv_scale: float32 [rows]; None, as the next three, where only the weight is quantized.
         qmin, qmax: int32 [rows].
         zero: uint8 [rows, 16]; None where no kernel computes it.
     """
@@ -45,7 +45,7 @@ class PackedLayer:
     zero: Tensor | None = None
 
     def quantizes_like(self, other: PackedLayer) -> bool:
-        """Whether both make the same stored codes of the same value."""
+        """Whether both quantize a value to the same stored codes."""
         pairs = ((self.inv_scale, other.inv_scale), (self.qmin, other.qmin), (self.qmax, other.qmax))
         return self.kind == other.kind and all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
 
@@ -124,18 +124,18 @@ def _table(scale: Tensor, qmin: Tensor, qmax: Tensor, kind: CodeFormat | None) -
 
 
 def widened(weight: Tensor, channels: int) -> Tensor:
-    """A weight packed in 4 bits as one packed in 8: uint8 [K, R * S, Cb] both, every code the same."""
+    """Repack a weight of 4 bits in 8 bits, with the same codes; both are uint8 [K, R * S, Cb]."""
     codes = unpack_codes(weight, 4, channels=channels)  # [K, R * S, C]
     return pack_weight(codes.transpose(1, 2).unsqueeze(-1), 8)
 
 
 def integers(codes: Tensor, kind: CodeFormat | None, qmin: Tensor, like: Tensor) -> Tensor:
-    """The integers that stored codes stand for, in the shape of the input that they are of.
+    """Unpack stored codes to integers, in the shape of the layer's input.
 
     Args:
-        codes: uint8 [B, H, W, Cb] of `kind`; or the integers themselves where it is None.
-        kind: Of the kernels that read them.
-        qmin: integers [B], each sample's lowest code: `u4` stores what a code is above it.
+        codes: uint8 [B, H, W, Cb] of `kind`; or integers where it is None.
+        kind: Format of the codes.
+        qmin: integers [B], each sample's lowest code; `u4` stores code - qmin.
         like: [B, C, H, W], or [B, ..., C] of a Linear.
     """
     if kind is None:

@@ -1,10 +1,10 @@
-"""The float program of a denoiser rewritten for the kernels: every quantized layer becomes quantize -> convolve, in one graph that torch runs.
+"""Rewrite the float program of a denoiser for the kernels: every quantized layer becomes quantize -> convolve, in one graph that torch runs.
 
     timestep -> round, clamp -> row_of_timestep[...] -> rows [B] int32                 once
-    x -> quantize(rows) -> conv2d | linear (rows, residual) -> y                       per site; sites fed the same codes share one quantize
+    x -> quantize(rows) -> conv2d | linear (rows, residual) -> y                       per site; sites with the same codes share one quantize
 
-Values between the sites stay in torch, in float16 or bfloat16. A site that no kernel computes keeps exact codes and multiplies in floating point. What is
-computed twice in memory for nothing is fused afterwards, `fusions.py`.
+Values between the sites stay in torch, in float16 or bfloat16. A site that no kernel computes keeps exact codes and multiplies in floating point. Redundant
+memory-bound operations are fused afterwards, in `fusions.py`.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ kernels: Any = torch.ops.edm_deploy
 LAYERS = (aten.conv2d.default, aten.linear.default)
 QUANTIZERS = (kernels.quantize.default, kernels.quantize_normed.default)
 PRODUCTS = (kernels.conv2d.default, kernels.linear.default)
-assert ops.SCHEMAS  # importing the file is what defines the operators
+assert ops.SCHEMAS  # importing the file registers the operators
 
 
 @dataclass(kw_only=True)
 class GraphRewrite:
-    """A graph that is being rewritten, and every tensor that it may read.
+    """A graph that is being rewritten, and every tensor it may read.
 
     Attributes:
         graph: The graph.
-        tensors: By get_attr target: the model's parameters behind `model.`, ours behind `sites.`.
-        dtype: Floating-point type of what lies between the sites.
-        exact: float32, the model's one-dimensional parameters by get_attr target, as the artifact holds them.
-        inputs: For each site the node of its input, as the layer took it.
+        tensors: By get_attr target: the model's parameters with the prefix `model.`, those of packed layers with `sites.`.
+        dtype: Floating-point type between the sites.
+        exact: float32, the model's one-dimensional parameters by get_attr target, as the artifact stores them.
+        inputs: For each site the node of its input in the float program.
         codes: For each site the node of its input's codes.
         products: For each site the node of its output.
-        added: The nodes that stand between an input and its codes or sizes.
+        added: Nodes between an input and its codes or sizes.
     """
 
     graph: fx.Graph
@@ -64,13 +64,13 @@ class GraphRewrite:
         return self.graph.get_attr(name)
 
     def call(self, target: Any, x: Any, *arguments: Any) -> fx.Node:
-        """A node at the graph's current insertion point that reads a site's input, or what was made of it."""
+        """A node at the graph's current insertion point that reads a site's input, or a value computed from it."""
         node = self.graph.call_function(target, (x, *arguments))
         self.added.add(node)
         return node
 
     def module(self) -> fx.GraphModule:
-        """The graph with the tensors that it reads."""
+        """The graph as a module with the tensors it reads."""
         self.graph.eliminate_dead_code()
         self.graph.lint()
         read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
@@ -80,20 +80,20 @@ class GraphRewrite:
 def rewrite_layers(
     program: ExportedProgram, sites: Mapping[str, PackedLayer], params: Mapping[str, Tensor], row_of_timestep: Tensor, dtype: torch.dtype
 ) -> GraphRewrite:
-    """The program with every site in its integer form, nothing fused.
+    """Rewrite every site of the program to its integer form, without fusions.
 
     Args:
         program: From `exported_program`, in `dtype`.
         sites: Every quantized layer, on the device that the graph will run on.
-        params: What else the artifact holds, by the model's names; one-dimensional ones float32, others in `dtype`.
+        params: The artifact's other parameters, by the model's names; one-dimensional ones float32, others in `dtype`.
         row_of_timestep: int32 [num_train_timesteps].
         dtype: float16 or bfloat16.
 
     Raises:
-        UnsupportedError: A site's weight does not feed exactly one convolution or matmul, or the model holds a buffer that no artifact has.
+        UnsupportedError: A site's weight does not feed exactly one convolution or matmul, or the model has a buffer that no artifact stores.
     """
     module = program.module(check_guards=False)
-    graph = fx.Graph()  # a copy that no module owns: it may name tensors which are given to it at the end
+    graph = fx.Graph()  # a copy without an owning module: it may name tensors that are attached at the end
     graph.output(graph.graph_copy(module.graph, {}))
     result = GraphRewrite(graph=graph, tensors={}, dtype=dtype)
     clean(graph, row_of_timestep.device)
@@ -102,7 +102,7 @@ def rewrite_layers(
     rows = _write_rows(result, row_of_timestep)
     shared: list[tuple[fx.Node, PackedLayer, fx.Node]] = []
     layers = {site_node(graph, name): name for name in sites}
-    for layer in list(graph.nodes):  # in the graph's own order: the first of those that share codes makes them
+    for layer in list(graph.nodes):  # in the order of the graph: the first of the sites that share codes computes them
         if (name := layers.get(layer)) is not None:
             with graph.inserting_before(layer):
                 _rewrite(result, name, sites[name], layer, rows, shared)
@@ -113,7 +113,7 @@ def site_node(graph: fx.Graph, name: str) -> fx.Node:
     """The convolution or matmul that a site's weight feeds.
 
     Raises:
-        UnsupportedError: It feeds none, several, or something else.
+        UnsupportedError: It feeds none, several, or another operator.
     """
     users: list[fx.Node] = [
         user for node in graph.nodes if node.op == "get_attr" and node.target == f"{MODEL}{name}.weight" for user in node.users
@@ -129,7 +129,7 @@ def site_node(graph: fx.Graph, name: str) -> fx.Node:
 def _give_values(
     result: GraphRewrite, program: ExportedProgram, module: fx.GraphModule, params: Mapping[str, Tensor], quantized: set[str]
 ) -> None:
-    # Numbers of the model's code, which the tracer lifted out of it and names after the part that has them. A buffer is none: it holds no data.
+    # Constants in the model's code, which the tracer lifts and names after their module. Buffers are not among them: the traced model has no data.
     lifted = set(program.graph_signature.inputs_to_lifted_tensor_constants.values())
     for node in result.graph.nodes:
         if node.op != "get_attr":
@@ -137,12 +137,14 @@ def _give_values(
         name = str(node.target)
         if name in lifted or not name.startswith(MODEL):
             result.tensors[name] = operator.attrgetter(name)(module).to(next(iter(params.values())).device)
-        elif (own := name.removeprefix(MODEL)) in params:
-            result.tensors[name] = params[own].to(value_of(node).dtype)
-            if params[own].ndim == 1:
-                result.exact[name] = params[own].float()
-        elif own.rpartition(".")[0] not in quantized:
-            raise UnsupportedError(f"The model reads {own!r}, which no artifact holds: it is neither a parameter nor a persistent buffer.")
+        elif (parameter := name.removeprefix(MODEL)) in params:
+            result.tensors[name] = params[parameter].to(value_of(node).dtype)
+            if params[parameter].ndim == 1:
+                result.exact[name] = params[parameter].float()
+        elif parameter.rpartition(".")[0] not in quantized:
+            raise UnsupportedError(
+                f"The model reads {parameter!r}, which no artifact holds: it is neither a parameter nor a persistent buffer."
+            )
 
 
 def _write_rows(result: GraphRewrite, row_of_timestep: Tensor) -> fx.Node:
@@ -154,7 +156,7 @@ def _write_rows(result: GraphRewrite, row_of_timestep: Tensor) -> fx.Node:
 
 
 def timestep_of(graph: fx.Graph) -> fx.Node:
-    """The placeholder of the timestep, float32 [B]: the second, as every family's inputs begin."""
+    """The placeholder of the timestep, float32 [B]: the second input of every family."""
     placeholders: list[fx.Node] = [node for node in graph.nodes if node.op == "placeholder"]
     timestep = placeholders[1]
     assert value_of(timestep).dtype == torch.float32 and value_of(timestep).ndim == 1
@@ -162,7 +164,7 @@ def timestep_of(graph: fx.Graph) -> fx.Node:
 
 
 def rows_at(timestep: Tensor, row_of_timestep: Tensor) -> Tensor:
-    """int32 [B] of `timestep` float32 [B]; device memory only, so that a CUDA graph replays it."""
+    """Table rows, int32 [B], of `timestep` float32 [B]; computed in device memory, so that a CUDA graph can replay it."""
     index = timestep.round().clamp(0, len(row_of_timestep) - 1).long()
     return row_of_timestep[index]
 
@@ -170,14 +172,14 @@ def rows_at(timestep: Tensor, row_of_timestep: Tensor) -> Tensor:
 def _rewrite(
     result: GraphRewrite, name: str, site: PackedLayer, layer: fx.Node, rows: fx.Node, shared: list[tuple[fx.Node, PackedLayer, fx.Node]]
 ) -> None:
-    """Put one site's integer form in the place of its layer."""
+    """Replace the layer of one site by its integer form."""
     x = layer.args[0]
     assert isinstance(x, fx.Node)
     result.inputs[name] = x
     if site.kind is None and site.inv_scale is None:  # weight-only: the float layer stays, on its dequantized weight
         result.products[name] = layer
         return
-    codes = next((known for node, other, known in shared if node is x and other.quantizes_like(site)), None)
+    codes = next((existing for node, other, existing in shared if node is x and other.quantizes_like(site)), None)
     if codes is None:
         codes = _codes(result, name, site, _as_map(result, layer, _cast(result, x)), rows)
         shared.append((x, site, codes))
@@ -198,7 +200,7 @@ def _cast(result: GraphRewrite, x: fx.Node) -> fx.Node:
 
 
 def _as_map(result: GraphRewrite, layer: fx.Node, x: fx.Node) -> fx.Node:
-    """A Linear's input of four axes as three: four are a map to the kernels."""
+    """Flatten a Linear's input of four axes to three: the kernels read four axes as a map."""
     if layer.target is aten.linear.default and value_of(layer.args[0]).ndim == 4:
         return result.call(aten.flatten.using_ints, x, 1, 2)
     return x
@@ -234,21 +236,21 @@ def _product(result: GraphRewrite, name: str, site: PackedLayer, layer: Any, cod
 
 
 def float_codes(x: Tensor, rows: Tensor, inv_scale: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
-    """Codes of a site that no kernel computes: float32 holding integers, in the shape of `x`."""
+    """Codes of a site that no kernel computes: integers in float32, in the shape of `x`."""
     inv_scale, low, high = (per_sample(column, rows.long(), x) for column in (inv_scale, qmin, qmax))
     return torch.minimum(torch.maximum((x.float() * inv_scale).round(), low), high)
 
 
 def float_values(codes: Tensor, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What codes stand for, in `dtype`."""
+    """Dequantized values of codes, in `dtype`."""
     return (codes * per_sample(scale, rows.long(), codes)).to(dtype)
 
 
 def cut_at_layers(result: GraphRewrite) -> dict[str, str]:
-    """Leave every site alone in an unfused graph, the network between them out.
+    """Reduce an unfused graph to its sites, each with a separate input, and remove the network between them.
 
     Returns:
-        For each site the name of the placeholder that is its input; sites fed the same value share one. Behind `timestep`, the placeholders stand in
+        For each site the name of the placeholder that is its input; sites with the same input share one. The placeholders follow `timestep` in
         the order of their first sites. The graph returns two dicts by site: codes as the kernels store them, and outputs.
     """
     graph, names = result.graph, dict[fx.Node, str]()
@@ -266,7 +268,7 @@ def cut_at_layers(result: GraphRewrite) -> dict[str, str]:
     output = graph.output_node()
     output.args = ((dict(result.codes), dict(result.products)),)
     for node in reversed(list(graph.nodes)):
-        kept = node.op == "output" or node is timestep or (node.op == "placeholder" and node.name in names.values())
-        if not kept and not node.users:  # the tracer's checks on sizes too, which eliminate_dead_code would keep
+        needed = node.op == "output" or node is timestep or (node.op == "placeholder" and node.name in names.values())
+        if not needed and not node.users:  # including the tracer's checks on sizes, which eliminate_dead_code keeps
             graph.erase_node(node)
     return {name: names[x] for name, x in result.inputs.items()}

@@ -18,7 +18,7 @@ from edm_deploy_tools.evaluation.site_agreement import agreement, cut_from_input
 from engines import build_engine
 from engines.cuda import BACKEND, ENGINE_NAME, code_formats_on
 from tests.conftest import SCHEDULER, artifact_by_hand, check_no_further, tiny_inputs, tiny_model
-from tests.engines.judge import check_against_reference
+from tests.engines.reference_check import check_against_reference
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -42,13 +42,13 @@ def denoiser(engine):
     return load_denoiser(engine, device="cpu")
 
 
-def test_the_plan_says_int4_and_which_codes_where_they_fit(engine, artifact_w4a4):
+def test_the_plan_is_int4_with_the_code_format_where_codes_fit(engine, artifact_w4a4):
     plan = Manifest.read(engine, kind="engine").plan
     assert Counter((site.stored, site.executed) for site in plan.values()) == {("W4A4", "int4"): 47, ("W8A8", "int8"): 4}
     assert {name: site.codes for name, site in plan.items()} == {name: code_format(site) for name, site in artifact_w4a4.sites.items()}
 
 
-def test_a_gpu_without_int4_is_planned_as_int8_and_said(saved, tmp_path):
+def test_a_gpu_without_int4_is_planned_as_int8_with_a_warning(saved, tmp_path):
     manifest = build_engine(saved, tmp_path / "engine", backend="cuda", options=BuildOptions(gpu="h200"))
     assert {site.executed for site in manifest.plan.values()} == {"int8"}
     assert manifest.build["warnings"] == ["sm_90 has no INT4 tensor cores: 47 sites whose codes fit 4 bits run as INT8."]
@@ -81,7 +81,7 @@ def test_bfloat16_between_the_sites(saved, artifact_w4a4, tmp_path):
     assert max(site.output_error for site in sites) <= torch.finfo(torch.bfloat16).eps / 2
 
 
-def test_samples_of_a_batch_stand_at_rows_of_their_own(denoiser, artifact_w4a4):
+def test_each_sample_of_a_batch_uses_its_own_row(denoiser, artifact_w4a4):
     inputs = tiny_inputs("unet2d", 4)
     assert len(set(table_rows(artifact_w4a4.row_of_timestep, inputs["timestep"]).tolist())) > 1
     together = denoiser(**inputs).sample
@@ -93,7 +93,7 @@ def test_samples_of_a_batch_stand_at_rows_of_their_own(denoiser, artifact_w4a4):
         check_no_further(together[index : index + 1], alone, exact[index : index + 1])
 
 
-def test_the_models_own_embedding_sees_the_fraction_of_a_timestep(denoiser):
+def test_the_models_embedding_depends_on_the_fraction_of_a_timestep(denoiser):
     inputs = tiny_inputs("unet2d", 1)
     first, second = (denoiser(inputs["sample"], torch.tensor([timestep])).sample for timestep in (399.6, 400.4))  # one row
     assert not torch.equal(first, second)
@@ -109,7 +109,7 @@ def test_it_drops_into_a_pipeline_with_every_scheduler(engine, denoiser, schedul
     assert torch.from_numpy(images).isfinite().all()
 
 
-def test_weight_only_sites_are_float_and_said(tmp_path):
+def test_weight_only_sites_are_float_with_a_warning(tmp_path):
     artifact = artifact_by_hand(act_bits=16)
     artifact.save(tmp_path / "artifact")
     manifest = build_engine(tmp_path / "artifact", tmp_path / "engine", backend="cuda")
@@ -119,21 +119,21 @@ def test_weight_only_sites_are_float_and_said(tmp_path):
 
 
 @pytest.fixture
-def said(monkeypatch):
-    """What the backend has logged."""
+def logged(monkeypatch):
+    """Warnings that the backend logged."""
     lines: list[str] = []
     monkeypatch.setattr(engines.cuda.log, "warning", lambda text, *values: lines.append(text % values))
     return lines
 
 
-def test_the_cpu_is_for_checking_and_says_so(engine, said):
+def test_opening_on_the_cpu_warns_that_it_checks_arithmetic(engine, logged):
     code_formats_on(Manifest.read(engine, kind="engine"), torch.device("cpu"))
-    assert len(said) == 1
-    assert "checks arithmetic, not speed" in said[0]
+    assert len(logged) == 1
+    assert "checks arithmetic, not speed" in logged[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_without_a_gpu_it_says_what_is_missing_and_how_to_check(engine):
+def test_without_a_gpu_it_is_refused_with_what_is_missing_and_how_to_check(engine):
     with pytest.raises(UnsupportedError, match=r"needs an NVIDIA GPU, and torch .* here\. .* build for ort or openvino; .*--device cpu"):
         open_session(engine)
 
@@ -157,11 +157,11 @@ def test_without_a_name_it_is_planned_for_the_present_gpu(saved, tmp_path, monke
     assert build_engine(saved, tmp_path / "engine", backend="cuda").build["options"]["gpu"] == "sm_89"
 
 
-def test_another_gpu_runs_it_with_the_kernels_that_it_has(engine, monkeypatch, said):
+def test_another_gpu_runs_it_with_the_kernels_that_it_has(engine, monkeypatch, logged):
     fake_gpu(monkeypatch, (9, 0))
     kinds = code_formats_on(Manifest.read(engine, kind="engine"), torch.device("cuda"))
     assert set(kinds.values()) == {"s8"}
-    assert "planned for sm_86 and runs on sm_90, which has no INT4 tensor cores: sites of 4 bits run as INT8" in said[0]
+    assert "planned for sm_86 and runs on sm_90, which has no INT4 tensor cores: sites of 4 bits run as INT8" in logged[0]
 
 
 def test_one_gpu_is_named(saved, tmp_path):
@@ -169,7 +169,7 @@ def test_one_gpu_is_named(saved, tmp_path):
         build_engine(saved, tmp_path / "engine", backend="cuda", options=BuildOptions(gpu="rtx3090,rtx4090"))
 
 
-def test_a_precision_that_it_has_not_is_refused(saved, tmp_path):
+def test_an_unsupported_precision_is_refused(saved, tmp_path):
     with pytest.raises(InputError, match="--precision 'fp32': cuda has fp16 and bf16"):
         build_engine(saved, tmp_path / "engine", backend="cuda", options=BuildOptions(precision="fp32"))
 

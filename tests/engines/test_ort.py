@@ -7,7 +7,7 @@ from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.load import load_denoiser, open_session
 from engines import build_engine
 from tests.conftest import check_no_further, tiny_inputs, tiny_model
-from tests.engines.judge import check_against_reference
+from tests.engines.reference_check import check_against_reference
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_one_engine_serves_every_batch_size_of_its_profile(engine, artifact_w4a4
         check_no_further(denoiser(**inputs).sample, reference(inputs), family.forward(model, inputs))
 
 
-def test_the_plan_tells_that_convolutions_run_in_floating_point(engine):
+def test_convolutions_are_planned_in_floating_point(engine):
     manifest, _ = open_session(engine)
     executed = {manifest.sites[name].op: set() for name in manifest.plan}
     for name, plan in manifest.plan.items():

@@ -10,16 +10,14 @@ import pytest
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.manifest import Manifest
-from edm_deploy.storage.directories import write_json
 from engines import build_engine
-from engines.nvidia.build_process import BuildRequest, main
 from engines.trt import BACKEND
 
 without_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
 
 
 @without_tensorrt
-def test_without_tensorrt_it_says_what_to_install_and_what_can_be_built_here(onnx_w4a4, tmp_path):
+def test_without_tensorrt_it_is_refused_with_what_to_install_and_what_can_be_built(onnx_w4a4, tmp_path):
     with pytest.raises(
         UnsupportedError, match=r'pip install "edm-deploy\[trt\]" on a machine with an NVIDIA GPU.* trt-rtx .*, ort, openvino'
     ):
@@ -41,7 +39,7 @@ def test_every_quantized_site_lands_in_an_int8_layer(onnx_w4a4, tmp_path):
 
 @pytest.fixture
 def onnx_with_plugins(onnx_w4a4, tmp_path):
-    """A graph whose manifest says that its 4-bit sites are plugin nodes."""
+    """A graph whose manifest states that its 4-bit sites are plugin nodes."""
     out = tmp_path / "onnx"
     shutil.copytree(onnx_w4a4, out)
     manifest = Manifest.read(out, kind="onnx")
@@ -60,10 +58,10 @@ def test_other_backends_refuse_a_graph_of_plugin_nodes_in_one_line(onnx_with_plu
 def test_plugin_sites_are_int4_in_the_plan_and_the_others_are_audited(onnx_with_plugins, tmp_path, monkeypatch, gpu, warned):
     out, manifest = onnx_with_plugins
     monkeypatch.setitem(sys.modules, "tensorrt", types.SimpleNamespace(__version__="11.4.0"))
-    asked = []
+    requests = []
 
     def built(module, request, scratch):
-        asked.append(request)
+        requests.append(request)
         Path(request.engine).write_bytes(b"engine")
         rest = [site.node for site in manifest.sites.values() if site.plugin is None]
         layers = [
@@ -74,21 +72,9 @@ def test_plugin_sites_are_int4_in_the_plan_and_the_others_are_audited(onnx_with_
 
     monkeypatch.setattr("engines.nvidia.tensorrt_backend.run_in_child", built)
     engine = build_engine(out, tmp_path / "engine", backend="trt")
-    assert asked[0].plugins
+    assert requests[0].plugins
     plugins = manifest.plugin_sites
     assert {name: (plan.executed, plan.codes) for name, plan in engine.plan.items()} == {
         name: ("int4", "u4") if name in plugins else ("int8", None) for name in manifest.sites
     }
     assert warned == any("no INT4 tensor cores" in warning for warning in engine.build["warnings"])
-
-
-@pytest.mark.parametrize("plugins", [True, False])
-def test_the_plugins_are_registered_before_the_graph_is_parsed_and_only_where_it_needs_them(tmp_path, monkeypatch, plugins):
-    done = []
-    request = BuildRequest(graph="model.onnx", engine="e", reply=str(tmp_path / "reply.json"), shapes={}, plugins=plugins)
-    write_json(tmp_path / "request.json", dataclasses.asdict(request))
-    monkeypatch.setattr(sys, "argv", ["trt", str(tmp_path / "request.json")])
-    monkeypatch.setattr("engines.nvidia.build_process.vendor", lambda package, mend: done.append("imported"))
-    monkeypatch.setattr("engines.nvidia.build_process.build_here", lambda module, request: done.append("parsed") or {})
-    main("tensorrt", "install it", lambda: done.append("registered"))
-    assert done == ["imported", *["registered"] * plugins, "parsed"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from edm_deploy_tools.cli import main
+from edm_deploy_tools.common.child_process import Measured
 from tests.conftest import TINY_UNET
 
 
@@ -103,3 +104,17 @@ def copy_of(tmp_path):
         return Path(shutil.copytree(directory, tmp_path / directory.name))
 
     return copy
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Runs the experiments of a comparison in this process, which needs no new import of torch, and lists their recipes in order."""
+    ran = []
+
+    def run(command, *, cwd):
+        ran.append(command[command.index("--recipe") + 1])
+        code = main(command[3:])
+        return Measured(returncode=code, seconds=1.5, peak_bytes=10**6, last_line="Error: failed." if code else "")
+
+    monkeypatch.setattr("edm_deploy_tools.comparison.compare.run_measured", run)
+    return ran

@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one line that names the mend, exit code 2, and nothing half-written."""
+"""A user error ends in one line that names the remedy, exit code 2, and no half-written output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from edm_deploy.storage.directories import sha256_of
 
-# Arguments, where {model}, {artifact}, {onnx}, {engine}, {empty}, {file}, {out} stand for paths, and what the line must say.
+# Arguments, where {model}, {artifact}, {onnx}, {engine}, {empty}, {file}, {out} stand for paths, and a part of the message.
 REFUSED = {
     "unknown command": ("calibrte {model} --out {out}", "Did you mean 'calibrate'"),
     "unknown option": ("calibrate {model} --out {out} --recip mse", "--recip"),
@@ -86,12 +86,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_refused_in_one_line(run, chain, tmp_path, case):
-    arguments, said = REFUSED[case]
+    arguments, message = REFUSED[case]
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no = toml =")
     paths = {**vars(chain), "empty": tmp_path / "empty", "file": tmp_path / "file", "out": tmp_path / "out"}
     ran = run(*(part.format(**paths) for part in arguments.split()))
-    assert said in ran.complaint
+    assert message in ran.complaint
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"empty", "file"}, "something was half-written"
 
@@ -135,7 +135,7 @@ def test_another_reference_is_refused(run, chain, copy_of, tmp_path):
     assert "Name" in run("evaluate", chain.artifact, "--out", tmp_path / "out", "--reference", REFERENCE_MODEL).complaint
 
 
-def test_a_full_disk_leaves_nothing(run, chain, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_files(run, chain, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -153,7 +153,7 @@ def test_ctrl_c_ends_in_one_line(run, chain, tmp_path, monkeypatch):
     assert "Interrupted" in run("inspect", chain.artifact).error(130)
 
 
-def test_a_fault_of_ours_is_one_line_too(run, chain, monkeypatch):
+def test_an_internal_error_is_one_line_too(run, chain, monkeypatch):
     def fault(*_: object) -> None:
         raise ZeroDivisionError("by zero")
 
@@ -196,7 +196,7 @@ def without_a_tensor(model):
     safetensors.torch.save_file(tensors, weights(model))
 
 
-# What is done to a model's directory, and what the line must say.
+# What is done to a model's directory, and a part of the message.
 MODELS = {
     "LoRA beside the weights": (with_lora_beside, "is a LoRA that is not fused into the model. Fuse it first"),
     "LoRA in the weights": (with_lora_inside, "carries a LoRA that is not fused: it has a tensor 'mid_block"),
@@ -230,14 +230,14 @@ MODELS = {
 
 @pytest.mark.parametrize("case", MODELS)
 def test_a_model_that_cannot_be_quantized_is_refused_in_one_line(run, chain, copy_of, tmp_path, case):
-    damage, said = MODELS[case]
+    damage, message = MODELS[case]
     model = copy_of(chain.model)
     damage(model)
     ran = run("calibrate", model, "--out", tmp_path / "out", "--rows", 2)
-    assert said in ran.complaint
+    assert message in ran.complaint
     assert not (tmp_path / "out").exists()
-    # As the float model that others are judged against it says the same.
-    assert said in run("evaluate", chain.artifact, "--reference", model, "--out", tmp_path / "out").complaint
+    # The same message as a reference of evaluate.
+    assert message in run("evaluate", chain.artifact, "--reference", model, "--out", tmp_path / "out").complaint
     assert not (tmp_path / "out").exists()
 
 
@@ -248,7 +248,7 @@ def test_too_little_memory_is_refused_in_one_line(run, chain, tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_of_pixels_is_told_nothing(run, chain, tmp_path):
+def test_a_pixel_space_model_takes_no_conditioning(run, chain, tmp_path):
     (tmp_path / "p").write_text("a cat\n")
     out = ("--out", tmp_path / "out")
     assert "takes no text" in run("sample", chain.engine, *out, "--prompt", "a cat").complaint
@@ -260,7 +260,7 @@ def test_a_model_of_pixels_is_told_nothing(run, chain, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_of_text_must_be_told_something(run, prompted, tmp_path):
+def test_a_text_conditional_model_needs_a_prompt(run, prompted, tmp_path):
     assert "Add --prompt TEXT" in run("sample", prompted.engine, "--out", tmp_path / "out").complaint
     missing = ("--prompts", tmp_path / "none")
     assert "cannot be read" in run("sample", prompted.engine, "--out", tmp_path / "out", *missing).complaint
@@ -295,7 +295,7 @@ def test_the_rest_of_a_pipeline_is_taken_from_the_named_source(run, alone, promp
     assert (tmp_path / "out" / "000.png").is_file()
 
 
-def test_a_text_encoder_that_is_gone_is_named_with_the_mend(run, prompted, copy_of, tmp_path):
+def test_a_missing_text_encoder_is_named_with_the_remedy(run, prompted, copy_of, tmp_path):
     source = copy_of(prompted.model)
     shutil.rmtree(source / "text_encoder")
     ran = run("sample", prompted.engine, "--out", tmp_path / "out", "--prompt", "a", "--source", source)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 MODELS = "tests/edm_deploy/models/test_{}.py::"
 SITES_IN_CONTRACTS = "tests/contracts/test_family_engines.py::test_at_every_site_the_codes_are_those_of_the_reference"
 WITH_EVERY_SCHEDULER = "test_its_pipeline_comes_back_with_every_scheduler"
-THROUGH_ENCODERS = "test_prompts_become_what_the_pipeline_itself_makes_of_them"
+THROUGH_ENCODERS = "test_prompts_are_encoded_as_by_the_pipeline"
 TAKES_NONE = "takes none"
 
 
@@ -43,7 +43,7 @@ RAN: dict[str, tuple[str, ...]] = {
         "unet2d-condition",
         "tests/tools/evaluation/test_evaluate.py::test_a_text_conditional_model_is_evaluated_guided_and_decoded",
         "tests/edm_deploy/pipelines/test_rebuild.py::test_a_pipeline_around_a_float_engine_is_the_original",
-        "tests/edm_deploy/pipelines/test_prompt_encoding.py::test_prompts_become_what_the_pipeline_itself_makes_of_them",
+        "tests/edm_deploy/pipelines/test_prompt_encoding.py::test_prompts_are_encoded_as_by_the_pipeline",
     ),
     "`UNet2DConditionModel`: Stable Diffusion 2": variant(),
     "`UNet2DConditionModel`: SDXL": ("sdxl", SITES_IN_CONTRACTS, *variant()[2:]),

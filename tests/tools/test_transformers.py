@@ -1,4 +1,4 @@
-"""The transformer families by the command line: what a user types, and what a user gets wrong."""
+"""The transformer families on the command line: valid use, and user errors."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 FAST = ["--recipe", "minmax", "--rows", "2", "--set", "calibration_samples=2"]
 
 
-def test_folded_time_goes_from_calibration_to_every_kind_of_engine(run, tmp_path):
+def test_folded_time_reaches_every_kind_of_engine(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    given = [home("pixart"), "--prompts", tmp_path / "prompts.txt", *FAST]
-    made = run("calibrate", *given, "--fold-time", "--out", tmp_path / "a")
+    arguments = [home("pixart"), "--prompts", tmp_path / "prompts.txt", *FAST]
+    made = run("calibrate", *arguments, "--fold-time", "--out", tmp_path / "a")
     assert made.code == 0, made.err
-    assert "3 layers see the timestep alone: they stay in floating point, and export makes a table of them." in made.out
+    assert "3 layers depend on the timestep alone: they stay in floating point, and export replaces them by a table." in made.out
     assert Artifact.load(tmp_path / "a").provenance["conditioning"].startswith("1 prompts")
     exported = run("export", tmp_path / "a", "--out", tmp_path / "onnx")
-    assert "3 layers that see the timestep alone became a table, 1000 timesteps x 112 features" in exported.out
+    assert "3 layers that depend on the timestep alone became a table, 1000 timesteps x 112 features" in exported.out
     for backend, source in (("ort", "onnx"), ("cuda", "a")):
         assert run("build-engine", tmp_path / source, "--out", tmp_path / backend, "--backend", backend).code == 0
         assert not [site for site in Manifest.read(tmp_path / backend, kind="engine").plan if site.startswith("adaln_single")]
@@ -35,10 +35,10 @@ def test_folded_time_goes_from_calibration_to_every_kind_of_engine(run, tmp_path
     ("kind", "beside"),
     [("dit", "the class label"), ("sd3", "the pooled prompt"), ("flux", "the pooled prompt with the guidance scale")],
 )
-def test_time_that_cannot_be_folded_is_said_with_the_reason(kind, beside, run, tmp_path):
+def test_time_that_cannot_be_folded_is_refused_with_the_reason(kind, beside, run, tmp_path):
     prompts = () if kind == "dit" else ("--prompts", _prompts(tmp_path, "a cat"))
-    asked = run("calibrate", home(kind), "--out", tmp_path / "a", *FAST, "--fold-time", *prompts)
-    assert f"depends on the timestep alone: {beside} enters the embedding that every block uses. Leave it out." in asked.complaint
+    ran = run("calibrate", home(kind), "--out", tmp_path / "a", *FAST, "--fold-time", *prompts)
+    assert f"depends on the timestep alone: {beside} enters the embedding that every block uses. Leave it out." in ran.complaint
     assert not (tmp_path / "a").exists()
 
 
@@ -87,7 +87,7 @@ def without_a_tensor(pipeline, folder):
     return []
 
 
-def told_too_much(pipeline, folder):
+def with_a_long_prompt(pipeline, folder):
     return ["--prompts", _prompts(folder, "a" * 700)]
 
 
@@ -100,13 +100,13 @@ def told_too_much(pipeline, folder):
         (with_lora_inside, r"carries a LoRA that is not fused: it has a tensor 'proj_out.lora_A.weight'"),
         (without_scheduler, r"is a pipeline without a scheduler; a trajectory needs one"),
         (without_a_tensor, r"cannot be read as \w+Transformer2DModel: the files hold no '\w.*weight'"),
-        (told_too_much, r"The prompt 'a+\.\.\.' has 70\d tokens; the text encoder takes \d+. Shorten it"),
+        (with_a_long_prompt, r"The prompt 'a+\.\.\.' has 70\d tokens; the text encoder takes \d+. Shorten it"),
     ],
 )
 def test_a_pipeline_that_cannot_be_quantized_is_one_clear_line(kind, spoil, message, run, copy_of, tmp_path):
     import re
 
-    if kind == "dit" and spoil is told_too_much:
+    if kind == "dit" and spoil is with_a_long_prompt:
         pytest.skip("DiT takes labels, no prompts")
     pipeline = copy_of(home(kind))
     options = spoil(pipeline, tmp_path) or ["--prompts", _prompts(tmp_path, "a cat")]

@@ -173,9 +173,10 @@ def open_engines(manifests: Mapping[Path, Manifest], device: str | None) -> tupl
         device = device or str(denoisers[path].device)
     if not denoisers:
         raise next(iter(errors.values()))
-    for path, err in errors.items():
-        log.warning("%s is skipped: %s", path, err)
-    return denoisers, {str(path): str(err) for path, err in errors.items()}
+    skipped = {str(path): str(error) for path, error in errors.items()}
+    for name, reason in skipped.items():
+        log.warning("%s is skipped: %s", name, reason)
+    return denoisers, skipped
 
 
 def check_batch(path: Path, manifest: Manifest, batch: int) -> None:
@@ -259,7 +260,7 @@ def alternate(calls: Mapping[str, Call], rounds: int) -> tuple[Timing, ...]:
         for name, call in calls.items():
             start = time.perf_counter()
             call()
-            if torch.cuda.is_initialized():
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # untyped in torch
                 torch.cuda.synchronize()  # a call returns before its kernels have run
             seconds[name].append(time.perf_counter() - start)
     return tuple(Timing(name=name, seconds=tuple(times)) for name, times in seconds.items())

@@ -11,10 +11,10 @@ from torch import nn
 
 from edm_deploy.artifact.artifact import JSON_NAME, Artifact
 from edm_deploy.export.onnx import onnx_from_artifact
-from edm_deploy.pipelines.model_index import INDEX
 from edm_deploy.pipelines.source import float_artifact, load_source
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
+from edm_deploy.storage.directories import INDEX_FILE
 from edm_deploy.storage.leftovers import scratch_directory
 from edm_deploy_tools.common.build_options import build
 
@@ -57,5 +57,5 @@ def artifact_or_float(path: Path) -> Artifact:
     Raises:
         ArtifactError, UnsupportedError: As Artifact.load and load_source.
     """
-    is_model = (path / INDEX).is_file() and not (path / JSON_NAME).is_file()
+    is_model = (path / INDEX_FILE).is_file() and not (path / JSON_NAME).is_file()
     return float_artifact(load_source(path)) if is_model else Artifact.load(path)

@@ -64,7 +64,8 @@ class Problem:
 
     def quantize(self) -> Tensor:
         """Quantize x to codes."""
-        return OPS.quantize(self.x, *self.table)
+        codes: Tensor = OPS.quantize(self.x, *self.table)
+        return codes
 
     def sum(self) -> Tensor:
         """Output of the layer for the codes."""
@@ -82,9 +83,12 @@ class Problem:
 
     def _sum(self, codes: Tensor, operands: Sequence[Any]) -> Tensor:
         layer = self.layer
+        output: Tensor
         if layer.op == "linear":
-            return OPS.linear(codes, *operands, [codes.shape[0], layer.H], torch.float16)
-        return OPS.conv2d(codes, *operands, [layer.R, layer.R], layer.stride, layer.R // 2, torch.float16)
+            output = OPS.linear(codes, *operands, [codes.shape[0], layer.H], torch.float16)
+        else:
+            output = OPS.conv2d(codes, *operands, [layer.R, layer.R], layer.stride, layer.R // 2, torch.float16)
+        return output
 
 
 def _last(value: Any, per_sample: bool) -> Any:
@@ -122,7 +126,7 @@ def int_mm_call(layer: Layer, batch: int, device: torch.device) -> Call:
 
 def graph_seconds(calls: Sequence[Call], replays: int) -> float:
     """Median seconds of one call, over replays of a CUDA graph that makes the calls cyclically, CALLS times at least."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # untyped in torch
     with torch.cuda.stream(stream):
         for call in calls[:3]:  # loads kernels and lets cuDNN choose algorithms, which is not possible during capture
             call()
@@ -132,7 +136,7 @@ def graph_seconds(calls: Sequence[Call], replays: int) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for index in range(count):
             calls[index % len(calls)]()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * replays)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * replays)]  # type: ignore[no-untyped-call]
     for _ in range(3):
         graph.replay()
     for start, end in zip(events[::2], events[1::2], strict=True):
@@ -140,7 +144,8 @@ def graph_seconds(calls: Sequence[Call], replays: int) -> float:
         graph.replay()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in zip(events[::2], events[1::2], strict=True)) / 1e3 / count
+    milliseconds = [float(start.elapsed_time(end)) for start, end in zip(events[::2], events[1::2], strict=True)]
+    return statistics.median(milliseconds) / 1e3 / count
 
 
 def copy_bandwidth(device: torch.device, replays: int) -> float:

@@ -138,7 +138,7 @@ def keep_or_make(path: Path, is_current: Callable[[Artifact], bool], make: Calla
 def made_by(artifact: Artifact, recipe: Any) -> bool:
     """Whether an artifact was made by this recipe with these settings."""
     settings = artifact.provenance.get("settings")
-    return artifact.provenance.get("recipe") == recipe.name and settings == json.loads(json.dumps(recipe.settings()))
+    return bool(artifact.provenance.get("recipe") == recipe.name and settings == json.loads(json.dumps(recipe.settings())))
 
 
 def finetune(path: Path, recipe: Any) -> Artifact:

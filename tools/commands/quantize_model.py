@@ -91,4 +91,6 @@ def _check_memory(request: QuantizeRequest) -> None:
 
 def run_options(*, teacher_dtype: str | None = None, **options: Any) -> RunOptions:
     """RunOptions from the command line; a `teacher_dtype` of None keeps the default."""
-    return RunOptions(**options, **({} if teacher_dtype is None else {"teacher_dtype": teacher_dtype}))
+    if teacher_dtype is not None:
+        options["teacher_dtype"] = teacher_dtype
+    return RunOptions(**options)

@@ -8,11 +8,10 @@ from typing import Any
 
 import engines
 from edm_deploy.errors import ArtifactError, InputError, flag
-from edm_deploy.pipelines.model_index import INDEX
 from edm_deploy.pipelines.source import local_directory
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
-from edm_deploy.storage.directories import SOURCE_KEY, read_json
+from edm_deploy.storage.directories import INDEX_FILE, SOURCE_KEY, read_json
 
 
 def build_options(sizes: Mapping[str, str | None], others: Mapping[str, Any]) -> BuildOptions:
@@ -65,7 +64,7 @@ def pipeline_to_copy(source: Path, requested: bool, components: str | None) -> P
         if components is not None:
             raise InputError("--source names the pipeline that --with-pipeline copies from. Add --with-pipeline, or leave --source out.")
         return None
-    index = read_json(source / INDEX, what="pipeline")
+    index = read_json(source / INDEX_FILE, what="pipeline")
     location = components or index.get(SOURCE_KEY)
     if not location:
         raise ArtifactError(f"{source} does not record the pipeline that it was made from. Name it with --source MODEL.")
@@ -73,7 +72,7 @@ def pipeline_to_copy(source: Path, requested: bool, components: str | None) -> P
         home = local_directory(location)
     except ArtifactError as err:
         raise ArtifactError(f"--with-pipeline: {err} Name the pipeline with --source MODEL.") from err
-    actual = read_json(home / INDEX, what="diffusers pipeline").get("_class_name")
+    actual = read_json(home / INDEX_FILE, what="diffusers pipeline").get("_class_name")
     if actual != index.get("_class_name"):
         raise ArtifactError(
             f"{home} is a {actual}, {source} belongs to a {index.get('_class_name')}. Name a pipeline of that class with --source."

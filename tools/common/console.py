@@ -58,7 +58,7 @@ def print_json(content: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(finite(content), indent=2, default=str, allow_nan=False) + "\n")
 
 
-def finite(value: Any) -> Any:
+def finite(value: Any) -> Any:  # JSON
     """`value`, a JSON value, with None for each float that is infinite or NaN, which JSON cannot represent."""
     if isinstance(value, Mapping):
         return {key: finite(entry) for key, entry in value.items()}
@@ -155,10 +155,10 @@ def progress_words(now: Any) -> str:
 
 def plain_progress() -> Callable[[Any], None]:
     """A callback that prints a line of progress every ten seconds and at the end of each stage."""
-    last = {"stage": "", "time": 0.0}
+    last: dict[str, Any] = {"stage": "", "time": 0.0}
 
     def show(now: Any) -> None:
-        due = time.monotonic() - float(last["time"]) >= PLAIN_LINE_SECONDS
+        due = time.monotonic() - last["time"] >= PLAIN_LINE_SECONDS
         if now.stage != last["stage"] or due or now.step == now.total:
             last.update(stage=now.stage, time=time.monotonic())
             sys.stderr.write(f"{now.stage} {now.step}/{now.total} {progress_words(now)}".rstrip() + "\n")

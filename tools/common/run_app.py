@@ -31,7 +31,8 @@ QUIET = {
 def app_with(**settings: Any) -> typer.Typer:
     """A typer app with the settings that all commands share: `-h` as well as `--help`, no completion unless set, plain tracebacks."""
     help_names = {"help_option_names": ["-h", "--help"]}
-    return typer.Typer(**{"add_completion": False, "pretty_exceptions_enable": False, "context_settings": help_names} | settings)
+    shared: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "context_settings": help_names}
+    return typer.Typer(**shared | settings)
 
 
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
         arguments: None takes those of the process.
     """
     _quiet()
-    usage_error = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+    usage_error: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")  # type: ignore[assignment]  # typer exports no other name
     try:
         code = app(args=list(arguments) if arguments is not None else None, prog_name=name, standalone_mode=False)
         sys.stdout.flush()

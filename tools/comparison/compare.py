@@ -123,7 +123,7 @@ def compare_recipes(model: str, out: Path, request: ComparisonRequest, *, notify
         made = run_experiment(experiment, model, directory, experiment.identity(digest, prompts), request, notify)
         figures[experiment.folder] = made if "failed" in made else made | evaluator.figures(directory, notify)
         header = {"model": _model_json(source, model, digest), "asked": request.to_json()}
-        results = finite(header | _results(evaluator, experiments[:number], figures))
+        results: dict[str, Any] = finite(header | _results(evaluator, experiments[:number], figures))
         write_results(results, evaluator, out, experiments[:number])
     return results
 

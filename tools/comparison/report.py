@@ -60,7 +60,7 @@ def schemes_in(results: Mapping[str, Any]) -> list[str]:
 
 def table_of(results: Mapping[str, Any], scheme: str) -> list[Row]:
     """The formatted table of a scheme."""
-    table = []
+    table: list[Row] = []
     for place, row in enumerate(ranked_rows(results, scheme), start=1):
         name = row["recipe"] + ("" if row["trains"] else " (no training)")
         if "failed" in row:

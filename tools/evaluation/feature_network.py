@@ -73,7 +73,7 @@ def features_of(images: Tensor) -> Tensor:
     if images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
     pieces = []
-    for piece in images.float().split(BATCH):
+    for piece in images.float().split(BATCH):  # type: ignore[no-untyped-call]  # untyped in torch
         if piece.shape[2:] != (SIZE, SIZE):
             piece = functional.interpolate(piece, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
         pieces.append(shipped_network().features(piece))

@@ -48,4 +48,5 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 def symmetric_root(matrix: Tensor) -> Tensor:
     """Square root of a symmetric positive semidefinite matrix, float64 [D, D]; eigenvalues below 0, from rounding, are set to 0."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root

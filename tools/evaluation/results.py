@@ -127,7 +127,8 @@ class Report:
             "bench": [dict(row) for row in self.bench],
             "notes": list(self.notes),
         }
-        return finite(content)
+        strict: dict[str, Any] = finite(content)
+        return strict
 
 
 def headline(report: Report) -> list[Row]:

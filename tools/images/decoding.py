@@ -13,8 +13,8 @@ from torch import Tensor
 
 from edm_deploy.errors import ArtifactError, first_line
 from edm_deploy.network.family import Config, Family
-from edm_deploy.pipelines.model_index import INDEX
 from edm_deploy.pipelines.source import Source
+from edm_deploy.storage.directories import INDEX_FILE
 
 ImageKind = Literal["pixels", "decoded", "latents"]
 VAE = "vae"
@@ -54,7 +54,7 @@ class Decoder:
         if self.vae is None:
             return latents
         # One at a time: at full size the decoder has the largest activations of the pipeline.
-        return torch.cat([self.vae.decode(self._scaled(one)).sample.float() for one in latents.split(1)])
+        return torch.cat([self.vae.decode(self._scaled(one)).sample.float() for one in latents.split(1)])  # type: ignore[no-untyped-call]  # untyped in torch
 
     def psnr(self, actual: Tensor, expected: Tensor) -> float:
         """Peak signal-to-noise ratio of images in dB, 10 log10(peak^2 / mse); the peak is 2, or the range of the expected latents."""
@@ -89,7 +89,7 @@ def decoder_of(source: Source) -> Decoder:
         ArtifactError: The VAE cannot be read.
     """
     family, config = source.family_object, source.config
-    named = source.pipeline.get(INDEX, {}).get(VAE)
+    named = source.pipeline.get(INDEX_FILE, {}).get(VAE)
     if named and source.directory is not None and (source.directory / VAE).is_dir():
         return Decoder(kind="decoded", family=family, config=config, vae=_vae(source.directory / VAE, str(named[1])))
     channels = family.latent_shape(config)[0]

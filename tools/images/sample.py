@@ -16,14 +16,14 @@ from PIL import Image
 from edm_deploy import models
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.models import family_named
-from edm_deploy.pipelines.model_index import COMPONENTS, INDEX
-from edm_deploy.pipelines.rebuild import index_with_components, quiet
+from edm_deploy.pipelines.model_index import COMPONENTS
+from edm_deploy.pipelines.rebuild import index_with_components, without_loading_messages
 from edm_deploy.registry import names
 from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.load import load_pipeline
 from edm_deploy.runtime.manifest import NAME as MANIFEST
 from edm_deploy.runtime.manifest import ShapeRange
-from edm_deploy.storage.directories import check_replaceable, new_directory, other_components, read_json
+from edm_deploy.storage.directories import INDEX_FILE, check_replaceable, new_directory, other_components, read_json
 from edm_deploy_tools.images.pipeline_arguments import GenerationRequest, PipelineArguments
 
 log = logging.getLogger(__name__)
@@ -105,13 +105,13 @@ def check_components(engine: Path, source: str | Path | None) -> None:
         UnsupportedError: As index_with_components.
     """
     manifest = read_json(engine / MANIFEST, what="engine")
-    if manifest.get("kind") == "engine" and manifest.get("family") in names(models) and (engine / INDEX).is_file():
+    if manifest.get("kind") == "engine" and manifest.get("family") in names(models) and (engine / INDEX_FILE).is_file():
         index_with_components(engine, family_named(manifest["family"]), manifest.get("config", {}), source)
 
 
 def default_scheduler(engine: Path) -> str | None:
     """`ddim` for pixel-space models, whose own scheduler is usually DDPM with a thousand steps; None, the pipeline's own, for others."""
-    index = read_json(engine / INDEX, what="engine") if (engine / INDEX).is_file() else {}
+    index = read_json(engine / INDEX_FILE, what="engine") if (engine / INDEX_FILE).is_file() else {}
     return None if any(other_components(index, component) for component in COMPONENTS if component in index) else "ddim"
 
 
@@ -137,7 +137,7 @@ def draw(pipe: Any, request: GenerationRequest) -> list[Image.Image]:
     pipe.set_progress_bar_config(disable=True)
     for size in batch_sizes(count, allowed):
         keywords = arguments.keywords(len(images), size, generator)
-        with quiet():  # a truncated prompt was logged above
+        with without_loading_messages():  # a truncated prompt was logged above
             images += pipe(num_inference_steps=request.steps, generator=generator, **keywords).images
     return images[:count]
 

@@ -19,11 +19,10 @@ from edm_deploy.errors import ArtifactError
 from edm_deploy.models import family_named
 from edm_deploy.network.layer_costs import model_work
 from edm_deploy.network.restructure import NetworkRewrite
-from edm_deploy.pipelines.model_index import INDEX
 from edm_deploy.runtime import manifest as manifest_module
 from edm_deploy.runtime.capabilities import CAPABILITIES, plan_layers, summary
 from edm_deploy.runtime.manifest import Manifest
-from edm_deploy.storage.directories import SOURCE_KEY, other_components, read_json
+from edm_deploy.storage.directories import INDEX_FILE, SOURCE_KEY, other_components, read_json
 from edm_deploy_tools.common.console import Row, bytes_of, size_words, time_words
 from edm_deploy_tools.inspection import describe_model as model
 from edm_deploy_tools.inspection.estimates import by_site
@@ -82,9 +81,9 @@ def kind_of(path_or_id: str) -> PathKind:
         raise ArtifactError(f"{path / manifest_module.NAME} is of kind {kind!r}, expected onnx or engine. Write the directory again.")
     if path.is_file():
         raise ArtifactError(f"{path} is a file; expected the directory of a model, an artifact, an ONNX export or an engine.")
-    if path.exists() and not (path / INDEX).is_file():
+    if path.exists() and not (path / INDEX_FILE).is_file():
         raise ArtifactError(
-            f"{path} is no model, artifact, ONNX directory or engine: it has none of {INDEX}, "
+            f"{path} is no model, artifact, ONNX directory or engine: it has none of {INDEX_FILE}, "
             f"{artifact_module.JSON_NAME}, {manifest_module.NAME}. Check the path."
         )
     return "model"
@@ -122,8 +121,8 @@ def describe_artifact(path: Path) -> Description:
         "digest": artifact.digest,
     } | {name: provenance_words(name, value) for name, value in artifact.provenance.items() if name not in DESCRIBED}
     share = by_site(model_work(artifact.family_object, artifact.config, artifact.structure).sites)
-    rows = [{**site_row(name, site), "MACs %": share.get(name)} for name, site in artifact.sites.items()]
-    plans = [{"backend": target.backend, "plan": summary(plan_layers(artifact, target))} for target in CAPABILITIES.values()]
+    rows: list[Row] = [{**site_row(name, site), "MACs %": share.get(name)} for name, site in artifact.sites.items()]
+    plans: list[Row] = [{"backend": target.backend, "plan": summary(plan_layers(artifact, target))} for target in CAPABILITIES.values()]
     return Description(kind="artifact", facts=facts, tables={"Sites": rows, "Plan": plans})
 
 
@@ -133,7 +132,7 @@ def channel_bits_words(sites: Sequence[QuantizedLayer]) -> str:
     if not mixed:
         return "none"
     bits = torch.cat(mixed)
-    widths, counts = bits.unique(return_counts=True)
+    widths, counts = bits.unique(return_counts=True)  # type: ignore[no-untyped-call]  # untyped in torch
     histogram = ", ".join(f"{count} of {width}" for width, count in zip(widths.tolist(), counts.tolist(), strict=True))
     return f"{len(mixed)} sites; channels: {histogram} bits, {float(bits.float().mean()):.2f} on average"
 
@@ -212,7 +211,7 @@ def describe_manifest(path: Path, kind: Literal["onnx", "engine"]) -> Descriptio
         facts["plan"] = summary(manifest.plan)
         facts["pipeline"] = pipeline_words(path, manifest)
     facts |= {f"build {name}": value for name, value in _flat(manifest.build).items()}
-    rows = [{"site": name, "stored": entry.stored, "executed": entry.executed} for name, entry in manifest.plan.items()]
+    rows: list[Row] = [{"site": name, "stored": entry.stored, "executed": entry.executed} for name, entry in manifest.plan.items()]
     return Description(kind=kind, facts=facts, tables={"Sites": rows} if rows else {})
 
 
@@ -233,9 +232,9 @@ def engine_guidance_words(manifest: Manifest) -> str:
 
 def pipeline_words(path: Path, manifest: Manifest) -> str:
     """Pipeline of the engine, and whether its other components are in the same directory."""
-    if not (path / INDEX).is_file():
+    if not (path / INDEX_FILE).is_file():
         return "not recorded: put the engine into a pipeline of your own"
-    index = read_json(path / INDEX, what="engine")
+    index = read_json(path / INDEX_FILE, what="engine")
     others = other_components(index, family_named(manifest.family).component)
     missing = [name for name in others if not (path / name).is_dir()]
     named = str(index.get("_class_name"))

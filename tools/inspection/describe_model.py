@@ -13,11 +13,11 @@ from edm_deploy.errors import UnsupportedError
 from edm_deploy.models import family_named, name_of_family
 from edm_deploy.network.layer_costs import ModelWork, model_work
 from edm_deploy.network.meta_model import meta_model
-from edm_deploy.pipelines.model_index import INDEX, PipelineConfig, read_pipeline_config
+from edm_deploy.pipelines.model_index import PipelineConfig, read_pipeline_config
 from edm_deploy.pipelines.schedulers import scheduler_from_config
 from edm_deploy.pipelines.source import local_directory
 from edm_deploy.runtime.capabilities import CAPABILITIES, summary
-from edm_deploy.storage.directories import SCHEDULER_FILE
+from edm_deploy.storage.directories import INDEX_FILE, SCHEDULER_FILE
 from edm_deploy_tools.common.console import Row, size_words
 from edm_deploy_tools.inspection import architectures, estimates
 
@@ -59,7 +59,7 @@ def pipeline_config_of_architecture(described: architectures.Architecture) -> Pi
         component=component,
         config=described.config,
         scheduler_class=described.scheduler_class,
-        pipeline={INDEX: index, SCHEDULER_FILE: scheduler},
+        pipeline={INDEX_FILE: index, SCHEDULER_FILE: scheduler},
     )
 
 

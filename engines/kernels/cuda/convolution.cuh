@@ -5,13 +5,13 @@
 //   j   a 16-byte chunk of the sum: filter tap (r, s), then chunk c of the input's channels        R * S * Cb / 16 chunks
 //
 //   A[m][j] = codes[n][p * stride + r - padding][q * stride + s - padding][16c ..]     gathered while loading; never stored unrolled
-//   B[k][j] = weight[k][r * S + s][16c ..]                                             lies so in memory
+//   B[k][j] = weight[k][r * S + s][16c ..]                                             stored in this order
 //
-// The sum runs over chunks without regard to where a tap ends, so a layer of 32 or 96 channels wastes nothing (a tile per tap would). 4 and 8 bits differ in the
-// one instruction multiply_add; a chunk is 32 codes of 4 bits, or 16 of 8.
+// The sum runs over chunks regardless of where a tap ends, so a layer of 32 or 96 channels has no padding (one tile per tap would). 4 and 8 bits differ only in the
+// instruction multiply_add; a chunk is 32 codes of 4 bits, or 16 of 8.
 //
 // A block computes a tile of BM pixels x BN channels. Its threads copy the next stages (64 bytes of the sum for every row of A and B) while the
-// tensor cores work on the present one; a ring of STAGES buffers hides the way to memory. Each warp computes WARP_M x 32 of the tile.
+// tensor cores work on the present one; a ring of STAGES buffers hides the memory latency. Each warp computes WARP_M x 32 of the tile.
 #pragma once
 #include "epilogue.cuh"
 
@@ -20,8 +20,8 @@ constexpr int STAGE_CHUNKS = 4;                   // chunks of the sum in a stag
 constexpr int STAGE_ROW = STAGE_CHUNKS * CHUNK;   // 64 bytes of each row of A and B: two steps of multiply_add (32 bytes each)
 constexpr int WARP_N = 32;                        // channels a warp computes: a 16-row slice of its result is 2 KB, see store_tile
 
-// A tile's shape and what follows from it. RTX 3090: 65536 registers and 100 KB of shared memory a multiprocessor, of which each block costs 1 KB more than
-// it asks for. docs/kernels.md has the occupancy that the compiler's register counts give.
+// A tile's shape and derived constants. RTX 3090: 65536 registers and 100 KB of shared memory per multiprocessor, of which each block takes 1 KB more than
+// it requests. docs/kernels.md has the occupancy that the compiler's register counts give.
 template <int BM_, int BN_, int WARP_M_, int STAGES_>
 struct Tile {
   static constexpr int BM = BM_, BN = BN_, WARP_M = WARP_M_, STAGES = STAGES_;
@@ -35,7 +35,7 @@ struct Tile {
 };
 
 // Shared memory of a stage: BM rows of A, then BN rows of B, 64 bytes each; two rows are one line of the 32 banks. ldmatrix reads one chunk column of 8
-// consecutive rows at once: unswizzled, all even rows would lie in the same four banks. So chunk c of row i lies at position c ^ (i / 2 % 4):
+// consecutive rows at once: unswizzled, all even rows would be in the same four banks. So chunk c of row i is stored at position c ^ (i / 2 % 4):
 //
 //             bank 0..3   4..7   8..11  12..15 | 16..19 20..23 24..27 28..31
 //   rows 0,1      0         1      2      3    |    0      1      2      3          column c = 0 of rows 0..7 is in eight different groups
@@ -44,15 +44,15 @@ struct Tile {
 //   rows 6,7      3         2      1      0    |    3      2      1      0          one line: one pass, too.
 __device__ __forceinline__ unsigned swizzled(int row, int chunk) { return row * STAGE_ROW + (chunk ^ (row / 2 % STAGE_CHUNKS)) * CHUNK; }
 
-// Copies stages of A and B into shared memory. Four neighbouring threads copy the four chunks of one row: 64 bytes of a pixel in one go. All divisions
-// happen here, once; the main loop only adds.
+// Copies stages of A and B into shared memory. Four neighbouring threads copy the four chunks of one row: 64 contiguous bytes of a pixel. All divisions
+// are done here, once; the main loop only adds.
 template <class TILE>
 struct Loader {
   const ConvParams& p;
-  unsigned place;                      // where in a stage this thread's first chunk of A goes; later ones LOAD_ROWS rows further, at the same swizzle
-  int r, s, c;                         // tap, and byte of its channels, where this thread stands; r >= R: past the end of the sum
+  unsigned place;                      // offset in a stage of this thread's first chunk of A; the next ones follow LOAD_ROWS rows further, with the same swizzle
+  int r, s, c;                         // current tap, and byte offset in its channels; r >= R: past the end of the sum
   int top[TILE::LOADS_A], left[TILE::LOADS_A];  // per row of A: input position of its tap (0, 0), maybe outside the map
-  long long first[TILE::LOADS_A];      //   offset of that position in `codes`: followed only where a tap falls inside
+  long long first[TILE::LOADS_A];      //   offset of that position in `codes`: dereferenced only where a tap is inside the map
   int zero[TILE::LOADS_A];             //   offset of its sample's 16-byte code of zero
   long long weight[TILE::LOADS_B];     // per row of B: offset of that chunk in `weight`
 
@@ -66,7 +66,7 @@ struct Loader {
     const int pixels = p.P * p.Q, M = p.N * pixels;
 #pragma unroll
     for (int i = 0; i < TILE::LOADS_A; ++i) {
-      const int m = min(static_cast<int>(blockIdx.x) * TILE::BM + row + i * TILE::LOAD_ROWS, M - 1);  // rows past the end repeat the last: not stored
+      const int m = min(static_cast<int>(blockIdx.x) * TILE::BM + row + i * TILE::LOAD_ROWS, M - 1);  // rows past the end repeat the last one and are not stored
       const int n = m / pixels, pixel = m - n * pixels, y = pixel / p.Q, x = pixel - y * p.Q;
       top[i] = y * p.stride - p.padding;
       left[i] = x * p.stride - p.padding;
@@ -80,13 +80,13 @@ struct Loader {
     }
   }
 
-  // Starts the copies of the next stage into the buffer at `stage`, and steps on.
+  // Starts the copies of the next stage into the buffer at `stage`, and advances.
   __device__ __forceinline__ void load(unsigned stage) {
     const unsigned a = stage + place, b = a + TILE::BM * STAGE_ROW;
     const long long tap = (static_cast<long long>(r) * p.W + s) * p.Cb + c;
 #pragma unroll
     for (int i = 0; i < TILE::LOADS_A; ++i) {
-      // One unsigned comparison holds for 0 <= y < H. Past the sum's end r runs on: whatever is read then is valid memory, and meets zero weights.
+      // One unsigned comparison checks 0 <= y < H. Past the end of the sum r keeps increasing: what is read then is valid memory, multiplied by zero weights.
       const bool inside = static_cast<unsigned>(top[i] + r) < static_cast<unsigned>(p.H) && static_cast<unsigned>(left[i] + s) < static_cast<unsigned>(p.W);
       copy_async(a + i * TILE::LOAD_ROWS * STAGE_ROW, inside ? p.codes + (first[i] + tap) : p.zero + zero[i], true);
     }
@@ -122,13 +122,13 @@ __device__ __forceinline__ void multiply_stage(int (&sums)[TILE::FRAGMENTS_M][TI
   }
 }
 
-// Where column `column` of row `row` of a warp's 16 x 32 slice of int32 lies. A row is one line of the 32 banks. Writing, 16 lanes at a time put 8 neighbouring
-// columns of 4 rows: the first XOR moves each of the 4 rows to other banks. Reading, 8 lanes at a time take half of every octet of 2 rows: the second XOR has
-// the odd row take the other halves' banks. No access waits for another.
+// Position of column `column` of row `row` in a warp's 16 x 32 slice of int32. A row is one line of the 32 banks. Writing, 16 lanes at a time put 8 neighbouring
+// columns of 4 rows: the first XOR moves each of the 4 rows to different banks. Reading, 8 lanes at a time take half of every octet of 2 rows: the second XOR has
+// the odd row take the other halves' banks. There are no bank conflicts.
 __device__ __forceinline__ int slice_place(int row, int column) { return row * WARP_N + (column ^ (row % 4 * 8) ^ (row % 2 * 4)); }
 
-// Results leave through shared memory: a lane holds two neighbouring channels of eight pixels (8-byte pieces), but can store 16 bytes at once when it has eight
-// channels of one. Each warp turns around its own slices of 16 pixels, so no barrier of the block is needed.
+// Results are stored through shared memory: a lane holds two neighbouring channels of eight pixels (8-byte pieces), but can store 16 bytes at once when it has eight
+// channels of one. Each warp transposes its own slices of 16 pixels, so no block-wide barrier is needed.
 //
 //   fragment:  lane 4g + t holds columns 2t, 2t + 1 of rows g and g + 8      stored:  lane 4i + o takes octet o of rows i and i + 8
 template <Kind KIND, class TILE, class T>
@@ -177,7 +177,7 @@ __device__ __forceinline__ void convolve(const ConvParams& p) {
   const unsigned base = shared_address(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_m = warp % TILE::WARPS_M * TILE::WARP_M, warp_n = warp / TILE::WARPS_M * WARP_N;
-  // ldmatrix takes its rows' addresses from the lanes, eight a matrix, and gives matrix i in register i. multiply_add wants
+  // ldmatrix takes row addresses from the lanes, eight per matrix, and returns matrix i in register i. multiply_add expects
   //   A: rows 0..7 | rows 8..15 | rows 0..7, next chunk | rows 8..15, next chunk          a whole 16 x 32-byte fragment
   //   B: rows 0..7 | rows 0..7, next chunk | rows 8..15 | rows 8..15, next chunk          two 8 x 32-byte fragments
   const unsigned a_lane = swizzled(warp_m + lane % 16, lane / 16);
@@ -193,7 +193,7 @@ __device__ __forceinline__ void convolve(const ConvParams& p) {
   unsigned reading = 0, writing = (TILE::STAGES - 1) * TILE::STAGE_BYTES;
   for (int stage = 0; stage < count; ++stage, ++loaded) {
     wait_copies<TILE::STAGES - 2>();  // this thread's part of the stage has arrived,
-    __syncthreads();                  // everybody's has; and everybody has left the stage before, whose buffer is now filled again
+    __syncthreads();                  // every thread's has; and all threads have finished the previous stage, whose buffer is now refilled
     if (loaded < count) loader.load(base + writing);
     commit_copies();
     multiply_stage<KIND, TILE>(sums, base + reading + a_lane, base + reading + b_lane);

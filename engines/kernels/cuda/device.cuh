@@ -1,5 +1,5 @@
-// What C++ has no name for: the GPU's instructions, one function each. All else in this folder is plain C++, which is how the tests run the same source on
-// a CPU: there EDM_EMULATED is set, and emulator.h supplies a twin of every function below. No header of CUDA is needed; NVRTC and nvcc both know the built-ins.
+// GPU instructions without a C++ equivalent, one function each. Everything else in this folder is plain C++, so that the tests can run the same source on a CPU:
+// there EDM_EMULATED is defined, and emulator.h defines every function below. No CUDA header is needed; NVRTC and nvcc both provide the built-ins.
 // Source of every instruction's meaning and fragment layout: PTX ISA 8.x, chapter 9.7 (cp.async, ldmatrix, mma, cvt).
 #pragma once
 #include "params.h"
@@ -7,7 +7,7 @@
 // Operand types of a convolution: activation codes signed or unsigned 4 bits, or signed 8 bits; the weight is s4, s4, s8.
 enum Kind { S4 = 0, U4 = 1, S8 = 2 };
 
-// 16-bit floating-point numbers as they lie in memory; two types, so that templates can tell them apart.
+// 16-bit floating-point numbers as stored in memory; two types, so that templates can distinguish them.
 struct f16 { unsigned short bits; };
 struct bf16 { unsigned short bits; };
 
@@ -17,7 +17,7 @@ struct bf16 { unsigned short bits; };
 
 // ---- memory ----------------------------------------------------------------------------------------------------------------------------------------
 
-// The block's dynamic shared memory, and a fixed amount of its own. 128: a whole row of banks, so that a swizzle may XOR address bits below it.
+// The block's dynamic shared memory, and a static amount. Aligned to 128 bytes, a row of banks, so that a swizzle may XOR lower address bits.
 __device__ __forceinline__ byte_t* dynamic_shared() {
   extern __shared__ __align__(128) byte_t dynamic_bytes[];
   return dynamic_bytes;
@@ -30,14 +30,14 @@ __device__ __forceinline__ byte_t* fixed_shared() {
 // The 32-bit address that instructions on shared memory take.
 __device__ __forceinline__ unsigned shared_address(const void* pointer) { return static_cast<unsigned>(__cvta_generic_to_shared(pointer)); }
 
-// cp.async: copies 16 bytes from global to shared memory without a register in between, past L1 (.cg: what a block reads once does not belong there).
-// Where `valid` is false it reads nothing and writes 16 zero bytes. The bytes arrive by the time that wait_copies says.
+// cp.async: copies 16 bytes from global to shared memory without a register in between, past L1 (.cg: the block reads the data only once).
+// Where `valid` is false it reads nothing and writes 16 zero bytes. The bytes are valid after wait_copies.
 __device__ __forceinline__ void copy_async(unsigned to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 // cp.async.commit_group: closes the group of copies that this thread issued since the last one (it may be empty).
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// cp.async.wait_group: waits until at most PENDING of this thread's newest groups are still under way. Other threads' copies need a barrier on top.
+// cp.async.wait_group: waits until at most PENDING of this thread's newest groups are pending. Copies of other threads also need a barrier.
 template <int PENDING>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
@@ -56,7 +56,7 @@ __device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned address
 //
 //        A    bytes 0..15   bytes 16..31         B    bytes 0..15   bytes 16..31          C   columns 2t, 2t + 1
 //   row g         a[0]          a[2]        row g        b0             b1           row g        c[0], c[1]
-//   row g + 8     a[1]          a[3]        (B is kept [n][k], as weights lie)       row g + 8    c[2], c[3]
+//   row g + 8     a[1]          a[3]        (B is [n][k], as weights are)            row g + 8    c[2], c[3]
 //
 // A byte's low nibble is the earlier code. Both operands are read along the sum, so 4 and 8 bits share one byte layout, and all code around this function.
 template <Kind KIND>
@@ -111,7 +111,7 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 
 #endif  // EDM_EMULATED
 
-// ---- what follows from the above -------------------------------------------------------------------------------------------------------------------
+// ---- derived functions ----------------------------------------------------------------------------------------------------------------------------
 
 // The two numbers of a 32-bit word, the one at the lower address first.
 template <class T>
@@ -124,5 +124,5 @@ __device__ __forceinline__ float high_float(unsigned pair) {
 }
 
 __device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b; }
-// May a pointer be read or written 16 bytes at a time?
+// Whether a pointer may be accessed 16 bytes at a time.
 __device__ __forceinline__ bool aligned_16(const void* pointer) { return (reinterpret_cast<unsigned long long>(pointer) & 15) == 0; }

@@ -1,11 +1,11 @@
 // From int32 sums to the output, eight neighbouring channels of one pixel at a time: 16 bytes of float16, one store. The same function ends a convolution and the
-// sum over its splits. Arithmetic as params.h says: __fmul_rn and __fadd_rn round each step and cannot be fused, so the result is numpy's, bit for bit.
+// sum over its splits. Arithmetic as specified in params.h: __fmul_rn and __fadd_rn round each step and cannot be fused, so the result equals numpy's bit for bit.
 #pragma once
 #include "device.cuh"
 
 constexpr int OCTET = 8;
 
-// What depends on the output channel alone. A thread of a convolution keeps one of these for all of its pixels.
+// Values that depend on the output channel only. A thread of a convolution keeps one of these for all of its pixels.
 template <Kind KIND>
 struct Columns {
   float scale[OCTET], bias[OCTET];
@@ -32,10 +32,10 @@ __device__ __forceinline__ void store_octet(int* to, const int (&v)[OCTET]) {
   reinterpret_cast<int4*>(to)[1] = int4{v[4], v[5], v[6], v[7]};
 }
 
-// Writes y[m][k0 .. k0 + 7]. m < M; channels from K on are left out.
+// Writes y[m][k0 .. k0 + 7]. m < M; channels from K on are not written.
 template <Kind KIND, class T>
 __device__ __forceinline__ void finish(const ConvParams& p, const Columns<KIND>& columns, int m, int k0, const int (&sums)[OCTET]) {
-  const int row = p.row[m / (p.P * p.Q)];  // a tile may hold pixels of several samples, each at a row of its own
+  const int row = p.row[m / (p.P * p.Q)];  // a tile may contain pixels of several samples, each with a different row
   const float act_scale = p.act_scale[row];
   float y[OCTET];
 #pragma unroll

@@ -1,12 +1,12 @@
-// The entry points that the host finds by name, and nothing else. params.h says what each takes and how it is launched.
+// The entry points that the host looks up by name. params.h documents their parameters and launches.
 #include "convolution.cuh"
 #include "norm.cuh"
 #include "quantize.cuh"
 #include "reduce.cuh"
 
-// X(BM, BN, warp's BM, stages, threads, bytes of dynamic shared memory, blocks a multiprocessor): the tiles, largest first. The host chooses among them.
+// X(BM, BN, warp's BM, stages, threads, bytes of dynamic shared memory, blocks per multiprocessor): the tiles, largest first. The host chooses among them.
 //
-// 128x128  Most reuse: 64 operations a byte loaded with 4 bits. 48 KB and at most 128 registers, so two blocks share a multiprocessor of an RTX 3090.
+// 128x128  Most reuse: 64 operations per byte loaded with 4 bits. 48 KB and at most 128 registers, so two blocks share a multiprocessor of an RTX 3090.
 // 128x64   For 64 channels out, and where 128x128 leaves multiprocessors idle. Warps of 32x32 instead of 64x32: twice the warps hide more latency.
 // 64x64    For 16x16 maps.
 // 32x64    For 8x8 maps and linears of few rows; with the sum split, where even that leaves multiprocessors idle.

@@ -1,12 +1,12 @@
-// GroupNorm's first half: mean and 1 / sqrt(variance + eps) of each group of channels of each sample, channels last. Two passes over the data (the second
-// finds it in L2): first the mean, then the squared distances from it, because E[x^2] - E[x]^2 loses all digits where the mean is large.
+// First half of GroupNorm: mean and 1 / sqrt(variance + eps) of each group of channels of each sample, channels last. Two passes over the data (the second
+// reads it from L2): first the mean, then the squared distances from it, because E[x^2] - E[x]^2 loses all precision where the mean is large.
 #pragma once
 #include "device.cuh"
 
-// A group's channels are a few neighbouring bytes of every pixel. A block takes as many groups as fill 16 channels: 32 bytes, the least that memory transfers.
+// A group's channels are a few neighbouring bytes of every pixel. A block takes as many groups as fill 16 channels: 32 bytes, the smallest memory transaction.
 constexpr int BUNDLE_CHANNELS = 16;
 
-// The sum over a warp, in every lane. Always the same order: results repeat bit for bit.
+// The sum over a warp, in every lane. The order is fixed, so results are reproducible bit for bit.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) x = __fadd_rn(x, __shfl_xor_sync(0xFFFFFFFFu, x, distance));
@@ -39,7 +39,7 @@ __device__ __forceinline__ void group_stats(const StatsParams& p) {
           }
         by_thread[threadIdx.x] = active ? sum : 0.0f;
         __syncthreads();
-        for (int g = threadIdx.x / 32; g < groups; g += THREADS / 32) {  // a warp a group: it adds the threads of that group
+        for (int g = threadIdx.x / 32; g < groups; g += THREADS / 32) {  // one warp per group: it adds the threads of that group
           float part = 0.0f;
           for (int t = threadIdx.x % 32; t < THREADS; t += 32)
             if (width > THREADS || t % lanes / size == g) part += by_thread[t];

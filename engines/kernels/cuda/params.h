@@ -1,18 +1,18 @@
-// What the host hands to the kernels, and how packed tensors lie in memory. The one description of both; launch.py mirrors the structs.
+// Kernel parameters, and the memory layout of packed tensors. The only specification of both; launch.py mirrors the structs.
 //
 // Codes of an activation:  [N][H][W][Cb] bytes, channels last. Cb = bytes of all channels, rounded up to 16, so that every pixel starts at a
 //   16-byte chunk, the unit that the convolution copies. 4 bits: two codes a byte, channel 2k in the low nibble of byte k (ONNX INT4's order).
-//   8 bits: one code a byte. What stands in the padding channels never matters: the weight is 0 there.
+//   8 bits: one code a byte. The content of the padding channels does not matter: the weight is 0 there.
 // Codes of a weight:       [Cout][R * S][Cb] bytes, the same order of channels; padding channels hold 0.
 // Signed and unsigned:     an `s4` activation stores the code n in [-8, 7] itself; a `u4` activation stores n - qmin[row] in [0, 15], for ranges
-//   such as [-3, 12]. The convolution then sums (n - qmin) * w, and the epilogue puts qmin * sum(w) back. `s8` stores n.
+//   such as [-3, 12]. The convolution then sums (n - qmin) * w, and the epilogue adds qmin * sum(w). `s8` stores n.
 // Zero padding of the map: the code of real 0 is n = 0, so -qmin[row] in a u4 tensor: the loader copies it from `zero`, one 16-byte chunk a row.
 // A Linear is a 1x1 convolution: x [B, L, C] is N = B, H = L, W = 1.
 #pragma once
 
 typedef unsigned char byte_t;
 
-// What stands between the network and the rounding; a kernel is compiled for each.
+// Operations before the rounding; a kernel is compiled for each.
 enum Prologue { PLAIN = 0, SILU = 1, NORM = 2, NORM_SILU = 3 };
 
 struct QuantizeParams {
@@ -30,8 +30,8 @@ struct QuantizeParams {
   int unsigned_codes;      // 1: store n - qmin[row] (u4), 0: store n
 };
 // n = rint(clip(value * inv_scale[row], qmin[row], qmax[row])), half to even, float32. NaN becomes qmin[row], -0.0 becomes 0.
-// NORM: value = ((x - mean) * rstd) * gamma + beta, each step rounded to float32 on its own; a null gamma or beta leaves its step out.
-// SILU: value = v / (1 + exp(-v)) in float32, relative error below 2^-17 where |v| < 64, and below 2^-20 where v > -8 (all that is left of v below is 0.3 % of it).
+// NORM: value = ((x - mean) * rstd) * gamma + beta, each step rounded to float32 separately; a null gamma or beta omits its step.
+// SILU: value = v / (1 + exp(-v)) in float32, relative error below 2^-17 where |v| < 64, and below 2^-20 where v > -8 (below -8 the result is in [-0.003, 0]).
 
 struct StatsParams {
   const void* x;  // float16 or bfloat16 [N][HW][C]
@@ -59,10 +59,10 @@ struct ConvParams {
   int padding, stride;
   int splits;                 // blocks that share one output tile, each summing a part of the filter taps and channels
 };
-// y = float(acc) * (act_scale[row] * weight_scale[k]) + bias[k] + residual, each step rounded to float32 on its own (no fused multiply-add), then to
-// the output's type: the same number as numpy's, bit for bit.
+// y = float(acc) * (act_scale[row] * weight_scale[k]) + bias[k] + residual, each step rounded to float32 separately (no fused multiply-add), then to
+// the output's type: equal to numpy's result bit for bit.
 
-// How the host launches each entry point (grid, threads a block). Every kernel takes its struct by value and nothing else.
+// How the host launches each entry point (grid, threads per block). The only parameter of every kernel is its struct, by value.
 //   quantize_last_*    (ceil(HW * channels / 8 / 256), N)              256   channels = Cb * 8 / bits; both axes stride over what a smaller grid leaves
 //   quantize_first_*   (ceil(HW / 64), ceil(channels / 64), N)         256   likewise
 //   group_stats_*      (groups, N)                                     256   likewise
@@ -70,5 +70,5 @@ struct ConvParams {
 //   reduce_*           (ceil(M * ceil(K / 8) / 256))                   256   likewise; only conv takes dynamic shared memory
 constexpr int THREADS = 256;  // of every kernel but conv
 
-// Bounds that the host must keep: M * K < 2^31 and N * HW * channels / 8 < 2^31 for one tensor; 128 * 128 * R * S * C < 2^31, so that no sum overflows;
+// Bounds that the host must ensure: M * K < 2^31 and N * HW * channels / 8 < 2^31 for one tensor; 128 * 128 * R * S * C < 2^31, so that no sum overflows;
 // codes, weight, zero, partial start at 16 bytes (out and residual too where K % 8 == 0; otherwise, and for x anywhere, their natural alignment is enough).

@@ -1,12 +1,12 @@
 // The kernels as a TensorRT plugin calls them: pointers and integers instead of a struct, in TensorRT's order, inputs, extra integers, outputs. The kernels are
-// those of kernels.cu; only the door differs. TensorRT stores the compiled code with every node, so one kernel is compiled at a time: plugin.py puts these in front
+// those of kernels.cu; only the entry point differs. TensorRT stores the compiled code with every node, so one kernel is compiled at a time: tensorrt_plugin.py defines
 //
 //   PLUGIN_ENTRY    name of the entry point
 //   PLUGIN_KERNEL   the device function behind it, such as  quantize_first<f16, 4, false>  or  convolve<U4, Tile<64, 64, 32, 4>, f16>
-//   PLUGIN_BOUNDS   threads a block, and for a convolution the blocks that shall fit on a multiprocessor
+//   PLUGIN_BOUNDS   threads a block, and for a convolution the blocks that must fit on a multiprocessor
 //   PLUGIN_UNSIGNED for quantize only: 1 to store n - qmin[row]
 //
-// plugins.py in edm_deploy has the inputs' order.
+// edm_deploy/export/plugin_schema.py defines the order of the inputs.
 #include "convolution.cuh"
 #include "quantize.cuh"
 

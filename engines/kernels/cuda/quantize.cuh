@@ -1,8 +1,8 @@
-// From float16 or bfloat16 to packed codes: the prologue, the rounding, the packing. Bound by memory, so every kernel here is about wide, coalesced accesses.
+// From float16 or bfloat16 to packed codes: the prologue, the rounding, the packing. Bound by memory, so every kernel uses wide, coalesced accesses.
 #pragma once
 #include "device.cuh"
 
-constexpr int CHANNELS = 8;  // a thread's share: 16 bytes of input; 4 bytes (4 bits) or 8 bytes (8 bits) of codes, so as many bytes as a code has bits
+constexpr int CHANNELS = 8;  // per thread: 16 bytes of input; 4 bytes (4 bits) or 8 bytes (8 bits) of codes, so as many bytes as a code has bits
 
 // The table row of one sample.
 struct Row {
@@ -19,19 +19,19 @@ struct Row {
 };
 
 // The code of one value, as it is stored. To round, 1.5 * 2^23 is added: at that size a float32 has no fraction bits left, so the addition itself rounds to an
-// integer, half to even, and the integer stands in the low bits of the sum. Clipping first is the same, as the bounds are integers, and keeps the sum in range.
-// fmaxf and fminf return the number when the other is NaN: NaN becomes qmin. -0.0 + 1.5 * 2^23 is the code 0.
+// integer, half to even, and the low bits of the sum are the integer. Clipping first gives the same result, as the bounds are integers, and keeps the sum in range.
+// fmaxf and fminf return the other operand for NaN: NaN becomes qmin. -0.0 + 1.5 * 2^23 is the code 0.
 __device__ __forceinline__ int encode(float value, const Row& row) {
   const float clipped = fminf(fmaxf(__fmul_rn(value, row.inv_scale), row.low), row.high);
   return __float_as_int(__fadd_rn(clipped, 12582912.0f)) - 0x4B400000 - row.offset;
 }
 
 // x / (1 + exp(-x)), by 2^(-x log2 e). The power's argument is rounded, too: up to |x| * 2^-23 of relative error in the power. Where x > 0 the power is below 1 and
-// hardly counts; where x < 0 it is most of the result: 2^-20 in all above -8, 2^-17 above -64, where the result itself is nothing.
+// contributes little; where x < 0 it dominates the result: 2^-20 in total above -8, 2^-17 above -64, where the result itself is negligible.
 // From -89 on exp overflows to infinity and the result is -0, the limit.
 __device__ __forceinline__ float silu(float x) { return x * reciprocal_approx(1.0f + exp2_approx(-1.4426950408889634f * x)); }
 
-// Eight neighbouring values of one pixel, `count` of which exist. One 16-byte load where they allow it.
+// Eight consecutive values of one pixel, `count` of which exist. One 16-byte load where alignment allows it.
 template <class T>
 __device__ __forceinline__ void load_values(float (&v)[CHANNELS], const T* x, int count, bool wide) {
   if (wide) {
@@ -45,7 +45,7 @@ __device__ __forceinline__ void load_values(float (&v)[CHANNELS], const T* x, in
   }
 }
 
-// GroupNorm's second half, on statistics that group_stats made: channels c0 .. c0 + 7 of sample n. They may straddle groups.
+// Second half of GroupNorm, on the statistics of group_stats: channels c0 .. c0 + 7 of sample n. They may span several groups.
 __device__ __forceinline__ void normalize(float (&v)[CHANNELS], const QuantizeParams& p, int n, int c0, int count) {
   const int size = p.C / p.groups;
   int group = c0 / size, left = size - (c0 - group * size);
@@ -102,8 +102,8 @@ __device__ __forceinline__ void quantize_last(const QuantizeParams& p) {
   }
 }
 
-// Channels first: a block turns 64 pixels x 64 channels around in shared memory. Reading, a warp takes 32 neighbouring pixels of one channel (64 contiguous
-// bytes); writing, four neighbouring threads (4 bits: 4 x 8 bytes) take one pixel's channels. In between lies a byte a code, at a pitch of 68 bytes = 17 words:
+// Channels first: a block transposes 64 pixels x 64 channels in shared memory. Reading, a warp takes 32 neighbouring pixels of one channel (64 contiguous
+// bytes); writing, four neighbouring threads (4 bits: 4 x 8 bytes) take one pixel's channels. In shared memory a code is a byte, at a pitch of 68 bytes = 17 words:
 // odd, so 32 lanes that write one column hit 32 banks.
 constexpr int TURN = 64, PITCH = TURN + 4;
 

@@ -1,8 +1,8 @@
-// The second half of a split convolution: adds the splits' int32 sums, in any order exact, and ends as an unsplit one does.
+// The second half of a split convolution: adds the splits' int32 sums, exact in any order, and applies the epilogue.
 #pragma once
 #include "epilogue.cuh"
 
-// A thread takes an octet of channels of one pixel: neighbouring threads read neighbouring 32 bytes of each split.
+// A thread processes an octet of channels of one pixel: neighbouring threads read neighbouring 32 bytes of each split.
 template <Kind KIND, class T>
 __device__ __forceinline__ void reduce(const ConvParams& p) {
   const int M = p.N * p.P * p.Q, octets = divide_up(p.K, OCTET), items = M * octets;

@@ -10,7 +10,7 @@ from edm_deploy.models import family_named
 
 
 def test_rows_are_the_timesteps_of_the_models_pipeline():
-    """FLUX's pipeline walks four steps from 1 by a quarter; left to itself the scheduler ends next to 0, where no sample would ever stand."""
+    """FLUX's pipeline takes four equal steps from 1; the scheduler alone would end next to 0, a timestep that no sample reaches."""
     sigmas = family_named("flux-transformer-2d").sigmas(4)
     assert sigmas == (1.0, 0.75, 0.5, 0.25)
     assert calibrated_timesteps(FlowMatchEulerDiscreteScheduler(), 4, sigmas).tolist() == [250, 500, 750, 999]

@@ -8,7 +8,7 @@ from tests.calibration.tiny import tiny_context
 
 
 def test_kurtosis_is_one_for_two_values_and_large_for_an_outlier():
-    # Centred 1: mean of fourth powers 1, variance 1. One of five stands out: 4, -1, -1, -1, -1: (256 + 4) / 5 / (20 / 5)^2.
+    # Centred 1: mean of fourth powers 1, variance 1. One outlier in five: 4, -1, -1, -1, -1: (256 + 4) / 5 / (20 / 5)^2.
     weight = torch.tensor([[1.0, -1, 1, -1, 1, -1], [0.0] * 6])
     assert kurtosis(weight).tolist() == [1.0, 0.0]
     assert float(kurtosis(torch.tensor([[5.0, 0, 0, 0, 0]]))) == pytest.approx(52 / 16)

@@ -26,7 +26,7 @@ def test_rows_that_share_become_one_and_timesteps_are_reassigned():
     assert torch.equal(found.sites["conv_in"].activation.scale, table.scale[[0, 1, 4]])
     inputs = tiny_inputs("unet2d", batch=2) | {"timestep": torch.tensor([400.0, 800.0])}
     shared = Reference(artifact)(inputs | {"timestep": torch.tensor([0.0, 800.0])})
-    # Row 0 stands for row 2; the embedding sees the timestep itself, so only the sample that kept its row is the same.
+    # Row 2 uses row 0; the embedding depends on the timestep itself, so only the sample whose row is unchanged has the same output.
     assert torch.equal(Reference(found)(inputs)[1], shared[1])
     assert not torch.equal(Reference(found)(inputs)[0], Reference(artifact)(inputs)[0])
 
@@ -55,7 +55,7 @@ def test_without_the_structural_term_the_most_uncertain_timesteps_are_selected()
 
 def test_the_structural_term_selects_representative_timesteps():
     alike = similarity(TIMELINE, GROUPS)
-    # Beside the last one: a neighbour of it tells nothing new, one of the first two stands for both.
+    # In addition to the last one: a neighbour of it adds nothing, one of the first two represents both.
     assert select(torch.zeros(5), alike, 2, 1.0, 4).tolist() in ([0, 4], [1, 4])
     assert select(torch.tensor([0.0, 0.0, 0.0, 0.2, 0.0]), alike, 2, 0.0, 4).tolist() == [3, 4]
     assert select(torch.zeros(5), alike, 5, 1.0, 4).tolist() == [0, 1, 2, 3, 4]

@@ -71,7 +71,7 @@ def test_at_float_rows_the_student_computes_with_float_activations():
     )
     Pcr(relax_from=0.6).before(relaxed, context)
     inputs = tiny_inputs("unet2d", batch=2)  # timesteps 0 and 999
-    # The family's kept layers have 8-bit weights in both, so only the activations tell the students apart.
+    # The family's kept layers have 8-bit weights in both, so the students differ only in their activations.
     torch.testing.assert_close(relaxed(inputs)[0], weight_only(inputs)[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(relaxed(inputs)[1], rounded(inputs)[1], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(rounded(inputs)[0], weight_only(inputs)[0], rtol=1e-3)

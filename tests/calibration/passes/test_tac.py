@@ -74,7 +74,7 @@ def test_each_timestep_is_estimated_on_the_corrected_trajectory():
         return torch.full_like(sample, 0.3)
 
     _, input_bias = Tac(ridge=0.0).estimate(teacher, student, SCHEDULE, NOISE)
-    # Against a target of zero the scale is zero: the corrected student walks with the teacher, and is never shifted.
+    # Against a target of zero the scale is zero: the corrected student follows the teacher's trajectory, without a shift.
     assert torch.equal(input_bias, torch.zeros(3, 2))
     _, input_bias = Tac(ridge=0.0, relative=0.0).estimate(lambda x, t: torch.ones_like(x), lambda x, t: x, SCHEDULE, NOISE)
     assert bool((input_bias[:2].abs() > 0).all())

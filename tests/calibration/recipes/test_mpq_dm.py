@@ -31,7 +31,7 @@ def test_an_update_along_the_error_is_zero_initially_and_spans_its_leading_rows(
     assert torch.allclose(layer.lora_a.norm(), size)
     error = (layer.layer.weight - layer.rounded_weight()).detach()
     a = layer.lora_a.detach()
-    kept = (error @ torch.linalg.pinv(a) @ a).square().sum()  # of the error, what lies in the span of A's rows
+    kept = (error @ torch.linalg.pinv(a) @ a).square().sum()  # the part of the error in the span of A's rows
     assert torch.allclose(kept, torch.linalg.svdvals(error)[:2].square().sum(), rtol=1e-4)
 
 

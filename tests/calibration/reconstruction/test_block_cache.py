@@ -6,7 +6,6 @@ from calibration.reconstruction import block_cache
 from calibration.reconstruction.block_cache import ModelInputs, entropies_of, fill_block_cache
 from calibration.reconstruction.blocks import blocks_of
 from calibration.student.teacher import Teacher
-from edm_deploy.network.meta_model import meta_model
 from edm_deploy.numerics.activation_table import table_rows
 from tests.calibration.tiny import tiny_source
 from tests.conftest import tiny_inputs
@@ -15,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def network(kind):
-    """Teacher, a student whose scales differ by row, its blocks by name, and samples at three timesteps."""
+    """Teacher, a student whose scales differ by row, and samples at five timesteps."""
     source = tiny_source(kind)
     teacher = Teacher(source, CPU)
     student = Mse(weight_bits=4, act_bits=4).student(source, torch.tensor([0, 500], dtype=torch.int32), CPU, teacher=teacher)
@@ -24,8 +23,7 @@ def network(kind):
             quantizer.log_scale.copy_(torch.tensor([-1.0, -1.5]))
             if quantizer.qmin.requires_grad:
                 quantizer.qmin.fill_(-7.0)
-    skeleton = meta_model(source.family_object, source.config)
-    return teacher, student, skeleton, ModelInputs(tiny_inputs(kind, batch=5))
+    return teacher, student, ModelInputs(tiny_inputs(kind, batch=5))
 
 
 def results(model, forward, name, inputs):
@@ -48,8 +46,8 @@ def results(model, forward, name, inputs):
     ],
 )
 def test_a_block_run_alone_computes_what_it_computes_in_the_network(kind, name):
-    teacher, student, skeleton, inputs = network(kind)
-    block = next(block for block in blocks_of(student, skeleton, "block") if block.name == name)
+    teacher, student, inputs = network(kind)
+    block = next(block for block in blocks_of(student, "block") if block.name == name)
     kept = fill_block_cache(block, student, teacher, inputs)
     assert kept.rows.tolist() == table_rows(student.row_of_timestep, inputs.values["timestep"]).tolist()
     chosen = torch.tensor([4, 0, 3, 1])  # rows 1, 0, 1, 0
@@ -66,8 +64,8 @@ def test_a_block_run_alone_computes_what_it_computes_in_the_network(kind, name):
 
 
 def test_the_distance_sums_over_channels_and_means_over_the_rest():
-    teacher, student, skeleton, inputs = network("unet2d")
-    block = next(block for block in blocks_of(student, skeleton, "block") if block.name == "conv_in")
+    teacher, student, inputs = network("unet2d")
+    block = next(block for block in blocks_of(student, "block") if block.name == "conv_in")
     kept = fill_block_cache(block, student, teacher, inputs)
     chosen = torch.arange(5)
     with torch.no_grad():
@@ -79,9 +77,9 @@ def test_the_distance_sums_over_channels_and_means_over_the_rest():
 
 
 def test_the_second_of_two_joined_modules_receives_the_result_of_the_first():
-    teacher, student, skeleton, inputs = network("unet2d")
+    teacher, student, inputs = network("unet2d")
     bits = dict.fromkeys(student.layers, 4.0) | {site: 8.0 for site in student.layers if site.startswith("mid_block.attentions.0.")}
-    blocks = blocks_of(student, skeleton, "entropy", bits)
+    blocks = blocks_of(student, "entropy", bits)
     pair = next(block for block in blocks if "mid_block.attentions.0" in block.modules)
     assert len(pair.modules) == 2
     kept = fill_block_cache(pair, student, teacher, inputs)
@@ -97,8 +95,8 @@ def test_the_second_of_two_joined_modules_receives_the_result_of_the_first():
 def test_a_cache_is_bounded_and_its_samples_evenly_spread(monkeypatch):
     monkeypatch.setattr(block_cache, "CACHE_BYTES", 0)
     monkeypatch.setattr(block_cache, "FORWARD_BATCH", 2)
-    teacher, student, skeleton, inputs = network("unet2d")
-    kept = fill_block_cache(blocks_of(student, skeleton, "block")[0], student, teacher, inputs)
+    teacher, student, inputs = network("unet2d")
+    kept = fill_block_cache(blocks_of(student, "block")[0], student, teacher, inputs)
     expected = table_rows(student.row_of_timestep, inputs.values["timestep"][[0, 2]])
     assert kept.rows.tolist() == expected.tolist()
 
@@ -111,7 +109,7 @@ def test_samples_are_divided_into_batches_and_spread():
 
 
 def test_every_site_has_an_entropy():
-    teacher, student, _, inputs = network("unet2d")
+    teacher, student, inputs = network("unet2d")
     found = entropies_of(teacher, inputs, student.layers)
     assert set(found) == set(student.layers)
     assert all(0 < bits <= 8 for bits in found.values())

@@ -24,7 +24,7 @@ def test_static_rows_have_one_gradient(static):
     learner = ActivationScaleOptimizer(step_length=0.1, bound_step_length=1.0, static=static)
     groups = learner.begin([layer], [quantizer])
     assert [group.rate for group in groups] == [0.1, 1.0]
-    quantizer.rows = torch.tensor([1, 1])  # row 0 is not seen
+    quantizer.rows = torch.tensor([1, 1])  # no sample has row 0
     quantizer(torch.linspace(-9, 9, 32).reshape(2, 16)).square().sum().backward()
     rows = quantizer.log_scale.grad
     assert float(rows[1]) != 0

@@ -8,27 +8,27 @@ from calibration.reconstruction.blocks import blocks_of, check_partition, entrop
 from edm_deploy.errors import InputError
 from edm_deploy.network.layer_costs import model_work
 from edm_deploy.network.meta_model import meta_model
+from edm_deploy.network.restructure import PUBLISHED
 from tests.conftest import TINY, tiny_model
 
 
 def partitionable(kind):
-    """The attributes of a student that the partition uses, and the model without its weights."""
+    """The attributes of a student that the partition uses."""
     family, config, _ = tiny_model(kind)
-    skeleton = meta_model(family, config)
-    return SimpleNamespace(family=family, config=config, layers=family.sites(skeleton)), skeleton
+    return SimpleNamespace(family=family, config=config, structure=PUBLISHED, layers=family.sites(meta_model(family, config)))
 
 
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("partition", ["block", "layer"])
 def test_every_site_is_in_one_block(kind, partition):
-    student, skeleton = partitionable(kind)
-    sites = [site for block in blocks_of(student, skeleton, partition) for site in block.sites]
+    student = partitionable(kind)
+    sites = [site for block in blocks_of(student, partition) for site in block.sites]
     assert sorted(sites) == sorted(student.layers)
 
 
 def test_a_unet_is_partitioned_into_residual_blocks_attentions_and_remaining_layers():
-    student, skeleton = partitionable("unet2d")
-    names = [block.name for block in blocks_of(student, skeleton, "block")]
+    student = partitionable("unet2d")
+    names = [block.name for block in blocks_of(student, "block")]
     assert names[:5] == [
         "time_embedding.linear_1",
         "time_embedding.linear_2",
@@ -41,22 +41,22 @@ def test_a_unet_is_partitioned_into_residual_blocks_attentions_and_remaining_lay
 
 
 def test_transformer_blocks_are_whole_and_the_projections_around_them_alone():
-    student, skeleton = partitionable("unet2d-condition")
-    blocks = {block.name: block for block in blocks_of(student, skeleton, "block")}
+    student = partitionable("unet2d-condition")
+    blocks = {block.name: block for block in blocks_of(student, "block")}
     assert len(blocks["mid_block.attentions.0.transformer_blocks.0"].sites) == 10
     assert blocks["mid_block.attentions.0.proj_in"].sites == ("mid_block.attentions.0.proj_in",)
 
 
 def test_a_blocks_work_is_that_of_its_layers():
-    student, skeleton = partitionable("unet2d")
+    student = partitionable("unet2d")
     work = model_work(student.family, student.config)
-    blocks = blocks_of(student, skeleton, "block")
+    blocks = blocks_of(student, "block")
     assert sum(block.macs for block in blocks) == sum(site.macs for site in work.sites.values())
 
 
 def test_shared_arguments_are_distinguished_from_those_of_each_sample():
-    student, skeleton = partitionable("flux")
-    block = next(block for block in blocks_of(student, skeleton, "block") if block.name == "transformer_blocks.0")
+    student = partitionable("flux")
+    block = next(block for block in blocks_of(student, "block") if block.name == "transformer_blocks.0")
     # image, text and time embedding grow with the batch; the rotary table and the empty arguments do not
     assert sorted(block.calls[0].batched) == [0, 0, 0, 1, 1, 1]
     assert block.calls[0].outputs == (1, 1)
@@ -91,8 +91,8 @@ def test_entropy_counts_bits():
 
 
 def test_high_entropy_joins_a_block_to_the_one_that_feeds_it_and_low_entropy_cuts_it():
-    student, skeleton = partitionable("unet2d")
-    plain = blocks_of(student, skeleton, "block")
+    student = partitionable("unet2d")
+    plain = blocks_of(student, "block")
     bits = dict.fromkeys(student.layers, 4.0)
     bits |= {
         site: 8.0
@@ -102,9 +102,9 @@ def test_high_entropy_joins_a_block_to_the_one_that_feeds_it_and_low_entropy_cut
     bits |= dict.fromkeys(("conv_in", "conv_out"), 8.0)
     bits |= {site: 1.0 for site in student.layers if site.startswith(("up_blocks.1.", "down_blocks.0.resnets.0."))}
     bits |= dict.fromkeys(("time_embedding.linear_1", "time_embedding.linear_2"), 1.0)
-    blocks = blocks_of(student, skeleton, "entropy", bits)
+    blocks = blocks_of(student, "entropy", bits)
     joined = {block.modules: block for block in blocks if len(block.modules) > 1}
-    # No more than two; the up path's block is fed by a concatenation, which is nobody's result.
+    # At most two; the up path's block receives a concatenation, which is not the result of a module.
     assert list(joined) == [("mid_block.resnets.0", "mid_block.attentions.0")]
     (pair,) = joined.values()
     assert list(pair.calls[1].wired.values()) == [("mid_block.resnets.0", 0)]

@@ -16,7 +16,6 @@ from calibration.reconstruction.reconstruct import Stage, reconstruct
 from calibration.reconstruction.time_allocation import TimeAllocation
 from calibration.run.time_budget import Budget
 from edm_deploy.errors import ArtifactError, InputError
-from edm_deploy.network.meta_model import meta_model
 from tests.calibration.tiny import tiny_context, tiny_source
 
 SETTINGS = {"rows": 3, "calibration_samples": 4, "steps": 2, "batch": 2, "rounds": 2, "scale_rate": 1e-3, "rounding_rate": 1e-4}
@@ -39,10 +38,7 @@ def block_errors(context, inputs):
     """Reconstruction error of every block, each on its inputs in the quantized network, which earlier blocks affect."""
     student, indices = context.student, torch.arange(len(inputs))
     with torch.no_grad():
-        caches = [
-            fill_block_cache(block, student, context.teacher, inputs)
-            for block in blocks_of(student, meta_model(student.family, student.config), "block")
-        ]
+        caches = [fill_block_cache(block, student, context.teacher, inputs) for block in blocks_of(student, "block")]
         return torch.stack([cache.reconstruction_error(student, indices) for cache in caches])
 
 
@@ -95,7 +91,7 @@ def test_learned_codes_differ_from_the_nearest_by_at_most_one():
 
 
 def interrupted_at(call):
-    """Presses Ctrl-C at this training step."""
+    """A progress callback that raises SIGINT at the given training step."""
     seen = []
 
     def on_progress(progress):
@@ -139,7 +135,7 @@ def test_a_budget_that_calibration_uses_up_is_refused():
 
 
 class Clock:
-    """Half a second later whenever it is asked."""
+    """A clock that advances by half a second per reading."""
 
     now = 0.0
 

@@ -12,7 +12,7 @@ from tests.calibration.training.test_distillation import SETTINGS, interrupted_a
 
 
 class Clock:
-    """Stands still until it is moved."""
+    """A clock that is set by the test."""
 
     now = 100.0
 
@@ -59,7 +59,7 @@ def test_an_invalid_duration_is_refused_with_an_example(text):
 
 @pytest.fixture
 def ticking(monkeypatch):
-    """Budgets of runs pass a second each time they are looked at."""
+    """Budgets of runs whose clock advances by one second per reading."""
     seconds = itertools.count()
     made = partial(Budget, clock=lambda: float(next(seconds)))
     monkeypatch.setattr("calibration.Budget", made)
@@ -73,7 +73,7 @@ def test_training_stops_by_the_clock_and_the_provenance_states_the_steps(ticking
     steps = [now.step for now in shown if now.stage == "finetune"]
     assert artifact.provenance["budget_seconds"] == 20
     assert artifact.provenance["steps_done"] == steps[-1] == len(steps) >= 3
-    assert shown[-1].total < 100  # what is left is foretold by the clock, not by the recipe's steps
+    assert shown[-1].total < 100  # estimated by the clock, not from the recipe's steps
 
 
 def test_a_budget_that_calibration_uses_up_is_refused_with_what_calibration_took(ticking):

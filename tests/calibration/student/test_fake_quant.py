@@ -5,7 +5,7 @@ from calibration.student.fake_quant import fake_quantize, round_straight_through
 
 
 def one(x, scale=0.5, qmin=-1.0, levels=3):
-    """Value and gradients of one sample with bounds [-1, 2]; the result is weighted by 1, 10, 100, ... to tell the values apart."""
+    """Value and gradients of one sample with bounds [-1, 2]; the result is weighted by 1, 10, 100, ... so that the values can be distinguished."""
     tensors = torch.tensor([x], requires_grad=True), torch.tensor([scale], requires_grad=True), torch.tensor([qmin], requires_grad=True)
     y = fake_quantize(*tensors, levels)
     (y * 10.0 ** torch.arange(len(x))).sum().backward()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from calibration.student.module_outputs import capture_outputs, module_calls, tensors_of
+from calibration.student.module_outputs import capture_outputs, input_hooks, module_calls, tensors_of
 
 
 def test_captured_outputs_are_the_last_tensor_of_each_module_and_hooks_are_removed():
@@ -34,6 +34,19 @@ class Plus(nn.Module):
     def forward(self, x):
         self.runs += 1
         return x + 1
+
+
+def test_input_hooks_receive_module_and_arguments_and_are_removed_even_after_an_error():
+    class Failing(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("in the forward pass")
+
+    model, calls = nn.Sequential(nn.Identity(), Failing()), []
+    hooks = [(layer, lambda *call: calls.append(call)) for layer in model]
+    with pytest.raises(RuntimeError, match="in the forward pass"), input_hooks(hooks):
+        model(torch.tensor([-1.0]))
+    assert calls == [(layer, (torch.tensor([-1.0]),)) for layer in model]
+    assert not any(layer._forward_pre_hooks for layer in model)
 
 
 @pytest.mark.parametrize(("results", "runs"), [(False, [1, 0, 0]), (True, [1, 1, 0])])

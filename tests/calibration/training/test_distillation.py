@@ -30,7 +30,7 @@ def test_rates_rise_and_fall_linearly():
     assert TrainingSchedule(steps=10, batch=1).factor(0) == 1.0
 
 
-@pytest.mark.parametrize("kind", ["unet2d", "unet2d-classes"])
+@pytest.mark.parametrize("kind", ["unet2d", pytest.param("unet2d-classes", marks=pytest.mark.extended)])
 def test_an_interrupted_and_resumed_run_ends_in_the_same_artifact(kind, tmp_path):
     recipe, source = EfficientDM(**SETTINGS), tiny_source(kind)
     whole = fit(source, recipe, RunOptions())

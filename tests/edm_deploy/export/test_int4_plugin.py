@@ -146,7 +146,7 @@ def test_tensorrts_parser_finds_all_that_it_looks_for_on_a_node(exported):
             assert len(node.input) == len(plugin.inputs)
 
 
-def test_no_plugin_bears_a_standard_operators_name():
+def test_no_plugin_has_the_name_of_a_standard_operator():
     """The parser looks importers up by op type and ignores the domain."""
     standard = {schema.name for schema in onnx.defs.get_all_schemas()}
     assert not {QUANTIZE.name, CONV.name} & standard

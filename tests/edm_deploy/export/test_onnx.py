@@ -116,7 +116,7 @@ def test_an_unknown_type_is_refused_before_any_work(option, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_large_weights_go_beside_the_graph(tmp_path, monkeypatch):
+def test_large_weights_are_in_a_second_file(tmp_path, monkeypatch):
     monkeypatch.setattr("edm_deploy.export.onnx.EXTERNAL_DATA_BYTES", 100)
     manifest = onnx_from_artifact(artifact_by_hand(), tmp_path / "x")
     assert "model.onnx.data" in manifest.files

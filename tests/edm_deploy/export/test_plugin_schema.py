@@ -17,6 +17,6 @@ def test_attributes_and_inputs_bear_no_name_that_tensorrt_keeps_for_itself():
         assert not {"outputs", "stream", "tactic", "plugin_namespace", "plugin_version", "aot"} & set(names)
 
 
-def test_the_namespace_is_none_of_tensorrts_own():
+def test_the_namespace_is_not_one_of_tensorrt():
     assert NAMESPACE not in {"", "trt", "tensorrt", "std"}
     assert "." not in NAMESPACE

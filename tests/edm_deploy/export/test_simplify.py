@@ -31,7 +31,7 @@ def test_what_computes_nothing_is_taken_out(text, left):
     assert ops(model) == left
 
 
-def test_constants_are_folded_and_stand_among_the_initialisers():
+def test_constants_are_folded_into_initialisers():
     model = graph_of("two = Constant <value_float = 2.0> () three = Constant <value_float = 3.0> () s = Mul (two, three) y = Mul (x, s)")
     tidy(model)
     (node,) = model.graph

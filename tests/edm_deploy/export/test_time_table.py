@@ -51,7 +51,7 @@ def session(exported, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in TINY if family_named(TINY[kind][0]).time_only(TINY[kind][1])])
-def test_what_a_family_calls_time_only_sees_nothing_but_the_timestep(kind):
+def test_time_only_layers_depend_on_the_timestep_alone(kind):
     family, config, model = tiny_model(kind)
     seen = [{}, {}, {}]
     names = family.time_layers(model, config)
@@ -120,7 +120,7 @@ def test_at_whole_timesteps_the_engine_is_as_near_the_reference_as_it_would_be_c
     check_no_further(got, expected, truth)  # a last bit of the time features may flip a code
 
 
-def test_between_two_timesteps_the_features_lie_on_the_line_between_them(exported):
+def test_between_two_timesteps_features_are_interpolated_linearly(exported):
     from onnx.reference import ReferenceEvaluator
 
     *_, model = exported

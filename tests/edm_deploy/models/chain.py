@@ -16,14 +16,14 @@ from edm_deploy import load_pipeline
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.reference import Reference
 from edm_deploy.export.onnx import onnx_from_artifact
-from edm_deploy.pipelines.model_index import INDEX
 from edm_deploy.pipelines.prompt_encoding import encode, takes_prompts
-from edm_deploy.pipelines.rebuild import quiet
+from edm_deploy.pipelines.rebuild import without_loading_messages
 from edm_deploy.pipelines.schedulers import scheduler_named
 from edm_deploy.pipelines.source import Source, float_artifact, load_source
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.manifest import ShapeRange
+from edm_deploy.storage.directories import INDEX_FILE
 from engines import build_engine
 from tests import tiny_transformers, tiny_unets
 from tests.conftest import tiny_inputs
@@ -72,11 +72,11 @@ def tiny_pipeline(kind: str) -> DiffusionPipeline:
 def home(kind: str) -> Path:
     """The pipeline's directory."""
     directory = Path(mkdtemp(prefix="edm-chain-")) / kind
-    with quiet():
+    with without_loading_messages():
         tiny_pipeline(kind).save_pretrained(directory)
     if kind == "dit":  # as published: diffusers reads the labels from there, and does not save them
-        index = json.loads((directory / INDEX).read_text())
-        (directory / INDEX).write_text(json.dumps(index | {"id2label": LABELS}))
+        index = json.loads((directory / INDEX_FILE).read_text())
+        (directory / INDEX_FILE).write_text(json.dumps(index | {"id2label": LABELS}))
     return directory
 
 

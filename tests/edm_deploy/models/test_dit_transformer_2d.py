@@ -22,12 +22,12 @@ def test_its_pipeline_comes_back_with_every_scheduler(scheduler):
     check_pipeline("dit", scheduler, class_labels=[3, 999], output_type="np")
 
 
-def test_everything_beside_the_denoiser_comes_back_as_it_was():
+def test_the_other_components_are_reloaded_unchanged():
     check_components("dit")
     assert chain("dit").exact.get_label_ids(["goldfish"]) == [1]
 
 
-def test_what_shapes_every_token_stays_at_8_bit_and_the_variance_is_not_walked():
+def test_what_modulates_every_token_is_w8a8_and_the_scheduler_gets_no_variance():
     family, config, model = tiny_model("dit")
     placed = {name: family.placement(name) for name in family.sites(model)}
     quantized = {name.split(".", 2)[2] for name, placement in placed.items() if placement == "quantize"}

@@ -43,13 +43,13 @@ def test_its_pipeline_comes_back(kind, scheduler, settings, size):
 
 
 @pytest.mark.parametrize("kind", ["flux", pytest.param("flux-schnell", marks=pytest.mark.extended)])
-def test_everything_beside_the_denoiser_comes_back_as_it_was(kind):
+def test_the_other_components_are_reloaded_unchanged(kind):
     check_components(kind)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["flux", pytest.param("flux-schnell", marks=pytest.mark.extended)])
-def test_prompts_become_what_the_pipeline_itself_makes_of_them(kind):
+def test_prompts_are_encoded_as_by_the_pipeline(kind):
     given, pooled, _ = chain(kind).original.encode_prompt(list(PROMPTS), None)
     check_prompts(kind, (given, pooled), ())
 

@@ -41,12 +41,12 @@ def test_its_pipeline_comes_back_with_every_scheduler(scheduler, size):
     check_pipeline("pixart", scheduler, prompt=list(PROMPTS), **size, use_resolution_binning=False, output_type="latent")
 
 
-def test_everything_beside_the_denoiser_comes_back_as_it_was():
+def test_the_other_components_are_reloaded_unchanged():
     check_components("pixart")
 
 
 @torch.no_grad()
-def test_prompts_become_what_the_pipeline_itself_makes_of_them():
+def test_prompts_are_encoded_as_by_the_pipeline():
     given, mask, without, without_mask = chain("pixart").original.encode_prompt(list(PROMPTS))
     check_prompts("pixart", (given, mask), (without, without_mask))
 
@@ -58,7 +58,7 @@ def test_a_prompt_that_the_pipeline_would_cut_is_refused_though_the_tokenizer_ta
 
 
 @torch.no_grad()
-def test_sigma_takes_as_many_tokens_as_its_own_pipeline():
+def test_sigma_takes_as_many_tokens_as_its_pipeline():
     sigma = PixArtSigmaPipeline(**chain("pixart").original.components)
     family, config, _ = tiny_model("pixart")
     given, without = family.encode_prompts(config, sigma, PROMPTS)
@@ -68,7 +68,7 @@ def test_sigma_takes_as_many_tokens_as_its_own_pipeline():
 
 
 @pytest.mark.extended
-def test_the_model_of_1024_pixels_is_told_the_size_of_the_image(tmp_path):
+def test_the_model_of_1024_pixels_is_conditioned_on_the_image_size(tmp_path):
     """diffusers' pipeline tells it where the model's own size is 128 latents; smaller images of it take less time."""
     parts = chain("pixart").original.components
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def test_the_model_of_1024_pixels_is_told_the_size_of_the_image(tmp_path):
 def test_layers_whose_rows_are_not_the_samples_stay_float():
     family, _, model = tiny_model("pixart-1024")
     rule = family.rule("adaln_single.emb.resolution_embedder.linear_1")
-    assert rule.placement == "float" and "two sizes a sample" in rule.reason
+    assert rule.placement == "float" and "two sizes per sample" in rule.reason
     assert not any("resolution" in name for name in family.sites(model))
     assert family.placement("adaln_single.linear") == "w8a8"
 

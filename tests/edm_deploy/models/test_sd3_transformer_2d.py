@@ -40,18 +40,18 @@ def test_its_pipeline_comes_back_with_a_shift_by_size():
     check_pipeline("sd3", "flow-euler", {"use_dynamic_shifting": True}, prompt=PROMPTS[0], output_type="latent")
 
 
-def test_everything_beside_the_denoiser_comes_back_as_it_was():
+def test_the_other_components_are_reloaded_unchanged():
     check_components("sd3")
 
 
 @torch.no_grad()
-def test_prompts_become_what_the_pipeline_itself_makes_of_them():
+def test_prompts_are_encoded_as_by_the_pipeline():
     given, without, pooled, without_pooled = chain("sd3").original.encode_prompt(list(PROMPTS), None, None)
     check_prompts("sd3", (given, pooled), (without, without_pooled))
 
 
 @torch.no_grad()
-def test_without_its_third_text_encoder_zeros_stand_in_the_place_of_its_tokens():
+def test_without_the_third_text_encoder_its_tokens_are_zero():
     given, without, pooled, without_pooled = chain("sd3-without-t5").original.encode_prompt(list(PROMPTS), None, None)
     check_prompts("sd3-without-t5", (given, pooled), (without, without_pooled))
     assert not given[:, 77:].any()
@@ -88,7 +88,7 @@ def test_positions_bound_the_size():
 
 
 @pytest.mark.parametrize("name", ["block_controlnet_hidden_states", "joint_attention_kwargs", "skip_layers"])
-def test_what_the_graph_does_not_carry_is_refused(name):
+def test_an_argument_without_an_input_is_refused(name):
     given = {"joint_attention_kwargs": {"scale": 0.5}, "skip_layers": [1]}.get(name, [torch.zeros(1)])
     with pytest.raises(UnsupportedError, match=f"no input '{name}'"):
         chain("sd3").denoiser(torch.zeros(1, 4, 8, 8), torch.zeros(1, 5, 12), torch.zeros(1, 16), 1, **{name: given})

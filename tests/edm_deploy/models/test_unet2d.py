@@ -16,9 +16,9 @@ def test_first_and_last_convolution_and_the_time_embedding_stay_at_eight_bits():
 
 
 def test_every_convolution_and_linear_is_a_site():
-    bones = meta_model(FAMILY, TINY_UNET)
-    layers = [name for name, layer in bones.named_modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
-    assert list(FAMILY.sites(bones)) == layers
+    meta = meta_model(FAMILY, TINY_UNET)
+    layers = [name for name, layer in meta.named_modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
+    assert list(FAMILY.sites(meta)) == layers
     assert len(layers) > 20
 
 
@@ -43,7 +43,7 @@ def test_labels_are_an_input_where_the_model_takes_them(change, names):
     assert prediction.shape == (2, 3, 8, 8)
 
 
-def test_random_labels_lie_within_the_classes():
+def test_random_labels_are_within_the_classes():
     labels = FAMILY.random_conditioning(TINY_CLASS_UNET, 64, torch.Generator().manual_seed(0))["class_labels"]
     assert set(labels.tolist()) == set(range(5))
 
@@ -78,7 +78,7 @@ def test_an_argument_without_an_input_is_refused():
         FAMILY.bind(TINY_CLASS_UNET, (1, 2), {})
 
 
-def test_the_graph_forward_is_the_model_own():
+def test_the_graph_s_forward_is_that_of_the_model():
     _, _, model = tiny_model("unet2d")
     inputs = tiny_inputs("unet2d")
     assert torch.equal(FAMILY.forward(model, inputs), model(inputs["sample"], inputs["timestep"]).sample)

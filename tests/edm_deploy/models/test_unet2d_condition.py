@@ -38,7 +38,7 @@ def test_the_cross_attention_is_quantized():
 
 
 @pytest.mark.parametrize("key", ["addition_embed_type", "encoder_hid_dim_type", "class_embed_type"])
-def test_conditioning_that_is_not_carried_yet_is_refused(key):
+def test_conditioning_that_is_not_supported_is_refused(key):
     with pytest.raises(UnsupportedError, match=f"{key}='text'"):
         FAMILY.build(TINY_CONDITION_UNET | {key: "text"})
 
@@ -68,11 +68,11 @@ def test_the_quantized_engine_is_the_reference(kind):
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_everything_beside_the_denoiser_comes_back_as_it_was(kind):
+def test_the_other_components_are_reloaded_unchanged(kind):
     check_components(kind)
 
 
-def told(kind):
+def arguments(kind):
     """What a pipeline of this kind is called with; all are guided by default."""
     if kind == "ldm":
         return {"class_labels": [0, LABELS - 1], "output_type": "latent"}
@@ -87,20 +87,20 @@ def told(kind):
 @pytest.mark.parametrize("kind", VARIANTS)
 @pytest.mark.parametrize("scheduler", [None, *schedulers_for(SCHEDULER)])
 def test_its_pipeline_comes_back_with_every_scheduler(kind, scheduler):
-    check_pipeline(kind, scheduler, **told(kind))
+    check_pipeline(kind, scheduler, **arguments(kind))
 
 
 @pytest.mark.parametrize("kind", ["sdxl", *EXTENDED])
 def test_its_pipeline_comes_back_at_another_resolution(kind):
-    check_pipeline(kind, **told(kind) | WIDER)
+    check_pipeline(kind, **arguments(kind) | WIDER)
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_its_pipeline_comes_back_unguided_and_decoded(kind):
-    check_pipeline(kind, **told(kind) | {"guidance_scale": 1.0, "output_type": "np"})
+    check_pipeline(kind, **arguments(kind) | {"guidance_scale": 1.0, "output_type": "np"})
 
 
-def test_the_sizes_that_sdxl_is_told_differ_between_the_halves_of_guidance():
+def test_sdxl_s_sizes_may_differ_between_the_halves_of_guidance():
     sizes = {"original_size": (1024, 1024), "crops_coords_top_left": (8, 0), "target_size": (768, 512)}
     negative = {"negative_original_size": (64, 64), "negative_crops_coords_top_left": (0, 9), "negative_target_size": (2049, 2049)}
     given = {"prompt": PROMPTS[0], "output_type": "latent"}
@@ -114,7 +114,7 @@ def test_the_sizes_that_sdxl_is_told_differ_between_the_halves_of_guidance():
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["sd", "sd2", "inpainting", "sdxl"])
-def test_prompts_become_what_the_pipeline_itself_makes_of_them(kind):
+def test_prompts_are_encoded_as_by_the_pipeline(kind):
     expected = tiny_pipeline(kind).encode_prompt(list(PROMPTS), device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
     given, without = encode(home(kind), FAMILY, TINY_SDXL if kind == "sdxl" else TINY_CONDITION_UNET, PROMPTS)
     names = list(FAMILY.text_inputs)[: len(expected) // 2]
@@ -125,7 +125,7 @@ def test_prompts_become_what_the_pipeline_itself_makes_of_them(kind):
 
 
 @pytest.mark.parametrize("kind", ["sdxl", *EXTENDED])
-def test_a_calibration_is_told_prompts(kind):
+def test_a_calibration_is_conditioned_on_prompts(kind):
     provenance = chain(kind).artifact.provenance
     assert provenance["conditioning"].startswith("2 prompts")
     assert provenance["guidance"] == {"sdxl": 5.0}.get(kind, 7.5)
@@ -142,7 +142,7 @@ def test_it_is_fine_tuned(kind, tmp_path):
     assert all(site.codes.any() for site in artifact.sites.values())
 
 
-def test_sdxl_stands_for_no_prompt_by_zeros():
+def test_the_empty_prompt_of_sdxl_is_zero():
     """`force_zeros_for_empty_prompt`, the default of its pipeline."""
     _, without = encode(home("sdxl"), FAMILY, TINY_SDXL, PROMPTS)
     assert not any(value.any() for value in without.values())
@@ -153,7 +153,7 @@ def test_a_prompt_that_two_text_encoders_cut_off_is_refused():
         conditioner_of(chain("sdxl").source, prompts=("a" * 80,))
 
 
-def test_a_label_is_told_by_the_class_embedder():
+def test_a_label_is_encoded_by_the_class_embedder():
     made = chain("ldm")
     table = made.original.class_embedder
     conditioner = conditioner_of(made.source)
@@ -164,7 +164,7 @@ def test_a_label_is_told_by_the_class_embedder():
     assert made.artifact.provenance["guidance"] == 1.5
 
 
-def test_a_mask_lies_beside_the_latents_and_hides_the_image():
+def test_a_mask_is_concatenated_to_the_latents_and_hides_the_image():
     beside = FAMILY.extra_channels(TINY_CONDITION_UNET | {"in_channels": 9}, 3, torch.Generator().manual_seed(0))
     mask, image = beside[:, :1], beside[:, 1:]
     assert beside.shape == (3, 5, 8, 8)
@@ -185,13 +185,13 @@ def test_sdxl_without_its_added_conditions_is_refused():
 
 
 @pytest.mark.parametrize("name", ["timestep_cond", "down_block_additional_residuals", "encoder_attention_mask", "cross_attention_kwargs"])
-def test_what_the_graph_does_not_carry_is_refused(name):
+def test_an_argument_without_an_input_is_refused(name):
     value = {"scale": 0.5} if name == "cross_attention_kwargs" else torch.zeros(1)
     with pytest.raises(UnsupportedError, match=f"The engine has no input '{name}'"):
         FAMILY.bind(TINY_CONDITION_UNET, (1, 2, 3), {name: value})
 
 
-def test_a_guidance_scale_beside_the_timestep_is_refused():
+def test_a_guidance_scale_embedded_with_the_timestep_is_refused():
     with pytest.raises(UnsupportedError, match=r"time_cond_proj_dim=8: a guidance scale embedded with the timestep \(LCM\)"):
         FAMILY.build(TINY_CONDITION_UNET | {"time_cond_proj_dim": 8})
 

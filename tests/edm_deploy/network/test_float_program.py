@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.network.float_program import MODEL, exported_program, quiet
+from edm_deploy.network.float_program import MODEL, exported_program, without_library_output
 from tests.conftest import tiny_inputs, tiny_model
 
 
@@ -44,7 +44,7 @@ def test_a_model_that_cannot_be_traced_is_one_clear_error(monkeypatch):
 
 
 def test_what_the_exporters_say_is_not_the_users_to_read(capsys):
-    with quiet():
+    with without_library_output():
         print("noise")
         logging.getLogger("torch.onnx").warning("noise")
     assert capsys.readouterr() == ("", "")

@@ -6,7 +6,7 @@ import torch
 from edm_deploy.models import family_named
 from edm_deploy.network.layer_costs import model_work
 from edm_deploy.network.restructure import NetworkRewrite
-from tests.conftest import TINY_UNET
+from tests.conftest import TINY_CONDITION_UNET, TINY_UNET
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def test_a_convolution_of_stride_2_reads_four_times_what_it_writes(work):
     assert work.sites[name].inputs_at == 4 * work.sites[name].outputs_at
 
 
-def test_every_site_is_seen_and_every_parameter_counted(work):
+def test_every_site_and_every_parameter_is_counted(work):
     family = family_named("unet2d")
     with torch.device("meta"):
         model = family.build(TINY_UNET)
@@ -34,7 +34,7 @@ def test_every_site_is_seen_and_every_parameter_counted(work):
     assert work.parameters == sum(value.numel() for value in model.parameters())
 
 
-def test_attention_s_matmuls_stand_outside_the_sites():
+def test_attention_s_matmuls_are_counted_outside_the_sites():
     """Two matmuls of [tokens, tokens, width] in each attention block; torch counts them on its own."""
     config = TINY_UNET | {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
     family = family_named("unet2d")
@@ -53,7 +53,7 @@ def test_projections_of_one_tensor_share_their_input(work):
     assert set(work.shared_input) == set(work.sites)
 
 
-def test_the_parts_of_a_cut_layer_do_its_work_and_pre_scales_none(work):
+def test_the_parts_of_a_split_layer_cost_as_much_as_the_layer_and_pre_scales_nothing(work):
     layer, query = "up_blocks.0.resnets.0.conv_shortcut", "up_blocks.0.attentions.0.to_q"
     found = model_work(family_named("unet2d"), TINY_UNET, NetworkRewrite({layer: (20, 12)}, (query, query.replace("to_q", "to_k"))))
     assert [found.sites[f"{layer}.segment{index}"].channels for index in (0, 1)] == [20, 12]
@@ -62,7 +62,7 @@ def test_the_parts_of_a_cut_layer_do_its_work_and_pre_scales_none(work):
     assert found.shared_input[query.replace("to_q", "to_k")] == query
 
 
-def test_the_memory_of_values_is_that_of_the_largest_moment(monkeypatch):
+def test_activation_memory_is_the_peak_of_live_tensors(monkeypatch):
     """By hand: x [1, 4, 8, 8] float32 is an input; while conv2 runs, its input and its output are alive, 4 and 16 channels of 256 bytes."""
     from torch import nn
 
@@ -83,3 +83,10 @@ def test_attention_is_never_held_as_a_matrix():
     """Of 32x32 tokens the matrix alone would take 4 MB for each of two heads; the values of a model of 16 channels are far smaller."""
     config = TINY_UNET | {"sample_size": 64}
     assert model_work(family_named("unet2d"), config).activation_bytes < 2 * 4 * 1024 * 1024
+
+
+def test_keys_and_values_of_cross_attention_share_the_conditioning():
+    shared = model_work(family_named("unet2d-condition"), TINY_CONDITION_UNET).shared_input
+    first = {shared[name] for name in shared if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    assert len(first) == 1
+    assert first.pop().endswith("attn2.to_k")

@@ -10,7 +10,7 @@ def table(scale=(0.5, 1.0), qmin=(-3, -8), qmax=(12, 7), bits=4):
     )
 
 
-def test_each_sample_is_quantized_at_its_own_row():
+def test_each_sample_is_quantized_at_its_row():
     x = torch.tensor([[-5.0, 1.0, 20.0], [-20.0, 1.0, 20.0]])
     assert quantize_activation(x, table(), torch.tensor([0, 1])).tolist() == [[-3, 2, 12], [-8, 1, 7]]
 

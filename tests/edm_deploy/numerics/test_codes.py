@@ -7,7 +7,7 @@ from edm_deploy.errors import InputError
 from edm_deploy.numerics.codes import dequantize_weight, fits_int4, pack_int4, quantize_weight, symmetric_bounds, unpack_int4, weight_bounds
 
 
-def test_first_code_lies_in_the_low_nibble():
+def test_the_first_code_is_in_the_low_nibble():
     assert pack_int4(torch.tensor([1, -2], dtype=torch.int8)).tolist() == [0xE1]
 
 

@@ -27,7 +27,7 @@ def test_a_pixel_takes_whole_chunks():
     assert [code_bytes(channels, 8) for channels in (1, 16, 17, 320)] == [16, 16, 32, 320]
 
 
-def test_the_even_channel_lies_in_the_low_nibble():
+def test_the_even_channel_is_in_the_low_nibble():
     assert pack_codes(torch.tensor([[1, -2, 3]]), 4).tolist() == [[0xE1, 0x03] + [0] * 14]
 
 
@@ -40,7 +40,7 @@ def test_eight_bits_are_stored_as_they_are():
     assert pack_codes(torch.tensor([[-1, 127, -128]]), 8).tolist() == [[255, 127, 128] + [0] * 13]
 
 
-def test_a_weight_lies_by_output_tap_and_channel():
+def test_a_weight_is_stored_by_output_tap_and_channel():
     codes = torch.arange(8).reshape(1, 2, 2, 2).to(torch.int8) - 4  # channel 0: taps -4..-1, channel 1: taps 0..3
     packed = pack_weight(codes, 8)
     assert packed.shape == (1, 4, CHUNK)
@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused():
         code_bytes(3, 5)
     with pytest.raises(InputError, match="unsigned codes of 8 bits: expected 4"):
         zero_codes(torch.zeros(1, dtype=torch.int32), 8, unsigned=True)
-    with pytest.raises(InputError, match="qmin -16: an unsigned 4-bit code cannot carry real 0 below -15"):
+    with pytest.raises(InputError, match="qmin -16: an unsigned 4-bit code cannot represent real 0 below -15"):
         zero_codes(torch.tensor([-16]), 4, unsigned=True)
 
 

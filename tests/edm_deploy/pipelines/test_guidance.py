@@ -14,18 +14,18 @@ def test_the_unconditional_half_comes_first_and_only_some_inputs_differ():
     assert inputs["timestep"].tolist() == [5, 6, 5, 6]
 
 
-def test_guidance_moves_on_from_the_unconditional_prediction():
+def test_guidance_extrapolates_from_the_unconditional_prediction():
     conditioning = Conditioning({}, {"label": torch.tensor([0])}, scale=3.0)
     assert conditioning.combine(torch.tensor([1.0, 10.0, 2.0, 8.0])).tolist() == [1 + 3 * 1, 10 + 3 * -2]
 
 
-def test_a_scale_of_one_runs_nothing_twice():
+def test_a_scale_of_one_runs_one_half_only():
     conditioning = Conditioning({}, {"label": torch.tensor([0])}, scale=1.0)
     assert len(conditioning.inputs(torch.zeros(2, 1), torch.zeros(2))["sample"]) == 2
     assert conditioning.combine(torch.tensor([1.0, 2.0])).tolist() == [1, 2]
 
 
-def test_what_stands_beside_the_sample_is_one_input_with_it():
+def test_extra_channels_are_concatenated_to_the_sample():
     inputs = Conditioning({EXTRA_CHANNELS: torch.ones(2, 5, 4, 4)}).inputs(torch.zeros(2, 4, 4, 4), torch.zeros(2))
     assert set(inputs) == {"sample", "timestep"}
     assert inputs["sample"].mean((0, 2, 3)).tolist() == [0] * 4 + [1] * 5

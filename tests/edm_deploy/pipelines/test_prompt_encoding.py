@@ -13,7 +13,7 @@ def source(tmp_path_factory):
     return load_source(saved(tmp_path_factory.mktemp("sd") / "p"))
 
 
-def test_prompts_become_what_the_pipeline_itself_makes_of_them(source):
+def test_prompts_are_encoded_as_by_the_pipeline(source):
     conditioner = conditioner_of(source, prompts=("a cat", "a dog"))
     given, without = stable_diffusion().encode_prompt("a dog", "cpu", 1, True)
     torch.testing.assert_close(conditioner.encoded["encoder_hidden_states"][1:], given)
@@ -27,9 +27,9 @@ def test_a_prompt_that_is_cut_off_is_refused(source):
         conditioner_of(source, prompts=("a" * 100,))
 
 
-def test_without_text_encoders_what_is_told_is_random_and_that_is_said(monkeypatch):
+def test_without_text_encoders_conditioning_is_random_and_a_warning_says_so(monkeypatch):
     said = []
     monkeypatch.setattr("edm_deploy.pipelines.prompt_encoding.log.warning", lambda text, *values: said.append(text % values))
     conditioner = conditioner_of(tiny_source("unet2d-condition"))
-    assert said == ["unet2d-condition has no text encoders here: its encoder_hidden_states is drawn at random, which prompts are not."]
+    assert said == ["unet2d-condition has no text encoders here: random encoder_hidden_states replace those of prompts."]
     assert conditioner.origin == "drawn at random"

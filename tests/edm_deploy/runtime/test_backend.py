@@ -11,7 +11,7 @@ from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.runtime.backend import BuildOptions, Session
 
 
-def test_an_option_that_a_backend_has_not_is_refused_with_those_it_has():
+def test_an_unsupported_option_is_refused_with_the_supported_ones():
     backend = registry.load(engines, "ort", "BACKEND")
     with pytest.raises(UnsupportedError, match=r"ort has no option --gpu\. Leave it out; its options: .*--threads"):
         backend.refuse_foreign_options(BuildOptions(gpu="rtx3090"))

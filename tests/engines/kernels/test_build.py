@@ -43,10 +43,10 @@ def compilations(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
-    """What is said aloud."""
-    said: list[str] = []
-    monkeypatch.setattr(build.log, "warning", lambda message, *values: said.append(message % values))
-    return said
+    """Logged warnings."""
+    logged: list[str] = []
+    monkeypatch.setattr(build.log, "warning", lambda message, *values: logged.append(message % values))
+    return logged
 
 
 def test_a_second_call_compiles_nothing(compilations, own_cache):
@@ -87,7 +87,7 @@ def test_a_flipped_bit_is_noticed(compilations, warnings):
     assert warnings == [f"{path} is damaged; the kernels are compiled again."]
 
 
-def test_a_directory_that_cannot_be_written_is_said_once(compilations, tmp_path, monkeypatch, warnings):
+def test_a_directory_that_cannot_be_written_is_reported_once(compilations, tmp_path, monkeypatch, warnings):
     (tmp_path / "file").write_text("no directory")
     monkeypatch.setenv("EDM_DEPLOY_CACHE", str(tmp_path / "file"))
     first = cubin("sm_86")
@@ -99,7 +99,7 @@ def test_a_directory_that_cannot_be_written_is_said_once(compilations, tmp_path,
     assert "Set EDM_DEPLOY_CACHE to a directory that can be written" in warnings[0]
 
 
-def test_the_cache_stands_where_the_system_keeps_caches(monkeypatch, tmp_path):
+def test_the_cache_is_in_the_systems_cache_directory(monkeypatch, tmp_path):
     monkeypatch.delenv("EDM_DEPLOY_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert build.cache_directory() == tmp_path / "edm-deploy" / "kernels"
@@ -136,7 +136,7 @@ def test_nvcc_compiles_the_same_source():
 
 
 @needs_nvrtc
-def test_a_refused_source_is_told_in_its_first_error():
+def test_a_refused_source_is_reported_by_its_first_error():
     broken = SMALL | {"part.h": b"#define FACTOR nothing\n"}
     with pytest.raises(
         UnsupportedError, match=r'nvrtc \d+\.\d+ cannot compile the kernels for sm_86: kernels.cu\(2\): error: identifier "nothing"'
@@ -145,7 +145,7 @@ def test_a_refused_source_is_told_in_its_first_error():
 
 
 @needs_nvcc
-def test_what_nvcc_refuses_is_told_likewise():
+def test_a_source_that_nvcc_refuses_is_reported_by_its_first_error():
     compiler = build.nvcc_compiler("nvcc")
     with pytest.raises(UnsupportedError, match=r'cannot compile the kernels for sm_86: kernels.cu\(2\): error: identifier "nothing"'):
         build.compiled(SMALL | {"part.h": b"#define FACTOR nothing\n"}, "kernels.cu", "sm_86", compiler)
@@ -154,7 +154,7 @@ def test_what_nvcc_refuses_is_told_likewise():
 
 
 @needs_nvrtc
-def test_an_unknown_gpu_is_told_what_is_known():
+def test_an_unknown_gpu_is_refused_with_the_known_ones():
     with pytest.raises(UnsupportedError, match=r"nvrtc \d+\.\d+ cannot compile for sm_20; it can for .*sm_86"):
         build.compiled(SMALL, "kernels.cu", "sm_20", build.nvrtc_compiler())
 
@@ -162,7 +162,7 @@ def test_an_unknown_gpu_is_told_what_is_known():
 def test_the_kernels_find_all_their_headers():
     files = build.source_files()
     named = {line.split('"')[1] for content in files.values() for line in content.decode().splitlines() if line.startswith("#include")}
-    assert named - {"emulator.h"} <= set(files)  # the emulator's stands beside its tests
+    assert named - {"emulator.h"} <= set(files)  # that of the emulator is with its tests
 
 
 def test_the_source_travels_in_the_wheel():
@@ -176,7 +176,7 @@ def test_the_source_travels_in_the_wheel():
 # ---- no compiler
 
 
-def test_a_missing_nvcc_is_told_of_nvrtc():
+def test_a_missing_nvcc_is_refused_with_nvrtc_as_the_remedy():
     with pytest.raises(UnsupportedError, match=r"No nvcc at '/nowhere/nvcc'. Name the one of a CUDA toolkit, or leave it out"):
         cubin("sm_86", "/nowhere/nvcc")
     with pytest.raises(UnsupportedError, match="--version names no release, so it is no nvcc"):
@@ -222,7 +222,7 @@ def test_the_command_ends_in_one_line():
     assert ran.stderr.count("\n") == 1
 
 
-def test_a_cubin_says_where_it_is_from(compilations):
+def test_a_cubin_records_its_compiler_and_path(compilations):
     built = cubin("sm_90")
     assert isinstance(built, Cubin)
     assert built.arch == "sm_90"

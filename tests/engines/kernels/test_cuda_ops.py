@@ -12,8 +12,8 @@ from torch import Tensor
 
 from engines.kernels import cpu_ops, cuda_ops, driver, ops
 from engines.kernels.tiles import TILES
-from tests.engines.kernels import draws
 from tests.engines.kernels.emulator import Emulator
+from tests.engines.kernels.helpers import draws
 
 OPS = torch.ops.edm_deploy
 assert ops.SCHEMAS  # importing it defines the operators
@@ -90,7 +90,7 @@ def test_statistics_are_those_of_the_cpu(seed, launched):
     assert launched == [f"group_stats_{cuda_ops.TYPE_NAMES[drawn[0].dtype]}"]
 
 
-def test_a_contiguous_map_is_read_as_it_lies(launched):
+def test_a_contiguous_map_is_read_without_a_copy(launched):
     """Channels first needs no copy, unless it is to be normalized; what is contiguous both ways counts as channels last."""
     drawn = draws.quantization(0, largest=6)
     table = replace(drawn.table, rows=torch.zeros(2, dtype=torch.int32))

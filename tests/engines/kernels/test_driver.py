@@ -76,17 +76,17 @@ class Api:
 
 @pytest.fixture(autouse=True)
 def a_gpu(monkeypatch):
-    """torch says sm_86, and nothing is compiled; the GPUs that were asked for."""
-    asked: list[str] = []
+    """torch reports sm_86, and nothing is compiled; yields the requested architectures."""
+    requested: list[str] = []
 
     def cubin(arch: str) -> Cubin:
-        asked.append(arch)
+        requested.append(arch)
         return Cubin(Path("/cache/kernels.cubin"), b"code", arch, Compiler("nvrtc", (13, 5)))
 
     monkeypatch.setattr(build, "cubin", cubin)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
     driver._driver.cache_clear()
-    yield asked
+    yield requested
     driver._driver.cache_clear()
 
 
@@ -117,7 +117,7 @@ def test_kernels_are_loaded_once_and_into_torch_s_context():
     assert names.index("cuCtxSetCurrent") < names.index("cuModuleLoadData")
 
 
-def test_more_than_48_kb_of_shared_memory_are_asked_for():
+def test_more_than_48_kb_of_shared_memory_are_requested():
     api = Api()
     one = Driver(api)
     one.launch([a_launch(shared_bytes=49152)], 0, STREAM)
@@ -144,14 +144,14 @@ def test_a_gpu_s_own_capability_is_compiled_for():
 # ---- what goes wrong
 
 
-def test_a_gpu_below_8_0_is_told_of_other_backends(monkeypatch):
+def test_a_gpu_below_8_0_is_refused_with_other_backends(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     message = r"compute capability 7.5; the kernels need 8.0 \(A100, RTX 30 series\) or later. Use --backend ort, openvino or trt."
     with pytest.raises(UnsupportedError, match=message):
         Driver(Api()).module(0)
 
 
-def test_a_missing_driver_is_told(monkeypatch):
+def test_a_missing_driver_is_reported(monkeypatch):
     class Missing:
         @staticmethod
         def cuInit(flags):  # noqa: N802  # CUDA's name
@@ -163,16 +163,16 @@ def test_a_missing_driver_is_told(monkeypatch):
         Driver(Missing)
 
 
-def test_a_driver_without_a_gpu_is_told():
+def test_a_driver_without_a_gpu_is_reported():
     api = Api(cuInit=Result.CUDA_ERROR_NO_DEVICE)
     message = r"The NVIDIA driver cannot start \(CUDA_ERROR_NO_DEVICE: as CUDA explains it\). Use --backend ort, openvino or trt."
     with pytest.raises(UnsupportedError, match=message):
         Driver(api)
 
 
-def test_an_older_driver_is_told_which_is_needed():
+def test_an_older_driver_is_refused_with_the_required_version():
     message = (
-        r"The NVIDIA driver is one for CUDA 12.8; kernels compiled by nvrtc 13.5 need one for 13.0 or later. "
+        r"The NVIDIA driver supports CUDA 12.8; kernels compiled by nvrtc 13.5 need a driver for 13.0 or later. "
         r"Update the driver, or pip install 'nvidia-cuda-nvrtc<13'."
     )
     with pytest.raises(UnsupportedError, match=message):
@@ -202,16 +202,16 @@ def test_without_cuda_bindings_the_extra_is_named(monkeypatch):
     assert "pip install 'edm-deploy[cuda]'" in driver.available()
 
 
-def test_a_torch_without_cuda_is_told(monkeypatch):
+def test_a_torch_without_cuda_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", Api())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert f"torch {torch.__version__} sees no CUDA device. Install a torch that is built for CUDA." in driver.available()
+    assert f"torch {torch.__version__} finds no CUDA device. Install a torch that is built for CUDA." in driver.available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert driver.available() is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_this_machine_says_why_it_cannot():
+def test_this_machine_reports_why_kernels_cannot_run():
     assert driver.available() is not None
     with pytest.raises(UnsupportedError):
         driver.prepare(torch.device("cuda", 0))
@@ -238,9 +238,9 @@ for entry, width, shared_bytes in (("group_stats_f16", 4, 65536), ("group_stats_
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the stand-in for libcuda is built for Linux")
 def test_the_real_binding_carries_names_grids_and_structs(tmp_path):
-    """cuda.bindings in a process of its own, with libcuda_double.cpp where the driver's library is looked for."""
+    """cuda.bindings in a separate process, with libcuda_double.cpp where the driver's library is looked for."""
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
-    source = Path(__file__).parent / "libcuda_double.cpp"
+    source = Path(__file__).parent / "helpers" / "libcuda_double.cpp"
     subprocess.run(["g++", "-shared", "-fPIC", f"-I{build.SOURCE}", "-o", tmp_path / "libcuda.so.1", source, "-ldl"], check=True)
     environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", THROUGH_THE_BINDING], env=environment, capture_output=True, text=True, check=True)

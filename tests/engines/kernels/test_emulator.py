@@ -103,7 +103,7 @@ def places(shape: tuple[int, ...], stride: tuple[int, ...], rows: int) -> list[t
 
 
 @pytest.mark.parametrize(("kind", "bits", "low"), [("s4", 4, -8), ("u4", 4, 0), ("s8", 8, -128)])
-def test_fragments_lie_as_cute_says(probes, kind, bits, low):
+def test_fragments_are_laid_out_as_in_cute(probes, kind, bits, low):
     g = np.random.default_rng(0)
     depth = 256 // bits
     a = g.integers(low, low + (1 << bits), (16, depth))
@@ -135,7 +135,7 @@ def test_what_was_not_waited_for_or_written_reads_as_poison(probes):
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "message"),
     [
         ("lanes_apart", "the lanes of a warp are at different collectives"),
         ("two_collectives", "the lanes of a warp are at different collectives"),
@@ -150,8 +150,8 @@ def test_what_was_not_waited_for_or_written_reads_as_poison(probes):
         ("two_sizes", "fixed_shared is called with two sizes"),
     ],
 )
-def test_what_a_gpu_leaves_undefined_is_an_error(probes, entry, said):
+def test_what_a_gpu_leaves_undefined_is_an_error(probes, entry, message):
     codes = np.zeros(512, np.uint8)
-    with pytest.raises(EmulationError, match=said):
+    with pytest.raises(EmulationError, match=message):
         run(probes, entry, codes, threads=64)
     assert run(probes, "zero_fill", codes).sum() == 0  # and the next launch is none the worse

@@ -56,7 +56,7 @@ def kernels_after_the_preprocessor(tmp_path_factory) -> set[str]:
     return set(re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(', text))
 
 
-def test_every_kernel_that_is_asked_for_stands_in_the_source(kernels_after_the_preprocessor):
+def test_every_kernel_that_is_launched_is_in_the_source(kernels_after_the_preprocessor):
     assert kernels_after_the_preprocessor == set(entry_points())
 
 

@@ -25,8 +25,8 @@ MUTANTS = {
     ),
     "no barrier before a stage is read": (
         "convolution.cuh",
-        "    __syncthreads();                  // everybody's has;",
-        "                                      // everybody's has;",
+        "    __syncthreads();                  // every thread's has;",
+        "                                      // every thread's has;",
     ),
     "no barrier before the epilogue reuses the stages": (
         "convolution.cuh",
@@ -148,7 +148,7 @@ NO_CONVOLVE = (r"TILES\(CONVOLUTIONS\)\n",)
 
 
 def outcome(folder: pathlib.Path, file: str, old: str, new: str) -> str | None:
-    """Builds the kernels with one replacement and checks them; returns None where the checks pass, else what they said."""
+    """Builds the kernels with one replacement and checks them; returns None where the checks pass, else their message."""
     cuda = folder / "cuda"
     shutil.copytree(CUDA, cuda)
     entry_points = (cuda / "kernels.cu").read_text()

@@ -8,7 +8,7 @@ import pytest
 from engines.kernels.build import nvrtc_compiler
 from engines.kernels.launch import entry_points
 from engines.kernels.tiles import TILES
-from tests.engines.kernels.sass import MULTIPROCESSORS, kernels, table
+from tests.engines.kernels.helpers.sass import MULTIPROCESSORS, kernels, table
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the wheels of NVRTC, nvdisasm and cuobjdump are for Linux")
 INT4 = ("sm_80", "sm_86", "sm_89")  # GPUs whose tensor cores multiply 4 bits
@@ -80,4 +80,4 @@ def test_the_page_has_the_compilers_own_table():
     compiler = f"NVRTC {'.'.join(map(str, nvrtc_compiler().version))}"
     if compiler not in page:
         pytest.skip(f"the table in docs/kernels.md was made by another compiler than {compiler}")
-    assert table("sm_86") in page, "run `python -m tests.engines.kernels.sass` and put its table into docs/kernels.md"
+    assert table("sm_86") in page, "run `python -m tests.engines.kernels.helpers.sass` and put its table into docs/kernels.md"

@@ -17,9 +17,9 @@ from engines.kernels import tensorrt_plugin
 from engines.kernels.build import compiled, nvrtc_compiler, source_files
 from engines.kernels.launch import ConvParams, QuantizeParams, conv_launches, quantize_launch
 from engines.kernels.tiles import TILES
-from tests.engines.kernels import tensorrt_double
-from tests.engines.kernels.sass import tool
-from tests.engines.kernels.tensorrt_double import DataType
+from tests.engines.kernels.helpers import tensorrt_double
+from tests.engines.kernels.helpers.sass import tool
+from tests.engines.kernels.helpers.tensorrt_double import DataType
 
 TYPES = {"FP16": DataType.HALF, "FP32": DataType.FLOAT, "INT32": DataType.INT32, "INT8": DataType.INT8}
 
@@ -108,7 +108,7 @@ def test_no_tile_wants_more_shared_memory_than_a_kernel_gets_without_asking():
     assert max(tile.shared_bytes for tile in TILES) <= 48 << 10
 
 
-def test_without_tensorrt_it_says_so(monkeypatch):
+def test_without_tensorrt_it_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(UnsupportedError, match=r"INT4 plugin nodes need TensorRT 10\.9 or newer, which cannot be imported here"):
         tensorrt_plugin.register()
@@ -157,9 +157,9 @@ def test_the_code_assembles_for_every_gpu_it_is_meant_for(ptx, tmp_path):
         (tmp_path / "x.ptx").write_bytes(code)
         for arch in ("sm_80", "sm_86", "sm_89", "sm_90"):
             command = ["ptxas", f"-arch={arch}", "-v", "-o", tmp_path / "x.cubin", tmp_path / "x.ptx"]
-            said = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert said.returncode == 0, f"{name} for {arch}: {said.stderr}"
-            assert arch == "sm_90" or "spill" not in said.stderr or "0 bytes spill stores" in said.stderr
+            assembled = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert assembled.returncode == 0, f"{name} for {arch}: {assembled.stderr}"
+            assert arch == "sm_90" or "spill" not in assembled.stderr or "0 bytes spill stores" in assembled.stderr
 
 
 @pytest.mark.parametrize(("kind", "instruction"), [("s4", "IMMA.16864.S4.S4"), ("u4", "IMMA.16864.U4.S4"), ("s8", "IMMA.16832.S8.S8")])

@@ -9,7 +9,7 @@ from engines.torch_graph import fusions
 from engines.torch_graph.rewrite import cut_at_layers
 from tests.conftest import artifact_by_hand, tiny_inputs
 from tests.engines.kernels.emulator import Emulator
-from tests.engines.kernels.rewritten import drafted_artifact, program_of
+from tests.engines.rewritten import drafted_artifact, program_of
 
 
 @pytest.fixture
@@ -44,11 +44,13 @@ def test_every_site_of_a_whole_model_has_the_bits_of_the_cpu_and_is_the_referenc
     expected_codes, expected = module(inputs["timestep"], *given.values())
     route()
     codes, outputs = module(inputs["timestep"], *given.values())
-    judged = reference.at_sites({name: x.float() for name, x in seen.items()}, inputs["timestep"])
+    records = reference.at_sites({name: x.float() for name, x in seen.items()}, inputs["timestep"])
     for name in artifact.sites:
         assert torch.equal(codes[name], expected_codes[name]), name
         assert torch.equal(outputs[name], expected[name]), name
-        assert (outputs[name].float() - judged[name].y).abs().max() <= 2**-11 * judged[name].y.abs().max(), name  # one rounding to float16
+        assert (outputs[name].float() - records[name].y).abs().max() <= 2**-11 * records[name].y.abs().max(), (
+            name
+        )  # one rounding to float16
     assert {entry.split("_")[1] for entry in entries if entry.startswith("conv_")} == {"u4", "s8"}
 
 

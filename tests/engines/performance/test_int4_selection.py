@@ -53,9 +53,9 @@ def test_nothing_is_moved_without_a_reason():
     assert (dict(choice.plans), choice.as_int8, choice.reasons) == (plans, frozenset(), ())
 
 
-@pytest.mark.parametrize("asked", [None, "fits"])
-def test_unless_asked_every_site_keeps_its_plan(artifact, plans, asked):
-    assert select_int4(plans, artifact, BuildOptions(int4_where=asked)).plans is plans
+@pytest.mark.parametrize("requested", [None, "fits"])
+def test_by_default_every_site_keeps_its_plan(artifact, plans, requested):
+    assert select_int4(plans, artifact, BuildOptions(int4_where=requested)).plans is plans
 
 
 def test_the_gpu_and_the_usual_batch_are_those_of_the_build(artifact, plans):
@@ -74,7 +74,7 @@ def test_a_gpu_whose_figures_are_not_known_is_refused(artifact, plans):
         select_int4(plans, artifact, BuildOptions(int4_where="faster", gpu="sm_86", profile={"batch": ShapeRange(1, 7, 64)}))
 
 
-def test_an_engine_built_so_says_it_and_computes_the_same_codes(artifact, tmp_path):
+def test_an_engine_with_sites_moved_to_int8_reports_them_and_computes_the_same_codes(artifact, tmp_path):
     from edm_deploy_tools.evaluation.site_agreement import agreement, cut_from_inputs
 
     artifact.save(tmp_path / "artifact")

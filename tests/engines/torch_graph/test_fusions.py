@@ -4,7 +4,7 @@ from torch import nn
 
 from engines.torch_graph import fusions
 from tests.conftest import artifact_by_hand, tiny_inputs
-from tests.engines.kernels.rewritten import calls, drafted, drafted_artifact, program_of, site_of
+from tests.engines.rewritten import calls, drafted, drafted_artifact, program_of, site_of
 
 TIMESTEPS = torch.tensor([100.0, 900.0])
 
@@ -81,7 +81,7 @@ def test_what_others_read_is_not_fused_away():
 
 
 @pytest.mark.parametrize("extra", ["z", "broadcast", "alpha"])
-def test_only_a_plain_sum_of_equal_shapes_that_one_reader_sees_enters_the_epilogue(extra):
+def test_only_a_plain_sum_of_equal_shapes_with_one_reader_enters_the_epilogue(extra):
     plain, fused, x = both(extra)
     assert calls(fused.graph, "add") == 1
     for expected, found in zip(plain.module()(x, TIMESTEPS), fused.module()(x, TIMESTEPS), strict=True):

@@ -5,7 +5,7 @@ from torch import nn
 from edm_deploy.errors import ArtifactError
 from edm_deploy.numerics.kernel_layout import bits_of, pack_codes, unpack_codes
 from engines.torch_graph.packed_layer import integers, layer_from_tensors, tensor_name, tensors_from_layer, widened
-from tests.engines.kernels.rewritten import packed_site, site_of
+from tests.engines.rewritten import packed_site, site_of
 
 
 def layer(channels: int = 5) -> nn.Conv2d:
@@ -60,7 +60,7 @@ def test_sites_quantize_alike_where_table_and_kind_are_the_same():
 
 @pytest.mark.parametrize(("kind", "low"), [("s4", -8), ("u4", -3), ("s8", -8)])
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (2, 6, 5), (2, 5), (2, 3, 4, 5)], ids=["map", "tokens", "vector", "four axes"])
-def test_stored_codes_stand_for_integers_in_the_shape_of_the_input(kind, low, shape):
+def test_stored_codes_unpack_to_integers_in_the_shape_of_the_input(kind, low, shape):
     codes = torch.randint(low, low + 16, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     qmin = torch.tensor([low, low])
     is_map = shape == (2, 5, 3, 4)

@@ -35,6 +35,7 @@ def test_time_and_peak_memory_of_both_are_measured(save_tiny_pipeline, tmp_path)
     assert all(100e6 < peak < 4e9 for peak in (cost.float_peak_bytes, cost.step_peak_bytes))
 
 
+@pytest.mark.extended  # tests/tools/common/test_child_process.py has a failing process in every run
 def test_a_process_that_fails_is_one_clear_error():
     with pytest.raises(EdmDeployError, match="measures the memory of 'float' failed"):
         step_cost(tiny_source(), EfficientDM(rank=2), batch=2, repeats=1)

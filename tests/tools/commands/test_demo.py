@@ -6,12 +6,7 @@ import torch
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import InputError
 from edm_deploy_tools.commands.demo import labelled_rows, made_by, made_from, scheme_bits
-from edm_deploy_tools.common.assets import REFERENCE_MODEL
 from edm_deploy_tools.common.recipe_settings import recipe_with
-
-
-def test_the_shipped_model_is_there():
-    assert (REFERENCE_MODEL / "model_index.json").is_file()
 
 
 def test_a_scheme_is_read_in_either_case():

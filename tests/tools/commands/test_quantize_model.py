@@ -1,16 +1,10 @@
 from __future__ import annotations
 
-import inspect
-import re
-
 import pytest
 
-from calibration import recipes
 from calibration.run.options import RunOptions
-from edm_deploy import registry
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.storage.directories import check_replaceable
-from edm_deploy_tools.commands.quantize import calibrate, finetune
 from edm_deploy_tools.commands.quantize_model import QuantizeRequest, run_options
 from edm_deploy_tools.commands.quantize_model import quantize as run_quantize
 from edm_deploy_tools.common.recipe_settings import recipe_with
@@ -23,13 +17,6 @@ def quantize(model, out, recipe, options, **changes):
 def test_the_teacher_s_dtype_stays_the_default_where_none_is_given():
     assert run_options(device="cpu").teacher_dtype == RunOptions().teacher_dtype
     assert run_options(device="cpu", teacher_dtype="fp32").teacher_dtype == "fp32"
-
-
-@pytest.mark.parametrize(("command", "training"), [(calibrate, False), (finetune, True)])
-def test_each_command_s_help_names_the_recipes_that_are_its_own(command, training):
-    helped = inspect.signature(command, eval_str=True).parameters["recipe"].annotation.__metadata__[0].help.partition(":")[2]
-    own = {name for name in registry.names(recipes) if registry.load(recipes, name, "RECIPE").trains == training}
-    assert set(re.findall(r"[a-z-]+", helped)) - {"or"} == own
 
 
 def test_an_empty_directory_and_one_of_ours_may_be_replaced(tmp_path, chain):

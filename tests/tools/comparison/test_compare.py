@@ -5,27 +5,12 @@ import json
 import pytest
 
 from edm_deploy.errors import ArtifactError, InputError
-from edm_deploy_tools.cli import main
 from edm_deploy_tools.common.child_process import Measured
 from edm_deploy_tools.comparison import compare as module
 from edm_deploy_tools.comparison.compare import ComparisonRequest, compare_recipes
 from edm_deploy_tools.evaluation.trajectory_error import EvaluationSettings
 
 SMALL = "rows = 2\ncalibration_samples = 2\nsteps = 2\nbatch = 2\nrank = 2\n"
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Runs experiments in this process, which needs no new import of torch, and lists their recipes in order."""
-    ran = []
-
-    def run(command, *, cwd):
-        ran.append(command[command.index("--recipe") + 1])
-        code = main(command[3:])
-        return Measured(returncode=code, seconds=1.5, peak_bytes=10**6, last_line="Error: failed." if code else "")
-
-    monkeypatch.setattr(module, "run_measured", run)
-    return ran
 
 
 def request_of(tmp_path, **changes):
@@ -42,10 +27,10 @@ def request_of(tmp_path, **changes):
     return ComparisonRequest(**fields | changes)
 
 
-def test_a_comparison_writes_figures_a_table_and_a_page_and_keeps_what_is_complete(here, tiny_model_dir, tmp_path):
+def test_a_comparison_writes_figures_a_table_and_a_page_and_keeps_what_is_complete(in_process, tiny_model_dir, tmp_path):
     out, lines = tmp_path / "compared", []
     results = compare_recipes(str(tiny_model_dir), out, request_of(tmp_path, budget=6.0), notify=lines.append)
-    assert here == ["static", "efficientdm"]
+    assert in_process == ["static", "efficientdm"]
     static, tuned = results["cells"]
     assert json.loads((out / "results.json").read_text())["cells"] == [static, tuned]
     for cell in (static, tuned):
@@ -61,15 +46,15 @@ def test_a_comparison_writes_figures_a_table_and_a_page_and_keeps_what_is_comple
 
     # The same request runs nothing; another scheme runs only the new experiment; one that lost its record is run again.
     assert compare_recipes(str(tiny_model_dir), out, request_of(tmp_path, budget=6.0))["cells"] == [static, tuned]
-    assert here == ["static", "efficientdm"]
+    assert in_process == ["static", "efficientdm"]
     compare_recipes(str(tiny_model_dir), out, request_of(tmp_path, recipes="static", bits="W4A4,W8A8"))
-    assert here == ["static", "efficientdm", "static"]
+    assert in_process == ["static", "efficientdm", "static"]
     (out / static["folder"] / "made.json").unlink()
     compare_recipes(str(tiny_model_dir), out, request_of(tmp_path, recipes="static"))
-    assert here == ["static", "efficientdm", "static", "static"]
+    assert in_process == ["static", "efficientdm", "static", "static"]
 
 
-def test_ctrl_c_in_one_experiment_keeps_the_others(here, tiny_model_dir, tmp_path, monkeypatch):
+def test_ctrl_c_in_one_experiment_keeps_the_others(in_process, tiny_model_dir, tmp_path, monkeypatch):
     out, make = tmp_path / "compared", module.run_measured
 
     def pressed(command, *, cwd):
@@ -83,11 +68,11 @@ def test_ctrl_c_in_one_experiment_keeps_the_others(here, tiny_model_dir, tmp_pat
     assert [cell["recipe"] for cell in json.loads((out / "results.json").read_text())["cells"]] == ["static"]
     monkeypatch.setattr(module, "run_measured", make)
     results = compare_recipes(str(tiny_model_dir), out, request_of(tmp_path, recipes="static,mse"))
-    assert here == ["static", "mse"]
+    assert in_process == ["static", "mse"]
     assert all("failed" not in cell for cell in results["cells"])
 
 
-def test_a_failed_experiment_is_reported_with_its_reason(here, tiny_model_dir, tmp_path, monkeypatch):
+def test_a_failed_experiment_is_reported_with_its_reason(in_process, tiny_model_dir, tmp_path, monkeypatch):
     def fail(command, *, cwd):
         return Measured(returncode=2, seconds=0.1, peak_bytes=0, last_line="Error: The budget leaves no step to train.")
 
@@ -132,12 +117,3 @@ def test_integer_work_counts_multiply_accumulates_and_timesteps(chain):
     relaxed = torch.zeros(artifact.num_train_timesteps, dtype=torch.uint8)
     relaxed[500:] = 1
     assert module.integer_share(replace(artifact, relaxed=relaxed), [999.0, 749.0, 499.0, 0.0]) == 0.5
-
-
-def test_the_command_prints_the_table(here, run, tiny_model_dir, tmp_path):
-    small = ["--recipes", "static", "--bits", "W8A8", "--rows", "2", "--samples", "2", "--steps", "2", "--budget", "30s"]
-    ran = run("compare", tiny_model_dir, "--out", tmp_path / "compared", *small)
-    assert ran.code == 0
-    assert "static (no training)" in ran.out
-    assert "report.html" in ran.out
-    assert "5 weeks" in run("compare", tiny_model_dir, "--out", tmp_path / "other", "--budget", "5 weeks").complaint

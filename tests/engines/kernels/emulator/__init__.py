@@ -61,7 +61,7 @@ STRUCTS = structs((CUDA / "params.h").read_text())
 
 
 def build(to: pathlib.Path, *flags: str, cuda: pathlib.Path = CUDA) -> pathlib.Path:
-    """Compile the kernels in `cuda` into the shared library `to`. Where there is no g++, the test that asks is skipped."""
+    """Compile the kernels in `cuda` into the shared library `to`. Where there is no g++, the test that requires it is skipped."""
     if sys.platform != "linux" or shutil.which("g++") is None:
         pytest.skip("the emulator is built by g++ on Linux")
     command = ["g++", *FLAGS, *flags, f"-I{HERE}", f"-I{cuda}", str(HERE / "emulator.cpp"), "-o", str(to)]

@@ -1,4 +1,4 @@
-"""Random work for the kernels and what numpy says of it: integers summed exactly, float32 rounded step by step, everything compared bit for bit.
+"""Random work for the kernels and its result in numpy: integers summed exactly, float32 rounded step by step, everything compared bit for bit.
 
 Nothing is shared with the code that packs for a real GPU: layouts are written out here a second time, from params.h.
 As a program, `python -m tests.engines.kernels.emulator.cases LIBRARY SEED COUNT` checks a build of the kernels, and exits with 1 at the first difference.
@@ -253,7 +253,7 @@ class Quantization:
             unsigned_codes=int(self.unsigned),
         )
         octets = Cb // self.bits
-        # Sometimes a grid smaller than params.h asks for: the kernels stride over the rest.
+        # Sometimes a grid smaller than in params.h: the kernels stride over the rest.
         grid = (-(-self.HW * octets // 256), self.N) if self.layout == "last" else (-(-self.HW // 64), -(-octets * 8 // 64), self.N)
         grid = (1, 1, 1) if g.random() < 0.3 else grid
         emulator.run(self.entry, params, grid, 256)

@@ -2,7 +2,7 @@
 
 `core` doubles the C++ half: types, symbolic dimensions, the registry. `doubled_plugin` doubles as much of the Python half, `tensorrt.plugin`, as our plugins
 use, and is stricter than it. `published_plugin` loads NVIDIA's own Python half on top of `core`, where the package tensorrt_cu12_bindings or
-tensorrt_cu13_bindings is installed (without the libraries it needs no GPU). `build` then asks either what TensorRT's builder asks.
+tensorrt_cu13_bindings is installed (without the libraries it needs no GPU). `build` then runs either what TensorRT's builder asks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ARITHMETIC = {
 
 
 class Dimension:
-    """An IDimensionExpr whose value the double knows, and the plugin may not ask for unless it is a constant."""
+    """An IDimensionExpr whose value the double has, and the plugin may read only if it is a constant."""
 
     def __init__(self, value=0, constant=False):
         self.value, self.constant = value, constant
@@ -120,9 +120,9 @@ def published_plugin(trt, monkeypatch):
 
 def doubled_plugin(trt, monkeypatch):
     """A module `tensorrt.plugin`: what our plugins use of it, no more."""
-    from tests.engines.kernels import _plugin_double
+    from tests.engines.kernels.helpers import plugin_double
 
-    module = _plugin_double.module(trt)
+    module = plugin_double.module(trt)
     trt.plugin = module
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", module)
@@ -144,7 +144,7 @@ class Kernel:
 
 
 def build(trt, name, shapes, dtypes, attributes, tactic=None):
-    """Ask a registered plugin what the builder asks, in its order; TensorRT times every tactic, here one is chosen."""
+    """Call a registered plugin as the builder does, in its order; TensorRT times every tactic, here one is given."""
     creator = trt.get_plugin_registry().get_creator(name, "1", "edm_deploy")
     # As the ONNX parser hands them over: in the creator's own order, integers as int64.
     fields = [PluginField(field.name, np.array([attributes[field.name]], dtype=np.int64)) for field in creator.field_names]

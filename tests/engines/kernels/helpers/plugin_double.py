@@ -10,7 +10,7 @@ import typing
 def module(trt):
     """The module, on top of a `tensorrt` from `tensorrt_double.core`."""
     trtp = types.ModuleType("tensorrt.plugin")
-    builder: list = []  # the expression builder, while TensorRT asks for shapes
+    builder: list = []  # the expression builder, while TensorRT requests shapes
 
     class SymInt32:
         def __init__(self, value=None):

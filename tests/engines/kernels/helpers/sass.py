@@ -1,6 +1,6 @@
 """What the compiler made of the kernels: instructions, registers, and from these how many blocks share a multiprocessor.
 
-`python -m tests.engines.kernels.sass` prints the table that stands in docs/kernels.md. NVIDIA's nvdisasm and cuobjdump read our own cubins; no driver is needed.
+`python -m tests.engines.kernels.helpers.sass` prints the table of docs/kernels.md. NVIDIA's nvdisasm and cuobjdump read our own cubins; no driver is needed.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Kernel:
         return self.count("LDL") + self.count("STL")
 
     def count(self, instruction: str) -> int:
-        """How often an instruction stands in the code, by the beginning of its name: `IMMA.16864.S4.S4`."""
+        """Number of occurrences of an instruction in the code, by the beginning of its name: `IMMA.16864.S4.S4`."""
         return len(re.findall(rf"\b{re.escape(instruction)}", self.sass))
 
     @property
@@ -66,7 +66,7 @@ class Kernel:
 
     @property
     def shared_bytes(self) -> int:
-        """That a block asks for, dynamic or fixed."""
+        """Shared memory per block, dynamic or static, in bytes."""
         return self.tile.shared_bytes if self.tile else self.fixed_shared
 
     def blocks(self, on: Multiprocessor) -> int:
@@ -89,10 +89,10 @@ def kernels(arch: str) -> dict[str, Kernel]:
         path = pathlib.Path(scratch) / "kernels.cubin"
         path.write_bytes(cubin(arch).code)
 
-        def said(name: str, *options: str) -> str:
+        def output_of(name: str, *options: str) -> str:
             return subprocess.run([tool(name), *options, str(path)], capture_output=True, text=True, check=True).stdout
 
-        usage, listing = said("cuobjdump", "-res-usage"), said("nvdisasm", "-c")
+        usage, listing = output_of("cuobjdump", "-res-usage"), output_of("nvdisasm", "-c")
     parts = re.split(r"^\.text\.(\w+):", listing, flags=re.M)
     sass = dict(zip(parts[1::2], parts[2::2], strict=True))
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:0 ", usage)
