@@ -10,43 +10,34 @@ import datetime
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
 
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError, InputError
-from edm_deploy.network.family import SAMPLE
-from edm_deploy.network.meta_model import meta_model
 from edm_deploy.pipelines.prompt_encoding import check_takes_prompts
 from edm_deploy.pipelines.prompt_file import read_prompts
 from edm_deploy.pipelines.source import Source, load_source
 from edm_deploy.runtime.capabilities import capabilities_of
-from edm_deploy.storage.directories import check_replaceable, new_directory, read_json, write_json
+from edm_deploy.storage.directories import check_replaceable, read_json, write_json
 from edm_deploy_tools.common.child_process import run_measured
-from edm_deploy_tools.common.console import Notify, bytes_of, finite, silent, time_words
+from edm_deploy_tools.common.console import Notify, finite, silent, time_words
 from edm_deploy_tools.common.machine import machine, versions
+from edm_deploy_tools.comparison.artifact_evaluator import ARTIFACT, IMAGES, MEASURED, ArtifactEvaluator, json_of
 from edm_deploy_tools.comparison.grid import Experiment, check_experiments, entries_of, experiments_of, schemes_of
 from edm_deploy_tools.comparison.report import comparison_html, comparison_markdown
-from edm_deploy_tools.evaluation.feature_network import features_of
-from edm_deploy_tools.evaluation.frechet import frechet_distance
 from edm_deploy_tools.evaluation.trajectory_error import (
     EvaluationSettings,
-    ReferenceTrajectory,
-    denoise_of_artifact,
     reference_trajectory,
-    trajectory_error,
 )
 
 MARKER = "compare.json"
 RESULTS, REPORT, TABLE = "results.json", "report.html", "table.md"
-MADE, FIGURES, IMAGES = "made.json", "figures.json", "images.safetensors"
-ARTIFACT, MEASURED = "artifact", "measured"
+MADE = "made.json"
 SHOWN = 8  # images of each model in the report
 
 
@@ -78,7 +69,7 @@ class ComparisonRequest:
 
     def to_json(self) -> dict[str, Any]:
         """All fields by name; `settings` is called `setup` in the files."""
-        content = _json(self)
+        content = json_of(self)
         return content | {"setup": content.pop("settings")}
 
 
@@ -160,97 +151,6 @@ def _completed(directory: Path, identity: dict[str, Any]) -> dict[str, Any] | No
     return made if made.get("identity") == json.loads(json.dumps(identity)) else None
 
 
-class ArtifactEvaluator:
-    """Evaluates artifacts against trajectories of the float model.
-
-    Args:
-        reference: The trajectories.
-
-    Attributes:
-        frechet_floor: Frechet distance of two sets of the float model's samples with different noise: the resolution at this number of samples.
-    """
-
-    def __init__(self, reference: ReferenceTrajectory) -> None:
-        self.reference = reference
-        self.images = self._visible(reference.images)
-        self.features = features_of(self.images)
-        settings = dataclasses.replace(reference.settings, seed=reference.settings.seed + 1)
-        other = reference_trajectory(reference.source, settings)
-        self.frechet_floor = frechet_distance(features_of(self._visible(other.images)), self.features)
-
-    def figures(self, directory: Path, notify: Notify) -> dict[str, Any]:
-        """Figures of the artifact of an experiment, measured once for each settings; `failed` with the reason if its samples are not finite."""
-        settings = _json(self.reference.settings)
-        artifact = Artifact.load(directory / ARTIFACT)
-        try:
-            cached = read_json(directory / MEASURED / FIGURES, what="measured")
-            if cached["setup"] == settings and cached["artifact"] == artifact.digest and (directory / MEASURED / IMAGES).is_file():
-                return cached
-        except (ArtifactError, KeyError):
-            pass
-        error = trajectory_error(denoise_of_artifact(artifact, self.reference.conditioning), self.reference)
-        images = self._visible(error.images)
-        if not bool(images.isfinite().all()):
-            notify("  failed: samples are not finite")
-            return {"failed": "The samples are not finite: the quantized model diverges. Use more bits."}
-        figures = {
-            "setup": settings,
-            "artifact": artifact.digest,
-            "noise_error": error.noise_error,
-            "noise_error_by_step": list(error.noise_errors),
-            "psnr_db": error.psnr,
-            "frechet": frechet_distance(features_of(images), self.features),
-            "bytes": bytes_of(directory / ARTIFACT),
-            "integer_share": integer_share(artifact, self.reference.timesteps),
-            "steps_done": artifact.provenance.get("steps_done"),
-            "quantizing_seconds": artifact.provenance.get("wall_seconds"),
-        }
-        with new_directory(directory / MEASURED, marker=FIGURES) as temporary:
-            save_file({"images": images.half().contiguous()}, temporary / IMAGES)
-            write_json(temporary / FIGURES, figures)
-        notify(f"  noise error {error.noise_error:.4f}, PSNR {error.psnr:.1f} dB, Frechet {figures['frechet']:.3g}")
-        return figures
-
-    def _visible(self, images: Tensor) -> Tensor:
-        return self.reference.decoder.visible(images, self.reference.images).clamp(-1, 1)
-
-
-def integer_share(artifact: Artifact, timesteps: Sequence[float]) -> float:
-    """Share, 0 to 1, of the multiply-accumulates of all Conv2d and Linear layers whose weights and inputs are both integer codes.
-
-    The two products of attention are always in floating point and are not counted. At timesteps with float activations nothing is integer.
-
-    Args:
-        artifact: The quantized model.
-        timesteps: Timesteps of the sampling steps.
-    """
-    family, total, integer = artifact.family_object, 0, 0
-    model = meta_model(family, artifact.config, artifact.structure)
-
-    def count(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-            nonlocal total, integer
-            macs = output.numel() * layer.weight[0].numel()  # type: ignore[operator, index]  # of a Conv2d or a Linear
-            total += macs
-            site = artifact.sites.get(name)
-            integer += macs if site is not None and site.activation is not None else 0
-
-        return hook
-
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.register_forward_hook(count(name))
-    inputs = {SAMPLE: torch.zeros(1, *family.sample_shape(artifact.config)), "timestep": torch.zeros(1)}
-    inputs |= family.random_conditioning(artifact.config, 1, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        family.forward(model, {name: value.to("meta") for name, value in inputs.items()})
-    quantized_steps = 1.0
-    if artifact.relaxed is not None:
-        at = torch.tensor([round(timestep) for timestep in timesteps]).clamp(max=len(artifact.relaxed) - 1)
-        quantized_steps = float((artifact.relaxed[at] == 0).double().mean())
-    return quantized_steps * integer / total
-
-
 def write_results(results: dict[str, Any], evaluator: ArtifactEvaluator, out: Path, experiments: Sequence[Experiment]) -> None:
     """Write results.json, table.md and report.html, each replaced atomically."""
     images = {"float": evaluator.images[:SHOWN]}
@@ -294,8 +194,3 @@ def _results(evaluator: ArtifactEvaluator, experiments: Sequence[Experiment], fi
 def _model_json(source: Source, requested: str, digest: str) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in source.model.parameters())
     return {"name": source.name, "asked": requested, "sha256": digest, "fp32_bytes": 4 * parameters}
-
-
-def _json(value: Any) -> dict[str, Any]:  # a dataclass instance
-    content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(value), default=str))
-    return content

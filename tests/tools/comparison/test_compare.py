@@ -100,20 +100,3 @@ def test_prompts_for_a_model_that_takes_none_are_refused_before_anything_is_run(
         with pytest.raises(InputError, match=message):
             compare_recipes(str(tiny_model_dir), tmp_path / "compared", request_of(tmp_path, prompts=tmp_path / given))
     assert not (tmp_path / "compared").exists()
-
-
-def test_integer_work_counts_multiply_accumulates_and_timesteps(chain):
-    from dataclasses import replace
-
-    import torch
-
-    from edm_deploy.artifact.artifact import Artifact
-
-    artifact = Artifact.load(chain.artifact)
-    assert module.integer_share(artifact, [999.0, 0.0]) == 1.0
-    name = next(iter(artifact.sites))
-    floating = artifact.sites | {name: replace(artifact.sites[name], activation=None)}
-    assert 0 < module.integer_share(replace(artifact, sites=floating), [0.0]) < 1
-    relaxed = torch.zeros(artifact.num_train_timesteps, dtype=torch.uint8)
-    relaxed[500:] = 1
-    assert module.integer_share(replace(artifact, relaxed=relaxed), [999.0, 749.0, 499.0, 0.0]) == 0.5

@@ -1,0 +1,120 @@
+"""Evaluate the artifacts of a comparison against the float model: noise error, PSNR, Frechet distance, share of integer work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.errors import ArtifactError
+from edm_deploy.network.meta_model import meta_inputs, meta_model
+from edm_deploy.storage.directories import new_directory, read_json, write_json
+from edm_deploy_tools.common.console import Notify, bytes_of
+from edm_deploy_tools.evaluation.feature_network import features_of
+from edm_deploy_tools.evaluation.frechet import frechet_distance
+from edm_deploy_tools.evaluation.trajectory_error import ReferenceTrajectory, denoise_of_artifact, reference_trajectory, trajectory_error
+
+ARTIFACT, MEASURED = "artifact", "measured"  # directories in that of an experiment
+FIGURES, IMAGES = "figures.json", "images.safetensors"
+
+
+class ArtifactEvaluator:
+    """Evaluates artifacts against trajectories of the float model.
+
+    Args:
+        reference: The trajectories.
+
+    Attributes:
+        frechet_floor: Frechet distance of two sets of the float model's samples with different noise: the resolution at this number of samples.
+    """
+
+    def __init__(self, reference: ReferenceTrajectory) -> None:
+        self.reference = reference
+        self.images = self._visible(reference.images)
+        self.features = features_of(self.images)
+        settings = dataclasses.replace(reference.settings, seed=reference.settings.seed + 1)
+        other = reference_trajectory(reference.source, settings)
+        self.frechet_floor = frechet_distance(features_of(self._visible(other.images)), self.features)
+
+    def figures(self, directory: Path, notify: Notify) -> dict[str, Any]:
+        """Figures of the artifact of an experiment, measured once for each settings; `failed` with the reason if its samples are not finite."""
+        settings = json_of(self.reference.settings)
+        artifact = Artifact.load(directory / ARTIFACT)
+        try:
+            cached = read_json(directory / MEASURED / FIGURES, what="measured")
+            if cached["setup"] == settings and cached["artifact"] == artifact.digest and (directory / MEASURED / IMAGES).is_file():
+                return cached
+        except (ArtifactError, KeyError):
+            pass
+        error = trajectory_error(denoise_of_artifact(artifact, self.reference.conditioning), self.reference)
+        images = self._visible(error.images)
+        if not bool(images.isfinite().all()):
+            notify("  failed: samples are not finite")
+            return {"failed": "The samples are not finite: the quantized model diverges. Use more bits."}
+        figures = {
+            "setup": settings,
+            "artifact": artifact.digest,
+            "noise_error": error.noise_error,
+            "noise_error_by_step": list(error.noise_errors),
+            "psnr_db": error.psnr,
+            "frechet": frechet_distance(features_of(images), self.features),
+            "bytes": bytes_of(directory / ARTIFACT),
+            "integer_share": integer_share(artifact, self.reference.timesteps),
+            "steps_done": artifact.provenance.get("steps_done"),
+            "quantizing_seconds": artifact.provenance.get("wall_seconds"),
+        }
+        with new_directory(directory / MEASURED, marker=FIGURES) as temporary:
+            save_file({"images": images.half().contiguous()}, temporary / IMAGES)
+            write_json(temporary / FIGURES, figures)
+        notify(f"  noise error {error.noise_error:.4f}, PSNR {error.psnr:.1f} dB, Frechet {figures['frechet']:.3g}")
+        return figures
+
+    def _visible(self, images: Tensor) -> Tensor:
+        return self.reference.decoder.visible(images, self.reference.images).clamp(-1, 1)
+
+
+def integer_share(artifact: Artifact, timesteps: Sequence[float]) -> float:
+    """Share, 0 to 1, of the multiply-accumulates of all Conv2d and Linear layers whose weights and inputs are both integer codes.
+
+    The two products of attention are always in floating point and are not counted. At timesteps with float activations nothing is integer.
+
+    Args:
+        artifact: The quantized model.
+        timesteps: Timesteps of the sampling steps.
+    """
+    family, total, integer = artifact.family_object, 0, 0
+    model = meta_model(family, artifact.config, artifact.structure)
+
+    def count(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal total, integer
+            macs = output.numel() * layer.weight[0].numel()  # type: ignore[operator, index]  # of a Conv2d or a Linear
+            total += macs
+            site = artifact.sites.get(name)
+            integer += macs if site is not None and site.activation is not None else 0
+
+        return hook
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count(name))
+    with torch.no_grad():
+        family.forward(model, meta_inputs(family, artifact.config))
+    quantized_steps = 1.0
+    if artifact.relaxed is not None:
+        at = torch.tensor([round(timestep) for timestep in timesteps]).clamp(max=len(artifact.relaxed) - 1)
+        quantized_steps = float((artifact.relaxed[at] == 0).double().mean())
+    return quantized_steps * integer / total
+
+
+def json_of(value: Any) -> dict[str, Any]:  # a dataclass instance
+    """A dataclass as JSON content; what JSON does not have becomes a string."""
+    content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(value), default=str))
+    return content
