@@ -37,7 +37,8 @@ SMALLEST = {
     "bench": {"--batch": "2", "--rounds": "2"},
 }
 # Sizes that a model of a few thousand parameters has in place of those of a real one; replaced where they are written.
-SMALLER = {"--height": "16", "--width": "16", "--budget": "1s", "--resume": None}
+SMALLER = {"--height": "16", "--width": "16", "--resume": None}
+TIMED = "--budget"  # left out with its value: how many steps a budget leaves depends on the machine
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,8 @@ def smallest(arguments: list[str]) -> list[str]:
     while position < len(words):
         word, position = words[position], position + 1
         key = words[position].partition("=")[0] if word == "--set" else word
-        if key in least:
-            position += 1  # added below
+        if key in least or word == TIMED:
+            position += 1  # its value; those of `least` are added below
         elif word in SMALLER:
             replacement = SMALLER[word]
             result += [] if replacement is None else [word, replacement if command != "build-engine" else "8:8:16"]
