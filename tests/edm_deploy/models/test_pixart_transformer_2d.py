@@ -88,7 +88,7 @@ def test_the_model_of_1024_pixels_is_conditioned_on_the_image_size(tmp_path):
 def test_layers_whose_rows_are_not_the_samples_stay_float():
     family, _, model = tiny_model("pixart-1024")
     rule = family.rule("adaln_single.emb.resolution_embedder.linear_1")
-    assert rule.placement == "float" and "two sizes a sample" in rule.reason
+    assert rule.placement == "float" and "two sizes per sample" in rule.reason
     assert not any("resolution" in name for name in family.sites(model))
     assert family.placement("adaln_single.linear") == "w8a8"
 
