@@ -18,7 +18,7 @@ from calibration.student.quantization_spec import W8A8, LayerSpec, QuantRange
 from calibration.student.student import Student
 from calibration.student.teacher import Teacher
 from edm_deploy.errors import InputError
-from edm_deploy.network.family import Placement
+from edm_deploy.network.placement import Placement
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 from edm_deploy.numerics.codes import ACTIVATION_BITS, WEIGHT_BITS, WEIGHT_ONLY_BITS
 from edm_deploy.pipelines.source import Source

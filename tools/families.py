@@ -14,8 +14,9 @@ from torch import nn
 
 from edm_deploy import models, registry
 from edm_deploy.models import family_named
-from edm_deploy.network.family import LAYER_GROUPS, Config, Family, PlacementRule
+from edm_deploy.network.family import Config, Family
 from edm_deploy.network.meta_model import meta_model
+from edm_deploy.network.placement import LAYER_GROUPS, PlacementRule
 from edm_deploy.pipelines.model_index import read_pipeline_config
 from edm_deploy.storage.directories import INDEX_FILE
 from edm_deploy_tools.common.assets import REFERENCE_MODEL

@@ -26,7 +26,7 @@ from calibration.training.losses import LayerOutputLoss
 from calibration.training.param_group import ParamGroup
 from calibration.training.trainable_weights import detach_bias, detach_weight, mean_scale
 from edm_deploy.errors import InputError
-from edm_deploy.network.family import LAYER_GROUPS
+from edm_deploy.network.placement import LAYER_GROUPS
 
 PerChannel = Literal["split", "off", "exact"]
 PER_CHANNEL_BITS = 4  # up to so many activation bits the released code uses a scale per input channel

@@ -12,8 +12,9 @@ from calibration.run.parallel_map import parallel_map
 from calibration.student.layers import ActivationQuantizer, StudentLayer
 from calibration.student.quantization_spec import LayerSpec
 from calibration.student.teacher import Teacher, share_weights
-from edm_deploy.network.family import SAMPLE, Placement
+from edm_deploy.network.family import SAMPLE
 from edm_deploy.network.layer_costs import model_work
+from edm_deploy.network.placement import Placement
 from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite, replace_module
 from edm_deploy.numerics.activation_table import nearest_rows, table_rows
 from edm_deploy.pipelines.source import Source

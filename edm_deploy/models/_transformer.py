@@ -10,7 +10,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from edm_deploy.models._diffusers import DiffusersFamily
-from edm_deploy.network.family import Config, PlacementRule
+from edm_deploy.network.family import Config
+from edm_deploy.network.placement import PlacementRule
 
 TOKENS = "encoder_hidden_states"
 POOLED = "pooled_projections"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from edm_deploy.models._diffusers import DiffusersFamily
-from edm_deploy.network.family import Config, PlacementRule
+from edm_deploy.network.family import Config
+from edm_deploy.network.placement import PlacementRule
 
 ENDS = PlacementRule(
     r"^conv_(in|out)$", "w8a8", "the first and last layer read and write the sample itself, so that their rounding error is visible in it"

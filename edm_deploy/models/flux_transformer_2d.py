@@ -11,8 +11,9 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from edm_deploy.models._transformer import ADAPTER, CONTROLNET, EMBEDDER, MODULATION, POOLED, TOKENS, TransformerFamily, ends
-from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, PlacementRule
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput
 from edm_deploy.network.graph_names import SCALE_INPUT
+from edm_deploy.network.placement import PlacementRule
 
 IMAGE_IDS, TEXT_IDS = "img_ids", "txt_ids"
 IMAGE_TOKENS = "image_tokens"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.models._transformer import EMBEDDER, MODULATION, TOKENS, Patches, TransformerFamily, ends, unpatchify
-from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, PlacementRule
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput
+from edm_deploy.network.placement import PlacementRule
 
 MASK, RESOLUTION, ASPECT = "encoder_attention_mask", "resolution", "aspect_ratio"
 MASKED = -10000.0  # added by diffusers to the attention score of a masked token

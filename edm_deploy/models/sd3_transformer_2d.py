@@ -21,7 +21,8 @@ from edm_deploy.models._transformer import (
     TransformerFamily,
     ends,
 )
-from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, PlacementRule
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput
+from edm_deploy.network.placement import PlacementRule
 
 TEXT_TOKENS = 77 + 256  # CLIP's, then T5's. Source: the default max_sequence_length of diffusers' StableDiffusion3Pipeline.
 SCALE = 7.0  # Source: the default of diffusers' StableDiffusion3Pipeline.

@@ -6,28 +6,17 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from edm_deploy.errors import UnsupportedError
+from edm_deploy.network.placement import LayerGroup, Placement, PlacementRule, group_of, rule_for
 from edm_deploy.network.restructure import layer_of
 
-Placement = Literal["quantize", "w8a8", "float"]
 Config = Mapping[str, Any]  # a diffusers config: its values are whatever the JSON holds
 InputDtype = Literal["float", "float32", "int64"]
-LayerGroup = Literal["time_embedding", "skip", "feed_forward", "attention", "convolution", "other"]
-LAYER_GROUPS: tuple[LayerGroup, ...] = get_args(LayerGroup)
-# Names that diffusers gives the layers of each part, in every family; the first pattern found in a site's name decides. The linears of an
-# adaptive norm read the embedded timestep alone.
-GROUP_PATTERNS: tuple[tuple[LayerGroup, str], ...] = (
-    ("time_embedding", r"time_emb|timestep_embedder|time_text_embed|add_embedding|class_embedding|adaln|norm\w*\.linear"),
-    ("skip", r"conv_shortcut"),
-    ("feed_forward", r"\bff(_context)?\.|proj_mlp|single_transformer_blocks\.\d+\.proj_out"),
-    ("attention", r"\battn\d*\.|\battentions\."),
-    ("convolution", r"conv|proj$"),
-)
 
 
 @dataclass(frozen=True)
@@ -50,21 +39,6 @@ class ModelInput:
 
 
 @dataclass(frozen=True)
-class PlacementRule:
-    """Layer-name pattern and its quantization placement.
-
-    Attributes:
-        pattern: Regular expression, searched in the name of a layer.
-        placement: Placement of the layers that match.
-        reason: The reason, as a phrase; `inspect` and docs/families.md print it.
-    """
-
-    pattern: str
-    placement: Placement
-    reason: str
-
-
-@dataclass(frozen=True)
 class Guidance:
     """How a model is guided towards its conditioning.
 
@@ -79,7 +53,6 @@ class Guidance:
 
 SAMPLE = "sample"  # name of the noisy sample among a graph's inputs
 TIMESTEP = ModelInput("timestep", "float32", ("batch",))
-QUANTIZED = PlacementRule("", "quantize", "the recipe's bits")
 
 
 class Family(ABC):
@@ -194,7 +167,7 @@ class Family(ABC):
 
     def rule(self, site: str) -> PlacementRule:
         """The placement rule of the Conv2d or Linear of this name."""
-        return next((rule for rule in self.rules if re.search(rule.pattern, layer_of(site))), QUANTIZED)
+        return rule_for(layer_of(site), self.rules)
 
     def placement(self, site: str) -> Placement:
         """Placement of the Conv2d or Linear of this name: `quantize` (the recipe's bits), `w8a8` (symmetric W8A8) or `float`."""
@@ -202,7 +175,7 @@ class Family(ABC):
 
     def group(self, site: str) -> LayerGroup:
         """The part of the model that a site belongs to, for recipes that treat parts differently."""
-        return next((group for group, pattern in GROUP_PATTERNS if re.search(pattern, layer_of(site))), "other")
+        return group_of(layer_of(site))
 
     def time_only(self, config: Config) -> str | None:
         """Regular expression of the layers whose output depends on the timestep alone, so that it can be tabulated; None where there are none."""

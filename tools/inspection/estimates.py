@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from edm_deploy.artifact.quantized_layer import Op, QuantizedLayer
-from edm_deploy.network.family import LAYER_GROUPS, Family, Placement
+from edm_deploy.network.family import Family
 from edm_deploy.network.layer_costs import ModelWork, SiteWork
+from edm_deploy.network.placement import LAYER_GROUPS, Placement
 from edm_deploy.numerics.activation_table import ActivationTable
 from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS, symmetric_bounds, weight_bounds
 from edm_deploy.runtime.capabilities import BackendCapabilities, SitePlan, check_scheme, site_plan
