@@ -12,8 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from calibration.observers.channel_bits import kurtosis, mix_channel_bits, top_share
 from calibration.observers.channel_scaling import channel_ranges, scalable, set_pre_scales, stacked_weight
-from calibration.observers.mixed_precision import kurtosis, mix_channel_bits, top_share
 from calibration.recipe import TrainingContext
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.reconstruction.blocks import blocks_of

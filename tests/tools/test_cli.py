@@ -39,19 +39,6 @@ def test_no_temporary_directories_are_left(chain):
     assert not [name for name in found if name.startswith(".")]
 
 
-def test_the_output_directory_is_printed(run, chain, tmp_path):
-    ran = run("export", chain.artifact, "--out", tmp_path / "onnx")
-    assert ran.code == 0
-    assert f"Wrote {tmp_path / 'onnx'}" in ran.out
-
-
-def test_build_prints_the_plan(run, chain, tmp_path):
-    ran = run("build-engine", chain.onnx, "--out", tmp_path / "engine", "--backend", "ort")
-    assert ran.code == 0
-    assert "Plan: " in ran.out
-    assert "stored W8A8" in ran.out
-
-
 def test_json_is_the_only_output_on_stdout(run, chain, tmp_path):
     for command in (
         ("sample", chain.engine, "--out", tmp_path / "images", "--num-images", 2, "--steps", 2, "--json"),

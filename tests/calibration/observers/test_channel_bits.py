@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from calibration.observers.channel_bits import kurtosis, mix_channel_bits, mixed_bits, scales_of, top_share
 from calibration.observers.channel_scaling import scalable
-from calibration.observers.mixed_precision import kurtosis, mix_channel_bits, mixed_bits, scales_of, top_share
 from calibration.recipes.minmax import MinMax
 from tests.calibration.tiny import tiny_context
 

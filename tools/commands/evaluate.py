@@ -1,0 +1,46 @@
+"""The command `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edm_deploy_tools.commands import options as opt
+from edm_deploy_tools.common import console
+
+
+def evaluate(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="ARTIFACT_OR_ENGINE...", help="Directories to evaluate; several appear in one report.")
+    ],
+    out: opt.Out,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Float model to compare with. Default: the model that the artifact was made from.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Number of sampling trajectories.")] = 16,
+    steps: Annotated[int, typer.Option(help="Steps of DDIM, or of Euler for a flow-matching model.")] = 20,
+    seed: Annotated[int, opt.seed_option("Seed of the initial noise.")] = 123,
+    guidance: opt.Guidance = None,
+    prompts: opt.Prompts = None,
+    device: opt.EngineDevice = None,
+    low_memory: opt.LowMemory = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure the error of artifacts and engines against the float model; writes report.json and report.html."""
+    from edm_deploy.pipelines.prompt_file import read_prompts
+    from edm_deploy_tools.evaluation.evaluate import evaluate_paths
+    from edm_deploy_tools.evaluation.results import describe_settings, headline
+    from edm_deploy_tools.evaluation.trajectory_error import EvaluationSettings
+
+    texts = () if prompts is None else read_prompts(prompts)
+    settings = EvaluationSettings(samples=samples, steps=steps, seed=seed, guidance=guidance, prompts=texts)
+    report = evaluate_paths(paths, out, reference=reference, settings=settings, device=opt.value(device), low_memory=low_memory)
+    if as_json:
+        console.print_json(report.to_json())
+        return
+    console.print_table(f"Against {report.reference.name}", headline(report))
+    console.say(describe_settings(report))
+    console.wrote(out / "report.json", "all figures")
+    console.wrote(out / "report.html", "the same figures with charts and images")
