@@ -1,4 +1,4 @@
-"""The layout of the repository: who may import whom, one home for each vendor package, small folders and files, a test for each file."""
+"""The layout of the repository: order of imports, one home for each vendor package, small folders, files and signatures, a test for each file."""
 
 import ast
 import pathlib
@@ -51,8 +51,8 @@ ORDER = {
         ("inspection", "benchmarks"),
         ("evaluation",),
         ("comparison",),
-        ("commands",),
         ("bench_kernels", "bench_scale", "families", "roofline", "train_features", "train_reference"),
+        ("commands",),
         ("cli",),
         ("__main__",),
     ),
@@ -74,6 +74,7 @@ ONLY_HERE = {  # third-party package -> the only places that may import it
 }
 MOST_FILES = 14  # on one level, `__init__.py` apart
 MOST_LINES = 300
+MOST_PARAMETERS = 8  # of a function; commands have one for each of their options
 FILES = sorted(path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -148,6 +149,20 @@ def test_folders_and_files_stay_small():
     assert {folder: count for folder, count in crowded.items() if count > MOST_FILES} == {}
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_functions_take_few_parameters():
+    crowded = []
+    for path in FILES:
+        text = path.read_text()
+        if "import typer" in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                given = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                if len([name for name in given if name not in ("self", "cls")]) > MOST_PARAMETERS:
+                    crowded.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert crowded == []
 
 
 def test_every_source_file_has_its_test():

@@ -53,6 +53,7 @@ def calibrate(
     )
 
 
+# typer reads the options of a command from its signature, so both commands list those that they share.
 def finetune(
     model: opt.Model,
     out: opt.Out,

@@ -1,4 +1,7 @@
-"""A tiny latent model's whole way: its diffusers pipeline in a directory, calibrated on prompts, exported, built, and a pipeline again."""
+"""A tiny latent model's whole way: its diffusers pipeline in a directory, calibrated on prompts, exported, built, and a pipeline again.
+
+The file of each family calls the checks that hold for it, under the same names.
+"""
 
 import json
 from dataclasses import dataclass

@@ -10,31 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.kernels import cpu_ops, cuda_ops, driver, ops
+from engines.kernels import cpu_ops, cuda_ops, ops
 from engines.kernels.tiles import TILES
-from tests.engines.kernels.emulator import Emulator
 from tests.engines.kernels.helpers import draws
 
 OPS = torch.ops.edm_deploy
 assert ops.SCHEMAS  # importing it defines the operators
 SILU_ERROR = 2.0**-18  # relative: 2^-19 of the kernel's, and the CPU's own rounding
 STATS_ERROR = 1e-5  # relative: float32 sums of a few thousand values against float64
-
-
-@pytest.fixture
-def launched(monkeypatch) -> list[str]:
-    """Launches go to the emulator of a GPU with 20 multiprocessors; the kernels that it has started."""
-    entries: list[str] = []
-    emulator = Emulator.built()
-
-    def launch(launches, device) -> None:
-        for one in launches:
-            entries.append(one.entry)
-            emulator.run(one.entry, one.params, one.grid, one.threads, one.shared_bytes)
-
-    monkeypatch.setattr(driver, "launch", launch)
-    monkeypatch.setattr(driver, "multiprocessors", lambda device: 20)
-    return entries
 
 
 def assert_same_codes(drawn: draws.Quantization, found: Tensor, expected: Tensor) -> None:

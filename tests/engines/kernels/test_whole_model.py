@@ -4,33 +4,22 @@ import pytest
 import torch
 
 from edm_deploy.artifact.reference import Reference
-from engines.kernels import cpu_ops, cuda_ops, driver
+from engines.kernels import cpu_ops, cuda_ops
 from engines.torch_graph import fusions
 from engines.torch_graph.rewrite import cut_at_layers
 from tests.conftest import artifact_by_hand, tiny_inputs
-from tests.engines.kernels.emulator import Emulator
 from tests.engines.rewritten import drafted_artifact, program_of
 
 
 @pytest.fixture
-def emulated(monkeypatch):
-    """The operators take the way of a GPU, whose kernels run in the emulator; the names of those that ran."""
-    entries: list[str] = []
-    emulator = Emulator.built()
-
-    def launch(launches, device) -> None:
-        for one in launches:
-            entries.append(one.entry)
-            emulator.run(one.entry, one.params, one.grid, one.threads, one.shared_bytes)
-
-    monkeypatch.setattr(driver, "launch", launch)
-    monkeypatch.setattr(driver, "multiprocessors", lambda device: 20)
+def emulated(launched, monkeypatch):
+    """A function that routes the operators to the CUDA path, whose kernels run in the emulator, and the names of the kernels that ran."""
 
     def route():
         for name in ("quantize", "group_stats", "convolve"):
             monkeypatch.setattr(cpu_ops, name, getattr(cuda_ops, name))
 
-    return route, entries
+    return route, launched
 
 
 def test_every_site_of_a_whole_model_has_the_bits_of_the_cpu_and_is_the_references(emulated):
