@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from edm_deploy_tools.commands import options as opt
 from edm_deploy_tools.commands.bench import bench
 from edm_deploy_tools.commands.build_engine import build_engine
 from edm_deploy_tools.commands.compare import compare
@@ -20,6 +19,7 @@ from edm_deploy_tools.commands.inspect_path import inspect
 from edm_deploy_tools.commands.quantize import calibrate, finetune
 from edm_deploy_tools.commands.sample import sample
 from edm_deploy_tools.common import console, run_app
+from edm_deploy_tools.common import options as opt
 
 # Nothing that imports torch, diffusers or a backend is imported outside the functions, so that `--help` is fast.
 

@@ -20,8 +20,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from edm_deploy.errors import InputError
 from edm_deploy.storage.directories import check_replaceable, new_directory
-from edm_deploy_tools.commands import options as opt
 from edm_deploy_tools.common import console, run_app
+from edm_deploy_tools.common import options as opt
 from edm_deploy_tools.evaluation.feature_network import BATCH, CLASSES, SIZE, WEIGHTS, FeatureNetwork
 from edm_deploy_tools.images.dataset import load_images
 

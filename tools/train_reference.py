@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from calibration.run.options import Interrupted
 from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.storage.directories import INDEX_FILE, check_replaceable, new_directory, read_json, write_json
-from edm_deploy_tools.commands import options as opt
 from edm_deploy_tools.common import console, run_app
+from edm_deploy_tools.common import options as opt
 from edm_deploy_tools.images.dataset import load_images
 from edm_deploy_tools.images.sample import grid_of
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from edm_deploy_tools.commands import options as opt
 from edm_deploy_tools.common import console
+from edm_deploy_tools.common import options as opt
 
 
 def evaluate(

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edm_deploy_tools.commands import options as opt
 from edm_deploy_tools.common import console
+from edm_deploy_tools.common import options as opt
 
 if TYPE_CHECKING:
     from edm_deploy_tools.commands.quantize_model import QuantizeRequest

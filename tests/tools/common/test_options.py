@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from edm_deploy.runtime.manifest import TORCH_DTYPES
-from edm_deploy_tools.commands.options import FloatType, example
+from edm_deploy_tools.common.options import FloatType, example
 
 
 def test_float_types_are_those_of_a_manifest():
