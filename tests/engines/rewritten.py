@@ -33,7 +33,7 @@ def packed_site(
 
 def site_of(layer: nn.Conv2d | nn.Linear, bits: int = 4, low: int = -4, scale: float = 0.2) -> QuantizedLayer:
     """A layer quantized to `bits`, its input to [low, low + 2^bits - 1], the second row's scale twice the first's."""
-    weight = layer.weight.detach()
+    weight = layer.weight.detach().float()  # a model that was exported in float16 stays so
     weight_scale = weight.flatten(1).abs().amax(1) / weight_bounds(bits)[1]
     qmin = torch.full((2,), low, dtype=torch.int8)
     table = ActivationTable(bits=bits, scale=torch.tensor([scale, 2 * scale]), qmin=qmin, qmax=qmin + (2**bits - 1))

@@ -103,7 +103,7 @@ def test_a_wrong_site_is_named_with_its_layer(restructured):
     ("segments", "message"),
     [
         ({"transformer_blocks.0.ff.net.2": (6, 11)}, r"cannot be split into segments \[6, 11\]: it has 16 input channels"),
-        ({}, r"Artifact has site 'transformer_blocks.0.ff.net.2.segment0', which the dit-transformer-2d model of its config has not"),
+        ({}, r"Artifact has site 'transformer_blocks.0.ff.net.2.segment0', which the dit-transformer-2d model of its config does not have"),
     ],
 )
 def test_sites_and_cuts_that_do_not_belong_together_are_refused(restructured, segments, message):

@@ -3,11 +3,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from edm_deploy.network.graph_names import ROW_NAME
+from edm_deploy.network.graph_names import ROW_NAME, TABLE_COLUMNS, lookup
 from edm_deploy.numerics.codes import pack_int4
 from engines.openvino_graph.scale_inputs import keep_float32, scales_to_inputs, timestep_path, widen_int4
 
 ov = pytest.importorskip("openvino")
+SCALE = lookup("conv", TABLE_COLUMNS[0])
 
 
 def named(node, name):
@@ -22,24 +23,24 @@ def looked_up():
     x, timestep = named(ops.parameter([-1, 2], ov.Type.f32), "x"), named(ops.parameter([-1], ov.Type.f32), "timestep")
     index = ops.convert(timestep, "i32")
     rows = named(ops.gather(ops.constant(torch.tensor([0, 0, 1], dtype=torch.int32).numpy()), index, 0), ROW_NAME)
-    scale = named(ops.gather(ops.constant(torch.tensor([[2.0], [3.0]]).numpy()), rows, 0), "scale")
+    scale = named(ops.gather(ops.constant(torch.tensor([[2.0], [3.0]]).numpy()), rows, 0), SCALE)
     return ov.Model([ops.result(ops.multiply(x, scale))], [x, timestep])
 
 
 def test_each_lookup_becomes_an_input_and_its_table_is_returned():
     model = looked_up()
-    tables = scales_to_inputs(ov, model)
-    assert [parameter.get_friendly_name() for parameter in model.get_parameters()] == ["x", "timestep", "scale"]
+    tables = scales_to_inputs(ov, model, ["conv"])
+    assert [parameter.get_friendly_name() for parameter in model.get_parameters()] == ["x", "timestep", SCALE]
     assert tables[ROW_NAME].tolist() == [0, 0, 1]
-    assert tables["scale"].tolist() == [[2.0], [3.0]]
-    inputs = {"x": torch.ones(2, 2).numpy(), "timestep": torch.zeros(2).numpy(), "scale": torch.tensor([[5.0], [7.0]]).numpy()}
+    assert tables[SCALE].tolist() == [[2.0], [3.0]]
+    inputs = {"x": torch.ones(2, 2).numpy(), "timestep": torch.zeros(2).numpy(), SCALE: torch.tensor([[5.0], [7.0]]).numpy()}
     assert ov.Core().compile_model(model, "CPU")(inputs)[0].tolist() == [[5.0, 5.0], [7.0, 7.0]]
 
 
 def test_a_graph_without_lookups_is_left_as_it_is():
     x = ov.opset13.parameter([2], ov.Type.f32)
     model = ov.Model([ov.opset13.result(ov.opset13.relu(x))], [x])
-    assert scales_to_inputs(ov, model) == {}
+    assert scales_to_inputs(ov, model, ["conv"]) == {}
     assert len(model.get_parameters()) == 1
 
 

@@ -8,6 +8,7 @@ import torch
 
 from edm_deploy.artifact.timestep_routing import mask_from_intervals
 from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.storage.directories import sha256_of
 from edm_deploy_tools.benchmarks.engines import Bench, Timing, alternate, bench_engines, engine_calls, unused
 
 
@@ -51,7 +52,10 @@ def edited(engine, change):
 
 
 def test_an_engine_that_cannot_run_here_is_skipped_with_its_reason(run, chain, copy_of):
-    other = edited(copy_of(chain.engine), lambda manifest: manifest.update(backend="trt-rtx"))
+    other = copy_of(chain.engine)
+    (other / "engine.trt").write_bytes(b"")
+    files = {"engine.trt": sha256_of(other / "engine.trt")}
+    edited(other, lambda manifest: manifest.update(backend="trt-rtx", files=manifest["files"] | files))
     ran = run("bench", other, chain.engine, "--batch", 2, "--rounds", 1)
     assert ran.code == 0, ran.err
     assert ran.err.startswith(f"Note: {other} is skipped: ")
@@ -62,7 +66,10 @@ def test_an_engine_that_cannot_run_here_is_skipped_with_its_reason(run, chain, c
 
 
 def test_no_engine_that_can_run_here_is_an_error(run, chain, copy_of):
-    other = edited(copy_of(chain.engine), lambda manifest: manifest.update(backend="trt-rtx"))
+    other = copy_of(chain.engine)
+    (other / "engine.trt").write_bytes(b"")
+    files = {"engine.trt": sha256_of(other / "engine.trt")}
+    edited(other, lambda manifest: manifest.update(backend="trt-rtx", files=manifest["files"] | files))
     assert run("bench", other, "--batch", 2, "--rounds", 1).complaint
 
 
