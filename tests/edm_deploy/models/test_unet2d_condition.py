@@ -23,8 +23,9 @@ from tests.tiny_unets import LABELS, tiny_pipeline
 pytest.importorskip("onnxruntime")
 
 FAMILY = family_named("unet2d-condition")
+LDM = pytest.param("ldm", marks=pytest.mark.extended)
 EXTENDED = [pytest.param("sd2", marks=pytest.mark.extended), pytest.param("inpainting", marks=pytest.mark.extended)]  # a trace each
-VARIANTS = ["sdxl", "ldm", *EXTENDED]
+VARIANTS = ["sdxl", LDM, *EXTENDED]
 WIDER = {"height": 16, "width": 32}  # pixels, two a latent
 
 
@@ -131,7 +132,7 @@ def test_a_calibration_is_conditioned_on_prompts(kind):
     assert provenance["guidance"] == {"sdxl": 5.0}.get(kind, 7.5)
 
 
-@pytest.mark.parametrize("kind", ["ldm", *EXTENDED])
+@pytest.mark.parametrize("kind", [LDM, *EXTENDED])
 def test_it_is_fine_tuned(kind, tmp_path):
     """Those of TINY are so in the contracts."""
     prompts = tmp_path / "prompts.txt"
@@ -153,6 +154,7 @@ def test_a_prompt_that_two_text_encoders_cut_off_is_refused():
         conditioner_of(chain("sdxl").source, prompts=("a" * 80,))
 
 
+@pytest.mark.extended
 def test_a_label_is_encoded_by_the_class_embedder():
     made = chain("ldm")
     table = made.original.class_embedder

@@ -26,6 +26,14 @@ def test_a_batch_of_no_samples_is_refused():
         bench_finetune_step("./nothing", batch=0, rounds=1)
 
 
+def test_the_time_of_both_is_measured():
+    cost = step_cost(tiny_source(), EfficientDM(rank=2), batch=2, repeats=1, memory=False)
+    assert cost.float_seconds > 0
+    assert cost.step_seconds > 0
+    assert (cost.float_peak_bytes, cost.step_peak_bytes) == (None, None)
+
+
+@pytest.mark.extended  # two new processes
 def test_time_and_peak_memory_of_both_are_measured(save_tiny_pipeline, tmp_path):
     source = load_source(save_tiny_pipeline(tmp_path / "p"))
     cost = step_cost(source, EfficientDM(rank=2), batch=2, repeats=1)
