@@ -142,6 +142,7 @@ def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.extended  # `make test` itself runs from one
 def test_an_editable_installation_finds_every_package(built, tmp_path):
     venv.create(tmp_path, with_pip=False, symlinks=True)
     python = tmp_path / "bin" / "python"

@@ -24,12 +24,10 @@ MODELS_AND_RECIPES = [
     for kind in TINY
     for name in NAMES
 ]
-# Weight and activation bits; with the usual recipes all of them, with every recipe one below 4 bits, of another width on either side.
+# Weight and activation bits; with mse all of them, with every recipe one below 4 bits, of another width on either side.
 BITS = [(2, 3), (3, 5), (3, 8), (5, 6), (6, 7), (8, 8), (4, 16)]
 BITS_AND_RECIPES = [
-    pytest.param(*bits, name, marks=[] if bits == (2, 3) or name in USUAL_RECIPES else [pytest.mark.extended])
-    for bits in BITS
-    for name in NAMES
+    pytest.param(*bits, name, marks=[] if bits == (2, 3) or name == "mse" else [pytest.mark.extended]) for bits in BITS for name in NAMES
 ]
 
 

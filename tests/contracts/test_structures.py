@@ -141,6 +141,7 @@ def test_fusing_norms_and_activations_into_quantizers_leaves_pre_scales_where_th
     assert relative(session.run(inputs)["prediction"], expected) < without / 4
 
 
+@pytest.mark.extended  # every site of a network without rewrites in test_family_engines.py
 def test_tensorrt_rtx_puts_every_part_in_an_integer_layer(artifact, graph, tmp_path):
     manifest = engines.build_engine(graph, tmp_path / "engine", backend="trt-rtx", options=BuildOptions(gpu="sm_86"))
     assert {plan.executed for plan in manifest.plan.values()} == {"int8"}

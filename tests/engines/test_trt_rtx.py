@@ -57,6 +57,7 @@ def test_a_site_that_is_computed_in_floating_point_fails_the_build(with_runtime_
     assert not (tmp_path / "engine").exists()
 
 
+@pytest.mark.extended
 def test_float_sites_can_be_allowed_and_are_warnings(with_runtime_scale, tmp_path):
     options = BuildOptions(gpu="rtx3090", allow_float_sites=True)
     manifest = build_engine(with_runtime_scale("time_embedding.linear_2"), tmp_path / "engine", backend="trt-rtx", options=options)
