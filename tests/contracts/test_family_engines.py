@@ -21,8 +21,8 @@ HALF = (
     "sd3",
     "sdxl",
 )  # built for a GPU in float16, as one would; the others from the graph that is there already: drawing one takes seconds
-# With every kind in ort and cuda, OpenVINO and TensorRT-RTX take the two whose graphs are the smallest; the others are `extended`.
-SMALL = ("dit", "flux")
+# With every kind in ort and cuda, OpenVINO and TensorRT-RTX take the one whose graph is the smallest; the others are `extended`.
+SMALL = ("flux",)
 LONG_BUILDS = ("openvino", "trt-rtx")
 SIZES = {"batch": ShapeRange(1, 2, 4), "tokens": ShapeRange(1, 512, 512), "image_tokens": ShapeRange(16, 16, 64)}
 

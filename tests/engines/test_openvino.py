@@ -64,6 +64,7 @@ def test_the_plan_is_what_the_compiled_graph_does(engine):
     assert {(plan.stored, plan.executed) for plan in manifest.plan.values()} == {("W4A4", "int8"), ("W8A8", "int8")}
 
 
+@pytest.mark.extended  # four shapes are compiled; test_sessions.py has two
 def test_one_engine_serves_every_batch_size_of_its_profile(engine, artifact_w4a4):
     denoiser = load_denoiser(engine)
     for batch in (1, 5, 2, 3, 4, 6):  # more shapes than stay compiled

@@ -123,6 +123,7 @@ def test_no_kernel_leaves_its_memory_or_does_what_is_undefined(shapes, every):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.extended
 def test_the_sanitizer_detects_an_output_one_element_short():
     done = run_sanitized("cases.Convolution(kind='s4', tile=(32, 64), dtype='f16', N=1, H=8, W=8, C=8, K=13, short=1).check(emulator)\n")
     assert done.returncode != 0
