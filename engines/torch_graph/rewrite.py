@@ -28,7 +28,6 @@ from engines.torch_graph.packed_layer import PackedLayer, tensor_name
 
 kernels: Any = torch.ops.edm_deploy
 LAYERS = (aten.conv2d.default, aten.linear.default)
-QUANTIZERS = (kernels.quantize.default, kernels.quantize_normed.default)
 PRODUCTS = (kernels.conv2d.default, kernels.linear.default)
 assert ops.SCHEMAS  # importing the file registers the operators
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError
+from edm_deploy.network.layer_costs import site_work
 from edm_deploy.network.meta_model import meta_inputs, meta_model
 from edm_deploy.storage.directories import new_directory, read_json, write_json
 from edm_deploy_tools.common.console import Notify, bytes_of
@@ -93,9 +94,9 @@ def integer_share(artifact: Artifact, timesteps: Sequence[float]) -> float:
     model = meta_model(family, artifact.config, artifact.structure)
 
     def count(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             nonlocal total, integer
-            macs = output.numel() * layer.weight[0].numel()  # type: ignore[operator, index]  # of a Conv2d or a Linear
+            macs = site_work(layer, inputs[0], output).macs
             total += macs
             site = artifact.sites.get(name)
             integer += macs if site is not None and site.activation is not None else 0
