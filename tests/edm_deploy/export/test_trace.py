@@ -4,10 +4,11 @@ import torch
 
 from edm_deploy import models, registry
 from edm_deploy.errors import UnsupportedError
+from edm_deploy.export import trace as tracing
 from edm_deploy.export.trace import find_sites, trace
 from edm_deploy.network.meta_model import meta_model
 from tests.conftest import TINY, tiny_model
-from tests.shared_traces import shared_trace
+from tests.shared_traces import exported_program, shared_trace
 
 KIND = "pixart"
 
@@ -61,6 +62,7 @@ def test_a_layer_that_feeds_no_product_is_named(graph):
 
 def test_a_model_that_cannot_be_traced_is_one_clear_error(monkeypatch):
     family, config, _ = tiny_model("unet2d")
+    monkeypatch.setattr(tracing, "exported_program", exported_program)  # no other test's program
     monkeypatch.setattr(type(family), "forward", lambda self, model, inputs: inputs["sample"].tolist())
     with pytest.raises(UnsupportedError, match=r"torch\.export cannot trace UNet2DModel"):
         trace(family, config, torch.float32)
