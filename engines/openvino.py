@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -27,8 +28,10 @@ from engines.common.precision import supported_precision
 from engines.common.source_backends import GraphBackend
 from engines.common.vendor_package import refuse_other_build, vendor
 from engines.openvino_graph.group_norm import split_group_norms
+from engines.openvino_graph.integer_products import IN_FLOAT_REASON, exact_integer_products, weights_to_float32
 from engines.openvino_graph.scale_inputs import keep_float32, scales_to_inputs, timestep_path, widen_int4
 
+log = logging.getLogger(__name__)
 PACKAGE = "openvino"
 ENGINE_NAME = "engine.xml"
 WEIGHTS_NAME = "engine.bin"
@@ -46,6 +49,7 @@ class OpenvinoBackend(GraphBackend):
     """OpenVINO on the CPU.
 
     A quantized site that OpenVINO does not compute in integers does not fail the build, with or without `--allow-float-sites`; the plan states it as float.
+    On a CPU whose INT8 products are not exact (no VNNI, no AMX) none is computed in integers: the build and the session say so.
     """
 
     name: ClassVar[str] = "openvino"
@@ -80,6 +84,8 @@ class OpenvinoBackend(GraphBackend):
         if device.type != "cpu":
             raise UnsupportedError(f"openvino runs on the cpu, not on {device.type}. Open the engine with device='cpu'.")
         _check_files(ov, directory, manifest)
+        if not exact_integer_products(ov) and any(plan.executed == "int8" for plan in manifest.plan.values()):
+            log.warning("%s", IN_FLOAT_REASON)
         return OpenvinoSession(ov, directory, manifest, device)
 
 
@@ -99,7 +105,7 @@ class OpenvinoSession(Session):
         self.outputs = manifest.outputs
         self._ov = ov
         self._xml = directory / ENGINE_NAME
-        self._properties = properties(manifest.build["options"])
+        self._properties = properties(ov, manifest.build["options"])
         tables = load_tensors(directory / TABLES_NAME)
         self._row_of_timestep = tables.pop(ROW_NAME, torch.zeros(1, dtype=torch.int32))
         self._table_shapes = {name: tuple(table.shape[1:]) for name, table in tables.items()}
@@ -203,18 +209,18 @@ def _check_files(ov: Any, directory: Path, manifest: Manifest) -> None:
 
 
 def _read(ov: Any, xml: Path) -> Any:
-    """Read an engine's graph, ready to compile."""
+    """Read an engine's graph, ready to compile on this CPU."""
     model = ov.Core().read_model(xml)
     widen_int4(ov, model)
+    if not exact_integer_products(ov):
+        weights_to_float32(ov, model)
     return model
 
 
-def properties(options: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenVINO's compile properties for an engine's options."""
-    chosen: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[options["precision"]],
-    }
+def properties(ov: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenVINO's compile properties for an engine's options on this CPU."""
+    bf16 = options["precision"] == "bf16" and _computes_bf16(ov)
+    chosen: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
     if options["threads"] is not None:
         chosen["INFERENCE_NUM_THREADS"] = options["threads"]
     return chosen
@@ -223,7 +229,7 @@ def properties(options: Mapping[str, Any]) -> dict[str, Any]:
 def _executed(ov: Any, xml: Path, options: Mapping[str, Any], manifest: Manifest) -> dict[str, Execution]:
     """How each site is executed on this machine, from the data type of its product in the compiled graph."""
     with _refusals(ov):
-        compiled = ov.Core().compile_model(_read(ov, xml), "CPU", properties(options))
+        compiled = ov.Core().compile_model(_read(ov, xml), "CPU", properties(ov, options))
     precisions: dict[str, str] = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
@@ -238,10 +244,16 @@ def _executed(ov: Any, xml: Path, options: Mapping[str, Any], manifest: Manifest
     }
 
 
+def _computes_bf16(ov: Any) -> bool:
+    # Each CPU with bfloat16 has VNNI; where ONEDNN_MAX_CPU_ISA hides both, OpenVINO still lists bfloat16.
+    return exact_integer_products(ov) and "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def _warnings(ov: Any, precision: Any) -> tuple[str, ...]:
-    if precision == "bf16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        return ("This CPU has no bfloat16 instructions; --precision bf16 is computed in float32.",)
-    return ()
+    without_bf16 = ("This CPU has no bfloat16 instructions; --precision bf16 is computed in float32.",)
+    return (without_bf16 if precision == "bf16" and not _computes_bf16(ov) else ()) + (
+        () if exact_integer_products(ov) else (IN_FLOAT_REASON,)
+    )
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -19,6 +20,14 @@ from edm_deploy.numerics.activation_table import ActivationTable, nearest_rows
 from edm_deploy.numerics.codes import quantize_weight, symmetric_bounds, weight_bounds
 
 torch.set_num_threads(1)  # a worker for each core (`make test`); threads of one would take turns with those of the other
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now, a million objects of torch and diffusers, out of every later pass of the garbage collector."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+
 
 TINY_UNET = {
     "sample_size": 8,
