@@ -154,8 +154,8 @@ def test_an_artifact_that_folds_nothing_has_no_table(tmp_path):
     assert manifest.folded == {}
 
 
-@pytest.mark.parametrize(("backend", "options"), [("openvino", {}), ("trt-rtx", {})])
-def test_other_engines_take_the_folded_graph(folded, tmp_path, backend, options):
+@pytest.mark.parametrize("backend", ["openvino", pytest.param("trt-rtx", marks=pytest.mark.extended)])
+def test_other_engines_take_the_folded_graph(folded, tmp_path, backend):
     onnx_from_artifact(folded, tmp_path / "onnx", dtype="fp16" if backend == "trt-rtx" else "fp32")
     manifest = build_engine(tmp_path / "onnx", tmp_path / "engine", backend=backend)
     assert {plan.executed for plan in manifest.plan.values()} == {openvino_executes() if backend == "openvino" else "int8"}
