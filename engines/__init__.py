@@ -16,8 +16,9 @@ from edm_deploy.errors import InputError, flag
 from edm_deploy.models import family_named
 from edm_deploy.runtime.backend import Backend, BuildOptions, BuildResult
 from edm_deploy.runtime.capabilities import SitePlan, execution
-from edm_deploy.runtime.manifest import NAME, Manifest, ShapeRange
-from edm_deploy.storage.directories import PIPELINE_FILES, components_at, copy_components, new_directory, read_json
+from edm_deploy.runtime.manifest import ENGINE, Manifest, ShapeRange
+from edm_deploy.storage.directories import PIPELINE_FILES, components_at, copy_components, read_json
+from edm_deploy.storage.output_directory import new_directory
 
 DEFAULT_BATCH = ShapeRange(1, 16, 64)
 
@@ -50,7 +51,7 @@ def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions
     if pipeline is not None:
         components_at(pipeline, index, component)  # a missing component is refused before the build, not after
     options = replace(options, profile=complete_profile(manifest, options.profile))
-    with new_directory(out, marker=NAME) as directory:
+    with new_directory(out, kind=ENGINE) as directory:
         engine = _built(builder, content, manifest, options, directory)
         if manifest.relaxed:
             second = directory / FOLDER

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from edm_deploy.errors import InputError
-from edm_deploy.storage.directories import check_replaceable, new_directory
+from edm_deploy.storage.output_directory import DirectoryKind, check_output, new_directory
 from edm_deploy_tools.common import console, run_app
 from edm_deploy_tools.common import options as opt
 from edm_deploy_tools.evaluation.feature_network import BATCH, CLASSES, SIZE, WEIGHTS, FeatureNetwork
@@ -133,6 +133,7 @@ def accuracy(network: FeatureNetwork, data: LabelledImages) -> float:
     return float((predicted == data.labels).double().mean())
 
 
+FEATURES = DirectoryKind("a feature network", WEIGHTS.name)
 app = run_app.app_with()
 
 
@@ -146,12 +147,12 @@ def command(
 ) -> None:
     """Train the feature network. Example: python -m edm_deploy_tools.train_features train.parquet test.parquet --out features-cifar10."""
     settings = Settings(epochs=epochs, seed=seed)
-    check_replaceable(out, marker=WEIGHTS.name)
+    check_output(out, kind=FEATURES, overwrite=False)
     train_data, test_data = load_labelled(data), load_labelled(test)
     start = time.monotonic()
     network = train(train_data, settings)
     console.say(f"Test accuracy {100 * accuracy(network, test_data):.2f} % after {console.time_words(time.monotonic() - start)}")
-    with new_directory(out, marker=WEIGHTS.name) as directory:
+    with new_directory(out, kind=FEATURES, overwrite=False) as directory:
         save_file({name: value.half().contiguous() for name, value in network.state_dict().items()}, directory / WEIGHTS.name)
     console.wrote(out, "feature network, float16")
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from calibration.run.options import Interrupted
 from edm_deploy.errors import ArtifactError, InputError
-from edm_deploy.storage.directories import INDEX_FILE, check_replaceable, new_directory, read_json, write_json
+from edm_deploy.storage.directories import INDEX_FILE, PIPELINE_NAMES, read_json, write_json
+from edm_deploy.storage.output_directory import DirectoryKind, check_output, new_directory
 from edm_deploy_tools.common import console, run_app
 from edm_deploy_tools.common import options as opt
 from edm_deploy_tools.images.dataset import load_images
@@ -28,6 +29,8 @@ from edm_deploy_tools.images.sample import grid_of
 
 STATE_JSON = "training.json"
 STATE_TENSORS = "training.safetensors"
+PIPELINE = DirectoryKind("a pipeline", INDEX_FILE, (*PIPELINE_NAMES, "unet"))
+STATE = DirectoryKind("a training state", STATE_JSON, (STATE_TENSORS,))
 SAVE_EVERY_SECONDS = 120.0
 
 
@@ -78,7 +81,7 @@ def train(images: Tensor, settings: Settings, out: Path, *, device: torch.device
         ArtifactError: `out` holds other files, or there is no state to resume.
         Interrupted: Ctrl-C; the state is saved.
     """
-    check_replaceable(out, marker=INDEX_FILE)
+    check_output(out, kind=PIPELINE, overwrite=False)
     state_path = out.with_name(out.name + ".training")
     scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=True)
     run = Training(settings, scheduler, device)
@@ -94,7 +97,7 @@ def train(images: Tensor, settings: Settings, out: Path, *, device: torch.device
     except KeyboardInterrupt:
         run.save(state_path, step)
         raise Interrupted(f"Interrupted before step {step + 1}; the state is in {state_path}. Run it again with --resume.") from None
-    with new_directory(out, marker=INDEX_FILE) as directory:
+    with new_directory(out, kind=PIPELINE, overwrite=False) as directory:
         save_pipeline(run.average, scheduler, directory)
     return out
 
@@ -146,7 +149,7 @@ class Training:
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-        with new_directory(path, marker=STATE_JSON) as directory:
+        with new_directory(path, kind=STATE) as directory:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, directory / STATE_TENSORS)
             write_json(directory / STATE_JSON, {"step": step, "settings": repr(self.settings)})
 

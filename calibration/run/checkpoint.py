@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from calibration.run.options import Run
 from calibration.run.time_budget import Budget
 from edm_deploy.errors import ArtifactError
-from edm_deploy.storage.directories import new_directory, read_json, sha256_of, write_json
+from edm_deploy.storage.directories import read_json, sha256_of, write_json
 from edm_deploy.storage.leftovers import recover
+from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 
 JSON_NAME = "checkpoint.json"
 TENSORS_NAME = "checkpoint.safetensors"
+CHECKPOINT = DirectoryKind("a checkpoint", JSON_NAME, (TENSORS_NAME,))
 PARAMETERS, TRAJECTORIES, NOTES, BUDGET = "parameter.", "trajectories.", "note.", "budget"  # prefixes and the name of tensors on disk
 
 
@@ -112,7 +114,7 @@ def save_checkpoint(directory: Path, *, step: int, identity: Mapping[str, Any], 
     Raises:
         ArtifactError: `directory` contains other files, or cannot be written; the previous checkpoint is kept.
     """
-    with new_directory(directory, marker=JSON_NAME) as temporary:
+    with new_directory(directory, kind=CHECKPOINT) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary / TENSORS_NAME)
         write_json(temporary / JSON_NAME, {"step": step, "identity": dict(identity), "sha256": sha256_of(temporary / TENSORS_NAME)})
 

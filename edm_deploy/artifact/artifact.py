@@ -27,13 +27,15 @@ from edm_deploy.models import family_named
 from edm_deploy.network.family import Family
 from edm_deploy.network.meta_model import meta_model
 from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite
-from edm_deploy.storage.directories import copy_pipeline_files, new_directory, read_json, read_pipeline_files, write_json
+from edm_deploy.storage.directories import PIPELINE_NAMES, copy_pipeline_files, read_json, read_pipeline_files, write_json
 from edm_deploy.storage.json_schema import MAX_TIMESTEPS, check_config, check_schema, convert
+from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 from edm_deploy.storage.tensor_file import DeferredTensor, check_params, digest_of, read_tensors, write_tensors
 
 SCHEMA = 3  # 2 added `folded`; 3 added `structure`, `channel_bits`, `correction` and `relaxed`
 JSON_NAME = "artifact.json"
 TENSORS_NAME = "artifact.safetensors"
+ARTIFACT = DirectoryKind("an artifact", JSON_NAME, (TENSORS_NAME, *PIPELINE_NAMES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,7 @@ class Artifact:
             ArtifactError: The artifact is not valid, `path` holds something else, or writing fails.
         """
         self.validate()
-        with new_directory(Path(path), marker=JSON_NAME, overwrite=overwrite) as directory:
+        with new_directory(Path(path), kind=ARTIFACT, overwrite=overwrite) as directory:
             found = write_tensors(directory / TENSORS_NAME, self._tensors())
             description = {"schema": SCHEMA} | self._description()
             description |= {"tensors_sha256": found, "digest": self._digest(found), "provenance": dict(self.provenance)}

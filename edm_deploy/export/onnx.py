@@ -24,8 +24,9 @@ from edm_deploy.export.time_table import fold_time
 from edm_deploy.export.trace import find_sites, trace
 from edm_deploy.network.graph_names import GRAPH_NAME
 from edm_deploy.numerics.kernel_layout import CodeFormat
-from edm_deploy.runtime.manifest import NAME, TORCH_DTYPES, GraphDtype, Manifest
-from edm_deploy.storage.directories import copy_pipeline_files, new_directory
+from edm_deploy.runtime.manifest import ONNX, TORCH_DTYPES, GraphDtype, Manifest
+from edm_deploy.storage.directories import copy_pipeline_files
+from edm_deploy.storage.output_directory import check_output, new_directory
 
 DATA_NAME = "model.onnx.data"
 Int4 = Literal["qdq", "plugin"]
@@ -63,6 +64,7 @@ def onnx_from_artifact(
         raise InputError(f"--int4 plugin: the plugins compute in float16, and the graph is {dtype}. Add --dtype fp16.")
     if int4 == "plugin" and weight_storage != "int8":
         raise InputError("--weight-storage int4 with --int4 plugin: plugin nodes always store packed weights. Leave --weight-storage out.")
+    check_output(Path(out), kind=ONNX)
     plugins = plugin_kinds(artifact) if int4 == "plugin" else None
     traced = trace(artifact.family_object, artifact.config, TORCH_DTYPES[dtype], artifact.structure)
     return _export(artifact, traced, Path(out), dtype, weight_storage, plugins)
@@ -81,7 +83,7 @@ def _export(
     model, site_nodes = _quantized(artifact, traced, TORCH_DTYPES[dtype], weight_storage, plugins)
     manifest = Manifest.of(artifact, site_nodes, kind="onnx", dtype=dtype, weight_storage=weight_storage, plugins=plugins)
     manifest = replace(manifest, folded=json.loads(model.metadata_props[FOLDED]))
-    with new_directory(out, marker=NAME) as directory:
+    with new_directory(out, kind=ONNX) as directory:
         files = save_graph(model, directory)
         copy_pipeline_files(artifact.pipeline, directory)
         files += artifact.pipeline

@@ -14,8 +14,8 @@ from edm_deploy.artifact.reference import SiteRecord
 from edm_deploy.export.onnx import graph_from_artifact, save_graph
 from edm_deploy.network.family import TIMESTEP, ModelInput
 from edm_deploy.network.graph_names import biased, rescaled
-from edm_deploy.runtime.manifest import NAME, TORCH_DTYPES, GraphDtype, Manifest
-from edm_deploy.storage.directories import new_directory
+from edm_deploy.runtime.manifest import ONNX, TORCH_DTYPES, GraphDtype, Manifest
+from edm_deploy.storage.output_directory import new_directory
 
 BEFORE_CODES = ("Max", "Min", "Clip")
 
@@ -64,7 +64,7 @@ def onnx_cut_at_sites(artifact: Artifact, records: Mapping[str, SiteRecord], out
         inputs=(TIMESTEP, *inputs.values()),
         outputs=tuple(str(value.name) for value in outputs),
     )
-    with new_directory(Path(out), marker=NAME) as directory:
+    with new_directory(Path(out), kind=ONNX) as directory:
         return manifest.write(directory, save_graph(model, directory))
 
 

@@ -22,11 +22,14 @@ from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 from edm_deploy.numerics.kernel_layout import CodeFormat
 from edm_deploy.runtime.capabilities import SitePlan
 from edm_deploy.runtime.manifest_checks import FoldedDescription, check_build, check_family, check_files, check_tensors
-from edm_deploy.storage.directories import read_json, read_pipeline_files, sha256_of, write_json
+from edm_deploy.storage.directories import PIPELINE_NAMES, read_json, read_pipeline_files, sha256_of, write_json
 from edm_deploy.storage.json_schema import Scheme, Sha256, Timesteps, check_schema, convert
+from edm_deploy.storage.output_directory import DirectoryKind
 
 SCHEMA = 2  # 2 added `structure`, `correction` and `relaxed`
 NAME = "manifest.json"
+ONNX = DirectoryKind("an ONNX directory", NAME, PIPELINE_NAMES, kind="onnx")
+ENGINE = DirectoryKind("an engine", NAME, PIPELINE_NAMES, kind="engine")
 GraphDtype = Literal["fp32", "fp16"]
 TORCH_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 

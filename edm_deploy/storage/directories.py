@@ -1,81 +1,28 @@
-"""Directories that are written completely or not at all, and the json files in them."""
+"""The json files of directories, and the files of a source pipeline in them."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edm_deploy.errors import ArtifactError, first_line
 from edm_deploy.storage.json_schema import MAX_DEPTH, Timesteps, check_bounded, convert
-from edm_deploy.storage.leftovers import recover, reserve
 
 # From these a diffusers pipeline is rebuilt around its denoiser. Text encoders and VAE stay in the source pipeline.
 INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 PIPELINE_FILES = (INDEX_FILE, SCHEDULER_FILE)
+PIPELINE_NAMES = (INDEX_FILE, "scheduler")  # the same at the top level of a directory
 MAX_JSON_BYTES = 64 << 20
 AGAIN = "Copy or make it again."
 SOURCE_KEY = "_name_or_path"  # written by diffusers into model_index.json: where the pipeline was loaded from
 VARIANTS = ("*.fp16.*", "*.non_ema.*")  # further copies of the same weights, which are never loaded
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.onnx")
-
-
-@contextlib.contextmanager
-def new_directory(path: Path, *, marker: str, overwrite: bool = True) -> Iterator[Path]:
-    """A temporary directory next to `path`, renamed to `path` when the block succeeds and removed when it fails.
-
-    What killed runs with the same `path` left is removed first; see `edm_deploy.storage.leftovers`.
-
-    Args:
-        path: Of the directory.
-        marker: Name of a file that only directories of edm-deploy have; only such a directory, or an empty one, is replaced.
-        overwrite: Whether such a directory may be replaced.
-
-    Raises:
-        ArtifactError: `path` is something else, or the system refuses to write (disk full, no permission).
-    """
-    recover(path)
-    check_replaceable(path, marker=marker, overwrite=overwrite)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with reserve(path.parent, f".{path.name}.") as reservation:
-            yield reservation.directory
-            _open_permissions(reservation.directory, reservation.file_mode)
-            try:
-                if path.is_dir():
-                    path.rename(reservation.replaced)
-                reservation.directory.rename(path)
-            except BaseException:
-                if reservation.replaced.is_dir() and not path.exists():
-                    reservation.replaced.rename(path)
-                raise
-    except OSError as err:
-        raise ArtifactError(
-            f"Cannot write {path}: {err.strerror or err}. Nothing was left behind; free space or choose another path."
-        ) from err
-
-
-def _open_permissions(directory: Path, file_mode: int) -> None:
-    """Give every file at least the permissions of a new one: libraries write some for their owner alone."""
-    directory_mode = stat.S_IMODE(directory.stat().st_mode)
-    for path in directory.rglob("*"):
-        if not path.is_symlink():
-            path.chmod(stat.S_IMODE(path.stat().st_mode) | (directory_mode if path.is_dir() else file_mode))
-
-
-def check_replaceable(path: Path, *, marker: str, overwrite: bool = True) -> None:
-    """Raises ArtifactError where `path` holds something that `new_directory` would not replace; call it before long work."""
-    if path.exists() and not path.is_dir():
-        raise ArtifactError(f"{path} is a file; --out needs a directory. Choose another path.")
-    if path.is_dir() and any(path.iterdir()) and not (overwrite and (path / marker).is_file()):
-        raise ArtifactError(f"{path} exists and holds other files (no {marker}); nothing was written. Choose another path or empty it.")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

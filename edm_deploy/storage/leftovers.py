@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 REPLACED = ".old"  # a previous result, moved aside while the new one takes its place
+COMPLETE = ".new"  # a complete new result whose files are being moved to where the previous ones were
 SCRATCH = "edm-deploy-"
+INSIDE = ".edm-deploy."  # prefix in an output directory that cannot be renamed
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,36 @@ def scratch_directory(purpose: str) -> Iterator[Path]:
 
 
 def recover(path: Path) -> None:
-    """Remove what killed runs left next to `path`, and restore the previous `path` where one was killed while it replaced it."""
+    """Remove what killed runs left next to `path` and in it, and settle a replacement of `path` in which one was killed."""
     remove_leftovers(path.parent, f".{path.name}.", target=path)
+    remove_leftovers(path, INSIDE, target=path)
+
+
+def swap_contents(reservation: Reservation, target: Path, names: Iterable[str], *, last: str) -> None:
+    """Replace the contents of a directory that cannot be renamed. At no moment does it hold files of both results under a `last`.
+
+    Args:
+        reservation: In `target`; its directory holds the new contents.
+        target: The directory.
+        names: What is moved out of it.
+        last: Name of the file without which the directory is not valid: moved out first and in last.
+    """
+    complete = reservation.directory.with_name(reservation.directory.name + COMPLETE)
+    try:
+        reservation.replaced.mkdir()
+        for name in sorted(names, key=lambda name: name != last):
+            (target / name).rename(reservation.replaced / name)
+        reservation.directory.rename(complete)
+        _move_contents(complete, target, last=last)
+        complete.rmdir()
+    except BaseException:  # Ctrl-C, or the system refuses
+        _settle(complete, reservation.replaced, target)
+        raise
+
+
+def _move_contents(source: Path, target: Path, *, last: str | None = None) -> None:
+    for path in sorted(source.iterdir(), key=lambda path: (path.name == last, path.name)):
+        path.rename(target / path.name)
 
 
 def remove_leftovers(parent: Path, prefix: str, *, target: Path | None = None) -> None:
@@ -111,8 +141,10 @@ def remove_leftovers(parent: Path, prefix: str, *, target: Path | None = None) -
 
 def _remove(lock: Path, target: Path | None) -> None:
     stem = lock.name.removesuffix(LOCK)
-    directory, replaced = lock.with_name(stem), lock.with_name(f"{stem}{REPLACED}")
-    if target is not None and replaced.is_dir() and not target.exists():
+    directory, replaced, complete = (lock.with_name(stem + suffix) for suffix in ("", REPLACED, COMPLETE))
+    if target is not None and lock.parent == target:
+        _settle(complete, replaced, target)
+    elif target is not None and replaced.is_dir() and not target.exists():
         replaced.rename(target)
         log.warning("Restored %s, which an interrupted run was replacing.", target)
     left = [path.name for path in (directory, replaced) if path.exists()]
@@ -121,6 +153,19 @@ def _remove(lock: Path, target: Path | None) -> None:
     lock.unlink(missing_ok=True)
     if left:
         log.warning("Removed %s in %s, left by an interrupted run.", " and ".join(left), lock.parent)
+
+
+def _settle(complete: Path, replaced: Path, target: Path) -> None:
+    """Finish `swap_contents` where it had begun to move new files in, else undo it."""
+    if complete.is_dir():
+        # A json file is what the others are not valid without, in every kind of directory; its name is not known here.
+        for path in sorted(complete.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
+            path.rename(target / path.name)
+        complete.rmdir()
+        log.warning("Completed %s, which an interrupted run was replacing.", target)
+    elif replaced.is_dir() and any(replaced.iterdir()):
+        _move_contents(replaced, target)
+        log.warning("Restored %s, which an interrupted run was replacing.", target)
 
 
 def _new_lock(parent: Path, prefix: str) -> tuple[Path, int]:

@@ -42,11 +42,13 @@ def build_engine(
         str | None,
         typer.Option("--source", metavar="MODEL", help="Pipeline that --with-pipeline copies from. Default: the model that was quantized."),
     ] = None,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Build an engine for one backend. trt-rtx and cuda build for a named GPU on a machine that has none."""
     from edm_deploy.runtime.capabilities import summary
     from edm_deploy_tools.common.build_options import build, build_options, pipeline_to_copy
 
+    opt.check_new(out, overwrite)
     sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens, "image_tokens": image_tokens}
     others: dict[str, Any] = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": optimization_level}
     others |= {"timing_cache": timing_cache, "workspace_mib": workspace_mib, "allow_float_sites": allow_float_sites}

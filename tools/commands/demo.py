@@ -28,7 +28,7 @@ from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.capabilities import summary
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.directories import write_json
-from edm_deploy_tools.commands.quantize_model import QuantizeRequest, quantize
+from edm_deploy_tools.commands.quantize_model import QuantizeRequest, checkpoint_of, quantize
 from edm_deploy_tools.common import console
 from edm_deploy_tools.common.assets import REFERENCE_MODEL
 from edm_deploy_tools.common.build_options import build
@@ -143,7 +143,7 @@ def made_by(artifact: Artifact, recipe: Any) -> bool:
 
 def finetune(path: Path, recipe: Any) -> Artifact:
     """Fine-tune the shipped model, from the checkpoint of an interrupted demo if there is one with the same settings."""
-    checkpoint = path.with_name(path.name + ".checkpoint")
+    checkpoint = checkpoint_of(path)
     try:
         options = RunOptions(checkpoint=checkpoint, resume=checkpoint.is_dir())
         return quantize(QuantizeRequest(model=str(REFERENCE_MODEL), out=path, recipe=recipe, options=options))

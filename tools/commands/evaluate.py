@@ -26,6 +26,7 @@ def evaluate(
     prompts: opt.Prompts = None,
     device: opt.EngineDevice = None,
     low_memory: opt.LowMemory = False,
+    overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
 ) -> None:
     """Measure the error of artifacts and engines against the float model; writes report.json and report.html."""
@@ -34,6 +35,7 @@ def evaluate(
     from edm_deploy_tools.evaluation.results import describe_settings, headline
     from edm_deploy_tools.evaluation.trajectory_error import EvaluationSettings
 
+    opt.check_new(out, overwrite)
     texts = () if prompts is None else read_prompts(prompts)
     settings = EvaluationSettings(samples=samples, steps=steps, seed=seed, guidance=guidance, prompts=texts)
     report = evaluate_paths(paths, out, reference=reference, settings=settings, device=opt.value(device), low_memory=low_memory)

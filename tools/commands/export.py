@@ -25,12 +25,14 @@ def export(
     int4: Annotated[
         opt.Int4, typer.Option(help="4-bit sites as Q/DQ nodes, or as TensorRT plugin nodes (plugin, with --for trt --dtype fp16).")
     ] = opt.Int4.QDQ,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Export ARTIFACT as a standard ONNX graph (opset 21) that contains the activation tables."""
     from edm_deploy.export.onnx import onnx_from_artifact
     from edm_deploy.runtime.capabilities import capabilities_of, check_plugins, check_storage
     from edm_deploy_tools.benchmarks.float_engine import artifact_or_float
 
+    opt.check_new(out, overwrite)
     target = capabilities_of(backend) if backend else None
     check_plugins(target, int4 is opt.Int4.PLUGIN)
     if target is not None:

@@ -32,11 +32,13 @@ def calibrate(
     fold_time: opt.FoldTime = False,
     low_memory: opt.LowMemory = False,
     force: opt.Force = False,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Quantize MODEL without training: ranges are observed on its own sampling trajectories. Default W8A8."""
     from edm_deploy_tools.commands.quantize_model import QuantizeRequest, run_options
     from edm_deploy_tools.common.recipe_settings import RecipeChoice
 
+    opt.check_new(out, overwrite)
     chosen, composed = RecipeChoice(
         recipe=recipe,
         preset=preset,
@@ -76,13 +78,15 @@ def finetune(
     low_memory: opt.LowMemory = False,
     force: opt.Force = False,
     budget: opt.Budget = None,
+    overwrite: opt.Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")] = False,
 ) -> None:
     """Quantize MODEL and fine-tune it against the float model, without data. Default W4A4. Ctrl-C saves a checkpoint for --resume."""
     from calibration.run.time_budget import seconds_of
-    from edm_deploy_tools.commands.quantize_model import QuantizeRequest, run_options
+    from edm_deploy_tools.commands.quantize_model import QuantizeRequest, checkpoint_of, run_options
     from edm_deploy_tools.common.recipe_settings import RecipeChoice
 
+    opt.check_new(out, overwrite)
     chosen, composed = RecipeChoice(
         recipe=recipe,
         preset=preset,
@@ -96,7 +100,7 @@ def finetune(
         teacher_dtype=opt.value(teacher_dtype),
         fold_time=fold_time,
         prompts=prompts,
-        checkpoint=out.with_name(out.name + ".checkpoint"),
+        checkpoint=checkpoint_of(out),
         budget_seconds=None if budget is None else seconds_of(budget),
         resume=resume,
     )

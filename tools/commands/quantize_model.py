@@ -15,13 +15,14 @@ from calibration.base_pass import Pass, check_passes
 from calibration.recipe import Recipe
 from calibration.run.memory import needed_memory
 from calibration.run.options import RunOptions
-from edm_deploy.artifact.artifact import JSON_NAME, Artifact
+from edm_deploy.artifact.artifact import ARTIFACT, Artifact
 from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.network.meta_model import meta_model
 from edm_deploy.pipelines.model_index import read_pipeline_config
 from edm_deploy.pipelines.source import load_source, local_directory
 from edm_deploy.runtime.capabilities import capabilities_of, check_scheme
-from edm_deploy.storage.directories import check_replaceable
+from edm_deploy.storage.leftovers import INSIDE
+from edm_deploy.storage.output_directory import check_output, replaces_contents
 from edm_deploy_tools.common.console import progress
 
 
@@ -60,7 +61,7 @@ def quantize(request: QuantizeRequest) -> Artifact:
     check_passes(request.passes, recipe)
     if request.backend is not None:
         check_scheme(capabilities_of(request.backend), recipe.weight_bits, recipe.act_bits)
-    check_replaceable(out, marker=JSON_NAME)
+    check_output(out, kind=ARTIFACT)
     if options.resume and options.checkpoint is not None and not options.checkpoint.is_dir():
         raise ArtifactError(f"{options.checkpoint} holds no checkpoint to resume. Start without --resume, or check --out.")
     if not request.force:
@@ -72,6 +73,11 @@ def quantize(request: QuantizeRequest) -> Artifact:
     if options.checkpoint is not None:
         shutil.rmtree(options.checkpoint, ignore_errors=True)
     return artifact
+
+
+def checkpoint_of(out: Path) -> Path:
+    """Where `finetune` keeps its checkpoint: next to `out`; in it, where that is a mount point or the working directory."""
+    return out / f"{INSIDE}checkpoint" if replaces_contents(out) else out.with_name(out.name + ".checkpoint")
 
 
 def _check_memory(request: QuantizeRequest) -> None:

@@ -48,6 +48,7 @@ def sample(
         ),
     ] = None,
     device: opt.EngineDevice = None,
+    overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
 ) -> None:
     """Sample images from an engine: PNG files and grid.png."""
@@ -55,6 +56,7 @@ def sample(
     from edm_deploy_tools.images.pipeline_arguments import GenerationRequest
     from edm_deploy_tools.images.sample import sample_images
 
+    opt.check_new(out, overwrite)
     request = GenerationRequest(
         prompts=(*(prompt or ()), *(() if prompts is None else read_prompts(prompts))),
         negative_prompt=negative_prompt,

@@ -60,14 +60,27 @@ class Int4Sites(StrEnum):
 
 
 def check_out(path: Path) -> Path:
-    """`path`, unless it is the working directory or contains it: --out is replaced as a whole.
+    """`path`, unless it contains the working directory: --out is replaced as a whole.
 
     Raises:
-        BadParameter: It is.
+        BadParameter: It does.
     """
-    if Path.cwd().is_relative_to(path.resolve()):
-        raise typer.BadParameter(f"{path} is or contains the working directory; expected the name of a new directory.")
+    if path.resolve() in Path.cwd().parents:
+        raise typer.BadParameter(f"{path} contains the working directory; expected the name of a new directory.")
     return path
+
+
+def check_new(out: Path, overwrite: bool) -> None:
+    """Refuse an output directory that holds something, unless `--overwrite` is given; what may be overwritten is checked where it is written.
+
+    Raises:
+        InputError: It does.
+    """
+    from edm_deploy.errors import InputError
+    from edm_deploy.storage.output_directory import entries
+
+    if not overwrite and entries(out):
+        raise InputError(f"--out {out} exists and is not empty. Pass --overwrite to replace it, or choose another directory.")
 
 
 def check_seed(seed: int | None) -> int | None:
@@ -101,6 +114,9 @@ Engine = Annotated[Path, typer.Argument(metavar="ENGINE_DIR", help="Directory wr
 Out = Annotated[
     Path,
     typer.Option("--out", metavar="DIR", callback=check_out, help="Output directory; written completely or not at all."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what a previous run of this command wrote into --out. Other files are never removed.")
 ]
 WeightBits = Annotated[int | None, typer.Option("--weight-bits", help="Bits of the weights, 2 to 8. Default: the recipe's.")]
 ActBits = Annotated[

@@ -16,7 +16,8 @@ from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError
 from edm_deploy.network.layer_costs import site_work
 from edm_deploy.network.meta_model import meta_inputs, meta_model
-from edm_deploy.storage.directories import new_directory, read_json, write_json
+from edm_deploy.storage.directories import read_json, write_json
+from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 from edm_deploy_tools.common.console import Notify, bytes_of
 from edm_deploy_tools.evaluation.feature_network import features_of
 from edm_deploy_tools.evaluation.frechet import frechet_distance
@@ -24,6 +25,7 @@ from edm_deploy_tools.evaluation.trajectory_error import ReferenceTrajectory, de
 
 ARTIFACT, MEASURED = "artifact", "measured"  # directories in that of an experiment
 FIGURES, IMAGES = "figures.json", "images.safetensors"
+MEASUREMENT = DirectoryKind("a measurement", FIGURES, (IMAGES,))
 
 
 class ArtifactEvaluator:
@@ -71,7 +73,7 @@ class ArtifactEvaluator:
             "steps_done": artifact.provenance.get("steps_done"),
             "quantizing_seconds": artifact.provenance.get("wall_seconds"),
         }
-        with new_directory(directory / MEASURED, marker=FIGURES) as temporary:
+        with new_directory(directory / MEASURED, kind=MEASUREMENT) as temporary:
             save_file({"images": images.half().contiguous()}, temporary / IMAGES)
             write_json(temporary / FIGURES, figures)
         notify(f"  noise error {error.noise_error:.4f}, PSNR {error.psnr:.1f} dB, Frechet {figures['frechet']:.3g}")

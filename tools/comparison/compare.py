@@ -23,7 +23,8 @@ from edm_deploy.pipelines.prompt_encoding import check_takes_prompts
 from edm_deploy.pipelines.prompt_file import read_prompts
 from edm_deploy.pipelines.source import Source, load_source
 from edm_deploy.runtime.capabilities import capabilities_of
-from edm_deploy.storage.directories import check_replaceable, read_json, write_json
+from edm_deploy.storage.directories import read_json, write_json
+from edm_deploy.storage.output_directory import DirectoryKind, check_output
 from edm_deploy_tools.common.child_process import run_measured
 from edm_deploy_tools.common.console import Notify, finite, silent, time_words
 from edm_deploy_tools.common.machine import machine, versions
@@ -36,6 +37,7 @@ from edm_deploy_tools.evaluation.trajectory_error import (
 )
 
 MARKER = "compare.json"
+COMPARISON = DirectoryKind("a comparison", MARKER, ("*",))  # never replaced
 RESULTS, REPORT, TABLE = "results.json", "report.html", "table.md"
 MADE = "made.json"
 SHOWN = 8  # images of each model in the report
@@ -88,7 +90,7 @@ def compare_recipes(model: str, out: Path, request: ComparisonRequest, *, notify
     Raises:
         UnsupportedError, InputError, ArtifactError: The request is invalid; all checks come before anything is quantized.
     """
-    check_replaceable(out, marker=MARKER)
+    check_output(out, kind=COMPARISON)
     target = capabilities_of(request.backend) if request.backend else None
     settings = request.settings
     if settings.samples < 2:

@@ -14,8 +14,9 @@ from edm_deploy.errors import ArtifactError, UnsupportedError
 from edm_deploy.pipelines.source import Source, load_source
 from edm_deploy.runtime.backend import SiteTestCase
 from edm_deploy.runtime.manifest import Manifest
-from edm_deploy.storage.directories import check_replaceable, new_directory, write_json
+from edm_deploy.storage.directories import write_json
 from edm_deploy.storage.leftovers import scratch_directory
+from edm_deploy.storage.output_directory import DirectoryKind, check_output, new_directory
 from edm_deploy_tools.common.console import Notify, silent
 from edm_deploy_tools.common.machine import machine, versions
 from edm_deploy_tools.evaluation.report import report_html
@@ -32,6 +33,7 @@ from edm_deploy_tools.evaluation.trajectory_error import (
 from edm_deploy_tools.inspection.describe import kind_of
 
 JSON_NAME = "report.json"
+REPORT = DirectoryKind("a report", JSON_NAME, ("report.html",))
 HTML_NAME = "report.html"
 
 
@@ -61,7 +63,7 @@ def evaluate_paths(
         InputError: Prompts or a guidance scale for a model that takes none.
         UnsupportedError: An engine cannot run on this machine.
     """
-    check_replaceable(out, marker=JSON_NAME)
+    check_output(out, kind=REPORT)
     targets = open_targets(paths)
     source = load_source(reference or float_model_of(targets), low_memory=low_memory)
     report = evaluate_targets(targets, source, settings or EvaluationSettings(), device=device, notify=notify)
@@ -189,7 +191,7 @@ def check_same_model(target: EvaluationTarget, source: Source) -> None:
 
 def write_report(report: Report, out: Path) -> None:
     """Write report.json and report.html into directory `out`, completely or not at all."""
-    with new_directory(out, marker=JSON_NAME) as directory:
+    with new_directory(out, kind=REPORT) as directory:
         write_json(directory / JSON_NAME, report.to_json())
         (directory / HTML_NAME).write_text(report_html(report))
 

@@ -23,12 +23,14 @@ from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.load import load_pipeline
 from edm_deploy.runtime.manifest import NAME as MANIFEST
 from edm_deploy.runtime.manifest import ShapeRange
-from edm_deploy.storage.directories import INDEX_FILE, check_replaceable, new_directory, other_components, read_json
+from edm_deploy.storage.directories import INDEX_FILE, other_components, read_json
+from edm_deploy.storage.output_directory import DirectoryKind, check_output, new_directory
 from edm_deploy_tools.images.pipeline_arguments import GenerationRequest, PipelineArguments
 
 log = logging.getLogger(__name__)
 
 GRID_NAME = "grid.png"
+IMAGES = DirectoryKind("a directory of images", GRID_NAME, ("[0-9][0-9][0-9]*.png",))
 SMALLEST_TILE = 96  # pixels; a 32-pixel image is shown three times its size, without smoothing
 
 
@@ -78,13 +80,13 @@ def sample_images(
         ArtifactError, UnsupportedError: As load_pipeline.
     """
     request = request or GenerationRequest()
-    check_replaceable(out, marker=GRID_NAME)
+    check_output(out, kind=IMAGES)
     check_components(engine, source)
     pipe = load_pipeline(engine, scheduler=request.scheduler or default_scheduler(engine), device=device, source=source)
     start = time.perf_counter()
     images = draw(pipe, request)
     seconds = time.perf_counter() - start
-    with new_directory(out, marker=GRID_NAME) as directory:
+    with new_directory(out, kind=IMAGES) as directory:
         grid_of(images).save(directory / GRID_NAME)
         for index, image in enumerate(images):
             image.save(directory / f"{index:03d}.png")

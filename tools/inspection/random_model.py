@@ -11,7 +11,8 @@ from torch import Tensor
 
 from edm_deploy.models import family_named, name_of_family
 from edm_deploy.network.meta_model import meta_model
-from edm_deploy.storage.directories import INDEX_FILE, SCHEDULER_FILE, new_directory, write_json
+from edm_deploy.storage.directories import INDEX_FILE, PIPELINE_NAMES, SCHEDULER_FILE, write_json
+from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 from edm_deploy.storage.tensor_file import DeferredTensor, write_tensors
 from edm_deploy_tools.inspection.architectures import Architecture
 
@@ -36,7 +37,8 @@ def write_random_model(chosen: Architecture, out: Path, *, size: int | None = No
         family.component: ["diffusers", chosen.class_name],
         "scheduler": ["diffusers", chosen.scheduler_class],
     }
-    with new_directory(out, marker=INDEX_FILE) as directory:
+    kind = DirectoryKind("a pipeline", INDEX_FILE, (*PIPELINE_NAMES, family.component))
+    with new_directory(out, kind=kind, overwrite=False) as directory:
         write_json(directory / INDEX_FILE, index)
         write_json(directory / SCHEDULER_FILE, {"_class_name": chosen.scheduler_class, **chosen.scheduler_config})
         write_json(directory / family.component / "config.json", {"_class_name": chosen.class_name, **config})

@@ -12,17 +12,18 @@ import pytest
 
 from edm_deploy.errors import ArtifactError
 from edm_deploy.storage import leftovers
-from edm_deploy.storage.directories import new_directory
 from edm_deploy.storage.leftovers import recover, remove_leftovers, reserve, scratch_directory
+from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 
 MARKER = "ours.json"
+KIND = DirectoryKind("one of ours", MARKER)
 ROOT = Path(__file__).parents[3]
 # A child that stops where it is told to, so that it can be killed there.
 INSIDE = """
 import sys, time
 from pathlib import Path
-from edm_deploy.storage.directories import new_directory
-with new_directory(Path(sys.argv[1]), marker="ours.json") as directory:
+from edm_deploy.storage.output_directory import DirectoryKind, new_directory
+with new_directory(Path(sys.argv[1]), kind=DirectoryKind("one of ours", "ours.json")) as directory:
     (directory / "ours.json").write_text("half of the new one")
     print("here", flush=True)
     time.sleep(600)
@@ -30,7 +31,7 @@ with new_directory(Path(sys.argv[1]), marker="ours.json") as directory:
 BETWEEN_RENAMES = """
 import sys, time
 from pathlib import Path
-from edm_deploy.storage.directories import new_directory
+from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 rename = Path.rename
 def stop(self, target):
     if Path(target) == Path(sys.argv[1]):
@@ -38,7 +39,7 @@ def stop(self, target):
         time.sleep(600)
     return rename(self, target)
 Path.rename = stop
-with new_directory(Path(sys.argv[1]), marker="ours.json") as directory:
+with new_directory(Path(sys.argv[1]), kind=DirectoryKind("one of ours", "ours.json")) as directory:
     (directory / "ours.json").write_text("new")
 """
 SCRATCH = """
@@ -65,7 +66,7 @@ def kill(process):
 
 
 def write(path, text="new"):
-    with new_directory(path, marker=MARKER) as directory:
+    with new_directory(path, kind=KIND) as directory:
         (directory / MARKER).write_text(text)
 
 
@@ -165,7 +166,7 @@ def test_without_file_locks_nothing_is_removed(tmp_path, monkeypatch):
 def test_modes_follow_the_umask_whatever_a_library_chose(tmp_path, umask, file_mode, directory_mode):
     previous = os.umask(umask)
     try:
-        with new_directory(tmp_path / "a", marker=MARKER) as directory:
+        with new_directory(tmp_path / "a", kind=KIND) as directory:
             (directory / MARKER).write_text("")
             (directory / "private").write_text("")
             (directory / "private").chmod(0o600)
