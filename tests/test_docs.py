@@ -74,7 +74,10 @@ def test_the_quickstart_can_be_followed(quickstart):
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_every_command_and_snippet_of_a_page_runs(page, models, quickstart, tmp_path):
-    shutil.copytree(quickstart, tmp_path / "work")
+    if page.stem == "README":  # complete in itself
+        (tmp_path / "work").mkdir()
+    else:
+        shutil.copytree(quickstart, tmp_path / "work")
     follow(page, tmp_path / "work", models, extended=False)
 
 

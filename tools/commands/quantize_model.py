@@ -64,8 +64,10 @@ def quantize(request: QuantizeRequest) -> Artifact:
     check_output(out, kind=ARTIFACT)
     if options.resume and options.checkpoint is not None and not options.checkpoint.is_dir():
         raise ArtifactError(f"{options.checkpoint} holds no checkpoint to resume. Start without --resume, or check --out.")
+    parameters = _parameters(request.model)
+    check_output(out, kind=ARTIFACT, needed_bytes=parameters * recipe.weight_bits // 8)
     if not request.force:
-        _check_memory(request)
+        _check_memory(request, parameters)
     source = load_source(request.model, low_memory=request.low_memory)
     with progress() as show:
         artifact = calibration.fit(source, recipe, options, passes=request.passes, on_progress=show)
@@ -80,10 +82,13 @@ def checkpoint_of(out: Path) -> Path:
     return out / f"{INSIDE}checkpoint" if replaces_contents(out) else out.with_name(out.name + ".checkpoint")
 
 
-def _check_memory(request: QuantizeRequest) -> None:
+def _parameters(model: str) -> int:
+    config = read_pipeline_config(local_directory(model), model)
+    return sum(value.numel() for value in meta_model(config.family_object, config.config).parameters())
+
+
+def _check_memory(request: QuantizeRequest, parameters: int) -> None:
     recipe, low_memory = request.recipe, request.low_memory
-    config = read_pipeline_config(local_directory(request.model), request.model)
-    parameters = sum(value.numel() for value in meta_model(config.family_object, config.config).parameters())
     needed = needed_memory(parameters, trains=recipe.trains, low_memory=low_memory, cached=recipe.cached_bytes)
     available = psutil.virtual_memory().available
     if needed > available:

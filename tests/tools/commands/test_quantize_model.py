@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from calibration.run.options import RunOptions
+from edm_deploy.artifact.artifact import ARTIFACT
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
-from edm_deploy.storage.directories import check_replaceable
+from edm_deploy.storage.output_directory import check_output
 from edm_deploy_tools.commands.quantize_model import QuantizeRequest, run_options
 from edm_deploy_tools.commands.quantize_model import quantize as run_quantize
 from edm_deploy_tools.common.recipe_settings import recipe_with
@@ -20,10 +21,10 @@ def test_the_teacher_s_dtype_stays_the_default_where_none_is_given():
 
 
 def test_an_empty_directory_and_one_of_ours_may_be_replaced(tmp_path, chain):
-    check_replaceable(tmp_path, marker="artifact.json")
-    check_replaceable(chain.artifact, marker="artifact.json")
+    check_output(tmp_path, kind=ARTIFACT)
+    check_output(chain.artifact, kind=ARTIFACT)
     with pytest.raises(ArtifactError, match="holds other files"):
-        check_replaceable(chain.model, marker="artifact.json")
+        check_output(chain.model, kind=ARTIFACT)
 
 
 def test_a_scheme_is_refused_before_the_model_is_looked_for(tmp_path):
