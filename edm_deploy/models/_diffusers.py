@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from edm_deploy.errors import EdmDeployError, UnsupportedError, first_line
+from edm_deploy.errors import EdmDeployError, InputError, UnsupportedError, first_line
 from edm_deploy.network.family import Config, Family
 
 REASONED = (ValueError, ArithmeticError, RuntimeError)  # of these the message is of the config; of others it is of Python's types
@@ -55,9 +57,19 @@ class DiffusersFamily(Family):
         as_json: dict[str, Any] = json.loads(json.dumps(full))
         return as_json
 
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        if len(args) > len(self.signature):
+            raise InputError(
+                f"{len(args)} positional arguments; {self.class_name} takes {len(self.signature)}: {', '.join(self.signature)}. Remove the others."
+            )
+        positional = dict(zip(self.signature, args, strict=False))
+        if twice := sorted(set(positional) & set(kwargs)):
+            raise InputError(f"{twice[0]!r} is passed twice, by position and by name; expected once. Remove one.")
+        return positional | dict(kwargs)
+
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         names = [declared.name for declared in self.inputs(config)]
-        arguments = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
+        arguments = self.arguments(args, kwargs)
         for name, reason in self.refused.items():
             if _is_set(arguments.pop(name, None)):
                 raise UnsupportedError(f"The engine has no input {name!r}: {reason}.")
@@ -70,11 +82,20 @@ class DiffusersFamily(Family):
             raise UnsupportedError(f"The engine needs {missing[0]!r}; pass it as to the diffusers model.")
         return arguments
 
+    def denoiser_class(self, base: type[nn.Module]) -> type[nn.Module]:
+        return _with_model_mixin(base)  # type: ignore[arg-type]  # mypy finds no hash of a metaclass
+
     def output(self, sample: Tensor) -> Any:
         return self.output_class(sample=sample)
 
     def freeze_config(self, config: Config) -> Any:
         return FrozenDict(config)
+
+
+@functools.cache
+def _with_model_mixin(base: type[nn.Module]) -> type[nn.Module]:
+    """`base` with the base class that `DiffusionPipeline.from_pretrained` demands of a denoiser. What both define is taken from `base`."""
+    return type(base.__name__, (base, ModelMixin), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
 def _is_set(value: Any) -> bool:

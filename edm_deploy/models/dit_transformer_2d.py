@@ -63,6 +63,9 @@ class DiTTransformer2D(TransformerFamily):
     def classes(self, config: Config) -> int | None:
         return int(config["num_embeds_ada_norm"])
 
+    def labels(self, config: Config) -> int | None:
+        return int(config["num_embeds_ada_norm"]) + 1
+
     def other_embedding_inputs(self, config: Config) -> str | None:
         return "the class label"
 

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from edm_deploy.models._transformer import ADAPTER, CONTROLNET, EMBEDDER, MODULATION, POOLED, TOKENS, TransformerFamily, ends
-from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, timestep_tensor
 from edm_deploy.network.graph_names import SCALE_INPUT
 from edm_deploy.network.placement import PlacementRule
 
@@ -100,11 +100,12 @@ class FluxTransformer2D(TransformerFamily):
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         arguments = super().bind(config, args, kwargs)
-        arguments[TIMESTEP.name] = torch.as_tensor(arguments[TIMESTEP.name], dtype=torch.float32) * TIMESTEPS
-        batch = len(arguments[SAMPLE])
+        arguments[TIMESTEP.name] = timestep_tensor(arguments[TIMESTEP.name]) * TIMESTEPS
+        sample = arguments[SAMPLE]
         for name in (IMAGE_IDS, TEXT_IDS):
-            if arguments[name].ndim == 2:
-                arguments[name] = arguments[name].expand(batch, -1, -1)
+            ids = arguments[name]
+            if isinstance(sample, Tensor) and sample.ndim and isinstance(ids, Tensor) and ids.ndim == 2:
+                arguments[name] = ids.expand(len(sample), -1, -1)
         return arguments
 
     def sample_size(self, config: Config) -> tuple[int, int]:

@@ -94,7 +94,7 @@ class PixArtTransformer2D(TransformerFamily):
         return output[:, : int(config["in_channels"])]
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        arguments = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
+        arguments = self.arguments(args, kwargs)
         arguments |= arguments.pop("added_cond_kwargs", None) or {}
         return super().bind(config, (), arguments)
 

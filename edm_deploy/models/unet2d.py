@@ -22,7 +22,7 @@ class UNet2D(UNetFamily):
     class_name = "UNet2DModel"
     model_class = UNet2DModel
     output_class = UNet2DOutput
-    signature = (SAMPLE, "timestep", LABELS)
+    signature = (SAMPLE, "timestep", LABELS, "return_dict")
 
     def build(self, config: Config) -> nn.Module:
         if config.get("time_embedding_type", "positional") == "fourier":
@@ -58,6 +58,9 @@ class UNet2D(UNetFamily):
 
     def classes(self, config: Config) -> int | None:
         return None if _label_kind(config) in ("none", "identity") else int(config.get("num_class_embeds") or 1000)
+
+    def labels(self, config: Config) -> int | None:
+        return self.classes(config) if _label_kind(config) == "embedding" else None  # one of kind `timestep` is a number, as a timestep is
 
     def embedded_timesteps(self, config: Config) -> int | None:
         return int(config["num_train_timesteps"]) if config.get("time_embedding_type") == "learned" else None

@@ -105,7 +105,7 @@ class UNet2DCondition(UNetFamily):
         return output
 
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        arguments = dict(zip(self.signature, args, strict=False)) | dict(kwargs)
+        arguments = self.arguments(args, kwargs)
         arguments |= arguments.pop("added_cond_kwargs", None) or {}
         arguments = {name: value for name, value in arguments.items() if not (name == "cross_attention_kwargs" and not value)}
         for name, reason in REFUSED_ARGUMENTS.items():

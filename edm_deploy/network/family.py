@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from edm_deploy.errors import UnsupportedError
+from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.network.placement import LayerGroup, Placement, PlacementRule, group_of, rule_for
 from edm_deploy.network.restructure import layer_of
 
@@ -95,16 +95,29 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the diffusers model's `forward` by name, `return_dict` among them where it is given.
+
+        Raises:
+            InputError: More positional arguments than `forward` has parameters, or one parameter twice.
+        """
+
+    @abstractmethod
     def bind(self, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Map the arguments of the diffusers model's `forward` to graph inputs by name.
 
         Raises:
             UnsupportedError: An argument that is not None has no input in the graph, or an input is missing.
+            InputError: As `arguments`.
         """
 
     @abstractmethod
     def output(self, sample: Tensor) -> Any:  # each diffusers model has another output class
         """Wrap the graph's output in the model's diffusers output class."""
+
+    def denoiser_class(self, base: type[nn.Module]) -> type[nn.Module]:
+        """`base`, a class of engines' denoisers, as a subclass of what the pipelines of this model accept as a denoiser."""
+        return base
 
     @abstractmethod
     def size_multiple(self, config: Config) -> int:
@@ -160,6 +173,10 @@ class Family(ABC):
     def classes(self, config: Config) -> int | None:
         """Number of class labels, without the one for no class; None where the model does not take a label as an index."""
         return None
+
+    def labels(self, config: Config) -> int | None:
+        """Number of values of the input `class_labels`, the one for no class included; None where the model does not take a label as an index."""
+        return self.classes(config)
 
     def sigmas(self, steps: int) -> tuple[float, ...] | None:
         """Noise levels, descending, that the model's pipeline passes to the scheduler for this number of steps; None for the scheduler's default."""
@@ -241,3 +258,23 @@ class Family(ABC):
             if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
                 raise UnsupportedError(f"Site {name!r} pads with {layer.padding_mode!r}; integer convolutions pad with zeros only.")
         return {name: layer for name, layer in layers.items() if self.placement(name) != "float"}
+
+
+def timestep_tensor(value: Any) -> Tensor:
+    """A timestep for all samples, or one for each: float32 [] or [B].
+
+    Args:
+        value: As diffusers' models accept it: a number, or a sequence, an array or a tensor of numbers.
+
+    Raises:
+        InputError: It is something else.
+    """
+    expected = "expected a number, or a tensor of one number for each sample. Pass an element of scheduler.timesteps."
+    try:
+        # A number of Python in float64, which holds it whatever torch's default type is.
+        timesteps = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as err:
+        raise InputError(f"timestep is {type(value).__name__}, {expected}") from err
+    if timesteps.ndim > 1 or timesteps.is_complex() or timesteps.is_meta or timesteps.dtype == torch.bool:
+        raise InputError(f"timestep is {timesteps.dtype} of shape {list(timesteps.shape)} on {timesteps.device}, {expected}")
+    return timesteps.to(torch.float32)

@@ -18,6 +18,18 @@ def test_a_family_has_a_tiny_model_and_is_found_by_its_class(name):
 
 
 @pytest.mark.parametrize("kind", TINY)
+def test_its_labels_end_where_the_table_of_the_float_model_ends(kind):
+    family, config, model = tiny_model(kind)
+    count, inputs = family.labels(config), tiny_inputs(kind, batch=1)
+    assert (count is not None) == ("class_labels" in inputs and inputs["class_labels"].dtype == torch.int64)
+    if count is None:
+        return
+    family.forward(model, inputs | {"class_labels": torch.tensor([count - 1])})
+    with pytest.raises(IndexError):
+        family.forward(model, inputs | {"class_labels": torch.tensor([count])})
+
+
+@pytest.mark.parametrize("kind", TINY)
 def test_its_inputs_begin_with_sample_and_timestep_and_batch(kind):
     family, config, _ = tiny_model(kind)
     inputs = family.inputs(config)

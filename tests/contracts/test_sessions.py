@@ -62,6 +62,16 @@ def test_calls_from_two_threads_give_what_each_call_gives_alone(denoiser, batche
     assert [[torch.equal(a, b) for a, b in zip(*pair, strict=True)] for pair in zip(alone, together, strict=True)] == [[True] * CALLS] * 2
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_sample_that_is_not_finite_is_predicted_as_nan_and_its_neighbour_as_without_it(denoiser, bad):
+    inputs = tiny_inputs("unet2d", 2)
+    expected = denoiser(**inputs).sample
+    inputs["sample"][0, 1, 2, 3] = bad
+    found = denoiser(**inputs).sample
+    assert bool(found[0].isnan().all())
+    assert torch.equal(found[1], expected[1])
+
+
 def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 

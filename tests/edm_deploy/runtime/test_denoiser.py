@@ -1,13 +1,15 @@
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
 import torch
 
-from edm_deploy import load_denoiser, load_pipeline
+from edm_deploy import EngineDenoiser, load_denoiser, load_pipeline
 from edm_deploy.artifact.reference import Reference, reference_with_correction
 from edm_deploy.artifact.timestep_correction import Correction
 from edm_deploy.artifact.timestep_routing import mask_from_intervals
-from edm_deploy.errors import ArtifactError, InputError
+from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.export.onnx import onnx_from_artifact
 from edm_deploy.pipelines.schedulers import schedulers_for
 from edm_deploy.runtime.backend import BuildOptions
@@ -16,6 +18,7 @@ from engines import build_engine
 from tests.conftest import SCHEDULER, artifact_by_hand, check_no_further, tiny_inputs, tiny_model
 
 pytest.importorskip("onnxruntime")
+SAMPLE = torch.zeros(1, 3, 8, 8)
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +67,60 @@ def test_it_drops_into_a_pipeline_of_diffusers(denoiser, save_tiny_pipeline, tmp
     assert pipeline(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0].size == (8, 8)
 
 
+def test_a_pipeline_of_diffusers_is_loaded_with_it(denoiser, save_tiny_pipeline, tmp_path):
+    from diffusers import DDIMPipeline, DiffusionPipeline
+
+    loaded = DiffusionPipeline.from_pretrained(save_tiny_pipeline(tmp_path / "p"), unet=denoiser)
+    assigned = DDIMPipeline.from_pretrained(tmp_path / "p")
+    assigned.unet = denoiser
+    images = []
+    for pipeline in (loaded, assigned):
+        pipeline.set_progress_bar_config(disable=True)
+        assert pipeline.unet is denoiser
+        images.append(pipeline(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images)
+    assert (images[0] == images[1]).all()
+    assert isinstance(denoiser, EngineDenoiser) and type(denoiser).__name__ == "EngineDenoiser"
+
+
+def test_a_pipeline_cannot_be_saved_with_it(denoiser, save_tiny_pipeline, tmp_path):
+    from diffusers import DDIMPipeline
+
+    pipeline = DDIMPipeline.from_pretrained(save_tiny_pipeline(tmp_path / "p"))
+    pipeline.unet = denoiser
+    with pytest.raises(
+        UnsupportedError, match=r"cannot be saved with its pipeline\. Copy the directory that build-engine wrote, .*load_pipeline"
+    ):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
+def test_copies_and_pickles_are_refused(denoiser, make):
+    with pytest.raises(
+        UnsupportedError, match=r"cannot be copied or pickled: .*Open its directory again with load_denoiser, in each process"
+    ):
+        make(denoiser)
+
+
+def test_return_dict_may_be_passed_by_position(denoiser):
+    prediction = denoiser(SAMPLE, 5, None, False)
+    assert isinstance(prediction, tuple)
+    assert torch.equal(prediction[0], denoiser(SAMPLE, 5, None, True).sample)
+
+
+def test_an_argument_too_many_or_twice_is_refused(denoiser):
+    with pytest.raises(
+        InputError, match=r"5 positional arguments; UNet2DModel takes 4: sample, timestep, class_labels, return_dict\. Remove"
+    ):
+        denoiser(SAMPLE, 5, None, True, None)
+    with pytest.raises(InputError, match="'timestep' is passed twice, by position and by name; expected once"):
+        denoiser(SAMPLE, 5, timestep=5)
+
+
 def test_half_precision_samples_come_back_in_half_precision(denoiser):
     assert denoiser(torch.zeros(1, 3, 8, 8, dtype=torch.float16), 5).sample.dtype == torch.float16
 
 
-SAMPLE = torch.zeros(1, 3, 8, 8)
 MISUSE = {
     "batch over the profile": ((torch.zeros(5, 3, 8, 8), 1), "batch 5 is outside the engine's profile 1:2:4.*--batch 1:2:5"),
     "another size": ((torch.zeros(1, 3, 16, 8), 1), "height 16 is outside the engine's profile 8:8:8"),
@@ -95,7 +147,10 @@ def test_another_device_is_refused(denoiser):
         denoiser(torch.zeros(1, 3, 8, 8, device="meta"), 1)
     with pytest.raises(InputError, match="runs on cpu; it cannot move to cuda"):
         denoiser.to("cuda")
-    assert denoiser.to(torch.float16) is denoiser
+    for index in (None, 1, torch.device("cuda")):
+        with pytest.raises(InputError, match="runs on cpu; it cannot move to cuda"):
+            denoiser.cuda(index)
+    assert denoiser.to(torch.float16) is denoiser.cpu() is denoiser
 
 
 @pytest.fixture(scope="module")
