@@ -80,7 +80,7 @@ def reconstruct(context: TrainingContext, partition: Partition, stages: Sequence
             done += work.train_block(task, meter)
             if meter.interrupted and done < work.tasks:
                 work.save(done)
-                raise meter.interruption(f"block {done} of {work.tasks}")
+                raise meter.interruption(work.position(done))
             if done == work.tasks or work.save_is_due():
                 work.save(done)
     if work.budget is not None and not work.steps:
@@ -185,6 +185,10 @@ class _Reconstruction:
         left = estimate if self.budget is None else self.budget.left()
         meter.report(int(done * TOTAL), TOTAL, loss=loss, rate=meter.rate(self.steps), eta_seconds=left)
 
+    def position(self, done: int) -> str:
+        """In words, after `done` blocks."""
+        return f"block {done} of {self.tasks}"
+
     def save_is_due(self) -> bool:
         """Whether the previous checkpoint is old enough for the next one."""
         return time.perf_counter() - self.saved_at >= SAVE_INTERVAL * self.save_seconds
@@ -201,7 +205,7 @@ class _Reconstruction:
         method |= {"drawn": torch.tensor(self.sampled_stage), "steps": torch.tensor(self.steps)}
         parameters = self.student.checkpoint_parameters()
         state = TrainingState(step=done, parameters=parameters, trajectories=self.trajectories.state(), method=method, budget=self.budget)
-        save_training(self.run, state)
+        save_training(self.run, state, position=self.position(done), finished=done == self.tasks)
         self.saved_at = time.perf_counter()
         self.save_seconds = self.saved_at - start
 

@@ -148,6 +148,10 @@ def distill(
     elif run.budget is not None:
         run.budget.check_left("calibration")
         budget = run.budget.part()
+
+    def position(step: int) -> str:
+        return f"step {step} of {schedule.steps}" if budget is None else f"step {step}"
+
     with ProgressMeter(run, "finetune", context.trajectories.device, first_step=done) as meter, training.outputs_captured():
         while (share := done / schedule.steps if budget is None else budget.share()) < 1:
             loss = training.step(share)
@@ -156,8 +160,8 @@ def distill(
             finished = done == total if budget is None else budget.share() >= 1
             meter.report(done, total, loss=loss)
             if meter.interrupted or done % run.options.checkpoint_every == 0 or finished:
-                save_training(run, training.state(done, budget))
+                save_training(run, training.state(done, budget), position=position(done), finished=finished)
             if meter.interrupted and not finished:
-                raise meter.interruption(f"step {done}")
+                raise meter.interruption(position(done))
     if budget is not None:
         run.notes["steps_done"] = done

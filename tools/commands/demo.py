@@ -18,6 +18,7 @@ from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from calibration.run.checkpoint import holds_checkpoint
 from calibration.run.options import Interrupted, RunOptions
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
@@ -145,7 +146,7 @@ def finetune(path: Path, recipe: Any) -> Artifact:
     """Fine-tune the shipped model, from the checkpoint of an interrupted demo if there is one with the same settings."""
     checkpoint = path.with_name(path.name + ".checkpoint")
     try:
-        options = RunOptions(checkpoint=checkpoint, resume=checkpoint.is_dir())
+        options = RunOptions(checkpoint=checkpoint, resume=holds_checkpoint(checkpoint))
         return quantize(QuantizeRequest(model=str(REFERENCE_MODEL), out=path, recipe=recipe, options=options))
     except Interrupted as err:
         raise Interrupted("Interrupted; completed stages are kept. Run edm-deploy demo again to continue.") from err

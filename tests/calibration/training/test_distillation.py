@@ -8,7 +8,7 @@ from calibration import Interrupted, RunOptions, fit
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.run.checkpoint import load_checkpoint
 from calibration.training.distillation import TrainingSchedule
-from edm_deploy.errors import ArtifactError
+from edm_deploy.errors import ArtifactError, InputError
 from tests.calibration.tiny import tiny_source
 
 SETTINGS = {"rows": 4, "steps": 6, "batch": 4, "calibration_samples": 4, "rank": 2, "update_rate": 0.01}
@@ -35,7 +35,7 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_artifact(kind, tmp_path
     recipe, source = EfficientDM(**SETTINGS), tiny_source(kind)
     whole = fit(source, recipe, RunOptions())
     options = {"checkpoint": tmp_path / "ck", "checkpoint_every": 2}
-    with pytest.raises(Interrupted, match=r"after step 3; the state is in .*--resume"):
+    with pytest.raises(Interrupted, match=r"after step 3 of 6; the state is in .*--resume"):
         fit(source, recipe, RunOptions(**options), on_progress=interrupted_at(3))
     steps = []
     resumed = fit(source, recipe, RunOptions(**options, resume=True), on_progress=lambda progress: steps.append(progress.step))
@@ -69,7 +69,7 @@ def test_ctrl_c_without_a_checkpoint_directory_states_that_nothing_was_saved():
 def test_sigterm_writes_a_checkpoint_like_ctrl_c_and_the_run_can_be_resumed(tmp_path):
     recipe, source = EfficientDM(**SETTINGS), tiny_source()
     whole = fit(source, recipe, RunOptions())
-    with pytest.raises(Interrupted, match="after step 3; the state is in"):
+    with pytest.raises(Interrupted, match="after step 3 of 6; the state is in"):
         fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck"), on_progress=interrupted_at(3, signal.SIGTERM))
     assert fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck", resume=True)).digest == whole.digest
 
@@ -89,6 +89,22 @@ def test_a_run_in_the_background_is_not_interrupted_by_ctrl_c():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_with_another_seed_does_not_overwrite_the_checkpoint_of_an_interrupted_one(tmp_path):
+    options = RunOptions(checkpoint=tmp_path / "ck")
+    with pytest.raises(Interrupted):
+        fit(tiny_source(), EfficientDM(**SETTINGS), options, on_progress=interrupted_at(1))
+    with pytest.raises(
+        InputError, match=r"ck is the checkpoint of an unfinished run: efficientdm, step 1 of 6\. Continue it with --resume"
+    ):
+        fit(tiny_source(), EfficientDM(**SETTINGS, seed=1), options)
+
+
+def test_a_finished_run_s_checkpoint_is_overwritten_by_the_next(tmp_path):
+    options = RunOptions(checkpoint=tmp_path / "ck")
+    digests = [fit(tiny_source(), EfficientDM(**SETTINGS | {"steps": 1, "seed": seed}), options).digest for seed in (0, 1)]
+    assert digests[0] != digests[1]
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
