@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,24 @@ class TrainingState:
     trajectories: Mapping[str, Tensor]
     method: Mapping[str, Tensor]
     budget: Budget | None
+
+
+class CheckpointTimer:
+    """Tells when the next checkpoint of a run is due.
+
+    Args:
+        run: The first interval is counted from its start.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._seconds, self._last = run.options.checkpoint_seconds, run.started
+
+    def is_due(self) -> bool:
+        """Whether the interval has passed. If it has, the next one starts now."""
+        now = time.perf_counter()
+        due = now - self._last >= self._seconds
+        self._last = now if due else self._last
+        return due
 
 
 def save_training(run: Run, state: TrainingState, *, position: str, finished: bool) -> None:

@@ -76,6 +76,7 @@ def finetune(
     low_memory: opt.LowMemory = False,
     force: opt.Force = False,
     budget: opt.Budget = None,
+    checkpoint_every: opt.CheckpointEvery = "10m",
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")] = False,
 ) -> None:
     """Quantize MODEL and fine-tune it against the float model, without data. Default W4A4. Ctrl-C saves a checkpoint for --resume."""
@@ -98,6 +99,7 @@ def finetune(
         prompts=prompts,
         checkpoint=out.with_name(out.name + ".checkpoint"),
         budget_seconds=None if budget is None else seconds_of(budget),
+        checkpoint_seconds=seconds_of(checkpoint_every, name="--checkpoint-every"),
         resume=resume,
     )
     _quantize(

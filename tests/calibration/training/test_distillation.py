@@ -1,4 +1,7 @@
+import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -101,12 +104,6 @@ def test_a_run_with_another_seed_does_not_overwrite_the_checkpoint_of_an_interru
         fit(tiny_source(), EfficientDM(**SETTINGS, seed=1), options)
 
 
-def test_a_finished_run_s_checkpoint_is_overwritten_by_the_next(tmp_path):
-    options = RunOptions(checkpoint=tmp_path / "ck")
-    digests = [fit(tiny_source(), EfficientDM(**SETTINGS | {"steps": 1, "seed": seed}), options).digest for seed in (0, 1)]
-    assert digests[0] != digests[1]
-
-
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     with pytest.raises(Interrupted):
         fit(tiny_source(), EfficientDM(**SETTINGS), RunOptions(checkpoint=tmp_path / "ck"), on_progress=interrupted_at(1))
@@ -120,6 +117,62 @@ def test_a_checkpoint_of_another_teacher_is_refused(tmp_path):
         fit(tiny_source(), recipe, RunOptions(checkpoint=tmp_path / "ck"), on_progress=interrupted_at(1))
     with pytest.raises(ArtifactError, match="teacher is"):
         fit(tiny_source("unet2d-classes"), recipe, RunOptions(checkpoint=tmp_path / "ck", resume=True))
+
+
+def copies_of_checkpoints(directory, copies):
+    """A progress callback that copies the checkpoint after each training step: what a run that is killed then leaves behind."""
+
+    def on_progress(progress):
+        if progress.stage == "finetune" and directory.is_dir():
+            shutil.copytree(directory, copies / f"after-{progress.step}")
+
+    return on_progress
+
+
+def test_a_run_that_is_killed_after_a_periodic_checkpoint_resumes_to_the_result_of_a_run_without_checkpoints(tmp_path):
+    recipe, source, options = EfficientDM(**SETTINGS), tiny_source(), {"checkpoint_seconds": 1e-6}
+    on_progress = copies_of_checkpoints(tmp_path / "ck", tmp_path / "copies")
+    saving = fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck", **options), on_progress=on_progress)
+    # The callback of a step comes before its checkpoint.
+    assert sorted(path.name for path in (tmp_path / "copies").iterdir()) == [f"after-{step}" for step in range(2, 7)]
+    steps = []
+    options = RunOptions(checkpoint=tmp_path / "copies" / "after-4", resume=True)
+    resumed = fit(source, recipe, options, on_progress=lambda progress: steps.append(progress.step))
+    assert steps == [4, 5, 6]
+    assert resumed.digest == saving.digest == fit(source, recipe, RunOptions()).digest
+
+
+@pytest.mark.extended
+def test_a_run_that_sigkill_ends_resumes_to_the_same_result(tmp_path):
+    script = f"""
+import os, signal
+from pathlib import Path
+from tests.calibration.training.test_distillation import SETTINGS, EfficientDM, RunOptions, fit, tiny_source
+
+def kill(progress):
+    if progress.stage == "finetune" and progress.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+fit(tiny_source(), EfficientDM(**SETTINGS), RunOptions(checkpoint=Path({str(tmp_path / "ck")!r}), checkpoint_seconds=1e-6), on_progress=kill)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    recipe, steps = EfficientDM(**SETTINGS), []
+    options = RunOptions(checkpoint=tmp_path / "ck", resume=True)
+    resumed = fit(tiny_source(), recipe, options, on_progress=lambda progress: steps.append(progress.step))
+    assert steps == [4, 5, 6]
+    assert resumed.digest == fit(tiny_source(), recipe, RunOptions()).digest
+
+
+def test_no_checkpoint_is_written_before_it_is_due(tmp_path):
+    seen = []
+    fit(
+        tiny_source(),
+        EfficientDM(**SETTINGS | {"steps": 2}),
+        RunOptions(checkpoint=tmp_path / "ck"),
+        on_progress=lambda _: seen.append((tmp_path / "ck").exists()),
+    )
+    assert not any(seen)
+    assert (tmp_path / "ck").is_dir()  # the last step's
 
 
 def test_checkpoints_are_written_every_so_many_steps(tmp_path):
