@@ -33,6 +33,7 @@ from edm_deploy_tools.commands.quantize_model import QuantizeRequest, quantize
 from edm_deploy_tools.common import console
 from edm_deploy_tools.common.assets import REFERENCE_MODEL
 from edm_deploy_tools.common.build_options import build
+from edm_deploy_tools.common.child_process import tied
 from edm_deploy_tools.common.console import Row
 from edm_deploy_tools.common.recipe_settings import recipe_with
 from edm_deploy_tools.evaluation.evaluate import HTML_NAME, JSON_NAME, evaluate_targets, open_targets
@@ -219,7 +220,7 @@ def bench_in_new_process(engines: Sequence[Path]) -> list[Row]:
         "--json",
     ]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(tied(command), env=environment, capture_output=True, text=True, check=False)
     if finished.returncode:
         console.say(f"Skipped the benchmark: {finished.stderr.strip()}")
         return []
