@@ -16,6 +16,7 @@ from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.data.prompts import prompts_of
 from calibration.data.trajectory_pool import Trajectories
 from calibration.recipe import Recipe, TrainingContext
+from calibration.run.checkpoint import check_not_overwritten
 from calibration.run.memory import peak_memory
 from calibration.run.options import Interrupted, Progress, Run, RunOptions
 from calibration.run.time_budget import Budget
@@ -52,10 +53,11 @@ def fit(
 
     Raises:
         Interrupted: SIGINT or SIGTERM was received.
-        InputError: The recipe is not applicable to the model, a pass not to the recipe, or prompts are given for a model without text inputs.
+        InputError: The checkpoint directory has the checkpoint of an unfinished run and `resume` is not set; the recipe is not applicable to the model, a pass not to the recipe, or prompts are given for a model without text inputs.
         UnsupportedError: The model's scheduler is not supported for sampling trajectories.
         ArtifactError: The checkpoint to resume is missing, damaged or from a different run.
     """
+    check_not_overwritten(options)
     start = time.perf_counter()
     budget = None if options.budget_seconds is None else Budget(options.budget_seconds)
     check_passes(passes, recipe)

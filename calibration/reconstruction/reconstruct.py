@@ -20,13 +20,12 @@ from calibration.reconstruction.block_cache import BlockCache, ModelInputs, entr
 from calibration.reconstruction.block_optimizers import BlockOptimizer, quantizers_inside, train_only
 from calibration.reconstruction.blocks import Partition, blocks_of
 from calibration.reconstruction.time_allocation import TimeAllocation, training_steps
-from calibration.run.checkpoint import TrainingState, add_prefix, restore, resume_training, save_training, strip_prefix
+from calibration.run.checkpoint import CheckpointTimer, TrainingState, add_prefix, restore, resume_training, save_training, strip_prefix
 from calibration.run.dtypes import DTYPES
 from calibration.run.progress import ProgressMeter
 from calibration.student.student import Student, activations_unquantized
 from calibration.training.param_group import ParamGroup
 
-SAVE_INTERVAL = 20  # the time between two checkpoints is at least this many times the time that the previous one took
 CACHE_SHARE = 0.25  # share of a budget that filling the caches may take
 MAX_STEP = 0.1  # upper bound of every learning rate: with 60 steps per block, 0.2 rounds no better than this, and 0.05 worse
 TOTAL = 1000  # progress is reported in thousandths of the work
@@ -56,7 +55,7 @@ class Stage:
 def reconstruct(context: TrainingContext, partition: Partition, stages: Sequence[Stage], *, seed: int) -> None:
     """Reconstruct every block in every stage, in place.
 
-    Finished blocks are saved at intervals, and always when SIGINT or SIGTERM ends the run; an unfinished block starts again on resume.
+    Finished blocks are saved at intervals, and always when a signal ends the run; an unfinished block starts again on resume.
 
     Args:
         context: The student is calibrated, unless a checkpoint is resumed; the teacher gives the targets, in the dtype of the run's options; the
@@ -67,21 +66,21 @@ def reconstruct(context: TrainingContext, partition: Partition, stages: Sequence
         seed: Seed of the batch order.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; finished blocks are saved if the run has a checkpoint directory.
+        Interrupted: a signal; finished blocks are saved if the run has a checkpoint directory.
         ArtifactError: The checkpoint to resume is missing, damaged or from a different run.
         InputError: The budget is already used up.
     """
     run = context.run
     context.teacher.set_dtype(DTYPES[run.options.teacher_dtype])
-    work = _Reconstruction(context, partition, stages, seed)
+    work, timer = _Reconstruction(context, partition, stages, seed), CheckpointTimer(run)
     done = work.resume(state) if (state := resume_training(run)) is not None else work.begin()
     with ProgressMeter(run, "reconstruct", context.trajectories.device, first_step=work.steps) as meter:
         for task in range(done, work.tasks):
             done += work.train_block(task, meter)
             if meter.interrupted and done < work.tasks:
                 work.save(done)
-                raise meter.interruption(f"block {done} of {work.tasks}")
-            if done == work.tasks or work.save_is_due():
+                raise meter.interruption(work.position(done))
+            if done == work.tasks or timer.is_due():
                 work.save(done)
     if work.budget is not None and not work.steps:
         work.budget.check_left("calibration with the forward passes that reconstruction needs")
@@ -99,7 +98,6 @@ class _Reconstruction:
         self.budget = self.run.budget
         self.steps = 0
         self.resumed_share = 0.0  # share of all training that was done when the run was resumed
-        self.saved_at, self.save_seconds = time.perf_counter(), 0.0
         self.sample_seconds = 0.0  # time of student and teacher together for one sample; measured only under a budget
 
     @property
@@ -185,15 +183,14 @@ class _Reconstruction:
         left = estimate if self.budget is None else self.budget.left()
         meter.report(int(done * TOTAL), TOTAL, loss=loss, rate=meter.rate(self.steps), eta_seconds=left)
 
-    def save_is_due(self) -> bool:
-        """Whether the previous checkpoint is old enough for the next one."""
-        return time.perf_counter() - self.saved_at >= SAVE_INTERVAL * self.save_seconds
+    def position(self, done: int) -> str:
+        """In words, after `done` blocks."""
+        return f"block {done} of {self.tasks}"
 
     def save(self, done: int) -> None:
         """Write a checkpoint after `done` blocks, if the run has a checkpoint directory."""
         if self.run.options.checkpoint is None:
             return
-        start = time.perf_counter()
         weights = {name: layer.layer.weight for name, layer in self.student.layers.items()}
         method = add_prefix("weight.", {name: value for name, value in weights.items() if value is not self.float_weights[name]})
         method |= add_prefix("samples.", self.samples.values)
@@ -201,9 +198,7 @@ class _Reconstruction:
         method |= {"drawn": torch.tensor(self.sampled_stage), "steps": torch.tensor(self.steps)}
         parameters = self.student.checkpoint_parameters()
         state = TrainingState(step=done, parameters=parameters, trajectories=self.trajectories.state(), method=method, budget=self.budget)
-        save_training(self.run, state)
-        self.saved_at = time.perf_counter()
-        self.save_seconds = self.saved_at - start
+        save_training(self.run, state, position=self.position(done), finished=done == self.tasks)
 
     @torch.no_grad()
     def resume(self, state: TrainingState) -> int:

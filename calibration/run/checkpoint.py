@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calibration.run.options import Run
+from calibration.run.options import Run, RunOptions
 from calibration.run.time_budget import Budget
-from edm_deploy.errors import ArtifactError
+from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.storage.directories import read_json, sha256_of, write_json
 from edm_deploy.storage.leftovers import recover
-from edm_deploy.storage.output_directory import DirectoryKind, new_directory
+from edm_deploy.storage.output_directory import DirectoryKind, check_output, new_directory
 
 JSON_NAME = "checkpoint.json"
 TENSORS_NAME = "checkpoint.safetensors"
@@ -45,8 +46,32 @@ class TrainingState:
     budget: Budget | None
 
 
-def save_training(run: Run, state: TrainingState) -> None:
+class CheckpointTimer:
+    """Tells when the next checkpoint of a run is due.
+
+    Args:
+        run: The first interval is counted from its start.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._seconds, self._last = run.options.checkpoint_seconds, run.started
+
+    def is_due(self) -> bool:
+        """Whether the interval has passed. If it has, the next one starts now."""
+        now = time.perf_counter()
+        due = now - self._last >= self._seconds
+        self._last = now if due else self._last
+        return due
+
+
+def save_training(run: Run, state: TrainingState, *, position: str, finished: bool) -> None:
     """Replace the checkpoint of a run by `state` and the numbers in its notes. Does nothing if the run has no checkpoint directory.
+
+    Args:
+        run: Its identity is saved too.
+        state: What determines how the run continues.
+        position: How far the run is, for messages: `step 300 of 16000`.
+        finished: Whether nothing is left to train.
 
     Raises:
         ArtifactError: The directory contains other files, or cannot be written; the previous checkpoint is kept.
@@ -60,7 +85,8 @@ def save_training(run: Run, state: TrainingState) -> None:
     tensors |= add_prefix(NOTES, notes)
     if state.budget is not None:
         tensors[BUDGET] = torch.tensor([state.budget.seconds, state.budget.used()], dtype=torch.float64)
-    save_checkpoint(run.options.checkpoint, step=state.step, identity=run.identity, tensors=tensors)
+    description = {"step": state.step, "position": position, "finished": finished, "identity": run.identity}
+    save_checkpoint(run.options.checkpoint, description=description, tensors=tensors)
 
 
 def resume_training(run: Run) -> TrainingState | None:
@@ -102,13 +128,49 @@ def strip_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def save_checkpoint(directory: Path, *, step: int, identity: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def holds_checkpoint(directory: Path) -> bool:
+    """Whether `directory` has a checkpoint; one that a killed run was replacing is restored first."""
+    recover(directory)
+    return (directory / JSON_NAME).is_file()
+
+
+def check_not_overwritten(options: RunOptions, *, finished_too: bool = False) -> None:
+    """Refuse a run that starts anew where the checkpoint of an unfinished one is; call it before any work.
+
+    Args:
+        options: Of the run to be started.
+        finished_too: Whether the checkpoint of a finished training is kept as well: its artifact was not saved.
+
+    Raises:
+        InputError: The message states what the checkpoint contains.
+        ArtifactError: The directory contains other files.
+    """
+    directory = options.checkpoint
+    if directory is None or options.resume:
+        return
+    found = holds_checkpoint(directory)
+    check_output(directory, kind=CHECKPOINT)
+    if not found:
+        return
+    try:
+        description = read_json(directory / JSON_NAME, what="checkpoint")
+        if description.get("finished") is True and not finished_too:
+            return
+        position = description.get("position") or f"step {description['step']}"
+        content = f"{description['identity']['recipe']}, {position}"
+    except (ArtifactError, KeyError, TypeError):
+        content = "its description cannot be read"
+    raise InputError(
+        f"{directory} is the checkpoint of an unfinished run: {content}. Continue it with --resume, or remove the directory to start anew."
+    )
+
+
+def save_checkpoint(directory: Path, *, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Replace the checkpoint in `directory`.
 
     Args:
         directory: Created if it does not exist.
-        step: Steps done.
-        identity: JSON values; a run is resumed only if its identity is equal.
+        description: JSON values: `step`, the steps done, and `identity`, a run is resumed only if its own is equal.
         tensors: The complete state by name.
 
     Raises:
@@ -116,7 +178,7 @@ def save_checkpoint(directory: Path, *, step: int, identity: Mapping[str, Any], 
     """
     with new_directory(directory, kind=CHECKPOINT) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary / TENSORS_NAME)
-        write_json(temporary / JSON_NAME, {"step": step, "identity": dict(identity), "sha256": sha256_of(temporary / TENSORS_NAME)})
+        write_json(temporary / JSON_NAME, {**description, "sha256": sha256_of(temporary / TENSORS_NAME)})
 
 
 def load_checkpoint(directory: Path, identity: Mapping[str, Any]) -> tuple[int, dict[str, Tensor]]:
@@ -129,22 +191,23 @@ def load_checkpoint(directory: Path, identity: Mapping[str, Any]) -> tuple[int, 
     Raises:
         ArtifactError: The checkpoint is missing, damaged or from a different run; the message names the first difference.
     """
-    recover(directory)
-    if not (directory / JSON_NAME).is_file():
+    if not holds_checkpoint(directory):
         raise ArtifactError(f"{directory} holds no checkpoint to resume. Start without --resume, or check --out.")
     description = read_json(directory / JSON_NAME, what="checkpoint")
     saved = description.get("identity")
     if saved != json.loads(json.dumps(identity)):
         raise ArtifactError(
-            f"{directory} is the checkpoint of another run: {_difference(saved, identity)}. Use the settings it was made with, or start without --resume."
+            f"{directory} is the checkpoint of another run: {_difference(saved, identity)}. Use the settings it was made with, or remove the directory and start without --resume."
         )
     path = directory / TENSORS_NAME
     try:
         if sha256_of(path) != description.get("sha256"):
-            raise ArtifactError(f"{path} is damaged: its sha256 is not the one in {JSON_NAME}. Start without --resume.")
+            raise ArtifactError(
+                f"{path} is damaged: its sha256 is not the one in {JSON_NAME}. Remove {directory} and start without --resume."
+            )
         return int(description["step"]), load_file(path)
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as err:
-        raise ArtifactError(f"{path} cannot be read ({err}). Start without --resume.") from err
+        raise ArtifactError(f"{path} cannot be read ({err}). Remove {directory} and start without --resume.") from err
 
 
 def _difference(saved: Any, expected: Mapping[str, Any]) -> str:  # Any: whatever the file contains

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM as a flag: a loop finishes its step and writes a checkpoint before it ends."""
+"""SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal was closed) as a flag: a loop finishes its step and writes a checkpoint before it ends."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))  # Windows has no SIGHUP
 
 
 class InterruptFlag:
-    """Context manager that records the first SIGINT or SIGTERM; a second one has its previous effect.
+    """Context manager that records the first of these signals; a second one has its previous effect.
 
     A signal that the parent process set to be ignored stays ignored: a shell ignores SIGINT for a background job (`nohup edm-deploy finetune ... &`),
-    so that Ctrl-C in the terminal stops the foreground job only. SIGTERM (`kill`) interrupts such a job. Outside the main thread Python allows no
+    so that Ctrl-C in the terminal stops the foreground job only, and `nohup` ignores SIGHUP. SIGTERM (`kill`) interrupts such a job. Outside the main thread Python allows no
     signal handlers; nothing is recorded there.
 
     Attributes:

@@ -56,13 +56,17 @@ class Budget:
             )
 
 
-def seconds_of(text: str) -> float:
+def seconds_of(text: str, *, name: str = "Budget") -> float:
     """Seconds of a duration as written on the command line: `30s`, `5m`, `1.5h`.
+
+    Args:
+        text: The duration.
+        name: What it is the duration of, for the message.
 
     Raises:
         InputError: It is not a duration, or not above 0.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text)
     if match is None or not float(match[1]) > 0:
-        raise InputError(f"Budget {text!r}: expected a duration above 0 such as 30s, 5m or 1h. Write a number and a unit.")
+        raise InputError(f"{name} {text!r}: expected a duration above 0 such as 30s, 5m or 1h. Write a number and a unit.")
     return float(match[1]) * UNITS[match[2]]

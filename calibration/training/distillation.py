@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from calibration.data.trajectory_pool import Batch
 from calibration.recipe import TrainingContext
-from calibration.run.checkpoint import TrainingState, restore, resume_training, save_training
+from calibration.run.checkpoint import CheckpointTimer, TrainingState, restore, resume_training, save_training
 from calibration.run.dtypes import DTYPES
 from calibration.run.progress import ProgressMeter
 from calibration.run.time_budget import Budget
@@ -135,19 +135,23 @@ def distill(
 
     Raises:
         InputError: Calibration used up the budget.
-        Interrupted: SIGINT or SIGTERM; the current step was finished and a checkpoint written, if the run has a checkpoint directory.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; the current step was finished and a checkpoint written, if the run has a checkpoint directory.
         ArtifactError: The checkpoint to resume is missing, damaged or from a different run.
     """
     run = context.run
     context.teacher.set_dtype(DTYPES[run.options.teacher_dtype])
     training = Training(context, groups, schedule, terms)
-    done, budget = 0, None
+    done, budget, timer, every = 0, None, CheckpointTimer(run), run.options.checkpoint_every
     if (state := resume_training(run)) is not None:
         training.load_state(state)
         done, budget = state.step, state.budget
     elif run.budget is not None:
         run.budget.check_left("calibration")
         budget = run.budget.part()
+
+    def position(step: int) -> str:
+        return f"step {step} of {schedule.steps}" if budget is None else f"step {step}"
+
     with ProgressMeter(run, "finetune", context.trajectories.device, first_step=done) as meter, training.outputs_captured():
         while (share := done / schedule.steps if budget is None else budget.share()) < 1:
             loss = training.step(share)
@@ -155,9 +159,9 @@ def distill(
             total = schedule.steps if budget is None else done + round(budget.left() * meter.rate(done))
             finished = done == total if budget is None else budget.share() >= 1
             meter.report(done, total, loss=loss)
-            if meter.interrupted or done % run.options.checkpoint_every == 0 or finished:
-                save_training(run, training.state(done, budget))
+            if meter.interrupted or finished or timer.is_due() or (every is not None and done % every == 0):
+                save_training(run, training.state(done, budget), position=position(done), finished=finished)
             if meter.interrupted and not finished:
-                raise meter.interruption(f"step {done}")
+                raise meter.interruption(position(done))
     if budget is not None:
         run.notes["steps_done"] = done

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from calibration.run.checkpoint import holds_checkpoint
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.runtime.manifest import Manifest
 
@@ -76,7 +77,8 @@ def test_a_killed_command_runs_again_to_the_same_result_and_leaves_nothing(whole
     before, names = digest(directory, command), sorted(path.name for path in directory.iterdir())
     # Its last half: starting Python and torch takes the first one and writes nothing.
     kill_after(seconds[command] * random.Random(f"{command} {kill}").uniform(0.4, 1.0), directory, *COMMANDS[command])
-    run(directory, *COMMANDS[command])
+    resume = ["--resume"] if holds_checkpoint(directory / "artifact.checkpoint") else []
+    run(directory, *COMMANDS[command], *resume)
     assert digest(directory, command) == before
     assert sorted(path.name for path in directory.iterdir()) == names
     # ONNX Runtime writes .ses when it is imported.

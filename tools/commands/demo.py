@@ -18,6 +18,7 @@ from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from calibration.run.checkpoint import holds_checkpoint
 from calibration.run.options import Interrupted, RunOptions
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
@@ -32,6 +33,7 @@ from edm_deploy_tools.commands.quantize_model import QuantizeRequest, checkpoint
 from edm_deploy_tools.common import console
 from edm_deploy_tools.common.assets import REFERENCE_MODEL
 from edm_deploy_tools.common.build_options import build
+from edm_deploy_tools.common.child_process import tied
 from edm_deploy_tools.common.console import Row
 from edm_deploy_tools.common.recipe_settings import recipe_with
 from edm_deploy_tools.evaluation.evaluate import HTML_NAME, JSON_NAME, evaluate_targets, open_targets
@@ -145,7 +147,7 @@ def finetune(path: Path, recipe: Any) -> Artifact:
     """Fine-tune the shipped model, from the checkpoint of an interrupted demo if there is one with the same settings."""
     checkpoint = checkpoint_of(path)
     try:
-        options = RunOptions(checkpoint=checkpoint, resume=checkpoint.is_dir())
+        options = RunOptions(checkpoint=checkpoint, resume=holds_checkpoint(checkpoint))
         return quantize(QuantizeRequest(model=str(REFERENCE_MODEL), out=path, recipe=recipe, options=options))
     except Interrupted as err:
         raise Interrupted("Interrupted; completed stages are kept. Run edm-deploy demo again to continue.") from err
@@ -218,7 +220,7 @@ def bench_in_new_process(engines: Sequence[Path]) -> list[Row]:
         "--json",
     ]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(tied(command), env=environment, capture_output=True, text=True, check=False)
     if finished.returncode:
         console.say(f"Skipped the benchmark: {finished.stderr.strip()}")
         return []

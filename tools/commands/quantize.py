@@ -79,6 +79,7 @@ def finetune(
     force: opt.Force = False,
     budget: opt.Budget = None,
     overwrite: opt.Overwrite = False,
+    checkpoint_every: opt.CheckpointEvery = "10m",
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")] = False,
 ) -> None:
     """Quantize MODEL and fine-tune it against the float model, without data. Default W4A4. Ctrl-C saves a checkpoint for --resume."""
@@ -102,6 +103,7 @@ def finetune(
         prompts=prompts,
         checkpoint=checkpoint_of(out),
         budget_seconds=None if budget is None else seconds_of(budget),
+        checkpoint_seconds=seconds_of(checkpoint_every, name="--checkpoint-every"),
         resume=resume,
     )
     _quantize(

@@ -13,6 +13,7 @@ import psutil
 import calibration
 from calibration.base_pass import Pass, check_passes
 from calibration.recipe import Recipe
+from calibration.run.checkpoint import check_not_overwritten, holds_checkpoint
 from calibration.run.memory import needed_memory
 from calibration.run.options import RunOptions
 from edm_deploy.artifact.artifact import ARTIFACT, Artifact
@@ -62,7 +63,8 @@ def quantize(request: QuantizeRequest) -> Artifact:
     if request.backend is not None:
         check_scheme(capabilities_of(request.backend), recipe.weight_bits, recipe.act_bits)
     check_output(out, kind=ARTIFACT)
-    if options.resume and options.checkpoint is not None and not options.checkpoint.is_dir():
+    check_not_overwritten(options, finished_too=True)
+    if options.resume and options.checkpoint is not None and not holds_checkpoint(options.checkpoint):
         raise ArtifactError(f"{options.checkpoint} holds no checkpoint to resume. Start without --resume, or check --out.")
     parameters = _parameters(request.model)
     check_output(out, kind=ARTIFACT, needed_bytes=parameters * recipe.weight_bits // 8)

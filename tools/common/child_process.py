@@ -1,17 +1,33 @@
-"""Run a command and measure its wall time and the peak memory of the command and its children."""
+"""Run a command that ends with this process, and measure its wall time and the peak memory of the command and its children."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 INTERVAL = 0.05  # seconds between two samples of the memory
+GRACE = 30.0  # seconds that an interrupted command has to end
+
+# Run in front of a command on Linux: the kernel sends it SIGTERM when its parent ends, however that ends. The option survives execvp. If the parent
+# has ended before, there is nobody left to wait for the command.
+TIED = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +48,33 @@ class Measured:
     last_line: str
 
 
+def tied(command: Sequence[str]) -> list[str]:
+    """`command` such that it ends with this process, also if this is killed; on Linux only, elsewhere the command itself.
+
+    Not `preexec_fn`, which is unsafe in a process with threads.
+    """
+    if sys.platform != "linux":
+        return list(command)
+    return [sys.executable, "-ISc", TIED, str(os.getpid()), *command]
+
+
+@contextlib.contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt like Ctrl-C, unless they are ignored; only in the main thread, where Python allows handlers."""
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    previous = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
+    try:
+        for number in previous:
+            signal.signal(number, signal.default_int_handler)
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def run_measured(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None) -> Measured:
-    """Run a command and wait for it; its stdout is discarded.
+    """Run a command and wait for it; its stdout is discarded. Where this process is interrupted or terminated meanwhile, the command is too.
 
     Args:
         command: Program and arguments.
@@ -41,22 +82,30 @@ def run_measured(command: Sequence[str], *, cwd: Path, environment: Mapping[str,
         environment: Environment variables; None inherits those of this process.
     """
     peak = 0
-    with tempfile.TemporaryFile() as errors:
+    with signals_interrupt(), tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
-        child = subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+        child = subprocess.Popen(tied(command), cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
         root = psutil.Process(child.pid)
         try:
             while child.poll() is None:
                 peak = max(peak, _resident(root))
                 time.sleep(INTERVAL)
         except BaseException:  # usually Ctrl-C: the command must not keep running
-            child.terminate()
-            child.wait()
+            _end(child)
             raise
         seconds = time.perf_counter() - start
         errors.seek(0)
         lines = errors.read().decode(errors="replace").strip().splitlines()
     return Measured(returncode=child.returncode, seconds=seconds, peak_bytes=peak, last_line=lines[-1] if lines else "")
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.wait(GRACE)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):  # or Ctrl-C again
+        child.kill()
+        child.wait()
 
 
 def _resident(root: psutil.Process) -> int:

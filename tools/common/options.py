@@ -142,6 +142,9 @@ Budget = Annotated[
         "--budget", metavar="TIME", help="Wall time of calibration and training, such as 30s, 5m or 1h, instead of a number of steps."
     ),
 ]
+CheckpointEvery = Annotated[
+    str, typer.Option("--checkpoint-every", metavar="TIME", help="Wall time between checkpoints of training, such as 30s, 10m or 1h.")
+]
 For = Annotated[
     str | None, typer.Option("--for", metavar="BACKEND", help="Check first that this backend supports the request; for example openvino.")
 ]

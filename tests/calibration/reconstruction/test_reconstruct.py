@@ -1,3 +1,4 @@
+import shutil
 import signal
 from dataclasses import replace
 
@@ -115,6 +116,19 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_artifact(partition, tmp
     with pytest.raises(Interrupted, match="the state is in"):
         fit(source, recipe, RunOptions(**options, resume=True), on_progress=interrupted_at(2 * left + 1))
     assert fit(source, recipe, RunOptions(**options, resume=True)).digest == whole.digest
+
+
+def test_a_run_killed_after_a_periodic_checkpoint_resumes_to_the_same_artifact(tmp_path):
+    source, recipe = tiny_source("dit"), Tcaq(**SETTINGS)
+
+    def copy(progress):  # what a run that is killed now leaves behind
+        if (tmp_path / "ck").is_dir() and not (tmp_path / "copy").exists():
+            shutil.copytree(tmp_path / "ck", tmp_path / "copy")
+
+    options = {"teacher_dtype": "fp32", "checkpoint_seconds": 1e-6}
+    whole = fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck", **options), on_progress=copy)
+    assert '"position": "block 1 of ' in (tmp_path / "copy" / "checkpoint.json").read_text()
+    assert fit(source, recipe, RunOptions(checkpoint=tmp_path / "copy", resume=True, **options)).digest == whole.digest
 
 
 def test_ctrl_c_without_a_checkpoint_states_that_nothing_was_saved():

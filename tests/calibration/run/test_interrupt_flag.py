@@ -8,7 +8,7 @@ import pytest
 from calibration.run.interrupt_flag import InterruptFlag
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_recorded_and_the_second_has_its_previous_effect(number):
     def previous(number, frame):
         raise RuntimeError("previous handler")
@@ -44,7 +44,7 @@ print("not reached")
     assert (result.stdout, result.returncode) == ("interrupted\n", -signal.SIGTERM)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_the_parent_ignores_stays_ignored(number):
     before = signal.signal(number, signal.SIG_IGN)
     try:
@@ -57,10 +57,10 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(number):
 
 
 def test_handlers_are_restored_afterwards():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with InterruptFlag():
         pass
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
 def test_another_thread_than_the_main_one_changes_no_handler():

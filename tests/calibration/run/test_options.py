@@ -22,3 +22,9 @@ def test_an_unknown_dtype_of_the_teacher_is_refused():
 def test_checkpoints_after_no_steps_are_refused():
     with pytest.raises(InputError, match="checkpoint_every is 0; expected at least 1"):
         RunOptions(checkpoint_every=0)
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf")])
+def test_checkpoints_after_no_time_or_never_are_refused(seconds):
+    with pytest.raises(InputError, match=f"checkpoint_seconds is {seconds}; expected above 0 and finite"):
+        RunOptions(checkpoint_seconds=seconds)

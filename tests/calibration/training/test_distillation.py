@@ -1,4 +1,7 @@
+import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,7 +11,7 @@ from calibration import Interrupted, RunOptions, fit
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.run.checkpoint import load_checkpoint
 from calibration.training.distillation import TrainingSchedule
-from edm_deploy.errors import ArtifactError
+from edm_deploy.errors import ArtifactError, InputError
 from tests.calibration.tiny import tiny_source
 
 SETTINGS = {"rows": 4, "steps": 6, "batch": 4, "calibration_samples": 4, "rank": 2, "update_rate": 0.01}
@@ -35,7 +38,7 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_artifact(kind, tmp_path
     recipe, source = EfficientDM(**SETTINGS), tiny_source(kind)
     whole = fit(source, recipe, RunOptions())
     options = {"checkpoint": tmp_path / "ck", "checkpoint_every": 2}
-    with pytest.raises(Interrupted, match=r"after step 3; the state is in .*--resume"):
+    with pytest.raises(Interrupted, match=r"after step 3 of 6; the state is in .*--resume"):
         fit(source, recipe, RunOptions(**options), on_progress=interrupted_at(3))
     steps = []
     resumed = fit(source, recipe, RunOptions(**options, resume=True), on_progress=lambda progress: steps.append(progress.step))
@@ -69,7 +72,7 @@ def test_ctrl_c_without_a_checkpoint_directory_states_that_nothing_was_saved():
 def test_sigterm_writes_a_checkpoint_like_ctrl_c_and_the_run_can_be_resumed(tmp_path):
     recipe, source = EfficientDM(**SETTINGS), tiny_source()
     whole = fit(source, recipe, RunOptions())
-    with pytest.raises(Interrupted, match="after step 3; the state is in"):
+    with pytest.raises(Interrupted, match="after step 3 of 6; the state is in"):
         fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck"), on_progress=interrupted_at(3, signal.SIGTERM))
     assert fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck", resume=True)).digest == whole.digest
 
@@ -91,6 +94,16 @@ def test_a_run_in_the_background_is_not_interrupted_by_ctrl_c():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_run_with_another_seed_does_not_overwrite_the_checkpoint_of_an_interrupted_one(tmp_path):
+    options = RunOptions(checkpoint=tmp_path / "ck")
+    with pytest.raises(Interrupted):
+        fit(tiny_source(), EfficientDM(**SETTINGS), options, on_progress=interrupted_at(1))
+    with pytest.raises(
+        InputError, match=r"ck is the checkpoint of an unfinished run: efficientdm, step 1 of 6\. Continue it with --resume"
+    ):
+        fit(tiny_source(), EfficientDM(**SETTINGS, seed=1), options)
+
+
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     with pytest.raises(Interrupted):
         fit(tiny_source(), EfficientDM(**SETTINGS), RunOptions(checkpoint=tmp_path / "ck"), on_progress=interrupted_at(1))
@@ -104,6 +117,62 @@ def test_a_checkpoint_of_another_teacher_is_refused(tmp_path):
         fit(tiny_source(), recipe, RunOptions(checkpoint=tmp_path / "ck"), on_progress=interrupted_at(1))
     with pytest.raises(ArtifactError, match="teacher is"):
         fit(tiny_source("unet2d-classes"), recipe, RunOptions(checkpoint=tmp_path / "ck", resume=True))
+
+
+def copies_of_checkpoints(directory, copies):
+    """A progress callback that copies the checkpoint after each training step: what a run that is killed then leaves behind."""
+
+    def on_progress(progress):
+        if progress.stage == "finetune" and directory.is_dir():
+            shutil.copytree(directory, copies / f"after-{progress.step}")
+
+    return on_progress
+
+
+def test_a_run_that_is_killed_after_a_periodic_checkpoint_resumes_to_the_result_of_a_run_without_checkpoints(tmp_path):
+    recipe, source, options = EfficientDM(**SETTINGS), tiny_source(), {"checkpoint_seconds": 1e-6}
+    on_progress = copies_of_checkpoints(tmp_path / "ck", tmp_path / "copies")
+    saving = fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck", **options), on_progress=on_progress)
+    # The callback of a step comes before its checkpoint.
+    assert sorted(path.name for path in (tmp_path / "copies").iterdir()) == [f"after-{step}" for step in range(2, 7)]
+    steps = []
+    options = RunOptions(checkpoint=tmp_path / "copies" / "after-4", resume=True)
+    resumed = fit(source, recipe, options, on_progress=lambda progress: steps.append(progress.step))
+    assert steps == [4, 5, 6]
+    assert resumed.digest == saving.digest == fit(source, recipe, RunOptions()).digest
+
+
+@pytest.mark.extended
+def test_a_run_that_sigkill_ends_resumes_to_the_same_result(tmp_path):
+    script = f"""
+import os, signal
+from pathlib import Path
+from tests.calibration.training.test_distillation import SETTINGS, EfficientDM, RunOptions, fit, tiny_source
+
+def kill(progress):
+    if progress.stage == "finetune" and progress.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+fit(tiny_source(), EfficientDM(**SETTINGS), RunOptions(checkpoint=Path({str(tmp_path / "ck")!r}), checkpoint_seconds=1e-6), on_progress=kill)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    recipe, steps = EfficientDM(**SETTINGS), []
+    options = RunOptions(checkpoint=tmp_path / "ck", resume=True)
+    resumed = fit(tiny_source(), recipe, options, on_progress=lambda progress: steps.append(progress.step))
+    assert steps == [4, 5, 6]
+    assert resumed.digest == fit(tiny_source(), recipe, RunOptions()).digest
+
+
+def test_no_checkpoint_is_written_before_it_is_due(tmp_path):
+    seen = []
+    fit(
+        tiny_source(),
+        EfficientDM(**SETTINGS | {"steps": 2}),
+        RunOptions(checkpoint=tmp_path / "ck"),
+        on_progress=lambda _: seen.append((tmp_path / "ck").exists()),
+    )
+    assert not any(seen)
+    assert (tmp_path / "ck").is_dir()  # the last step's
 
 
 def test_checkpoints_are_written_every_so_many_steps(tmp_path):

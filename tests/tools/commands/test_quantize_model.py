@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from calibration.run.checkpoint import save_checkpoint
 from calibration.run.options import RunOptions
 from edm_deploy.artifact.artifact import ARTIFACT
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
@@ -37,6 +39,17 @@ def test_a_resume_without_a_checkpoint_is_refused_before_any_work(tmp_path):
     options = RunOptions(checkpoint=tmp_path / "none", resume=True)
     with pytest.raises(ArtifactError, match="no checkpoint to resume"):
         quantize("./nothing", tmp_path / "out", recipe_with("efficientdm"), options)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_forgotten_resume_is_refused_before_any_work_even_where_only_the_artifact_is_missing(tmp_path, finished):
+    description = {"step": 6, "position": "step 6 of 9", "finished": finished, "identity": {"recipe": "qat"}}
+    save_checkpoint(tmp_path / "out.checkpoint", description=description, tensors={"a": torch.zeros(1)})
+    with pytest.raises(
+        InputError, match=r"out\.checkpoint is the checkpoint of an unfinished run: qat, step 6 of 9\. Continue it with --resume"
+    ):
+        quantize("./nothing", tmp_path / "out", recipe_with("efficientdm"), RunOptions(checkpoint=tmp_path / "out.checkpoint"))
+    assert (tmp_path / "out.checkpoint" / "checkpoint.json").is_file()
 
 
 def test_a_checkpoint_is_gone_once_the_artifact_stands(tmp_path, chain):
