@@ -36,7 +36,7 @@ def app_with(**settings: Any) -> typer.Typer:
 
 
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> int:
-    """Run `app`; returns the exit code: 0, 2 after an error, 130 after Ctrl-C, 1 if stdout was closed early.
+    """Run `app`; returns the exit code: 0 or that of a command's typer.Exit, 2 after an error, 130 after Ctrl-C, 1 if stdout was closed early.
 
     Args:
         app: Raises its errors as exceptions.
@@ -61,7 +61,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         return _fail(_words(err), INTERRUPTED if _is_interruption(err) else USER_ERROR)
-    return _fail("Interrupted.", INTERRUPTED) if code == INTERRUPTED else 0
+    return _fail("Interrupted.", INTERRUPTED) if code == INTERRUPTED else int(code or 0)
 
 
 def set_passive_openmp() -> None:
