@@ -16,7 +16,7 @@ from edm_deploy.runtime.load import load_denoiser
 from edm_deploy.runtime.manifest import ShapeRange
 
 CALLS = 24  # prepared for each engine
-SHAPES = 6  # among them; more than openvino keeps compiled
+SHAPES = 6  # among them; of heights and widths, more than openvino keeps compiled
 
 Inputs = dict[str, Any]  # arguments of a denoiser; those of a malformed call may be anything
 
@@ -37,7 +37,7 @@ class SoakedEngine:
         name: Its directory.
         denoiser: The engine.
         closed: A second instance of it, closed.
-        calls: Valid calls, those of one shape after each other: openvino compiles each shape once for them.
+        calls: Valid calls, those of one shape after each other, so that openvino compiles each shape once for them.
         malformed: Calls that must be refused, by what is wrong with them.
     """
 
