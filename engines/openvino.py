@@ -97,8 +97,8 @@ BACKEND = OpenvinoBackend()
 class OpenvinoSession(Session):
     """OpenVINO on torch tensors. Dynamic shapes run slower, so a static model is compiled for each set of input shapes.
 
-    Compiling takes as long as 30 calls, so a batch is filled up to the next of `compiled_batches`, always the same for its size: results do not depend on
-    the calls before. Samples of a batch do not influence each other; the filling, copies of the last sample, is cut off.
+    Compiling takes as long as 20 calls or more, so a batch is filled up to the next of `compiled_batches`, which depends on its size alone: results do not
+    depend on the calls before. Samples of a batch do not influence each other; the filling, copies of the last sample, is cut off.
 
     Threads may share a compiled model but not an infer request (OpenVINO raises ov::Busy where they do). A call takes a request, with its buffer of
     looked-up scales, from the model's idle ones, creates one where none is idle, and returns it. So there are at most as many requests as calls that ran

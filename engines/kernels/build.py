@@ -8,6 +8,8 @@ NVRTC, NVIDIA's compiler as a library, comes with `pip install 'edm-deploy[cuda]
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -17,7 +19,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from edm_deploy.errors import EdmDeployError, UnsupportedError
+from edm_deploy.storage.leftovers import remove_leftovers, reserve, scratch_directory
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ MAIN = "kernels.cu"
 FLAGS = ("-std=c++17",)  # the same for NVRTC and nvcc
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90")
 INSTALL = "pip install 'edm-deploy[cuda]'"
+UNFINISHED = ".unfinished-"  # prefix of the directories in the cache in which a cubin is written
 SEAL = b"edm-deploy sha256 "  # follows a cached cubin, before its checksum; tools that read the cubin ignore what follows it
 
 
@@ -174,31 +177,28 @@ def _write(path: Path, code: bytes) -> Path:
 
 def _write_sealed(path: Path, code: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(code + SEAL + hashlib.sha256(code).digest())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    remove_leftovers(path.parent, UNFINISHED)
+    with reserve(path.parent, UNFINISHED) as reservation:
+        unfinished = reservation.directory / path.name
+        unfinished.write_bytes(code + SEAL + hashlib.sha256(code).digest())
+        os.replace(unfinished, path)
     return path
 
 
 @functools.cache
 def _fallback(directory: str, reason: str) -> Path:
     """A directory of this process only, reported once."""
-    temporary = tempfile.TemporaryDirectory(prefix="edm-deploy-kernels-", ignore_cleanup_errors=True)
-    _temporary.append(temporary)
+    temporary = _until_exit.enter_context(scratch_directory("kernels"))
     log.warning(
         "Compiled kernels cannot be kept in %s (%s), so each process compiles them again. Set EDM_DEPLOY_CACHE to a directory that can be written.",
         directory,
         reason,
     )
-    return Path(temporary.name)
+    return temporary
 
 
-_temporary: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
+_until_exit = contextlib.ExitStack()
+atexit.register(_until_exit.close)
 
 
 def _by_nvrtc(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) -> bytes:
@@ -227,14 +227,14 @@ def _by_nvrtc(files: dict[str, bytes], main: str, arch: str, compiler: Compiler)
 
 
 def _by_nvcc(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) -> bytes:
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_directory("nvcc") as scratch:
         for name, content in files.items():
-            (Path(scratch) / name).write_bytes(content)
+            (scratch / name).write_bytes(content)
         command = [compiler.name, *FLAGS, "-ptx" if _virtual(arch) else "-cubin", f"-arch={arch}", "-o", "out", main]
         ran = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
         if ran.returncode:
             raise _refused(compiler, arch, ran.stderr + ran.stdout)
-        return (Path(scratch) / "out").read_bytes()
+        return (scratch / "out").read_bytes()
 
 
 def _virtual(arch: str) -> bool:

@@ -6,12 +6,10 @@ import random
 import time
 
 import pytest
-import torch
 
 from edm_deploy.runtime.denoiser import EngineDenoiser
-from edm_deploy.runtime.graph_inputs import InputChecks
 from edm_deploy_tools import soak
-from edm_deploy_tools.benchmarks.soak_calls import SHAPES, soaked_engine
+from edm_deploy_tools.benchmarks.soak_calls import SHAPES, prediction, soaked_engine
 from edm_deploy_tools.soak import Soak, main
 
 SECONDS = 0.01  # each reading of the memory makes the calls
@@ -83,11 +81,11 @@ def test_other_exceptions_are_unexpected_errors(engine, monkeypatch):
     assert figures.failed(max_growth_mb=1000)
 
 
-def test_a_malformed_call_that_returns_is_an_unexpected_error(engine, monkeypatch):
-    monkeypatch.setattr(InputChecks, "_timesteps", lambda self, value, batch: torch.zeros(batch))
+def test_a_malformed_call_that_returns_is_an_unexpected_error(engine):
+    engine.malformed["nothing wrong"] = lambda: prediction(engine.denoiser, engine.calls[0].inputs)
     run = Soak([engine], threads=1, seed=0)
-    run._refused(engine, "a timestep of NaN")
-    assert run.figures.messages == [f"{engine.name}: a timestep of NaN was not refused"]
+    run._refused(engine, "nothing wrong")
+    assert run.figures.messages == [f"{engine.name}: nothing wrong was not refused"]
 
 
 def test_memory_that_grows_fails_the_run(chain, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from edm_deploy.runtime.load import load_denoiser
 from edm_deploy.runtime.manifest import ShapeRange
 
 CALLS = 24  # prepared for each engine
-SHAPES = 6  # among them; more than openvino keeps compiled
+SHAPES = 6  # among them; of heights and widths, more than openvino keeps compiled
 
 Inputs = dict[str, Any]  # arguments of a denoiser; those of a malformed call may be anything
 
@@ -37,7 +37,7 @@ class SoakedEngine:
         name: Its directory.
         denoiser: The engine.
         closed: A second instance of it, closed.
-        calls: Valid calls, those of one shape after each other: openvino compiles each shape once for them.
+        calls: Valid calls, those of one shape after each other, so that openvino compiles each shape once for them.
         malformed: Calls that must be refused, by what is wrong with them.
     """
 
@@ -104,19 +104,27 @@ def malformed_calls(denoiser: EngineDenoiser, closed: EngineDenoiser, valid: Inp
     changes: dict[str, Inputs] = {
         "another number of channels": {SAMPLE: torch.cat([sample, sample[:, :1]], 1)},
         "a sample without its last dimension": {SAMPLE: sample[..., 0]},
+        "a sample that is one number": {SAMPLE: torch.tensor(1.0)},
+        "an empty batch": {name: value[:0] for name, value in valid.items()},
         "a batch beyond the profile": {name: resized(value, [beyond, *value.shape[1:]]) for name, value in valid.items()},
         "a sample of integers": {SAMPLE: sample.long()},
         "a sample that is a list": {SAMPLE: sample.tolist()},
+        "complex samples": {SAMPLE: torch.complex(sample, sample)},
         "a sample on another device": {SAMPLE: sample.to("meta")},
         "a timestep of NaN": {TIMESTEP.name: timestep * float("nan")},
         "an infinite timestep": {TIMESTEP.name: timestep + float("inf")},
         "a timestep after the schedule": {TIMESTEP.name: timestep * 0 + last + 1},
         "a timestep before the schedule": {TIMESTEP.name: -1},
+        "a timestep of text": {TIMESTEP.name: "late"},
+        "a timestep of ten thousand digits": {TIMESTEP.name: 10**10_000},
         "a timestep too many": {TIMESTEP.name: torch.arange(len(sample) + 2)},
         "no timestep": {TIMESTEP.name: None},
         "an unknown argument": {"mask_of_nothing": sample},
     }
     for name in sorted(set(valid) - {SAMPLE, TIMESTEP.name}):
+        if not valid[name].is_floating_point():
+            changes[f"{name} of another type"] = {name: valid[name].float() + 0.5}
+            changes[f"{name} below 0"] = {name: valid[name] * 0 - 1}
         changes[f"no {name}"] = {name: None}
         changes[f"{name} with a dimension too many"] = {name: valid[name][..., None]}
     calls: dict[str, Callable[[], Any]] = {what: lambda change=change: denoiser(**valid | change) for what, change in changes.items()}  # type: ignore[misc]

@@ -1,8 +1,12 @@
 """Compiling for real where NVRTC is; the cache on a stand-in for the compiler, which counts."""
 
+import os
 import shutil
+import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -97,6 +101,47 @@ def test_a_directory_that_cannot_be_written_is_reported_once(compilations, tmp_p
     assert len(warnings) == 1
     assert warnings[0].startswith(f"Compiled kernels cannot be kept in {tmp_path / 'file' / 'kernels'} (Not a directory)")
     assert "Set EDM_DEPLOY_CACHE to a directory that can be written" in warnings[0]
+
+
+# Dies while it moves a cubin into the cache, inside nvcc's directory, in a process that has a directory in place of the cache.
+KILLED = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from engines.kernels import build
+def write(*args, **kwargs):
+    build._write_sealed(build.cache_directory() / "kernels.cubin", b"code")
+subprocess.run = write
+os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+build._fallback("/nowhere", "no reason")
+build.compiled({"kernels.cu": b""}, "kernels.cu", "sm_86", build.Compiler("nvcc", (12, 9)))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="without locks, nothing of other runs is removed")
+def test_what_a_killed_run_left_is_removed_by_the_next(compilations, own_cache, tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    ran = subprocess.run([sys.executable, "-c", KILLED], env=os.environ | {"TMPDIR": str(scratch)}, capture_output=True, check=False)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    assert sum(path.is_dir() for path in scratch.iterdir()) == 2
+    assert list(own_cache.iterdir()) != []
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho code > out\n")
+    nvcc.chmod(0o755)
+    assert build._by_nvcc(SMALL, "kernels.cu", "sm_86", Compiler(str(nvcc), (12, 9))) == b"code\n"
+    assert list(scratch.iterdir()) == []
+    kept = cubin("sm_86").path
+    assert list(own_cache.iterdir()) == [kept]
+
+
+def test_a_cached_cubin_has_the_permissions_of_the_umask(compilations):
+    before = os.umask(0o027)
+    try:
+        path = cubin("sm_86").path
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 def test_the_cache_is_in_the_systems_cache_directory(monkeypatch, tmp_path):
