@@ -29,7 +29,7 @@ class GenerationRequest:
         height, width: In pixels. One of them sets both; None for both is the model's native size.
         num_images: Number of images; None is one for each prompt or label, or 16.
         steps: Inference steps.
-        scheduler: Name as in edm_deploy.pipelines.schedulers.SCHEDULERS; None is DDIM for a pixel-space model, else the pipeline's scheduler.
+        scheduler: Name as in edm_deploy.pipelines.schedulers.SCHEDULERS; None is DDIM for a pixel-space diffusion model, else the pipeline's scheduler.
         seed: Seed of the initial noise.
     """
 
