@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.numerics.seeds import check_seed
 from edm_deploy.pipelines.prompt_encoding import truncated_prompts
 from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.manifest import ShapeRange
@@ -47,6 +48,7 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         if self.count < 1 or self.steps < 1:
             raise InputError(f"{self.count} images in {self.steps} steps: expected at least 1 of each.")
+        check_seed(self.seed)
 
     @property
     def count(self) -> int:

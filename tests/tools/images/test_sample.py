@@ -57,6 +57,12 @@ def test_no_images_and_no_steps_are_refused(counts):
         GenerationRequest(**counts)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_outside_its_range_is_refused(seed):
+    with pytest.raises(InputError, match=f"seed is {seed}; expected an integer from 0 to 9223372036854775807"):
+        GenerationRequest(seed=seed)
+
+
 def test_prompts_are_sampled_guided_and_in_the_engines_batches(run, prompted, tmp_path):
     ran = run("sample", prompted.engine, "--out", tmp_path / "i", "--prompt", "a cat", "--prompt", "a dog", "--num-images", 4, "--steps", 2)
     assert ran.code == 0, ran.err
