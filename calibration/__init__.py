@@ -122,7 +122,7 @@ def _configuration(
     return {
         "recipe": recipe.name,
         "settings": recipe.settings(),
-        "teacher_dtype": options.teacher_dtype,
+        "teacher_dtype": options.teacher_dtype if recipe.trains else "fp32",  # calibration always computes in float32
         "conditioning": conditioning,
         **({"folded": list(folded)} if folded else {}),
         **({"budget_seconds": options.budget_seconds} if options.budget_seconds is not None else {}),

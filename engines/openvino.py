@@ -38,7 +38,9 @@ WEIGHTS_NAME = "engine.bin"
 TABLES_NAME = "tables.safetensors"
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
 DEQUANTIZED = "/DequantizationMultiply"  # suffix that OpenVINO appends to the name of a product when it moves the scales after it
-COMPILED_SHAPES = 4  # compiled models that a session keeps in memory; each holds a copy of the weights
+COMPILED_SHAPES = (
+    4  # compiled models that a session keeps in memory, unless the profile has more `compiled_batches`; each holds a copy of the weights
+)
 
 
 def _openvino() -> Any:
@@ -95,6 +97,9 @@ BACKEND = OpenvinoBackend()
 class OpenvinoSession(Session):
     """OpenVINO on torch tensors. Dynamic shapes run slower, so a static model is compiled for each set of input shapes.
 
+    Compiling takes as long as 30 calls, so a batch is filled up to the next of `compiled_batches`, always the same for its size: results do not depend on
+    the calls before. Samples of a batch do not influence each other; the filling, copies of the last sample, is cut off.
+
     Threads may share a compiled model but not an infer request (OpenVINO raises ov::Busy where they do). A call takes a request, with its buffer of
     looked-up scales, from the model's idle ones, creates one where none is idle, and returns it. So there are at most as many requests as calls that ran
     at once. A model is compiled under the session's lock; calls of other shapes wait meanwhile.
@@ -103,6 +108,7 @@ class OpenvinoSession(Session):
     def __init__(self, ov: Any, directory: Path, manifest: Manifest, device: torch.device) -> None:
         super().__init__(device)
         self.outputs = manifest.outputs
+        self._batches = compiled_batches(manifest.profile["batch"])
         self._ov = ov
         self._xml = directory / ENGINE_NAME
         self._properties = properties(ov, manifest.build["options"])
@@ -114,12 +120,17 @@ class OpenvinoSession(Session):
         self._models: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], _CompiledModel] = OrderedDict()  # least recently used first
 
     def _infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        batch = len(inputs[TIMESTEP.name])
+        filled = next(size for size in self._batches if size >= batch)
+        if filled > batch:
+            rows = torch.arange(filled).clamp(max=batch - 1)
+            inputs = {name: value[rows] for name, value in inputs.items()}
         model = self._for_shapes({name: tuple(value.shape) for name, value in inputs.items()})
         with model.slot() as slot:
             if len(self._tables):
                 torch.index_select(self._tables, 1, table_rows(self._row_of_timestep, inputs[TIMESTEP.name]), out=slot.looked_up)
             results = slot.request.infer({name: value.numpy() for name, value in inputs.items()}, share_inputs=True)
-            return {name: torch.from_numpy(results[name].copy()) for name in self.outputs}
+            return {name: torch.from_numpy(results[name][:batch].copy()) for name in self.outputs}
 
     def _release(self) -> None:
         self._models.clear()
@@ -128,8 +139,8 @@ class OpenvinoSession(Session):
         key = tuple(sorted(shapes.items()))
         with self._lock:
             if key not in self._models:
-                # Evict before compiling, so that five never exist at once; calls that still use the evicted model keep it until they return.
-                while len(self._models) >= COMPILED_SHAPES:
+                # Evict before compiling, so that one more never exists; calls that still use the evicted model keep it until they return.
+                while len(self._models) >= max(COMPILED_SHAPES, len(self._batches)):
                     self._models.popitem(last=False)
                 self._models[key] = self._compile(shapes)
             self._models.move_to_end(key)
@@ -143,6 +154,18 @@ class OpenvinoSession(Session):
             model.reshape({**shapes, **lookups})
             compiled = self._ov.Core().compile_model(model, "CPU", self._properties)
         return _CompiledModel(self._ov, compiled, lookups)
+
+
+def compiled_batches(allowed: ShapeRange) -> tuple[int, ...]:
+    """The batch sizes that a session compiles, ascending: the profile's three and the powers of two between, so that filling at most doubles a batch.
+
+    Of a profile with no more than COMPILED_SHAPES batch sizes, all.
+    """
+    sizes = range(allowed.min, allowed.max + 1)
+    if len(sizes) <= COMPILED_SHAPES:
+        return tuple(sizes)
+    powers = (2**exponent for exponent in range(allowed.max.bit_length()))
+    return tuple(sorted({allowed.min, allowed.opt, allowed.max, *(power for power in powers if power in sizes)}))
 
 
 class _CompiledModel:

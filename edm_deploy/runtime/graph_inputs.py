@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edm_deploy.errors import InputError, flag
 from edm_deploy.network.family import SAMPLE, TIMESTEP, Family, ModelInput, timestep_tensor
-from edm_deploy.runtime.manifest import Manifest, ShapeRange
+from edm_deploy.runtime.manifest import MAX_SIZE, Manifest, ShapeRange
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,9 @@ class InputChecks:
         if size % multiple:
             raise InputError(f"{dim} {size} is not a multiple of {multiple}, which this model's levels need. Crop or pad the sample.")
         allowed = self.manifest.profile.get(dim, ShapeRange(1, 1, 1 << 30))
+        largest = self.family.limits(self.manifest.config).get(dim, MAX_SIZE)
+        if size > max(largest, allowed.max):
+            raise InputError(f"{dim} is {size}, expected at most {largest}: no engine of this model takes more. Use smaller pieces.")
         if not allowed.min <= size <= allowed.max:
             raise InputError(
                 f"{dim} {size} is outside the engine's profile {allowed.min}:{allowed.opt}:{allowed.max}. "

@@ -34,8 +34,8 @@ GraphDtype = Literal["fp32", "fp16"]
 TORCH_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-# Bounded, because batches below the smallest size are padded to it in memory.
-ProfileSize = Annotated[int, Meta(le=2**16)]
+MAX_SIZE = 2**16  # of a profile: batches below the smallest size are padded to it in memory
+ProfileSize = Annotated[int, Meta(le=MAX_SIZE)]
 
 
 @dataclass(frozen=True)

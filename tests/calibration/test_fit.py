@@ -1,7 +1,10 @@
 """What `fit` reports while it runs; what holds for every recipe is in tests/contracts/test_recipes.py."""
 
+import pytest
+
 from calibration import RunOptions, fit
 from calibration.recipes.efficientdm import EfficientDM
+from calibration.recipes.minmax import MinMax
 from tests.calibration.tiny import tiny_source
 
 
@@ -15,3 +18,9 @@ def test_progress_reports_steps_loss_rate_and_memory():
     assert seen[-1].eta_seconds == 0
     assert seen[-1].rate > 0
     assert seen[-1].memory_bytes > 1e6
+
+
+@pytest.mark.parametrize("requested", ["bf16", "fp32"])
+def test_the_provenance_of_a_calibration_names_the_dtype_that_it_computes_in(requested):
+    artifact = fit(tiny_source(), MinMax(rows=1, calibration_samples=1), RunOptions(teacher_dtype=requested))
+    assert artifact.provenance["teacher_dtype"] == "fp32"

@@ -22,9 +22,10 @@ HALF = (
     "sd3",
     "sdxl",
 )  # built for a GPU in float16, as one would; the others from the graph that is there already: drawing one takes seconds
-# With every kind in ort and cuda, OpenVINO and TensorRT-RTX take the one whose graph is the smallest; the others are `extended`.
+# With every kind in cuda and every transformer in ort, OpenVINO and TensorRT-RTX take the one whose graph is the smallest; the others are `extended`.
 SMALL = ("flux",)
 LONG_BUILDS = ("openvino", "trt-rtx")
+LONG_TRACES = ("sdxl",)
 SIZES = {"batch": ShapeRange(1, 2, 4), "tokens": ShapeRange(1, 512, 512), "image_tokens": ShapeRange(16, 16, 64)}
 
 
@@ -68,10 +69,14 @@ def subject(request, tmp_path_factory):
     return Subject(request.param, artifact, tiny_inputs(request.param, batch=4), tmp_path_factory.mktemp(request.param))
 
 
+def is_long(kind, backend):
+    """Whether a case takes more than five seconds."""
+    return (kind not in SMALL and backend in LONG_BUILDS) or (kind in LONG_TRACES and backend != "cuda")
+
+
 def on_every_kind(*backends):
     """Each kind with each backend; kinds that take long to build for one are `extended`."""
-    pairs = [(kind, name, kind not in SMALL and name in LONG_BUILDS) for kind in KINDS for name in backends]
-    cases = [pytest.param(kind, name, marks=[pytest.mark.extended] if long else []) for kind, name, long in pairs]
+    cases = [pytest.param(kind, name, marks=[pytest.mark.extended] if is_long(kind, name) else []) for kind in KINDS for name in backends]
     return pytest.mark.parametrize(("subject", "name"), cases, indirect=["subject"])
 
 

@@ -11,9 +11,9 @@ from edm_deploy.export.per_site import onnx_cut_at_sites
 from edm_deploy.network.graph_names import GRAPH_NAME, ROW_NAME
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.load import load_denoiser, open_session
-from edm_deploy.runtime.manifest import Manifest
+from edm_deploy.runtime.manifest import Manifest, ShapeRange
 from engines import build_engine
-from engines.openvino import COMPILED_SHAPES, ENGINE_NAME, TABLES_NAME, OpenvinoSession
+from engines.openvino import ENGINE_NAME, TABLES_NAME, OpenvinoSession, compiled_batches
 from tests.conftest import check_no_further, tiny_inputs, tiny_model
 from tests.contracts.test_sessions import resident_mib
 from tests.engines.reference_check import check_against_reference
@@ -69,12 +69,42 @@ def test_the_plan_is_what_the_compiled_graph_does(engine):
 
 
 @pytest.mark.extended  # four shapes are compiled; test_sessions.py has two
-def test_one_engine_serves_every_batch_size_of_its_profile(engine, artifact_w4a4):
-    denoiser = load_denoiser(engine)
-    for batch in (1, 5, 2, 3, 4, 6):  # more shapes than stay compiled
-        inputs = tiny_inputs("unet2d", batch)
-        assert denoiser(**inputs).sample.shape == (batch, 3, 8, 8)
-    assert len(denoiser.session._models) == COMPILED_SHAPES
+def test_a_result_does_not_depend_on_the_calls_before_it(engine):
+    calls = [tiny_inputs("unet2d", batch) for batch in (1, 5, 2, 3, 4, 6, 8, 7)]
+    with load_denoiser(engine) as denoiser:
+        first = [denoiser(**inputs).sample for inputs in calls]
+        again = [denoiser(**inputs).sample for inputs in reversed(calls)]
+    assert [len(found) for found in first] == [1, 5, 2, 3, 4, 6, 8, 7]
+    assert all(torch.equal(*pair) for pair in zip(first, reversed(again), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("allowed", "sizes"),
+    [
+        (ShapeRange(1, 4, 8), (1, 2, 4, 8)),
+        (ShapeRange(1, 6, 50), (1, 2, 4, 6, 8, 16, 32, 50)),
+        (ShapeRange(3, 3, 9), (3, 4, 8, 9)),
+        (ShapeRange(4, 5, 7), (4, 5, 6, 7)),  # few enough to stay compiled
+        (ShapeRange(2, 2, 2), (2,)),
+    ],
+)
+def test_the_batch_sizes_that_are_compiled_are_few(allowed, sizes):
+    assert compiled_batches(allowed) == sizes
+
+
+def test_no_batch_size_of_the_profile_is_compiled_twice(tmp_path, monkeypatch):
+    session, compiled, compile_shapes = small_session(tmp_path), [], OpenvinoSession._compile
+
+    def compile_noted(self, shapes):
+        compiled.append(shapes["sample"][0])
+        return compile_shapes(self, shapes)
+
+    monkeypatch.setattr(OpenvinoSession, "_compile", compile_noted)
+    for batch in (*range(1, 17), *range(16, 0, -1)):
+        inputs = {"sample": torch.randn(batch, 8, 2, 3), "timestep": torch.arange(batch) * 60.0}
+        scale = torch.where(inputs["timestep"] < 500, 2.0, 3.0)[:, None, None, None]
+        assert torch.equal(session.run(inputs)["prediction"], inputs["sample"] * scale)
+    assert compiled == [1, 2, 4, 8, 16]
 
 
 def test_a_sample_does_not_depend_on_its_neighbours_timesteps(engine):
@@ -102,7 +132,8 @@ def small_session(directory) -> OpenvinoSession:
     ov.save_model(model, directory / ENGINE_NAME, compress_to_fp16=False)
     rows = {ROW_NAME: torch.arange(1000, dtype=torch.int32) // 500, "scale": torch.tensor([2.0, 3.0]).reshape(2, 1, 1, 1)}
     save_file(rows, directory / TABLES_NAME)
-    manifest = types.SimpleNamespace(outputs=("prediction",), build={"options": {"precision": "fp32", "threads": 1}})
+    profile = {"batch": ShapeRange(1, 4, 16)}
+    manifest = types.SimpleNamespace(outputs=("prediction",), profile=profile, build={"options": {"precision": "fp32", "threads": 1}})
     return OpenvinoSession(ov, directory, manifest, torch.device("cpu"))
 
 
@@ -119,7 +150,7 @@ def test_shapes_that_change_at_every_call_do_not_grow_memory(tmp_path):
     before = run(range(288, 293))
     # A compiled shape holds two maps of 2 x 8 x 256 x 256 float32 or more, 8 MiB: twenty-four of them would be 192 MiB.
     assert run(range(256, 280)) < before + 100
-    assert len(session._models) == COMPILED_SHAPES
+    assert len(session._models) == len(compiled_batches(ShapeRange(1, 4, 16)))
     session.close()
     assert not session._models
 

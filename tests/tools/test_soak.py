@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from edm_deploy.runtime.denoiser import EngineDenoiser
+from edm_deploy.runtime.graph_inputs import InputChecks
 from edm_deploy_tools import soak
 from edm_deploy_tools.benchmarks.soak_calls import SHAPES, soaked_engine
 from edm_deploy_tools.soak import Soak, main
@@ -83,7 +84,7 @@ def test_other_exceptions_are_unexpected_errors(engine, monkeypatch):
 
 
 def test_a_malformed_call_that_returns_is_an_unexpected_error(engine, monkeypatch):
-    monkeypatch.setattr(EngineDenoiser, "_timesteps", lambda self, value, batch: torch.zeros(batch))
+    monkeypatch.setattr(InputChecks, "_timesteps", lambda self, value, batch: torch.zeros(batch))
     run = Soak([engine], threads=1, seed=0)
     run._refused(engine, "a timestep of NaN")
     assert run.figures.messages == [f"{engine.name}: a timestep of NaN was not refused"]

@@ -10,7 +10,7 @@ import engines
 from edm_deploy.errors import ArtifactError, InputError, flag
 from edm_deploy.pipelines.source import local_directory
 from edm_deploy.runtime.backend import BuildOptions
-from edm_deploy.runtime.manifest import Manifest, ShapeRange
+from edm_deploy.runtime.manifest import MAX_SIZE, Manifest, ShapeRange
 from edm_deploy.storage.directories import INDEX_FILE, SOURCE_KEY, read_json
 
 
@@ -39,8 +39,10 @@ def range_of(dim: str, text: str) -> ShapeRange:
     parts = text.split(":")
     if len(parts) not in (1, 3) or not all(part.strip().isdigit() for part in parts):
         raise InputError(f"{flag(dim)} {text}: expected MIN:OPT:MAX, for example 1:16:32, or one number.")
-    numbers = [int(part) for part in parts]
-    return ShapeRange(*numbers) if len(numbers) == 3 else ShapeRange(numbers[0], numbers[0], numbers[0])
+    smallest, best, largest = (int(part) for part in (parts if len(parts) == 3 else parts * 3))
+    if not 1 <= smallest <= best <= largest <= MAX_SIZE:
+        raise InputError(f"{flag(dim)} {text}: expected 1 <= MIN <= OPT <= MAX <= {MAX_SIZE}, for example 1:16:32.")
+    return ShapeRange(smallest, best, largest)
 
 
 def build(source: Path, out: Path, *, backend: str, options: BuildOptions, pipeline: Path | None = None) -> Manifest:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 PLAIN_LINE_SECONDS = 10.0  # between two progress lines if stderr is no terminal
-WIDE = 160  # columns if stdout is no terminal, so that a log is not wrapped at 80
+WIDE = 10_000  # columns if stdout is no terminal, so that no line of a log is wrapped
 
 Row = Mapping[str, Any]
 Notify = Callable[[str], None]

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from edm_deploy.errors import UnsupportedError
+from edm_deploy.errors import ArtifactError, UnsupportedError
 from edm_deploy.models import family_named, name_of_family
 from edm_deploy.network.layer_costs import ModelWork, model_work
 from edm_deploy.network.meta_model import meta_model
 from edm_deploy.pipelines.model_index import PipelineConfig, read_pipeline_config
 from edm_deploy.pipelines.schedulers import scheduler_from_config
 from edm_deploy.pipelines.source import local_directory
+from edm_deploy.registry import suggestion
 from edm_deploy.runtime.capabilities import CAPABILITIES, summary
 from edm_deploy.storage.directories import INDEX_FILE, SCHEDULER_FILE
 from edm_deploy_tools.common.console import Row, size_words
@@ -31,6 +32,12 @@ def pipeline_config_of(name: str) -> PipelineConfig:
     """
     if is_architecture(name):
         return pipeline_config_of_architecture(architectures.architecture(name))
+    if "/" not in name and not Path(name).exists():
+        known = architectures.names()
+        raise ArtifactError(
+            f"{name} does not exist; expected a directory, a hub id such as google/ddpm-cifar10-32, or an architecture."
+            f"{suggestion(name.lower(), known)} Architectures: {', '.join(known)}."
+        )
     return read_pipeline_config(local_directory(name, weights=False), name)
 
 

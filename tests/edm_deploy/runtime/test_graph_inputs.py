@@ -136,3 +136,20 @@ def test_one_value_that_is_not_finite_makes_its_sample_nan(bad):
 def test_a_sample_beyond_float16_is_predicted_as_nan_by_an_engine_of_float16():
     inputs = {"sample": torch.tensor([[1e5], [1.0]]).half()}
     assert nan_where_not_finite(torch.ones(2, 1), inputs).isnan().flatten().tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "size", "message"),
+    [
+        ("sd3", 1, 26, "height is 26, expected at most 24: no engine of this model takes more"),
+        ("sd3", 65537, 8, "batch is 65537, expected at most 65536: no engine"),
+        ("sd3", 1, 24, "height 24 is outside the engine's profile 8:8:8. Use smaller pieces, or build again with --height 8:8:24"),
+    ],
+)
+def test_a_larger_profile_is_proposed_only_where_an_engine_can_have_it(kind, batch, size, message):
+    checks = checks_of(kind, batch=ShapeRange(1, 2, 4), height=ShapeRange(8, 8, 8), width=ShapeRange(8, 8, 8))
+    inputs = tiny_inputs(kind, batch=1)
+    sample = torch.zeros(1, 4, size, 8).expand(batch, -1, -1, -1)
+    with pytest.raises(InputError) as error:
+        checks.converted(inputs | {"sample": sample, "timestep": torch.zeros(batch)})
+    assert message in str(error.value)

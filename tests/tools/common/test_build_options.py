@@ -23,6 +23,12 @@ def test_a_profile_of_another_form_is_refused(text):
         range_of("batch", text)
 
 
+@pytest.mark.parametrize("text", ["0:16:64", "4:2:8", "1:8:4", "0", "1:16:65537"])
+def test_a_profile_that_no_engine_can_have_is_refused_by_its_option(text):
+    with pytest.raises(InputError, match=f"--image-tokens {text}: expected 1 <= MIN <= OPT <= MAX <= 65536, for example 1:16:32"):
+        range_of("image_tokens", text)
+
+
 def test_only_given_sizes_are_in_the_options():
     options = build_options({"batch": "1:2:4", "height": None}, {"gpu": "rtx3090"})
     assert options.profile == {"batch": ShapeRange(1, 2, 4)}

@@ -12,6 +12,7 @@ from edm_deploy_tools.common.console import (
     finite,
     plain_progress,
     print_json,
+    print_table,
     progress_words,
     size_words,
     time_words,
@@ -77,3 +78,10 @@ def test_square_brackets_are_no_markup(capsys):
     console.print_table("", [{"shape": "[1, 2]"}])
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("edm-deploy[openvino]", "sample [batch, 3]", "[1, 2]"))
+
+
+def test_without_a_terminal_no_cell_is_folded(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    site = "down_blocks.2.attentions.1.transformer_blocks.9.ff.net.0.proj"
+    print_table("Sites", [{"site": site} | {f"column {number}": "1.23e-04 to 4.56e-02" for number in range(8)}])
+    assert sum(site in line and line.count("4.56e-02") == 8 for line in capsys.readouterr().out.splitlines()) == 1

@@ -70,3 +70,13 @@ def test_an_architecture_without_a_family_is_refused_with_the_known_ones(monkeyp
     monkeypatch.setattr("edm_deploy.models.unet2d_condition.FAMILY.class_name", "Another", raising=False)
     with pytest.raises(UnsupportedError, match="No model family supports 'UNet2DConditionModel'"):
         describe("sd15")
+
+
+@pytest.mark.parametrize(("name", "meant"), [("SD15", "sd15"), ("sdxll", "sdxl")])
+def test_an_architecture_written_in_another_way_is_suggested(run, name, meant):
+    complaint = run("inspect", name).complaint
+    assert (
+        f"{name} does not exist; expected a directory, a hub id such as google/ddpm-cifar10-32, or an architecture. Did you mean '{meant}'?"
+        in complaint
+    )
+    assert "flux1-schnell" in complaint
