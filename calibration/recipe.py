@@ -21,6 +21,7 @@ from edm_deploy.errors import InputError
 from edm_deploy.network.placement import Placement
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 from edm_deploy.numerics.codes import ACTIVATION_BITS, WEIGHT_BITS, WEIGHT_ONLY_BITS
+from edm_deploy.numerics.seeds import check_seed
 from edm_deploy.pipelines.source import Source
 
 
@@ -80,6 +81,7 @@ class Recipe(ABC):
                 f"act_bits is {self.act_bits}; expected {ACTIVATION_BITS.start} to {ACTIVATION_BITS.stop - 1}, "
                 f"or {WEIGHT_ONLY_BITS} to leave activations in floating point. Set another --act-bits."
             )
+        check_seed(self.seed)
         at_least("rows", self.rows, 1)
         at_least("calibration_samples", self.calibration_samples, 1)
         within("eta", self.eta, 0.0, 1.0)

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from edm_deploy.errors import InputError
+from edm_deploy.numerics.seeds import check_seed
 from edm_deploy.storage.output_directory import DirectoryKind, check_output, new_directory
 from edm_deploy_tools.common import console, run_app
 from edm_deploy_tools.common import options as opt
@@ -52,6 +53,7 @@ class Settings:
         for name in ("epochs", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)

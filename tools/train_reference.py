@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from calibration.run.options import Interrupted
 from edm_deploy.errors import ArtifactError, InputError
+from edm_deploy.numerics.seeds import check_seed, derived_seed
 from edm_deploy.storage.directories import INDEX_FILE, PIPELINE_NAMES, read_json, write_json
 from edm_deploy.storage.output_directory import DirectoryKind, check_output, new_directory
 from edm_deploy_tools.common import console, run_app
@@ -62,6 +63,7 @@ class Settings:
         for name in ("size", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+        check_seed(self.seed)
         multiple = 2 ** (len(self.channels) - 1)
         if self.size % multiple:
             raise InputError(f"size {self.size} is not a multiple of {multiple}, which {len(self.channels)} levels need.")
@@ -118,7 +120,7 @@ class Training:
     def step(self, number: int, images: Tensor) -> float:
         """Run one optimizer step; returns the weighted loss."""
         settings = self.settings
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(derived_seed(settings.seed, number))
         chosen = torch.randint(len(images), (settings.batch,), generator=generator)
         flipped = torch.rand(settings.batch, 1, 1, 1, generator=generator) < 0.5
         clean = images[chosen].float() / 127.5 - 1

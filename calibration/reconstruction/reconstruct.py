@@ -25,6 +25,7 @@ from calibration.run.dtypes import DTYPES
 from calibration.run.progress import ProgressMeter
 from calibration.student.student import Student, activations_unquantized
 from calibration.training.param_group import ParamGroup
+from edm_deploy.numerics.seeds import derived_seed
 
 CACHE_SHARE = 0.25  # share of a budget that filling the caches may take
 MAX_STEP = 0.1  # upper bound of every learning rate: with 60 steps per block, 0.2 rounds no better than this, and 0.05 worse
@@ -157,7 +158,7 @@ class _Reconstruction:
                 (optimizer, group) for optimizer in stage.optimizers for group in optimizer.begin(layers, quantizers) if group.rate > 0
             ]
             with train_only(layers, quantizers, [group for _, group in trained]) as undo:
-                generator = torch.Generator().manual_seed(1_000_003 * self.seed + task)
+                generator = torch.Generator().manual_seed(derived_seed(self.seed, task))
                 steps = _train(cache, self.student, stage, trained, self._training_steps(task), generator)
                 for count, (loss, share) in enumerate(steps, start=1):
                     self.steps += 1

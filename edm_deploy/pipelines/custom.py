@@ -115,11 +115,14 @@ class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
             return_dict: Whether to wrap the images in diffusers' output class.
 
         Raises:
-            InputError: A label outside the model's classes.
+            InputError: A label outside the model's classes, or of another type than an integer.
         """
         table = self.class_embedder
-        labels = torch.as_tensor(class_labels, dtype=torch.int64).reshape(-1)
+        labels = torch.as_tensor(class_labels).reshape(-1)
         classes = int(table.config.num_classes)
+        if len(labels) and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
+            raise InputError(f"class_labels is of {labels.dtype}; expected integers, 0 to {classes - 1}. Pass int(label) of each.")
+        labels = labels.to(torch.int64)
         if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= classes:
             raise InputError(f"class_labels is {labels.tolist()}; expected one or more of 0 to {classes - 1}.")
         none = torch.tensor([classes])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import warnings
@@ -17,6 +18,7 @@ from diffusers import DiffusionPipeline
 from edm_deploy.errors import ArtifactError, UnsupportedError, first_line
 from edm_deploy.network.family import Config, Family
 from edm_deploy.pipelines.custom import ClassConditionalPipeline, ClassEmbedder, UnconditionalPipeline
+from edm_deploy.pipelines.sampling import check_steps
 from edm_deploy.pipelines.schedulers import scheduler_from_config, scheduler_named
 from edm_deploy.pipelines.source import local_directory
 from edm_deploy.storage.directories import INDEX_FILE, SCHEDULER_FILE, SOURCE_KEY, other_components, read_json
@@ -65,7 +67,26 @@ def pipeline_from_directory(
     # Constructed again rather than assigned: some pipelines read the denoiser's config in __init__.
     accepted = set(inspect.signature(type(loaded).__init__).parameters)
     settings = {key: value for key, value in index.items() if key in accepted and not isinstance(value, list)}
-    return type(loaded)(**{**loaded.components, component: denoiser}, **settings).to(denoiser.device)
+    return with_steps_checked(type(loaded))(**{**loaded.components, component: denoiser}, **settings).to(denoiser.device)
+
+
+def with_steps_checked(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """`pipeline_class` with a call that refuses fewer than one inference step. diffusers divides by 0, and returns decoded noise for a negative number.
+
+    Its call raises:
+        InputError: `num_inference_steps` is not 1 or more.
+    """
+    signature = inspect.signature(pipeline_class.__call__)
+
+    @functools.wraps(pipeline_class.__call__)
+    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        steps = signature.bind_partial(self, *args, **kwargs).arguments.get("num_inference_steps")
+        if isinstance(steps, int | float):
+            check_steps(steps)
+        return pipeline_class.__call__(self, *args, **kwargs)
+
+    namespace = {"__call__": call, "__module__": pipeline_class.__module__, "__doc__": pipeline_class.__doc__}
+    return type(pipeline_class.__name__, (pipeline_class,), namespace)
 
 
 def index_with_components(directory: Path, family: Family, config: Config, source: str | Path | None) -> dict[str, Any]:

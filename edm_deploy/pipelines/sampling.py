@@ -102,8 +102,7 @@ def set_steps(scheduler: Any, steps: int, sigmas: Sequence[float] | None = None)
     if sigmas is not None and "sigmas" in accepted:
         options["sigmas"] = list(sigmas)
     name, longest = type(scheduler).__name__, int(scheduler.config.num_train_timesteps)
-    if steps < 1:
-        raise InputError(f"{steps} inference steps: expected 1 or more.")
+    check_steps(steps)
     try:
         scheduler.set_timesteps(steps, **options)
     except (ValueError, IndexError) as err:
@@ -111,6 +110,12 @@ def set_steps(scheduler: Any, steps: int, sigmas: Sequence[float] | None = None)
     # Integer timesteps would repeat, which multistep schedulers meet with a failed assertion.
     if steps > longest and not scheduler.timesteps.is_floating_point():
         raise InputError(f"{name} cannot sample in {steps} steps: its training schedule has {longest}. Choose {longest} or fewer.")
+
+
+def check_steps(steps: float) -> None:
+    """Raises InputError where there is no inference step to take."""
+    if not steps >= 1:
+        raise InputError(f"{steps} inference steps: expected 1 or more. Pass another num_inference_steps.")
 
 
 def last_sample(steps: Iterator[Step]) -> Tensor:

@@ -51,8 +51,12 @@ def _parameters(class_name: str) -> Mapping[str, Any]:
 
 def schedulers_for(config: Mapping[str, Any]) -> list[str]:
     """Names of the schedulers for models whose scheduler has this config: those of a flow, or those of a diffusion."""
-    flow = str(config.get("_class_name", "")).startswith("FlowMatch") or ("shift" in config and "beta_schedule" not in config)
-    return [name for name in SCHEDULERS if name.startswith(FLOW) == flow]
+    return [name for name in SCHEDULERS if name.startswith(FLOW) == is_flow_config(config)]
+
+
+def is_flow_config(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config is of a flow (sigmas from 1 to 0) rather than of a diffusion."""
+    return str(config.get("_class_name", "")).startswith("FlowMatch") or ("shift" in config and "beta_schedule" not in config)
 
 
 def scheduler_from_config(class_name: str, config: Mapping[str, Any]) -> Any:

@@ -27,14 +27,15 @@ class EngineDenoiser(nn.Module):
         manifest: The engine's manifest.
         session: The opened engine.
         relaxed: The opened second engine, where the manifest routes timesteps to one.
+        flow: Whether the pipeline's scheduler is of a flow, whose first timestep is the schedule's length; the family may be of either process.
     """
 
-    def __new__(cls, manifest: Manifest, session: Session, relaxed: Session | None = None) -> Self:
+    def __new__(cls, manifest: Manifest, *_: object, **__: object) -> Self:
         """An instance of a subclass that diffusers' pipelines accept. The family makes it: importing this package must not import diffusers."""
         created: Self = super().__new__(family_named(manifest.family).denoiser_class(cls))  # type: ignore[assignment]
         return created
 
-    def __init__(self, manifest: Manifest, session: Session, relaxed: Session | None = None) -> None:
+    def __init__(self, manifest: Manifest, session: Session, relaxed: Session | None = None, *, flow: bool = False) -> None:
         super().__init__()
         self.manifest = manifest
         self.session = session
@@ -44,7 +45,9 @@ class EngineDenoiser(nn.Module):
             self._run = Correction.from_json(manifest.correction).around(self._run)
         self.family: Family = family_named(manifest.family)
         self.config = self.family.freeze_config(manifest.config)
-        self._checks = InputChecks(manifest, self.family, self.device)
+        # A table of embeddings ends with the schedule; other embeddings are functions of any timestep.
+        beyond = self.family.flow or (flow and self.family.embedded_timesteps(manifest.config) is None)
+        self._checks = InputChecks(manifest, self.family, self.device, manifest.num_train_timesteps - (0 if beyond else 1))
         for name, value in self.family.attributes(manifest.config).items():
             setattr(self, name, value)
 

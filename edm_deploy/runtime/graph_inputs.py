@@ -22,11 +22,13 @@ class InputChecks:
         manifest: The engine's manifest.
         family: Family of its model.
         device: Device that inputs must be on.
+        last_timestep: The largest timestep that the model has.
     """
 
     manifest: Manifest
     family: Family
     device: torch.device
+    last_timestep: int
 
     def converted(self, values: Mapping[str, Any]) -> dict[str, Tensor]:
         """The inputs in the engine's types, contiguous; one timestep is repeated for all samples.
@@ -51,10 +53,9 @@ class InputChecks:
 
     def _timesteps(self, value: Any, batch: int) -> Tensor:
         timesteps = timestep_tensor(value).to(self.device).reshape(-1)
-        last = self.manifest.num_train_timesteps - (0 if self.family.flow else 1)
-        outside = (timesteps.round() < 0) | (timesteps.round() > last) | ~timesteps.isfinite()
+        outside = (timesteps.round() < 0) | (timesteps.round() > self.last_timestep) | ~timesteps.isfinite()
         if bool(outside.any()):
-            raise InputError(f"timestep {float(timesteps[outside][0]):g} is outside the schedule; expected 0 to {last}.")
+            raise InputError(f"timestep {float(timesteps[outside][0]):g} is outside the schedule; expected 0 to {self.last_timestep}.")
         if len(timesteps) not in (1, batch):
             raise InputError(f"{len(timesteps)} timesteps for a batch of {batch}; expected one, or one for each sample.")
         return timesteps.expand(batch)

@@ -17,6 +17,7 @@ from edm_deploy.network.graph_names import OUTPUT
 from edm_deploy.runtime.backend import Backend, Session
 from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.manifest import Manifest
+from edm_deploy.storage.directories import SCHEDULER_FILE, read_pipeline_files
 
 
 def open_session(path: Path | str, *, device: str | torch.device | None = None) -> tuple[Manifest, Session]:
@@ -58,7 +59,9 @@ def load_denoiser(path: Path | str, *, device: str | torch.device | None = None)
             stack.enter_context(_open(directory, manifest, device)) for directory, manifest in zip(directories, manifests, strict=True)
         ]
         stack.pop_all()
-    return EngineDenoiser(manifests[0], *sessions)
+    from edm_deploy.pipelines.schedulers import is_flow_config  # here: it imports diffusers, which this package's import must not
+
+    return EngineDenoiser(manifests[0], *sessions, flow=is_flow_config(read_pipeline_files(directories[0]).get(SCHEDULER_FILE, {})))
 
 
 def _check_denoiser(directory: Path, manifest: Manifest, *, like: Manifest) -> None:

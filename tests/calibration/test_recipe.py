@@ -17,6 +17,8 @@ from edm_deploy.errors import InputError
         (MinMax, {"weight_bits": 9}, "weight_bits is 9; expected 2 to 8"),
         (MinMax, {"act_bits": 2}, "act_bits is 2; expected 3 to 8, or 16"),
         (MinMax, {"rows": 0}, "rows is 0; expected at least 1"),
+        (MinMax, {"seed": -1}, "seed is -1; expected an integer from 0 to 9223372036854775807"),
+        (MinMax, {"seed": 12345678901234567890}, "seed is 12345678901234567890; expected an integer"),
         (MinMax, {"eta": 1.5}, "eta is 1.5; expected 0.0 to 1.0"),
         (MinMax, {"calibration_samples": 0}, "calibration_samples is 0"),
         (Percentile, {"percentile": 10.0}, "percentile is 10.0; expected 50.0 to 100.0"),

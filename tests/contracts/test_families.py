@@ -1,5 +1,6 @@
 """What holds for every model family that the folder has, without anyone listing it."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ from tests.conftest import TINY, tiny_inputs, tiny_model
 def test_a_family_has_a_tiny_model_and_is_found_by_its_class(name):
     assert name in {family for family, _ in TINY.values()}, "add a tiny config to tests/conftest.py: every contract runs on it"
     assert name_of_family(family_named(name).class_name) == name
+
+
+@pytest.mark.parametrize("name", registry.names(models))
+def test_its_signature_is_that_of_the_diffusers_model(name):
+    family = family_named(name)
+    assert family.signature == tuple(inspect.signature(family.model_class.forward).parameters)[1:]
 
 
 @pytest.mark.parametrize("kind", TINY)

@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-LARGEST_SEED = 2**63 - 1  # torch's generators take 64 bits, and some seeds are derived by adding 1
-
 
 class Device(StrEnum):
     """Device that calibration and training run on."""
@@ -83,20 +81,26 @@ def check_new(out: Path, overwrite: bool) -> None:
         raise InputError(f"--out {out} exists and is not empty. Pass --overwrite to replace it, or choose another directory.")
 
 
-def check_seed(seed: int | None) -> int | None:
+def seed_in_range(seed: int | None) -> int | None:
     """`seed`, if it is in the range of a seed.
 
     Raises:
         BadParameter: It is not.
     """
-    if seed is not None and not 0 <= seed <= LARGEST_SEED:
-        raise typer.BadParameter(f"{seed} is out of range; expected 0 to {LARGEST_SEED}.")
+    from edm_deploy.errors import InputError
+    from edm_deploy.numerics.seeds import check_seed
+
+    try:
+        if seed is not None:
+            check_seed(seed)
+    except InputError as err:
+        raise typer.BadParameter(str(err)) from err
     return seed
 
 
 def seed_option(what: str) -> Any:  # typer's OptionInfo
     """An option for a seed, 0 to 2^63 - 1."""
-    return typer.Option("--seed", metavar="N", callback=check_seed, help=what)
+    return typer.Option("--seed", metavar="N", callback=seed_in_range, help=what)
 
 
 def example(command: str) -> str:

@@ -16,6 +16,7 @@ from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError
 from edm_deploy.network.layer_costs import site_work
 from edm_deploy.network.meta_model import meta_inputs, meta_model
+from edm_deploy.numerics.seeds import LARGEST_SEED
 from edm_deploy.storage.directories import read_json, write_json
 from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 from edm_deploy_tools.common.console import Notify, bytes_of
@@ -42,7 +43,7 @@ class ArtifactEvaluator:
         self.reference = reference
         self.images = self._visible(reference.images)
         self.features = features_of(self.images)
-        settings = dataclasses.replace(reference.settings, seed=reference.settings.seed + 1)
+        settings = dataclasses.replace(reference.settings, seed=(reference.settings.seed + 1) % (LARGEST_SEED + 1))
         other = reference_trajectory(reference.source, settings)
         self.frechet_floor = frechet_distance(features_of(self._visible(other.images)), self.features)
 

@@ -17,6 +17,7 @@ from edm_deploy.artifact.reference import reference_with_correction
 from edm_deploy.errors import InputError
 from edm_deploy.network.family import SAMPLE
 from edm_deploy.network.graph_names import SCALE_INPUT
+from edm_deploy.numerics.seeds import check_seed
 from edm_deploy.pipelines.guidance import Conditioning
 from edm_deploy.pipelines.prompt_encoding import check_takes_prompts, conditioner_of, takes_prompts
 from edm_deploy.pipelines.prompt_file import read_prompts
@@ -56,6 +57,7 @@ class EvaluationSettings:
         for name in ("samples", "steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: expected 1 or more.")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.numerics.seeds import check_seed
 from edm_deploy.pipelines.prompt_encoding import truncated_prompts
 from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.manifest import ShapeRange
@@ -29,7 +30,7 @@ class GenerationRequest:
         height, width: In pixels. One of them sets both; None for both is the model's native size.
         num_images: Number of images; None is one for each prompt or label, or 16.
         steps: Inference steps.
-        scheduler: Name as in edm_deploy.pipelines.schedulers.SCHEDULERS; None is DDIM for a pixel-space model, else the pipeline's scheduler.
+        scheduler: Name as in edm_deploy.pipelines.schedulers.SCHEDULERS; None is DDIM for a pixel-space diffusion model, else the pipeline's scheduler.
         seed: Seed of the initial noise.
     """
 
@@ -47,6 +48,7 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         if self.count < 1 or self.steps < 1:
             raise InputError(f"{self.count} images in {self.steps} steps: expected at least 1 of each.")
+        check_seed(self.seed)
 
     @property
     def count(self) -> int:

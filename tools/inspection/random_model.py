@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edm_deploy.models import family_named, name_of_family
 from edm_deploy.network.meta_model import meta_model
+from edm_deploy.numerics.seeds import check_seed
 from edm_deploy.storage.directories import INDEX_FILE, PIPELINE_NAMES, SCHEDULER_FILE, write_json
 from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 from edm_deploy.storage.tensor_file import DeferredTensor, write_tensors
@@ -29,7 +30,9 @@ def write_random_model(chosen: Architecture, out: Path, *, size: int | None = No
     Raises:
         UnsupportedError: There is no family for the architecture.
         ArtifactError: `out` cannot be written.
+        InputError: As check_seed.
     """
+    check_seed(seed)
     family = family_named(name_of_family(chosen.class_name))
     config = dict(chosen.config) | ({} if size is None else {"sample_size": size})
     index = {

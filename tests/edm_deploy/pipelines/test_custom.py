@@ -50,3 +50,9 @@ def test_a_guided_step_is_the_classifier_free_combination():
 def test_a_label_that_the_model_has_not_is_refused(labels):
     with pytest.raises(InputError, match=r"class_labels is \[.*\]; expected one or more of 0 to 4"):
         tiny_pipeline("ldm")(labels)
+
+
+@pytest.mark.parametrize("labels", [[1.5], torch.tensor([True]), torch.tensor([1j])], ids=str)
+def test_a_label_that_is_no_integer_is_refused(labels):
+    with pytest.raises(InputError, match=r"class_labels is of torch.*; expected integers, 0 to 4"):
+        tiny_pipeline("ldm")(labels)

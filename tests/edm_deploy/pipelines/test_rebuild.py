@@ -2,10 +2,10 @@ import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 from edm_deploy import load_pipeline
-from edm_deploy.errors import UnsupportedError
+from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.export.onnx import onnx_from_artifact
 from edm_deploy.pipelines.source import float_artifact, load_source
 from edm_deploy.runtime.backend import BuildOptions
@@ -33,6 +33,16 @@ def test_a_pipeline_around_a_float_engine_is_the_original(engine, size):
         for pipe in (load_pipeline(engine), stable_diffusion())
     )
     assert float((found - expected).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_pipeline_around_an_engine_takes_one_step_or_more(engine, steps):
+    """Of diffusers' own, 0 steps are a ZeroDivisionError, and -1 the decoded noise."""
+    pipe = load_pipeline(engine)
+    assert type(pipe).__name__ == "StableDiffusionPipeline" and isinstance(pipe, StableDiffusionPipeline)
+    for arguments in ({"num_inference_steps": steps}, {"args": (16, 16, steps)}):
+        with pytest.raises(InputError, match=rf"{steps} inference steps: expected 1 or more\. Pass another num_inference_steps"):
+            pipe("a cat", *arguments.pop("args", ()), **arguments)
 
 
 def test_the_engine_serves_other_pipelines_of_the_same_components(engine):

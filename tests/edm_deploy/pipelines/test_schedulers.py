@@ -1,7 +1,7 @@
 import pytest
 
 from edm_deploy.errors import UnsupportedError
-from edm_deploy.pipelines.schedulers import SCHEDULERS, scheduler_from_config, scheduler_named, schedulers_for
+from edm_deploy.pipelines.schedulers import SCHEDULERS, is_flow_config, scheduler_from_config, scheduler_named, schedulers_for
 from tests.conftest import FLOW_SCHEDULER, SCHEDULER
 
 
@@ -14,6 +14,7 @@ def test_a_short_name_is_a_class_of_diffusers_on_the_model_s_schedule(name):
 
 
 def test_flows_and_diffusions_have_different_schedulers():
+    assert is_flow_config(FLOW_SCHEDULER) and not is_flow_config(SCHEDULER)
     assert schedulers_for(FLOW_SCHEDULER) == ["flow-euler", "flow-heun"]
     assert sorted(schedulers_for(SCHEDULER) + schedulers_for(FLOW_SCHEDULER)) == sorted(SCHEDULERS)
 

@@ -13,7 +13,7 @@ def checks_of(kind: str, **profile: ShapeRange) -> InputChecks:
     artifact = artifact_by_hand(kind)
     manifest = Manifest.of(artifact, {name: name for name in artifact.sites}, kind="onnx", dtype="fp32", weight_storage="int8")
     manifest.profile.update(profile)
-    return InputChecks(manifest, family_named(manifest.family), torch.device("cpu"))
+    return InputChecks(manifest, family_named(manifest.family), torch.device("cpu"), last_timestep=999)
 
 
 @pytest.fixture(scope="module")

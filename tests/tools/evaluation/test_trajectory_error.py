@@ -30,6 +30,12 @@ def reference(chain):
     return reference_trajectory(load_source(chain.model), EvaluationSettings(samples=3, steps=4, seed=1))
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_outside_its_range_is_refused(seed):
+    with pytest.raises(InputError, match=f"seed is {seed}; expected an integer from 0 to 9223372036854775807"):
+        EvaluationSettings(seed=seed)
+
+
 def test_relative_error_is_squared_and_relative():
     assert relative_error(torch.tensor([3.0, 3.0]), torch.tensor([2.0, 2.0])) == pytest.approx(0.25)
 

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 
 from edm_deploy.errors import InputError
+from edm_deploy.export.onnx import onnx_from_artifact
 from edm_deploy.runtime.manifest import ShapeRange
+from edm_deploy.storage.directories import INDEX_FILE, SCHEDULER_FILE
 from edm_deploy_tools.images.pipeline_arguments import GenerationRequest
 from edm_deploy_tools.images.sample import batch_sizes, grid_of, sample_images
+from engines import build_engine
+from tests.conftest import FLOW_SCHEDULER, PIPELINE
 
 
 def test_batches_stay_within_the_profile():
@@ -20,6 +26,15 @@ def test_more_images_than_a_batch_are_sampled(chain, tmp_path):
     assert drawn.count == 10
     assert len(list((tmp_path / "images").glob("[0-9]*.png"))) == 10
     assert drawn.seconds_per_image == pytest.approx(drawn.seconds / 10)
+
+
+def test_a_flow_of_pixels_is_sampled_with_its_own_scheduler(chain, artifact_w4a4, tmp_path):
+    index = PIPELINE[INDEX_FILE] | {"scheduler": ["diffusers", FLOW_SCHEDULER["_class_name"]]}
+    onnx_from_artifact(replace(artifact_w4a4, pipeline={INDEX_FILE: index, SCHEDULER_FILE: FLOW_SCHEDULER}), tmp_path / "onnx")
+    build_engine(tmp_path / "onnx", tmp_path / "engine", backend="ort")
+    drawn = sample_images(tmp_path / "engine", tmp_path / "images", GenerationRequest(num_images=1, steps=2))  # from timestep 1000, sigma 1
+    assert drawn.scheduler == "FlowMatchEulerDiscrete"
+    assert sample_images(chain.engine, tmp_path / "others", GenerationRequest(num_images=1, steps=2)).scheduler == "DDIM"
 
 
 def test_the_grid_enlarges_small_images_and_keeps_their_colours():
@@ -40,6 +55,12 @@ def test_a_directory_of_something_else_is_left_alone(chain, tmp_path):
 def test_no_images_and_no_steps_are_refused(counts):
     with pytest.raises(InputError, match="at least 1"):
         GenerationRequest(**counts)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_outside_its_range_is_refused(seed):
+    with pytest.raises(InputError, match=f"seed is {seed}; expected an integer from 0 to 9223372036854775807"):
+        GenerationRequest(seed=seed)
 
 
 def test_prompts_are_sampled_guided_and_in_the_engines_batches(run, prompted, tmp_path):
