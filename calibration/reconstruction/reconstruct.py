@@ -24,6 +24,7 @@ from calibration.run.checkpoint import CheckpointTimer, TrainingState, add_prefi
 from calibration.run.dtypes import DTYPES
 from calibration.run.progress import ProgressMeter
 from calibration.student.student import Student, activations_unquantized
+from calibration.training.divergence import check_finite
 from calibration.training.param_group import ParamGroup
 
 CACHE_SHARE = 0.25  # share of a budget that filling the caches may take
@@ -68,7 +69,7 @@ def reconstruct(context: TrainingContext, partition: Partition, stages: Sequence
     Raises:
         Interrupted: a signal; finished blocks are saved if the run has a checkpoint directory.
         ArtifactError: The checkpoint to resume is missing, damaged or from a different run.
-        InputError: The budget is already used up.
+        InputError: The budget is already used up, or a loss is not finite.
     """
     run = context.run
     context.teacher.set_dtype(DTYPES[run.options.teacher_dtype])
@@ -157,10 +158,11 @@ class _Reconstruction:
                 (optimizer, group) for optimizer in stage.optimizers for group in optimizer.begin(layers, quantizers) if group.rate > 0
             ]
             with train_only(layers, quantizers, [group for _, group in trained]) as undo:
-                generator = torch.Generator().manual_seed(1_000_003 * self.seed + task)
+                generator = torch.Generator().manual_seed((1_000_003 * self.seed + task) % 2**64)  # torch takes 64 bits
                 steps = _train(cache, self.student, stage, trained, self._training_steps(task), generator)
                 for count, (loss, share) in enumerate(steps, start=1):
                     self.steps += 1
+                    check_finite(loss, f"step {count} of {self.position(task + 1)}")
                     self._report(meter, self.allocation.done(task, share), loss)
                     if meter.interrupted:
                         undo()
