@@ -20,7 +20,7 @@ from calibration.run.checkpoint import check_not_overwritten
 from calibration.run.memory import peak_memory
 from calibration.run.options import Interrupted, Progress, Run, RunOptions
 from calibration.run.time_budget import Budget
-from calibration.student.teacher import Teacher, restructured
+from calibration.student.teacher import Teacher, check_finite_weights, restructured
 from calibration.student.to_artifact import artifact_from_student
 from edm_deploy import Artifact
 from edm_deploy.artifact.fold_pre_scales import fold_pre_scales
@@ -55,7 +55,7 @@ def fit(
         Interrupted: SIGINT or SIGTERM was received.
         InputError: The checkpoint directory has the checkpoint of an unfinished run and `resume` is not set; the recipe is not applicable to the model, a pass not to the recipe, or prompts are given for a model without text inputs.
         UnsupportedError: The model's scheduler is not supported for sampling trajectories.
-        ArtifactError: The checkpoint to resume is missing, damaged or from a different run.
+        ArtifactError: A weight of the model is NaN or infinite, or the checkpoint to resume is missing, damaged or from a different run.
     """
     check_not_overwritten(options)
     start = time.perf_counter()
@@ -64,6 +64,7 @@ def fit(
     device = torch.device(options.device)
     if options.prompts is not None:
         check_takes_prompts(source)
+    check_finite_weights(source)
     teacher_hash = source.digest()
     structure = recipe.structure(source)
     source = restructured(source, structure)

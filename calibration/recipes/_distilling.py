@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from calibration.recipes.mse import Mse
 from calibration.run.dtypes import ComputeDtype, check_dtype
-from calibration.run.setting_checks import at_least
+from calibration.run.setting_checks import at_least, within
 from calibration.student.student import Student
 from calibration.training.distillation import TrainingSchedule
 from calibration.training.param_group import ParamGroup
@@ -42,8 +42,9 @@ class DistillationRecipe(Mse):
         super().__post_init__()
         for name in ("steps", "batch"):
             at_least(name, getattr(self, name), 1)
-        for name in ("scale_rate", "bound_rate", "warmup", "relative"):
+        for name in ("scale_rate", "bound_rate", "relative"):
             at_least(name, getattr(self, name), 0.0)
+        within("warmup", self.warmup, 0.0, 1.0)
         check_dtype("compute", self.compute)
 
     def pool_size(self) -> int:

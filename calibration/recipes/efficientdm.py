@@ -17,6 +17,7 @@ from calibration.student.student import Student
 from calibration.training.distillation import distill
 from calibration.training.param_group import ParamGroup
 from calibration.training.trainable_weights import mean_scale
+from edm_deploy.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,15 @@ class EfficientDM(DistillationRecipe):
         distill(context, self.groups(context.student), self.schedule)
 
     def prepare(self, context: TrainingContext) -> None:
-        """Add updates that are zero initially, and calibrate, unless the state of a checkpoint will be loaded."""
+        """Add updates that are zero initially, and calibrate, unless the state of a checkpoint will be loaded.
+
+        Raises:
+            InputError: The rank exceeds that of every layer.
+        """
+        # Above the default: models with narrow layers only, where a smaller rank is the full one.
+        full = max(min(len(layer.layer.weight), layer.layer.weight[0].numel()) for layer in context.student.layers.values())
+        if self.rank > max(full, type(self).rank):
+            raise InputError(f"rank is {self.rank}; the largest that a layer of this model can use is {full}. Set rank to {full} or less.")
         generator = torch.Generator().manual_seed(self.seed)
         for layer in context.student.layers.values():
             layer.add_update(self.rank, generator)

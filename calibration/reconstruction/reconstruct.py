@@ -24,6 +24,7 @@ from calibration.run.checkpoint import CheckpointTimer, TrainingState, add_prefi
 from calibration.run.dtypes import DTYPES
 from calibration.run.progress import ProgressMeter
 from calibration.student.student import Student, activations_unquantized
+from calibration.training.divergence import check_finite
 from calibration.training.param_group import ParamGroup
 from edm_deploy.numerics.seeds import derived_seed
 
@@ -69,7 +70,7 @@ def reconstruct(context: TrainingContext, partition: Partition, stages: Sequence
     Raises:
         Interrupted: a signal; finished blocks are saved if the run has a checkpoint directory.
         ArtifactError: The checkpoint to resume is missing, damaged or from a different run.
-        InputError: The budget is already used up.
+        InputError: The budget is already used up, or a loss is not finite.
     """
     run = context.run
     context.teacher.set_dtype(DTYPES[run.options.teacher_dtype])
@@ -162,6 +163,7 @@ class _Reconstruction:
                 steps = _train(cache, self.student, stage, trained, self._training_steps(task), generator)
                 for count, (loss, share) in enumerate(steps, start=1):
                     self.steps += 1
+                    check_finite(loss, f"step {count} of {self.position(task + 1)}")
                     self._report(meter, self.allocation.done(task, share), loss)
                     if meter.interrupted:
                         undo()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edm_deploy.errors import ArtifactError
 from edm_deploy.network.restructure import NetworkRewrite, restructure
 from edm_deploy.pipelines.source import Source
 from edm_deploy.storage.weight_loading import cast
@@ -39,6 +40,15 @@ class Teacher(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Prediction, float32 [B, ...]."""
         return self.family.prediction(self.config, self.family.forward(self.model, cast_inputs(inputs, self.dtype))).float()
+
+
+def check_finite_weights(source: Source) -> None:
+    """Raises ArtifactError where a weight of the float model is NaN or infinite: every later message would name a result of it."""
+    for name, value in source.model.named_parameters():
+        if not bool(value.isfinite().all()):
+            raise ArtifactError(
+                f"{source.name}: weight {name!r} holds NaN or infinity, expected finite numbers. Download or save the model again."
+            )
 
 
 def restructured(source: Source, structure: NetworkRewrite) -> Source:

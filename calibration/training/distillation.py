@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +18,11 @@ from calibration.run.dtypes import DTYPES
 from calibration.run.progress import ProgressMeter
 from calibration.run.time_budget import Budget
 from calibration.student.module_outputs import capture_outputs
+from calibration.training.divergence import check_finite, warn_if_risen
 from calibration.training.losses import AuxiliaryLoss
 from calibration.training.param_group import ParamGroup
+
+MOST_LAST = 100  # losses at the end that are compared with the first
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ def distill(
     Arguments as those of `Training`. Numbers in the run's notes are saved in its checkpoints.
 
     Raises:
-        InputError: Calibration used up the budget.
+        InputError: Calibration used up the budget, or the loss is not finite.
         Interrupted: SIGINT, SIGTERM or SIGHUP; the current step was finished and a checkpoint written, if the run has a checkpoint directory.
         ArtifactError: The checkpoint to resume is missing, damaged or from a different run.
     """
@@ -148,6 +153,7 @@ def distill(
     elif run.budget is not None:
         run.budget.check_left("calibration")
         budget = run.budget.part()
+    last: deque[float] = deque(maxlen=max(1, min(MOST_LAST, schedule.steps // 10)))
 
     def position(step: int) -> str:
         return f"step {step} of {schedule.steps}" if budget is None else f"step {step}"
@@ -156,6 +162,9 @@ def distill(
         while (share := done / schedule.steps if budget is None else budget.share()) < 1:
             loss = training.step(share)
             done += 1
+            check_finite(loss, position(done))
+            run.notes.setdefault("first_loss", loss)
+            last.append(loss)
             total = schedule.steps if budget is None else done + round(budget.left() * meter.rate(done))
             finished = done == total if budget is None else budget.share() >= 1
             meter.report(done, total, loss=loss)
@@ -163,5 +172,6 @@ def distill(
                 save_training(run, training.state(done, budget), position=position(done), finished=finished)
             if meter.interrupted and not finished:
                 raise meter.interruption(position(done))
+    warn_if_risen(run.notes.get("first_loss", math.inf), last)
     if budget is not None:
         run.notes["steps_done"] = done

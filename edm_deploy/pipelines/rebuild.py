@@ -22,6 +22,7 @@ from edm_deploy.pipelines.sampling import check_steps
 from edm_deploy.pipelines.schedulers import scheduler_from_config, scheduler_named
 from edm_deploy.pipelines.source import local_directory
 from edm_deploy.storage.directories import INDEX_FILE, SCHEDULER_FILE, SOURCE_KEY, other_components, read_json
+from edm_deploy.storage.variants import variant_in, variant_of
 
 LARGE = 4 << 30  # bytes; larger text encoders are loaded in bfloat16 (T5-XXL takes 19 GB in float32)
 CUSTOM = {"ClassConditionalPipeline": ClassConditionalPipeline}
@@ -154,7 +155,8 @@ def load_components(directory: Path, class_name: str, components: Mapping[str, A
     parts = {**left_out, **components}
     try:
         with without_loading_messages():
-            return pipeline_class.from_pretrained(directory, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **parts)
+            options = {"variant": variant_in(directory), "torch_dtype": dtype, "use_safetensors": True, "local_files_only": True}
+            return pipeline_class.from_pretrained(directory, **options, **parts)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as err:
         raise ArtifactError(
             f"{directory} cannot be read as a {class_name}: {first_line(err)}. Download or save the pipeline again."
@@ -191,7 +193,7 @@ def _class_conditional(home: Path, denoiser: Any, scheduler: Any, dtype: torch.d
     vae_class = getattr(diffusers, str(index["vae"][1]))
     try:
         with without_loading_messages():
-            vae = vae_class.from_pretrained(home / "vae", torch_dtype=dtype, use_safetensors=True)
+            vae = vae_class.from_pretrained(home / "vae", variant=variant_of(home / "vae"), torch_dtype=dtype, use_safetensors=True)
             embedder = ClassEmbedder.from_pretrained(home / "class_embedder", torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as err:
         raise ArtifactError(

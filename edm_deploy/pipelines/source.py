@@ -25,6 +25,7 @@ from edm_deploy.pipelines.model_index import PipelineConfig, read_pipeline_confi
 from edm_deploy.pipelines.schedulers import scheduler_from_config
 from edm_deploy.storage.directories import PIPELINE_FILES
 from edm_deploy.storage.tensor_file import tensor_bytes
+from edm_deploy.storage.variants import variant_of
 from edm_deploy.storage.weight_loading import empty_model, load_weights, widen_while_running
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,8 @@ def load_source(path_or_id: str | Path, *, low_memory: bool = False) -> Source:
     _refuse_pickle(directory / described.component)
     _refuse_lora(directory, described.component)
     model_class = getattr(diffusers, described.family_object.class_name)
+    if variant := variant_of(directory / described.component):
+        log.warning("%s has weights of the variant %s only; they are loaded.", directory / described.component, variant)
     try:
         model = _streamed(described, directory / described.component, low_memory) or _by_diffusers(
             model_class, directory / described.component
@@ -129,7 +132,12 @@ def _by_diffusers(model_class: Any, directory: Path) -> nn.Module:
     """Load the model with diffusers. A tensor that the files lack is an error here; diffusers would leave it random and log that."""
     with without_library_output():
         model, loading_info = model_class.from_pretrained(
-            directory, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True
+            directory,
+            variant=variant_of(directory),
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     if missing := sorted(loading_info["missing_keys"]):
         raise ValueError(f"the files hold no {missing[0]!r}" + (f" and {len(missing) - 1} more of its tensors" if missing[1:] else ""))

@@ -12,6 +12,7 @@ from typing import Any
 
 from edm_deploy.errors import ArtifactError, first_line
 from edm_deploy.storage.json_schema import MAX_DEPTH, Timesteps, check_bounded, convert
+from edm_deploy.storage.variants import variant_of
 
 # From these a diffusers pipeline is rebuilt around its denoiser. Text encoders and VAE stay in the source pipeline.
 INDEX_FILE = "model_index.json"
@@ -21,7 +22,7 @@ PIPELINE_NAMES = (INDEX_FILE, "scheduler")  # the same at the top level of a dir
 MAX_JSON_BYTES = 64 << 20
 AGAIN = "Copy or make it again."
 SOURCE_KEY = "_name_or_path"  # written by diffusers into model_index.json: where the pipeline was loaded from
-VARIANTS = ("*.fp16.*", "*.non_ema.*")  # further copies of the same weights, which are never loaded
+VARIANTS = ("*.fp16.*", "*.non_ema.*")  # further copies of the same weights, which are not loaded
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.onnx")
 
 
@@ -139,7 +140,8 @@ def copy_components(index: Mapping[str, Any], component: str, home: Path, direct
     """
     names = components_at(home, index, component)
     for name in names:
-        shutil.copytree(home / name, directory / name, ignore=shutil.ignore_patterns(*PICKLES, *VARIANTS))
+        copies = () if variant_of(home / name) else VARIANTS
+        shutil.copytree(home / name, directory / name, ignore=shutil.ignore_patterns(*PICKLES, *copies))
     return names
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from edm_deploy.storage.variants import variant_of
+
 WINDOW_BYTES = 256 << 20  # a file is mapped again after this many bytes, which releases the pages that were read
 STEM = "diffusion_pytorch_model"
 WIDENS = "_widens_while_running"  # attribute of the class of a model whose layers hold float32 weights while they run
@@ -42,7 +44,7 @@ def load_weights(model: nn.Module, directory: Path, *, keep: bool = False) -> bo
 
     Args:
         model: From `empty_model`.
-        directory: Holds `diffusion_pytorch_model.safetensors`, or an index and its shards.
+        directory: Holds `diffusion_pytorch_model.safetensors`, or an index and its shards; of one variant where there is no other.
         keep: Whether tensors stay mapped and in the dtype of the files, see `widen_while_running`; otherwise they become float32,
             convolutions channels_last.
 
@@ -124,9 +126,10 @@ def _float32(value: Tensor) -> Tensor:
 
 
 def _files(directory: Path) -> list[str]:
-    index = directory / f"{STEM}.safetensors.index.json"
+    variant = variant_of(directory)
+    index = directory / (f"{STEM}.safetensors.index.{variant}.json" if variant else f"{STEM}.safetensors.index.json")
     if not index.is_file():
-        return [f"{STEM}.safetensors"]
+        return [f"{STEM}.{variant}.safetensors" if variant else f"{STEM}.safetensors"]
     return sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
 
 

@@ -5,6 +5,7 @@ import pytest
 from calibration import RunOptions, fit
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.recipes.minmax import MinMax
+from edm_deploy.errors import ArtifactError
 from tests.calibration.tiny import tiny_source
 
 
@@ -24,3 +25,13 @@ def test_progress_reports_steps_loss_rate_and_memory():
 def test_the_provenance_of_a_calibration_names_the_dtype_that_it_computes_in(requested):
     artifact = fit(tiny_source(), MinMax(rows=1, calibration_samples=1), RunOptions(teacher_dtype=requested))
     assert artifact.provenance["teacher_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named_as_the_model_s_before_any_work(value):
+    source, seen = tiny_source(), []
+    source.model.mid_block.attentions[0].to_q.weight[0, 0] = value
+    message = r"unet2d: weight 'mid_block\.attentions\.0\.to_q\.weight' holds NaN or infinity, expected finite numbers\. .* again"
+    with pytest.raises(ArtifactError, match=message):
+        fit(source, MinMax(rows=1, calibration_samples=1), RunOptions(), on_progress=seen.append)
+    assert not seen

@@ -2,7 +2,7 @@ from dataclasses import fields
 
 import pytest
 
-from calibration import recipes
+from calibration import passes, recipes
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.recipes.minmax import MinMax
 from calibration.recipes.percentile import Percentile
@@ -25,12 +25,27 @@ from edm_deploy.errors import InputError
         (EfficientDM, {"steps": 0}, "steps is 0; expected at least 1"),
         (EfficientDM, {"update_rate": -1.0}, "update_rate is -1.0; expected at least 0"),
         (EfficientDM, {"update_rate": float("nan")}, "update_rate is nan"),
+        (EfficientDM, {"warmup": 2.0}, "warmup is 2.0; expected 0.0 to 1.0"),
+        (EfficientDM, {"scale_rate": float("inf")}, "scale_rate is inf; expected a finite number"),
+        (MinMax, {"seed": 10**20}, "seed is 100000000000000000000; expected 0 to 9223372036854775807"),
         (EfficientDM, {"compute": "fp8"}, "compute is 'fp8'; expected fp32 or bf16"),
     ],
 )
 def test_a_setting_outside_its_range_is_refused_with_what_was_expected(made, settings, message):
     with pytest.raises(InputError, match=message):
         made(**settings)
+
+
+CLASSES = [registry.load(recipes, name, "RECIPE") for name in registry.names(recipes)]
+CLASSES += [registry.load(passes, name, "PASS") for name in registry.names(passes)]
+NUMBERS = [(made, field.name) for made in CLASSES for field in fields(made) if "int" in str(field.type) or "float" in str(field.type)]
+
+
+@pytest.mark.parametrize(("made", "name"), NUMBERS, ids=lambda value: getattr(value, "name", value))
+def test_no_number_may_be_negative_or_not_finite(made, name):
+    for value in (-1, float("inf"), float("-inf"), float("nan")):
+        with pytest.raises(InputError, match=f"{name} is {value}; expected"):
+            made(**{name: value})
 
 
 def test_kept_sites_are_w8a8_and_symmetric_whatever_the_bits():

@@ -15,6 +15,7 @@ from edm_deploy.errors import ArtifactError, first_line
 from edm_deploy.network.family import Config, Family
 from edm_deploy.pipelines.source import Source
 from edm_deploy.storage.directories import INDEX_FILE
+from edm_deploy.storage.variants import variant_of
 
 ImageKind = Literal["pixels", "decoded", "latents"]
 VAE = "vae"
@@ -99,7 +100,7 @@ def decoder_of(source: Source) -> Decoder:
 def _vae(directory: Path, class_name: str) -> Any:
     try:
         vae = getattr(diffusers, class_name).from_pretrained(
-            directory, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+            directory, variant=variant_of(directory), torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as err:
         raise ArtifactError(f"{directory} cannot be read as {class_name}: {first_line(err)}. Download or save the pipeline again.") from err

@@ -4,7 +4,7 @@ import torch
 from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.recipes.efficientdm import RECIPE
 from edm_deploy.errors import InputError
-from tests.calibration.tiny import tiny_source
+from tests.calibration.tiny import tiny_context, tiny_source
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +46,9 @@ def test_the_published_constants_are_the_defaults():
 def test_a_setting_outside_its_range_is_refused(setting):
     with pytest.raises(InputError, match=next(iter(setting))):
         RECIPE(**setting)
+
+
+def test_a_rank_above_that_of_every_layer_is_refused_before_the_calibration():
+    recipe = RECIPE(rows=3, rank=33)  # 32, the default, is accepted on every model
+    with pytest.raises(InputError, match=r"rank is 33; the largest that a layer of this model can use is 32\. Set rank to 32 or less"):
+        recipe.fit(tiny_context(recipe))

@@ -143,6 +143,12 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         fit(tiny_source("dit"), Tcaq(**SETTINGS, strength=0.5), RunOptions(checkpoint=tmp_path / "ck", resume=True))
 
 
+def test_an_error_that_is_not_finite_ends_the_reconstruction():
+    recipe = Tcaq(**SETTINGS | {"steps": 4}, rounding_weight=1e38)
+    with pytest.raises(InputError, match=r"the loss is nan after step \d of block 1 of \d+"):
+        fit(tiny_source("dit"), recipe, QUIET)
+
+
 def test_a_budget_that_calibration_uses_up_is_refused():
     with pytest.raises(InputError, match="calibration alone took"):
         fit(tiny_source("dit"), Tcaq(**SETTINGS), RunOptions(budget_seconds=0.001))

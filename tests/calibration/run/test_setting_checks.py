@@ -10,6 +10,11 @@ def test_a_value_below_the_minimum_is_refused_by_name(value):
         at_least("steps", value, 1)
 
 
+def test_infinity_is_refused_by_name():
+    with pytest.raises(InputError, match=r"scale_rate is inf; expected a finite number, at least 0\. Set another scale_rate\."):
+        at_least("scale_rate", float("inf"), 0)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_a_value_outside_its_range_is_refused_by_name(value):
     with pytest.raises(InputError, match=rf"eta is {value}; expected 0\.0 to 1\.0\. Set another eta\."):

@@ -10,6 +10,7 @@ import torch
 from calibration import Interrupted, RunOptions, fit
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.run.checkpoint import load_checkpoint
+from calibration.training import divergence
 from calibration.training.distillation import TrainingSchedule
 from edm_deploy.errors import ArtifactError, InputError
 from tests.calibration.tiny import tiny_source
@@ -224,3 +225,17 @@ def test_checkpoint_holds_every_row_of_every_table(tmp_path):
     tables = [value for name, value in tensors.items() if name.startswith("parameter.") and name.endswith("log_scale")]
     assert {tuple(table.shape) for table in tables} == {(4,)}
     assert all(torch.isfinite(value).all() for value in tensors.values())
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_before_a_checkpoint_of_it_is_written(tmp_path):
+    recipe = EfficientDM(**SETTINGS | {"scale_rate": 1e30})
+    with pytest.raises(InputError, match=r"the loss is nan after step 2 of 6, expected a finite number\. Set lower rates"):
+        fit(tiny_source(), recipe, RunOptions(checkpoint=tmp_path / "ck"))
+    assert not (tmp_path / "ck").exists()
+
+
+def test_a_loss_that_rises_ends_in_one_warning(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(divergence.log, "warning", lambda text, *values: warnings.append(text))
+    fit(tiny_source(), EfficientDM(**SETTINGS | {"update_rate": 1e30}), RunOptions())
+    assert [text.partition(":")[0] for text in warnings] == ["Training diverged"]

@@ -7,9 +7,12 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from edm_deploy import load_pipeline
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.export.onnx import onnx_from_artifact
+from edm_deploy.pipelines.rebuild import text_pipeline
 from edm_deploy.pipelines.source import float_artifact, load_source
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.manifest import ShapeRange
+from edm_deploy.storage.directories import copy_components, read_json
+from edm_deploy_tools.images.decoding import decoder_of
 from engines import build_engine
 from tests.tiny_pipelines import saved, stable_diffusion
 
@@ -68,3 +71,13 @@ def test_an_image_processor_without_torchvision_is_no_news():
 
     assert not passes("`CLIPImageProcessor` requires torchvision (not installed); falling back to `CLIPImageProcessorPil` for ...")
     assert passes("another thing that went wrong")
+
+
+def test_components_with_one_variant_only_are_loaded_and_copied(tmp_path):
+    home, copied = tmp_path / "saved", tmp_path / "copied"
+    stable_diffusion().save_pretrained(home, variant="fp16")
+    index = read_json(home / "model_index.json", what="pipeline")
+    assert text_pipeline(home).text_encoder.dtype == torch.float32
+    assert decoder_of(load_source(home)).kind == "decoded"
+    copy_components(index, "unet", home, copied)
+    assert {path.name for path in copied.glob("*/*.safetensors")} == {"model.fp16.safetensors", "diffusion_pytorch_model.fp16.safetensors"}

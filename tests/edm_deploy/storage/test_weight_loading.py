@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler
 from safetensors.torch import load_file, save_file
 
 from edm_deploy.pipelines.source import load_source
@@ -126,3 +127,14 @@ def test_a_cast_says_nothing_of_parts_that_stay_in_float32(capfd):
     assert cast(model, torch.bfloat16) is model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert "float32" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["10GB", "30KB"])
+def test_weights_of_one_variant_only_are_loaded_and_named(size, tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr("edm_deploy.pipelines.source.log.warning", lambda text, *values: notes.append(text % values))
+    _, _, model = tiny_model("unet2d")
+    DDIMPipeline(model, DDIMScheduler()).save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    assert (len(list((tmp_path / "unet").glob("*.fp16*.safetensors"))) > 1) == (size == "30KB")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in load_source(tmp_path).model.state_dict().items())
+    assert notes == [f"{tmp_path / 'unet'} has weights of the variant fp16 only; they are loaded."]

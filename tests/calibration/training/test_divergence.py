@@ -1,0 +1,21 @@
+import pytest
+
+from calibration.training import divergence
+from calibration.training.divergence import check_finite, warn_if_risen
+from edm_deploy.errors import InputError
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_refused_with_its_position(loss):
+    with pytest.raises(InputError, match=f"the loss is {loss} after step 7 of 9, expected a finite number. Set lower rates"):
+        check_finite(loss, "step 7 of 9")
+    check_finite(1e30, "step 7 of 9")
+
+
+def test_a_loss_that_has_risen_is_a_warning(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(divergence.log, "warning", lambda text, *values: warnings.append(text % values))
+    warn_if_risen(15.0, [600.0, 624.0])
+    warn_if_risen(15.0, [14.0, 45.0])
+    warn_if_risen(15.0, [])
+    assert warnings == ["Training diverged: the loss rose from 15 to 612, so the result is worse than without training. Set lower rates."]
