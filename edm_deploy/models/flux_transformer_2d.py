@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from edm_deploy.models._transformer import ADAPTER, CONTROLNET, EMBEDDER, MODULATION, POOLED, TOKENS, TransformerFamily, ends
-from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, timestep_tensor
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, is_dense, timestep_tensor
 from edm_deploy.network.graph_names import SCALE_INPUT
 from edm_deploy.network.placement import PlacementRule
 
@@ -104,7 +104,10 @@ class FluxTransformer2D(TransformerFamily):
         sample = arguments[SAMPLE]
         for name in (IMAGE_IDS, TEXT_IDS):
             ids = arguments[name]
-            if isinstance(sample, Tensor) and sample.ndim and isinstance(ids, Tensor) and ids.ndim == 2:
+            both = (
+                isinstance(sample, Tensor) and isinstance(ids, Tensor) and is_dense(sample) and is_dense(ids)
+            )  # else the engine refuses them
+            if both and sample.ndim and ids.ndim == 2:
                 arguments[name] = ids.expand(len(sample), -1, -1)
         return arguments
 

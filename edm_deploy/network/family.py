@@ -270,6 +270,8 @@ def timestep_tensor(value: Any) -> Tensor:
         InputError: It is something else.
     """
     expected = "expected a number, or a tensor of one number for each sample. Pass an element of scheduler.timesteps."
+    if isinstance(value, Tensor) and not is_dense(value):
+        raise InputError(f"timestep is {kind_of(value)}, {expected}")
     try:
         # A number of Python in float64, which holds it whatever torch's default type is.
         timesteps = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
@@ -278,3 +280,13 @@ def timestep_tensor(value: Any) -> Tensor:
     if timesteps.ndim > 1 or timesteps.is_complex() or timesteps.is_meta or timesteps.dtype == torch.bool:
         raise InputError(f"timestep is {timesteps.dtype} of shape {list(timesteps.shape)} on {timesteps.device}, {expected}")
     return timesteps.to(torch.float32)
+
+
+def is_dense(value: Tensor) -> bool:
+    """Whether a tensor has one element for each index: it is neither sparse, nor nested, nor quantized by torch."""
+    return value.layout == torch.strided and not value.is_nested and not value.is_quantized
+
+
+def kind_of(value: Tensor) -> str:
+    """What a tensor that is not dense is, as a phrase."""
+    return "a nested tensor" if value.is_nested else f"a tensor of {value.dtype if value.is_quantized else value.layout}"

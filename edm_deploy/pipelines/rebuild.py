@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import logging
 import warnings
@@ -18,8 +17,7 @@ from diffusers import DiffusionPipeline
 from edm_deploy.errors import ArtifactError, UnsupportedError, first_line
 from edm_deploy.network.family import Config, Family
 from edm_deploy.pipelines.custom import ClassConditionalPipeline, ClassEmbedder, UnconditionalPipeline
-from edm_deploy.pipelines.sampling import check_steps
-from edm_deploy.pipelines.schedulers import scheduler_from_config, scheduler_named
+from edm_deploy.pipelines.schedulers import refuse_no_steps, scheduler_from_config, scheduler_named
 from edm_deploy.pipelines.source import local_directory
 from edm_deploy.storage.directories import INDEX_FILE, SCHEDULER_FILE, SOURCE_KEY, other_components, read_json
 from edm_deploy.storage.variants import variant_in, variant_of
@@ -57,6 +55,7 @@ def pipeline_from_directory(
     index = index_with_components(directory, denoiser.family, denoiser.manifest.config, source)
     config = read_json(directory / SCHEDULER_FILE, what="pipeline")
     chosen = scheduler_named(scheduler, config) if scheduler else scheduler_from_config(str(index["scheduler"][1]), config)
+    refuse_no_steps(chosen)
     if not other_components(index, component):
         return UnconditionalPipeline(denoiser, chosen)
     home = _home(directory, index, component, source)
@@ -68,26 +67,7 @@ def pipeline_from_directory(
     # Constructed again rather than assigned: some pipelines read the denoiser's config in __init__.
     accepted = set(inspect.signature(type(loaded).__init__).parameters)
     settings = {key: value for key, value in index.items() if key in accepted and not isinstance(value, list)}
-    return with_steps_checked(type(loaded))(**{**loaded.components, component: denoiser}, **settings).to(denoiser.device)
-
-
-def with_steps_checked(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """`pipeline_class` with a call that refuses fewer than one inference step. diffusers divides by 0, and returns decoded noise for a negative number.
-
-    Its call raises:
-        InputError: `num_inference_steps` is not 1 or more.
-    """
-    signature = inspect.signature(pipeline_class.__call__)
-
-    @functools.wraps(pipeline_class.__call__)
-    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
-        steps = signature.bind_partial(self, *args, **kwargs).arguments.get("num_inference_steps")
-        if isinstance(steps, int | float):
-            check_steps(steps)
-        return pipeline_class.__call__(self, *args, **kwargs)
-
-    namespace = {"__call__": call, "__module__": pipeline_class.__module__, "__doc__": pipeline_class.__doc__}
-    return type(pipeline_class.__name__, (pipeline_class,), namespace)
+    return type(loaded)(**{**loaded.components, component: denoiser}, **settings).to(denoiser.device)
 
 
 def index_with_components(directory: Path, family: Family, config: Config, source: str | Path | None) -> dict[str, Any]:

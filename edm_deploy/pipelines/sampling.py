@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.errors import InputError, first_line
+from edm_deploy.pipelines.schedulers import check_steps
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (sample [B, ...], timestep float32 [B]) -> prediction [B, ...]
 
@@ -110,12 +111,6 @@ def set_steps(scheduler: Any, steps: int, sigmas: Sequence[float] | None = None)
     # Integer timesteps would repeat, which multistep schedulers meet with a failed assertion.
     if steps > longest and not scheduler.timesteps.is_floating_point():
         raise InputError(f"{name} cannot sample in {steps} steps: its training schedule has {longest}. Choose {longest} or fewer.")
-
-
-def check_steps(steps: float) -> None:
-    """Raises InputError where there is no inference step to take."""
-    if not steps >= 1:
-        raise InputError(f"{steps} inference steps: expected 1 or more. Pass another num_inference_steps.")
 
 
 def last_sample(steps: Iterator[Step]) -> Tensor:

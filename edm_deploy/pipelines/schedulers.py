@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 from collections.abc import Mapping
 from typing import Any
 
 import diffusers
 
-from edm_deploy.errors import UnsupportedError
+from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.registry import suggestion
 
 SCHEDULERS: Mapping[str, str] = {
@@ -71,3 +73,26 @@ def scheduler_from_config(class_name: str, config: Mapping[str, Any]) -> Any:
             f"diffusers {diffusers.__version__} has no scheduler {class_name!r}. Install the diffusers version that the model was saved with."
         )
     return scheduler_class.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+
+
+def check_steps(steps: float) -> None:
+    """Raises InputError where there is no inference step to take."""
+    if not steps >= 1:
+        raise InputError(f"{steps} inference steps: expected 1 or more. Pass another num_inference_steps.")
+
+
+def refuse_no_steps(scheduler: Any) -> None:  # Any: diffusers' schedulers share no useful base class
+    """Make `scheduler.set_timesteps` raise InputError for fewer than one step; diffusers divides by 0, and samples in no step for a negative number.
+
+    On the instance, and bound to it, so that its class remains diffusers' own and a copy has its own method.
+    """
+    own = type(scheduler).set_timesteps
+
+    @functools.wraps(own)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        steps = args[0] if args else kwargs.get("num_inference_steps")
+        if isinstance(steps, int | float):
+            check_steps(steps)
+        own(self, *args, **kwargs)
+
+    scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.errors import InputError, flag
-from edm_deploy.network.family import SAMPLE, TIMESTEP, Family, ModelInput, timestep_tensor
+from edm_deploy.network.family import SAMPLE, TIMESTEP, Family, ModelInput, is_dense, kind_of, timestep_tensor
 from edm_deploy.runtime.manifest import MAX_SIZE, Manifest, ShapeRange
 
 
@@ -65,6 +65,10 @@ class InputChecks:
         if not isinstance(value, Tensor):
             kind = "a floating-point tensor" if name == SAMPLE else "a tensor"
             raise InputError(f"{name} is {type(value).__name__}, expected {kind}. Convert it with torch.as_tensor.")
+        if not is_dense(value):
+            raise InputError(
+                f"{name} is {kind_of(value)}, expected a dense one. Convert it with .to_dense(), .to_padded_tensor() or .dequantize()."
+            )
         if name == SAMPLE and not value.is_floating_point():
             raise InputError(f"{name} is {value.dtype}, expected a floating-point tensor. Convert it with .to(torch.float32).")
         integers = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
@@ -72,8 +76,6 @@ class InputChecks:
             raise InputError(f"{name} is {value.dtype}, expected integers. Convert it with .to(torch.int64).")
         if value.is_complex():
             raise InputError(f"{name} is {value.dtype}, expected real numbers. Pass its .real.")
-        if value.layout != torch.strided:
-            raise InputError(f"{name} is {value.layout}, expected a dense tensor. Convert it with .to_dense().")
         if value.device.type != self.device.type:
             raise InputError(f"{name} is on {value.device}, the engine on {self.device}. Move it with .to({str(self.device)!r}).")
 

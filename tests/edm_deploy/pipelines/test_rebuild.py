@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 from edm_deploy import load_pipeline
 from edm_deploy.errors import InputError, UnsupportedError
@@ -42,7 +42,7 @@ def test_a_pipeline_around_a_float_engine_is_the_original(engine, size):
 def test_a_pipeline_around_an_engine_takes_one_step_or_more(engine, steps):
     """Of diffusers' own, 0 steps are a ZeroDivisionError, and -1 the decoded noise."""
     pipe = load_pipeline(engine)
-    assert type(pipe).__name__ == "StableDiffusionPipeline" and isinstance(pipe, StableDiffusionPipeline)
+    assert type(pipe) is StableDiffusionPipeline and type(pipe.scheduler) is PNDMScheduler
     for arguments in ({"num_inference_steps": steps}, {"args": (16, 16, steps)}):
         with pytest.raises(InputError, match=rf"{steps} inference steps: expected 1 or more\. Pass another num_inference_steps"):
             pipe("a cat", *arguments.pop("args", ()), **arguments)

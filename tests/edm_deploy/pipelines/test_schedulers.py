@@ -1,7 +1,17 @@
+import copy
+import inspect
+
 import pytest
 
-from edm_deploy.errors import UnsupportedError
-from edm_deploy.pipelines.schedulers import SCHEDULERS, is_flow_config, scheduler_from_config, scheduler_named, schedulers_for
+from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.pipelines.schedulers import (
+    SCHEDULERS,
+    is_flow_config,
+    refuse_no_steps,
+    scheduler_from_config,
+    scheduler_named,
+    schedulers_for,
+)
 from tests.conftest import FLOW_SCHEDULER, SCHEDULER
 
 
@@ -43,3 +53,17 @@ def test_another_scheduler_clips_latents_only_where_the_model_s_scheduler_does()
     assert scheduler_named("ddpm", own).config.clip_sample is False
     assert scheduler_named("ddim", own | {"_class_name": "DDPMScheduler"}).config.clip_sample is True
     assert scheduler_named("ddim", own | {"_class_name": "PNDMScheduler", "clip_sample": True}).config.clip_sample is True
+
+
+def test_a_copy_of_a_scheduler_that_refuses_no_steps_sets_its_own():
+    scheduler = scheduler_named("euler", SCHEDULER)
+    signature = inspect.signature(scheduler.set_timesteps)
+    refuse_no_steps(scheduler)
+    assert inspect.signature(scheduler.set_timesteps) == signature, "pipelines read which arguments it takes"
+    copied = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(3)
+    copied.set_timesteps(num_inference_steps=5)
+    assert (len(scheduler.timesteps), len(copied.timesteps)) == (3, 5)
+    for each in (scheduler, copied):
+        with pytest.raises(InputError, match="0 inference steps: expected 1 or more"):
+            each.set_timesteps(0)

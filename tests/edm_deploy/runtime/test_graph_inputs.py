@@ -1,7 +1,9 @@
+import contextlib
+
 import pytest
 import torch
 
-from edm_deploy.errors import InputError
+from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.models import family_named
 from edm_deploy.runtime.graph_inputs import InputChecks, nan_where_not_finite
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
@@ -68,7 +70,10 @@ SAMPLE = torch.zeros(2, 3, 8, 8)
 MISUSE = {
     "sample missing": ({"sample": None}, "There is no input 'sample'; expected sample, timestep, class_labels. Pass it"),
     "sample of complex numbers": ({"sample": SAMPLE.to(torch.complex64)}, "sample is torch.complex64, expected a floating-point tensor"),
-    "sparse sample": ({"sample": SAMPLE.to_sparse()}, "sample is torch.sparse_coo, expected a dense tensor. Convert it with .to_dense()"),
+    "sparse sample": (
+        {"sample": SAMPLE.to_sparse()},
+        "sample is a tensor of torch.sparse_coo, expected a dense one. Convert it with .to_dense()",
+    ),
     "no samples": ({"sample": SAMPLE[:0]}, "batch is 0, expected 1 or more. Pass tensors that are not empty"),
     "odd size": ({"sample": SAMPLE[:, :, :, :7]}, "width 7 is not a multiple of 2, which this model's levels need. Crop or pad the sample"),
     "timestep of text": (
@@ -95,6 +100,31 @@ def test_other_inputs_that_the_engine_was_not_built_for_are_refused(with_classes
     with pytest.raises(InputError) as error:
         with_classes.converted({name: value for name, value in inputs.items() if value is not None})
     assert message in str(error.value)
+
+
+ODD = [
+    *(None, 0, -1, 1.5, True, 1j, float("nan"), 10**30, "x", [1], [], {}, object()),
+    *(torch.tensor(1.0), torch.tensor([]), torch.zeros(2, 2), torch.zeros(0, 3, 8, 8), torch.tensor([2**62, -(2**62)])),
+    *(torch.zeros(2, dtype=dtype) for dtype in (torch.bool, torch.complex64, torch.uint64, torch.float8_e4m3fn)),
+    *(torch.zeros(2, device="meta"), torch.zeros(2, 3).to_sparse()),
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, for the two that are made here
+@pytest.mark.parametrize("kind", TINY)
+def test_whatever_is_passed_is_converted_or_refused(kind):
+    checks, good = checks_of(kind), tiny_inputs(kind, batch=2)
+    nested, quantized = (
+        torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)]),
+        torch.quantize_per_tensor(torch.zeros(2), 1, 0, torch.qint8),
+    )
+    parameters = {graph: parameter for parameter, graph in checks.family.renamed.items()}
+    for name in good:
+        for value in [*ODD, nested, quantized]:
+            arguments = {parameters.get(key, key): each for key, each in (good | {"timestep": torch.ones(2), name: value}).items()}
+            with contextlib.suppress(InputError, UnsupportedError):
+                converted = checks.converted(checks.family.bind(checks.manifest.config, (), arguments))
+                assert all(each.shape == good[key].shape and each.dtype == good[key].dtype for key, each in converted.items())
 
 
 @pytest.mark.parametrize(
