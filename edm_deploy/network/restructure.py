@@ -65,7 +65,7 @@ class SplitInputLayer(nn.Module):
     Source: Li et al., Q-Diffusion, arXiv 2302.04304, section 4.3 (shortcut-splitting quantization).
 
     Args:
-        layer: The layer to split, ungrouped; the parts hold its weight as float32.
+        layer: The layer to split, ungrouped; the parts hold its weight and bias as float32.
         sizes: Input channels of each part.
     """
 
@@ -77,7 +77,8 @@ class SplitInputLayer(nn.Module):
             part = _like(layer, weight.shape[1], bias=layer.bias is not None and index == 0)
             part.weight = nn.Parameter(weight.float().contiguous(), requires_grad=layer.weight.requires_grad)
             if part.bias is not None and layer.bias is not None:
-                part.bias = layer.bias
+                bias = layer.bias
+                part.bias = bias if bias.dtype == torch.float32 else nn.Parameter(bias.detach().float(), requires_grad=bias.requires_grad)
             self.add_module(f"{SEGMENT}{index}", part)
 
     def forward(self, x: Tensor, *_: object) -> Tensor:

@@ -112,3 +112,10 @@ def test_a_summary_names_the_first_three():
     assert NetworkRewrite(cut).summary() == "4 layers split: a into 2 + 3 channels, b into 2 + 3 channels, c into 2 + 3 channels, ..."
     assert NetworkRewrite({}, ("q", "k")).summary() == "2 inputs scaled by channel: q, k"
     assert PUBLISHED.summary() == "as published"
+
+
+def test_the_parts_of_a_layer_with_float16_weights_compute_in_float32():
+    """As --low-memory leaves the weights in the type of their files."""
+    layer = torch.nn.Conv2d(4, 2, 1).half()
+    x = torch.randn(1, 4, 3, 3)
+    torch.testing.assert_close(SplitInputLayer(layer, [2, 2])(x), layer.float()(x))
