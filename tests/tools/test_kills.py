@@ -42,9 +42,9 @@ def kill_after(seconds, directory, *arguments):
 
 
 COMMANDS = {
-    "finetune": ("finetune", "model", "--out", "artifact", *SMALL),
-    "export": ("export", "artifact", "--out", "onnx"),
-    "build-engine": ("build-engine", "onnx", "--out", "engine", "--backend", "ort"),
+    "finetune": ("finetune", "model", "--out", "artifact", "--overwrite", *SMALL),
+    "export": ("export", "artifact", "--out", "onnx", "--overwrite"),
+    "build-engine": ("build-engine", "onnx", "--out", "engine", "--overwrite", "--backend", "ort"),
 }
 OUT = {"finetune": "artifact", "export": "onnx", "build-engine": "engine"}
 
