@@ -31,6 +31,10 @@ def test_a_failure_gives_its_code_and_last_line(tmp_path):
 SLEEP = "import os, pathlib, time; pathlib.Path('pid.part').write_text(str(os.getpid())); os.rename('pid.part', 'pid'); time.sleep(60)"
 
 
+# nohup ignores SIGHUP and a shell SIGINT for a background job; signals that are ignored stay so in child processes.
+AS_IN_A_TERMINAL = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+
+
 def wait_until(condition):
     for _ in range(1000):
         if condition():
@@ -47,7 +51,7 @@ def is_running(pid):
 def test_the_command_ends_with_the_process_that_runs_it(tmp_path, number):
     if number is signal.SIGKILL and sys.platform != "linux":
         pytest.skip("only Linux can tell a process that its parent was killed")
-    script = f"from pathlib import Path; from edm_deploy_tools.common.child_process import run_measured; run_measured({[sys.executable, '-c', SLEEP]}, cwd=Path.cwd())"
+    script = f"{AS_IN_A_TERMINAL}; from pathlib import Path; from edm_deploy_tools.common.child_process import run_measured; run_measured({[sys.executable, '-c', SLEEP]}, cwd=Path.cwd())"
     environment = {"PYTHONPATH": str(Path(__file__).parents[3])}
     with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as parent:
         wait_until((tmp_path / "pid").exists)
