@@ -37,8 +37,8 @@ from edm_deploy_tools.common import console, run_app
 from edm_deploy_tools.common.machine import measurement_conditions
 
 MALFORMED = 0.1  # share of the calls
-WARM_UP = 0.1  # share of the time, at most WARM_UP_SECONDS
-WARM_UP_SECONDS = 120.0
+WARM_UP = 0.15  # share of the time, at most WARM_UP_SECONDS
+WARM_UP_SECONDS = 600.0
 READINGS = 10  # of the memory, the first after the warm-up
 LINE_SECONDS = 60.0  # between two lines of progress
 KEPT_MESSAGES = 10
