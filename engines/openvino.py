@@ -21,6 +21,7 @@ from edm_deploy.network.graph_names import ROW_NAME, rescaled
 from edm_deploy.numerics.activation_table import table_rows
 from edm_deploy.runtime.backend import BuildOptions, BuildResult, Session
 from edm_deploy.runtime.capabilities import Execution
+from edm_deploy.runtime.graph_inputs import filled_batch
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
 from edm_deploy.storage.tensor_file import load_tensors
 from engines.common.graph_checks import check_graph, check_rows, check_tensors
@@ -38,9 +39,8 @@ WEIGHTS_NAME = "engine.bin"
 TABLES_NAME = "tables.safetensors"
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
 DEQUANTIZED = "/DequantizationMultiply"  # suffix that OpenVINO appends to the name of a product when it moves the scales after it
-COMPILED_SHAPES = (
-    4  # compiled models that a session keeps in memory, unless the profile has more `compiled_batches`; each holds a copy of the weights
-)
+# Compiled models that a session keeps in memory, unless the profile has more `compiled_batches`. Each holds a copy of the weights.
+COMPILED_SHAPES = 4
 
 
 def _openvino() -> Any:
@@ -121,10 +121,7 @@ class OpenvinoSession(Session):
 
     def _infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         batch = len(inputs[TIMESTEP.name])
-        filled = next(size for size in self._batches if size >= batch)
-        if filled > batch:
-            rows = torch.arange(filled).clamp(max=batch - 1)
-            inputs = {name: value[rows] for name, value in inputs.items()}
+        inputs = filled_batch(inputs, next(size for size in self._batches if size >= batch))
         model = self._for_shapes({name: tuple(value.shape) for name, value in inputs.items()})
         with model.slot() as slot:
             if len(self._tables):

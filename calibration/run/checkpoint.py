@@ -47,7 +47,7 @@ class TrainingState:
 
 
 class CheckpointTimer:
-    """Tells when the next checkpoint of a run is due.
+    """When the next checkpoint of a run is due, by wall time.
 
     Args:
         run: The first interval is counted from its start.

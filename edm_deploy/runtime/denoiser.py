@@ -14,7 +14,7 @@ from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.models import family_named
 from edm_deploy.network.family import SAMPLE, Family
 from edm_deploy.runtime.backend import Session
-from edm_deploy.runtime.graph_inputs import InputChecks, nan_where_not_finite
+from edm_deploy.runtime.graph_inputs import InputChecks, filled_batch, nan_where_not_finite
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
 
 
@@ -136,11 +136,7 @@ class EngineDenoiser(nn.Module):
         minimum = self.manifest.profile.get("batch", ShapeRange(1, 1, 1)).min
 
         def run(inputs: Mapping[str, Tensor]) -> Tensor:
-            count = len(inputs[SAMPLE])
-            if count < minimum:
-                padded = torch.arange(minimum).clamp(max=count - 1)
-                inputs = {name: value[padded.to(value.device)] for name, value in inputs.items()}
-            contiguous = {name: value.contiguous() for name, value in inputs.items()}
-            return session.run(contiguous)[self.manifest.outputs[0]][:count]
+            contiguous = {name: value.contiguous() for name, value in filled_batch(inputs, minimum).items()}
+            return session.run(contiguous)[self.manifest.outputs[0]][: len(inputs[SAMPLE])]
 
         return run

@@ -125,6 +125,15 @@ class InputChecks:
             )
 
 
+def filled_batch(inputs: Mapping[str, Tensor], size: int) -> Mapping[str, Tensor]:
+    """`inputs`, [B, ...] each, with the last sample repeated up to a batch of `size`; unchanged where B is `size` or more."""
+    batch = len(inputs[TIMESTEP.name])
+    if batch >= size:
+        return inputs
+    rows = torch.arange(size).clamp(max=batch - 1)
+    return {name: value[rows.to(value.device)] for name, value in inputs.items()}
+
+
 def nan_where_not_finite(prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """`prediction` with NaN for each sample of which an input holds NaN or infinity, as a floating-point model predicts it.
 

@@ -115,7 +115,8 @@ def swap_contents(reservation: Reservation, target: Path, names: Iterable[str], 
 
 
 def _move_contents(source: Path, target: Path, *, last: str | None = None) -> None:
-    for path in sorted(source.iterdir(), key=lambda path: (path.name == last, path.name)):
+    """Move what is in `source`: json files after the others, as one of them is what the others are not valid without, and `last` after all."""
+    for path in sorted(source.iterdir(), key=lambda path: (path.name == last, path.suffix == ".json", path.name)):
         path.rename(target / path.name)
 
 
@@ -158,9 +159,7 @@ def _remove(lock: Path, target: Path | None) -> None:
 def _settle(complete: Path, replaced: Path, target: Path) -> None:
     """Finish `swap_contents` where it had begun to move new files in, else undo it."""
     if complete.is_dir():
-        # A json file is what the others are not valid without, in every kind of directory; its name is not known here.
-        for path in sorted(complete.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
-            path.rename(target / path.name)
+        _move_contents(complete, target)
         complete.rmdir()
         log.warning("Completed %s, which an interrupted run was replacing.", target)
     elif replaced.is_dir() and any(replaced.iterdir()):

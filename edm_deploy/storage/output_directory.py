@@ -45,8 +45,8 @@ class DirectoryKind:
         description = _description(directory / self.marker)
         if self.kind is not None and description.get("kind", self.kind) != self.kind:
             return f"is not {self.name} ({self.marker} states kind {description['kind']!r})"
-        listed = description.get("files", {})
-        expected = [self.marker, *self.files, *(name.split("/")[0] for name in listed if isinstance(listed, dict))]
+        listed = description.get("files")
+        expected = [self.marker, *self.files, *(name.split("/")[0] for name in (listed if isinstance(listed, dict) else ()))]
         foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in expected)]
         return f"is {self.name} with {len(foreign)} other entries in it, such as {foreign[0]!r}" if foreign else None
 
@@ -132,7 +132,7 @@ def new_directory(path: Path, *, kind: DirectoryKind, overwrite: bool = True) ->
         with _reserved(path) as reservation:
             yield reservation.directory
             _open_permissions(reservation.directory, reservation.file_mode)
-            if replaces_contents(target):
+            if reservation.directory.parent == target:
                 swap_contents(reservation, target, entries(target), last=kind.marker)
             else:
                 _rename(reservation, target)

@@ -103,7 +103,7 @@ def test_another_kind_with_the_same_marker_is_not_replaced(tmp_path):
         check_output(tmp_path / "a", kind=ENGINE)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"files": ["x"]}', '{"kind": 3', "[" * 100_000])
+@pytest.mark.parametrize("content", ["", "[]", '{"files": ["x"]}', '{"files": 3}', '{"kind": 3', "[" * 100_000])
 def test_a_damaged_marker_lists_nothing(tmp_path, content):
     write(tmp_path / "a", content)
     check_output(tmp_path / "a", kind=KIND)
