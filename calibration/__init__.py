@@ -77,7 +77,7 @@ def fit(
         source, timesteps, size=recipe.pool_size(), eta=recipe.eta, seed=recipe.seed, device=device, conditioner=conditioner
     )
     teacher = Teacher(source, device)
-    student = recipe.student(source, timesteps, device, teacher=teacher, folded=folded, segments=structure.segments)
+    student = recipe.student(source, timesteps, device, teacher=teacher, folded=folded, structure=structure)
     for each in passes:
         each.before(student, pass_context)
 

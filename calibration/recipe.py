@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -119,10 +118,10 @@ class Recipe(ABC):
         *,
         teacher: Teacher | None = None,
         folded: tuple[str, ...] = (),
-        segments: Mapping[str, tuple[int, ...]] = PUBLISHED.segments,
+        structure: NetworkRewrite = PUBLISHED,
     ) -> Student:
         """A student with this recipe's bits and weight scales; arguments as those of `Student`."""
-        return Student(source, self.layer_spec, self.weight_scale, timesteps, device, teacher=teacher, folded=folded, segments=segments)
+        return Student(source, self.layer_spec, self.weight_scale, timesteps, device, teacher=teacher, folded=folded, structure=structure)
 
     def pool_size(self) -> int:
         """Number of samples in the trajectory pool."""

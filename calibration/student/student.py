@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Student(nn.Module):
         timesteps: int32 [R] ascending, one per table row.
         device: Device of the student.
         folded: Sites that stay in floating point, because exporters replace their output by a table.
-        segments: Layers of the source's model that are already split, as `NetworkRewrite.segments`.
+        structure: How the source's model was rewritten already; without pre-scales, which are set on the student.
         teacher: Its float weights on `device` are shared with the student; None shares those of the source.
 
     Attributes:
@@ -51,7 +52,7 @@ class Student(nn.Module):
         *,
         teacher: Teacher | None = None,
         folded: tuple[str, ...] = (),
-        segments: Mapping[str, tuple[int, ...]] = PUBLISHED.segments,
+        structure: NetworkRewrite = PUBLISHED,
     ) -> None:
         super().__init__()
         self.family, self.config = source.family_object, source.config
@@ -62,8 +63,8 @@ class Student(nn.Module):
         self.folded = folded
         self.float_rows: Tensor | None = None
         self.shared_row: nn.Parameter | None = None  # a parameter, so that checkpoints contain it
-        self.segments = segments
-        shared = model_work(self.family, self.config, NetworkRewrite(segments)).shared_input
+        self.source_structure = structure
+        shared = model_work(self.family, self.config, structure).shared_input
         self.shared_input = {name: shared.get(name, name) for name in self.family.sites(self.model)}
         sites = {name: layer for name, layer in self.family.sites(self.model).items() if name not in folded}
         specs = {name: layer_spec(name, self.family.placement(name)) for name in sites}
@@ -129,9 +130,9 @@ class Student(nn.Module):
 
     @property
     def structure(self) -> NetworkRewrite:
-        """How the student's network differs from the published one: segments and pre-scales."""
+        """How the student's network differs from the published one, pre-scales included."""
         scaled = tuple(name for name, layer in self.layers.items() if layer.pre_scale is not None)
-        return NetworkRewrite(self.segments, scaled)
+        return replace(self.source_structure, pre_scaled=scaled)
 
     def learnable(self) -> dict[str, nn.Parameter]:
         """Every parameter that calibration or training sets, by name, each once."""
