@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLI
     Raises:
         UnsupportedError: The family cannot build this config.
     """
-    model = meta_model(family, config, NetworkRewrite(structure.segments))
+    model = meta_model(family, config, replace(structure, pre_scaled=()))
     uses: dict[str, list[SiteWork]] = {}
     inputs_of: list[tuple[Hashable, str]] = []
     counter, attention, live = FlopCounterMode(display=False), _Attention(), _LiveBytes()
