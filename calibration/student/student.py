@@ -15,7 +15,7 @@ from calibration.student.quantization_spec import LayerSpec
 from calibration.student.teacher import Teacher, share_weights
 from edm_deploy.network.family import SAMPLE
 from edm_deploy.network.layer_costs import model_work
-from edm_deploy.network.low_rank_branch import BASE, BRANCH, LowRankBranch
+from edm_deploy.network.low_rank_branch import BASE, BranchedLayer, LowRankBranch
 from edm_deploy.network.placement import Placement
 from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite, replace_module
 from edm_deploy.numerics.activation_table import nearest_rows, table_rows
@@ -79,7 +79,7 @@ class Student(nn.Module):
         scales = parallel_map(lambda name: weight_scale(self.layers[name].layer.weight, specs[name].weight_bits), sites)
         for name, scale in zip(sites, scales, strict=True):
             self.layers[name].set_weight_scale(scale)
-        self.branches: dict[str, LowRankBranch] = {name: own_branch(self.model, name) for name in structure.branches}
+        self.branches: dict[str, LowRankBranch] = {name: new_branch(self.model, name, rank) for name, rank in structure.branches.items()}
 
     def _quantizer(self, name: str, specs: Mapping[str, LayerSpec]) -> ActivationQuantizer:
         """The quantizer of the first site with the same input, or a separate one if the two sites' specs differ."""
@@ -153,13 +153,13 @@ class Student(nn.Module):
         return {name: value for name, value in self.named_parameters() if id(value) in saved}
 
 
-def own_branch(model: nn.Module, name: str) -> LowRankBranch:
-    """The branch of a layer, whose parameters, which the teacher may have too, are replaced by learnable copies."""
-    branch = model.get_submodule(f"{name}.{BRANCH}")
-    assert isinstance(branch, LowRankBranch)  # as the network was rewritten
-    for part in (branch.down, branch.up):
-        part.weight = nn.Parameter(part.weight.detach().clone())
-    return branch
+def new_branch(model: nn.Module, name: str, rank: int) -> LowRankBranch:
+    """Give a layer a branch with learnable parameters, which is 0 initially and shares none with the teacher or the source."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, BranchedLayer)  # as the network was rewritten
+    base = layer.base.layer if isinstance(layer.base, StudentLayer) else layer.base
+    layer.branch = LowRankBranch(base, rank).requires_grad_()  # type: ignore[arg-type]  # a Conv2d or Linear
+    return layer.branch
 
 
 @contextmanager

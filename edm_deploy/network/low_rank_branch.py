@@ -5,6 +5,7 @@ Source: Li et al., SVDQuant, ICLR 2025, arXiv 2411.05007, equation 4.
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
@@ -63,6 +64,12 @@ class LowRankBranch(nn.Module):
             value = half_values(weight).reshape(part.weight.shape).to(part.weight.device)
             part.weight = nn.Parameter(value, requires_grad=part.weight.requires_grad)
 
+    def start(self, generator: torch.Generator) -> None:
+        """Start training from 0: `down` uniform in +-1/sqrt(fan in), `up` zero. Source: LoRA, arXiv 2106.09685, with its released initialization."""
+        fan_in = self.down.weight[0].numel()
+        down = (torch.rand(self.rank, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)
+        self.set_weights(down, torch.zeros(len(self.up.weight), self.rank))
+
     def product(self) -> Tensor:
         """The weight of one layer that computes the same: float32 [Cout, Cin * kernel]."""
         return self.up.weight.float().flatten(1) @ self.down.weight.float().flatten(1)
@@ -79,17 +86,21 @@ class BranchedLayer(nn.Module):
     Args:
         layer: The published layer, ungrouped, which becomes `base`.
         rank: Rank of the branch.
+
+    Attributes:
+        base: The layer.
+        branch: Its branch; None computes the layer alone, as in a float model, whose branches are 0.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, rank: int) -> None:
         super().__init__()
         self.base: nn.Module = layer
-        self.branch = LowRankBranch(layer, rank)
+        self.branch: LowRankBranch | None = LowRankBranch(layer, rank)
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """Output of the layer and of its branch."""
-        result: Tensor = self.base(x) + self.branch(x)
-        return result
+        y: Tensor = self.base(x)
+        return y if self.branch is None else y + self.branch(x)
 
 
 def largest_rank(layer: nn.Conv2d | nn.Linear) -> int:
