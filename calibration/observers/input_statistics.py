@@ -13,7 +13,7 @@ from calibration.observers.channel_scaling import SAMPLES, ChannelRanges
 from calibration.recipe import TrainingContext
 from calibration.student.module_outputs import input_hooks
 
-VECTORS = 8192  # input vectors of a layer over all timesteps
+VECTORS = 6144  # input vectors of a layer over all timesteps
 KEPT = 2048  # of these, kept as they are
 AT_ONCE = 1024  # vectors that are added to the moments in one product
 GROUP_BYTES = 1 << 30  # of statistics in memory; the layers of a larger model are observed in several passes

@@ -85,7 +85,7 @@ class EfficientDM(DistillationRecipe):
         for name, layer in context.student.layers.items():
             if (branch := context.student.branch_of(name)) is None:
                 layer.add_update(self.rank, generator)
-            else:
+            elif not bool(branch.up.weight.any()):
                 branch.start(generator)
         if not context.run.options.resume:
             super().fit(context)

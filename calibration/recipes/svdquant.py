@@ -32,7 +32,7 @@ from edm_deploy.pipelines.source import Source
 
 Rounding = Literal["nearest", "gptq"]
 POWERS = (0.25, 0.5, 0.75, 1.0)  # of a searched smoothing
-SEARCH_ROWS = 10  # timesteps that a smoothing is judged at,
+SEARCH_ROWS = 6  # timesteps that a smoothing is judged at,
 SEARCH_OUTPUTS = 128  # and output channels
 NEEDED_GAIN = 0.97  # of the output's error, for which a layer's input is scaled
 
@@ -166,7 +166,7 @@ class SvdQuant(Mse):
                 rounded.append(x)
                 continue
             low, high = (float(extreme) for extreme in ((inputs.ranges.low[row] * factor).min(), (inputs.ranges.high[row] * factor).max()))
-            range_ = self.activation_range(ActivationSamples(x.flatten()[:: max(1, x.numel() >> 14)], low, high), spec)
+            range_ = self.activation_range(ActivationSamples(x.flatten()[:: max(1, x.numel() >> 12)], low, high), spec)
             codes = (x / range_.scale).round().clamp(range_.qmin, range_.qmin + spec.levels)
             rounded.append(codes * range_.scale)
         return torch.cat(exact), torch.cat(rounded)
