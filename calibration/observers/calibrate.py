@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,18 @@ from calibration.run.progress import ProgressMeter
 from calibration.student.layers import StudentLayer
 from calibration.student.module_outputs import input_hooks
 from edm_deploy.network.restructure import scaled_input
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRecipe(Recipe):
+    """Base of the recipes without training: observes activations along the teacher's trajectories and sets every row of every table.
+
+    Recipes that train start from its result.
+    """
+
+    def fit(self, context: TrainingContext) -> None:
+        """Set the student's ranges and scales; in place."""
+        calibrate(context, self)
 
 
 @torch.no_grad()

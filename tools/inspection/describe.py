@@ -25,7 +25,7 @@ from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.directories import INDEX_FILE, SOURCE_KEY, other_components, read_json
 from edm_deploy_tools.common.console import Row, bytes_of, size_words, time_words
 from edm_deploy_tools.inspection import describe_model as model
-from edm_deploy_tools.inspection.estimates import by_site
+from edm_deploy_tools.inspection.estimates import branch_rows, by_site
 
 DESCRIBED = ("guidance", "conditioning", "folded")  # entries of a provenance that have a fact in words
 PathKind = Literal["model", "artifact", "onnx", "engine"]
@@ -120,10 +120,13 @@ def describe_artifact(path: Path) -> Description:
         "size": size_words(bytes_of(path)),
         "digest": artifact.digest,
     } | {name: provenance_words(name, value) for name, value in artifact.provenance.items() if name not in DESCRIBED}
-    share = by_site(model_work(artifact.family_object, artifact.config, artifact.structure).sites)
+    work = model_work(artifact.family_object, artifact.config, artifact.structure)
+    share, branches = by_site(work.sites), branch_rows(artifact.family_object, work)
     rows: list[Row] = [{**site_row(name, site), "MACs %": share.get(name)} for name, site in artifact.sites.items()]
     plans: list[Row] = [{"backend": target.backend, "plan": summary(plan_layers(artifact, target))} for target in CAPABILITIES.values()]
-    return Description(kind="artifact", facts=facts, tables={"Sites": rows, "Plan": plans})
+    return Description(
+        kind="artifact", facts=facts, tables={"Sites": rows} | ({"Branches": branches} if branches else {}) | {"Plan": plans}
+    )
 
 
 def channel_bits_words(sites: Sequence[QuantizedLayer]) -> str:
