@@ -19,6 +19,7 @@ from edm_deploy.network.low_rank_branch import BASE, BranchedLayer, LowRankBranc
 from edm_deploy.network.placement import Placement
 from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite, replace_module
 from edm_deploy.numerics.activation_table import nearest_rows, table_rows
+from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 from edm_deploy.pipelines.source import Source
 
 
@@ -40,7 +41,9 @@ class Student(nn.Module):
         quantizers: Every activation quantizer by the name of the first site that uses it.
         shared_input: For each site the first site that receives the same tensor.
         branches: Float branches by published layer, or part of one, with parameters of their own.
-        float_rows: bool [R], rows at which activations stay in floating point; None if there are none.
+        relaxed: uint8 [num_train_timesteps], 1 where inputs have more bits, set by `relax`; None if there are no such timesteps.
+        relaxed_bits: Their bits there: 8, or 16 for floating point.
+        specs: Bit widths of every quantized layer by site name.
         shared_row: int32 [R], for each row the row whose values it uses; None if each uses its own.
     """
 
@@ -63,13 +66,14 @@ class Student(nn.Module):
         self.row_of_timestep = nearest_rows(timesteps, source.num_train_timesteps)
         self.compute_dtype = torch.float32
         self.folded = folded
-        self.float_rows: Tensor | None = None
+        self.relaxed: Tensor | None = None
+        self.relaxed_bits = WEIGHT_ONLY_BITS
         self.shared_row: nn.Parameter | None = None  # a parameter, so that checkpoints contain it
         self.source_structure = structure
         shared = model_work(self.family, self.config, structure).shared_input
         self.shared_input = {name: shared.get(name, name) for name in self.family.sites(self.model)}
         sites = {name: layer for name, layer in self.family.sites(self.model).items() if name not in folded}
-        specs = {name: layer_spec(name, self.family.placement(name)) for name in sites}
+        self.specs = specs = {name: layer_spec(name, self.family.placement(name)) for name in sites}
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.layers: dict[str, StudentLayer] = {}
         for name, layer in sites.items():
@@ -97,18 +101,39 @@ class Student(nn.Module):
     @contextmanager
     def at_rows(self, rows: Tensor, device: torch.device) -> Iterator[None]:
         """Quantize by these table rows, int64 [B], and compute in the student's dtype: for a forward pass of the model or of a part of it."""
-        float_samples = None if self.float_rows is None else self.float_rows.to(rows.device)[rows]
-        if float_samples is not None and not bool(float_samples.any()):
-            float_samples = None
+        relaxed = None if self.relaxed is None else self.relaxed[self.timesteps.long()].bool().to(rows.device)[rows]
+        if relaxed is not None and not bool(relaxed.any()):
+            relaxed = None
         shared = rows if self.shared_row is None else self.shared_row.to(rows.device)[rows].long()
         for quantizer in self.quantizers.values():
-            quantizer.rows, quantizer.float_samples = shared, float_samples
+            changes = (
+                self.relaxed_bits == WEIGHT_ONLY_BITS or quantizer.relaxed is not None
+            )  # sites that have 8 bits anyway keep their table
+            quantizer.rows, quantizer.relaxed_samples = shared, relaxed if changes else None
         try:
             with torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
                 yield
         finally:
             for quantizer in self.quantizers.values():
                 quantizer.clear_cache()
+
+    def relax(self, timesteps: Tensor, bits: int) -> None:
+        """Quantize inputs to 8 bits at some timesteps, by tables that calibration sets from the same observations, or not at all there.
+
+        Args:
+            timesteps: uint8 [num_train_timesteps], 1 where inputs are relaxed.
+            bits: 8, or 16 for floating point.
+        """
+        self.relaxed, self.relaxed_bits = timesteps, bits
+        if bits != WEIGHT_ONLY_BITS:
+            self.add_wide_tables(bits)
+
+    def add_wide_tables(self, bits: int) -> None:
+        """Give each quantizer of fewer bits a table of `bits` bits beside its own; calibration sets both from the same observations."""
+        for name, quantizer in self.quantizers.items():
+            if quantizer.bits < bits:
+                spec = LayerSpec(self.specs[name].weight_bits, bits, symmetric=True)
+                quantizer.relaxed = ActivationQuantizer(spec, len(self.timesteps)).to(quantizer.log_scale.device)
 
     def shared_input_layers(self, name: str) -> tuple[str, ...]:
         """The layers that receive the same tensor as `name`, including itself, in the model's order."""

@@ -35,6 +35,7 @@ def artifact_from_student(student: Student, source: Source, provenance: Mapping[
             weight_bits=layer.bits,
             channel_bits=None if layer.channel_bits is None else layer.channel_bits.detach().cpu(),
             activation=layer.quantizer.table() if layer.quantizer else None,
+            relaxed_activation=layer.quantizer.relaxed.table() if layer.quantizer and layer.quantizer.relaxed else None,
         )
         for leaf in ("bias", PRE_SCALE):
             if (value := getattr(layer.layer, leaf, None)) is not None:
@@ -50,6 +51,7 @@ def artifact_from_student(student: Student, source: Source, provenance: Mapping[
         pipeline=source.pipeline,
         structure=student.structure,
         folded=student.folded,
+        relaxed=student.relaxed,
     )
     artifact.validate()
     return artifact

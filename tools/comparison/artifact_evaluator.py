@@ -17,6 +17,7 @@ from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError
 from edm_deploy.network.layer_costs import site_work
 from edm_deploy.network.meta_model import meta_inputs, meta_model
+from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 from edm_deploy.numerics.seeds import LARGEST_SEED
 from edm_deploy.storage.directories import read_json, write_json
 from edm_deploy.storage.output_directory import DirectoryKind, new_directory
@@ -100,7 +101,7 @@ def _unused(seeds: Sequence[int]) -> Iterator[int]:
 def integer_share(artifact: Artifact, timesteps: Sequence[float]) -> float:
     """Share, 0 to 1, of the multiply-accumulates of all Conv2d and Linear layers whose weights and inputs are both integer codes.
 
-    The two products of attention are always in floating point and are not counted. At timesteps with float activations nothing is integer.
+    The two products of attention are always in floating point and are not counted. At relaxed timesteps with float activations nothing is integer.
 
     Args:
         artifact: The quantized model.
@@ -125,7 +126,7 @@ def integer_share(artifact: Artifact, timesteps: Sequence[float]) -> float:
     with torch.no_grad():
         family.forward(model, meta_inputs(family, artifact.config))
     quantized_steps = 1.0
-    if artifact.relaxed is not None:
+    if artifact.relaxed is not None and artifact.relaxed_bits == WEIGHT_ONLY_BITS:
         at = torch.tensor([round(timestep) for timestep in timesteps]).clamp(max=len(artifact.relaxed) - 1)
         quantized_steps = float((artifact.relaxed[at] == 0).double().mean())
     return quantized_steps * integer / total
