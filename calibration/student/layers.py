@@ -26,6 +26,7 @@ class ActivationQuantizer(nn.Module):
         rows: Rows of the table.
 
     Attributes:
+        spec: Bits and symmetry.
         log_scale: float32 [R].
         qmin: float32 [R], the lowest code before rounding; learnable unless the spec is symmetric.
         rows: int64 [B], the row of each sample; set before each forward pass by `Student.at_rows`.
@@ -35,7 +36,7 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, spec: LayerSpec, rows: int) -> None:
         super().__init__()
         assert spec.act_bits is not None  # a weight-only site has no quantizer
-        self.bits, self.levels = spec.act_bits, spec.levels
+        self.spec, self.bits, self.levels = spec, spec.act_bits, spec.levels
         self.log_scale = nn.Parameter(torch.zeros(rows))
         fixed = spec.fixed_qmin
         self.qmin = nn.Parameter(torch.full((rows,), float(fixed or 0)), requires_grad=fixed is None)
