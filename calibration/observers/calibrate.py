@@ -16,7 +16,7 @@ from calibration.run.parallel_map import parallel_map
 from calibration.run.progress import ProgressMeter
 from calibration.student.layers import StudentLayer
 from calibration.student.module_outputs import input_hooks
-from edm_deploy.network.restructure import scaled_input
+from edm_deploy.network.restructure import site_input
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def calibrate(context: TrainingContext, recipe: Recipe) -> None:
     observers = {name: Observer(generator) for name in student.quantizers}
     means = {name: InputMean() for name in layers} if recipe.corrects_bias else {}
     collectors: list[tuple[str, Observer | InputMean]] = [*observers.items(), *means.items()]
-    hooks = [(layers[name], _pre_scaled(student.layers[name], collector)) for name, collector in collectors]
+    hooks = [(layers[name], _prepared(student.layers[name], collector)) for name, collector in collectors]
     specs = {name: recipe.layer_spec(name, teacher.family.placement(name)) for name in student.quantizers}
     pooled: dict[str, ActivationSamples] = {}
     with input_hooks(hooks), ProgressMeter(run, "calibrate", trajectories.device) as meter:
@@ -67,6 +67,6 @@ def calibrate(context: TrainingContext, recipe: Recipe) -> None:
         run.after_calibration()
 
 
-def _pre_scaled(layer: StudentLayer, collector: Observer | InputMean) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that calls `collector` on the input of the teacher's layer as the student's layer quantizes it, i.e. multiplied by the pre-scale if there is one."""
-    return lambda teacher_layer, args: collector(teacher_layer, (scaled_input(layer.layer, args[0]),))
+def _prepared(layer: StudentLayer, collector: Observer | InputMean) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that calls `collector` on the input of the teacher's layer as the student's layer quantizes it: multiplied by its pre-scale, rotated."""
+    return lambda teacher_layer, args: collector(teacher_layer, (site_input(layer.layer, args[0]),))

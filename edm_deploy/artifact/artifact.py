@@ -32,7 +32,7 @@ from edm_deploy.storage.json_schema import MAX_TIMESTEPS, check_config, check_sc
 from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 from edm_deploy.storage.tensor_file import DeferredTensor, check_params, digest_of, read_tensors, write_tensors
 
-SCHEMA = 3  # 2 added `folded`; 3 added `structure`, `channel_bits`, `correction` and `relaxed`
+SCHEMA = 4  # 2 added `folded`; 3 added `structure`, `channel_bits`, `correction` and `relaxed`; 4 added `structure.rotated`
 JSON_NAME = "artifact.json"
 TENSORS_NAME = "artifact.safetensors"
 ARTIFACT = DirectoryKind("an artifact", JSON_NAME, (TENSORS_NAME, *PIPELINE_NAMES))

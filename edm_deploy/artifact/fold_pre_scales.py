@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.network.float_program import MODEL, exported_program
-from edm_deploy.network.restructure import PRE_SCALE, NetworkRewrite
+from edm_deploy.network.restructure import PRE_SCALE
 
 _aten = torch.ops.aten
 Edits = dict[str, Tensor]  # float32 factors of parameters by name, each of a shape that broadcasts over the parameter
@@ -65,7 +65,7 @@ def fold_pre_scales(artifact: Artifact) -> Artifact:
         else:
             params[name] = params[name] * factor
     left = tuple(name for name in artifact.structure.pre_scaled if name not in folded)
-    return replace(artifact, params=params, sites=sites, structure=NetworkRewrite(artifact.structure.segments, left))
+    return replace(artifact, params=params, sites=sites, structure=replace(artifact.structure, pre_scaled=left))
 
 
 def edits_of(program: ExportedProgram, pre_scales: Mapping[str, Tensor]) -> tuple[Edits, set[str]]:

@@ -56,7 +56,7 @@ class ModelWork:
     Attributes:
         sites: By layer name, in model order. Positions of a layer that is used twice count twice.
         shared_input: For each site the first site that reads the same tensor: itself, or the sibling whose quantized input it can share.
-        other_macs: Multiply-accumulates outside the sites, mostly attention's two matmuls.
+        other_macs: Multiply-accumulates outside the sites, mostly attention's two matmuls, and the rotations.
         parameters: Number of parameters of the whole model.
         activation_bytes: Peak memory of the activations in float32. The attention matrix is never stored as a whole.
     """
@@ -79,7 +79,8 @@ def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLI
     Args:
         family: The model family.
         config: Config of the model.
-        structure: Rewrites of the network. Pre-scales are left out, so that q, k and v still read one tensor; the cost of a Mul is negligible.
+        structure: Rewrites of the network. Pre-scales are left out, so that q, k and v still read one tensor; the cost of a Mul is negligible. Layers whose
+            inputs are rotated differently share none.
 
     Raises:
         UnsupportedError: The family cannot build this config.
@@ -91,7 +92,7 @@ def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLI
 
     def record(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         uses.setdefault(name, []).append(site_work(layer, x, y))
-        inputs_of.append((live.identity(x), name))
+        inputs_of.append(((live.identity(x), structure.rotated.get(name)), name))
 
     for name, layer in family.sites(model).items():
         layer.register_forward_hook(lambda module, args, y, name=name: record(name, module, args[0], y))
@@ -101,10 +102,14 @@ def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLI
     with counter, live, attention, torch.no_grad():
         family.forward(model, inputs)
     sites = {name: _sum(uses[name]) for name in family.sites(model) if name in uses}
+    shared = _first_readers(inputs_of)
+    rotations = sum(
+        sites[name].inputs_at * sites[name].channels * block for name, block in structure.rotated.items() if shared.get(name) == name
+    )
     return ModelWork(
         sites=sites,
-        shared_input=_first_readers(inputs_of),
-        other_macs=attention.macs + max(0, counter.get_total_flops() // 2 - sum(site.macs for site in sites.values())),
+        shared_input=shared,
+        other_macs=rotations + attention.macs + max(0, counter.get_total_flops() // 2 - sum(site.macs for site in sites.values())),
         parameters=sum(value.numel() for value in model.parameters()),
         activation_bytes=live.most,
     )

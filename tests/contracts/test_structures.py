@@ -1,4 +1,4 @@
-"""What holds for every backend on a network with segments, pre-scales and bits by channel: the reference's codes at every site."""
+"""What holds for every backend on a network with segments, pre-scales, rotations and bits by channel: the reference's codes at every site."""
 
 from dataclasses import dataclass, replace
 
@@ -30,6 +30,8 @@ MIXED = "down_blocks.0.resnets.0.conv1"
 @dataclass(frozen=True, kw_only=True)
 class Restructuring(MinMax):
     """One of each thing that a recipe can change about the network, at random."""
+
+    rotate: str = "all"
 
     def structure(self, source):
         channels = source.model.get_submodule(SHORTCUT).in_channels
@@ -67,6 +69,8 @@ def test_an_artifact_keeps_its_structure(artifact):
     assert set(parts) <= set(artifact.sites) and SHORTCUT not in artifact.sites
     assert artifact.structure.segments.keys() == {SHORTCUT}
     assert set(SCALED) <= set(artifact.structure.pre_scaled), "q, k and v share theirs"
+    assert set(artifact.structure.rotated.values()) == {16} and SCALED[0] in artifact.structure.rotated
+    assert artifact.provenance["rotations"] == "16 of 16, 0 of them folded"
     assert sorted(set(artifact.sites[MIXED].channel_bits.tolist())) == [3, 4, 5]
     assert artifact.sites[MIXED].scheme == "W4A4" and not torch.equal(*(artifact.sites[part].activation.scale for part in parts))
 
@@ -112,8 +116,12 @@ def test_the_graph_splits_scales_and_adds(artifact, graph):
 
     halves = [before(f"{SHORTCUT}.segment{index}", "Split") for index in (0, 1)]
     assert halves[0].name == halves[1].name
-    quantizers = {before(f"up_blocks.0.attentions.0.to_{letter}", "QuantizeLinear").name for letter in "qkv"}
-    assert len(quantizers) == 1, "siblings that are scaled alike share one quantizer"
+    for attention in ("up_blocks.0.attentions.0", "up_blocks.0.attentions.1"):
+        for op in ("QuantizeLinear", "MatMul"):
+            shared = {before(f"{attention}.to_{letter}", op).name for letter in "qkv"}
+            assert len(shared) == 1, "siblings that are scaled and rotated alike share one rotation and one quantizer"
+    rotations = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1].endswith("lifted_tensor_0")]
+    assert len(rotations) == 8, "one for q, k and v and one for the output of each of four attentions"
 
 
 def relative(found, expected):
