@@ -32,7 +32,7 @@ def input_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Itera
     The arguments are those that the module is called with: before the rotation of a rotated layer's input.
     """
     with ExitStack() as stack:
-        for module, hook in hooks:
+        for module, hook in reversed(list(hooks)):  # prepended in this order, hooks of one module run in that of `hooks`
             stack.callback(module.register_forward_pre_hook(hook, prepend=True).remove)
         yield
 

@@ -1,6 +1,6 @@
-"""Rewrites of the float network that preserve its function: inputs split into segments, inputs scaled by channel, inputs rotated in blocks.
+"""Rewrites of the float network that preserve its function: inputs split into segments, float branches, inputs scaled by channel or rotated in blocks.
 
-All rewrite the network's modules, so that tracer, reference and backends process ordinary layers after a Split, a Mul or a MatMul.
+All rewrite the network's modules, so that tracer, reference and backends process ordinary layers after a Split, a Mul or a MatMul, or next to an Add.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from edm_deploy.errors import ArtifactError
+from edm_deploy.network.low_rank_branch import BASE, BRANCH, BranchedLayer, unbranchable
 from edm_deploy.network.rotation import prepare, problem_of, rotate, rotate_weight
 from edm_deploy.storage.json_schema import convert
 
 PRE_SCALE = "pre_scale"
 ROTATED = "rotated_block"  # attribute of a layer: the size of the blocks in which its input is rotated
 SEGMENT = "segment"
-_PART = re.compile(rf"\.{SEGMENT}\d+$")
+_PART = re.compile(rf"(\.{SEGMENT}\d+)?(\.{BASE}|\.{BRANCH}\.(down|up))?$")
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,26 @@ class NetworkRewrite:
     Attributes:
         segments: For each layer that is split, the input channels of its parts in order. Part `i` is the layer `<name>.segment<i>`.
         pre_scaled: Layers (or parts of one) whose input is multiplied by their parameter `pre_scale`, float32 [Cin]; their weight is divided by it.
+        branches: Ranks of float low-rank branches by layer, or part of one. The layer itself is then `<name>.base`, the branch's two layers are
+            `<name>.branch.down` and `<name>.branch.up`, on the input before any pre-scale or rotation.
         rotated: For each linear layer (or part of one) whose input is rotated, the size of the blocks, a power of two; its weight is `W H^-1`. A
             pre-scale is applied before the rotation: it equalizes channels, which no longer exist after it.
     """
 
     segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     pre_scaled: tuple[str, ...] = ()
+    branches: Mapping[str, int] = field(default_factory=dict)
     rotated: Mapping[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.segments or self.pre_scaled or self.rotated)
+        return bool(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """The rewrite as an artifact's description stores it; empty where nothing is rewritten."""
         segments = {"segments": {name: list(sizes) for name, sizes in self.segments.items()}} if self.segments else {}
         scaled = {"pre_scaled": list(self.pre_scaled)} if self.pre_scaled else {}
-        return segments | scaled | ({"rotated": dict(self.rotated)} if self.rotated else {})
+        sizes = {"branches": self.branches, "rotated": self.rotated}
+        return segments | scaled | {name: dict(values) for name, values in sizes.items() if values}
 
     def summary(self) -> str:
         """A summary for reports."""
@@ -54,6 +59,8 @@ class NetworkRewrite:
         if named := self.pre_scaled[:3]:
             more = ", ..." if self.pre_scaled[3:] else ""
             phrases.append(f"{len(self.pre_scaled)} inputs scaled by channel: {', '.join(named)}{more}")
+        if branches := [f"{name} of rank {rank}" for name, rank in self.branches.items()]:
+            phrases.append(f"{len(branches)} layers with a float branch: {', '.join(branches[:3])}{', ...' if branches[3:] else ''}")
         if self.rotated:
             turned = [f"{name} in blocks of {block}" for name, block in self.rotated.items()]
             phrases.append(f"{len(turned)} inputs rotated: {', '.join(turned[:3])}{', ...' if turned[3:] else ''}")
@@ -98,12 +105,12 @@ class SplitInputLayer(nn.Module):
 
 
 def layer_of(site: str) -> str:
-    """The published layer that a site is, or is a segment of."""
+    """The published layer that a layer is, or is a part of: a segment, the quantized base or the branch."""
     return _PART.sub("", site)
 
 
 def restructure(model: nn.Module, structure: NetworkRewrite) -> None:
-    """Rewrite a network in place. Pre-scales are initialized to 1 and leave the weights as they are; rotations rotate them.
+    """Rewrite a network in place. Pre-scales are initialized to 1, branches to 0; neither changes a weight, and rotations rotate theirs.
 
     Raises:
         ArtifactError: A layer does not exist, or cannot be rewritten so.
@@ -113,6 +120,11 @@ def restructure(model: nn.Module, structure: NetworkRewrite) -> None:
         if problem := _unsplittable(layer, sizes):
             raise ArtifactError(f"Layer {name!r} cannot be split into segments {list(sizes)}: {problem}.")
         replace_module(model, name, SplitInputLayer(layer, sizes))
+    for name, rank in structure.branches.items():
+        layer = _layer(model, name)
+        if problem := unbranchable(layer, rank):
+            raise ArtifactError(f"Layer {name!r} cannot have a branch of rank {rank}: {problem}.")
+        replace_module(model, name, BranchedLayer(layer, rank))
     for name in structure.pre_scaled:
         layer = _layer(model, name)
         if hasattr(layer, PRE_SCALE):
@@ -140,13 +152,18 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
+def block_of(layer: nn.Module) -> int | None:
+    """The size of the blocks in which a layer's input is rotated, or None."""
+    block: int | None = getattr(layer, ROTATED, None)
+    return block
+
+
 def site_input(layer: nn.Module, x: Tensor) -> Tensor:
     """The input of the layer's arithmetic: `x` multiplied by the layer's pre-scale where it has one, then rotated where it is; in the dtype of `x`."""
     scale: Tensor | None = getattr(layer, PRE_SCALE, None)
     if scale is not None:
         x = x * scale.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2 if isinstance(layer, nn.Conv2d) else 0))
-    block: int | None = getattr(layer, ROTATED, None)
-    return x if block is None else rotate(x, block)
+    return x if (block := block_of(layer)) is None else rotate(x, block)
 
 
 def site_weight(layer: nn.Module, weight: Tensor) -> Tensor:
@@ -161,15 +178,18 @@ def weight_to_hold(layer: nn.Module, weight: Tensor) -> Tensor:
 
 def published_weight(layer: nn.Module, weight: Tensor) -> Tensor:
     """`weight`, as the layer holds it, float32, for the input of the published layer: not rotated."""
-    block: int | None = getattr(layer, ROTATED, None)
-    return weight if block is None else rotate(weight, block)
+    return weight if (block := block_of(layer)) is None else rotate(weight, block)
+
+
+def rotated_weight(layer: nn.Module, weight: Tensor) -> Tensor:
+    """The inverse of `published_weight`."""
+    return weight if (block := block_of(layer)) is None else rotate_weight(weight, block)
 
 
 def _by_channel(layer: nn.Module, weight: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """A weight multiplied or divided by the layer's pre-scale, which comes before its rotation."""
     scale = getattr(layer, PRE_SCALE).reshape(-1, *[1] * (weight.ndim - 2))
-    scaled, block = apply(published_weight(layer, weight), scale), getattr(layer, ROTATED, None)
-    return scaled if block is None else rotate_weight(scaled, block)
+    return rotated_weight(layer, apply(published_weight(layer, weight), scale))
 
 
 def representable(scale: Tensor) -> Tensor:
@@ -190,7 +210,7 @@ def _layer(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
         layer = None
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         raise ArtifactError(
-            f"Layer {name!r} is not a convolution or linear layer of this model, so that its input cannot be split, scaled or rotated."
+            f"Layer {name!r} is not a convolution or linear layer of this model, so that it cannot be split, scaled, rotated or have a branch."
         )
     return layer
 

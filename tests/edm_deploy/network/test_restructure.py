@@ -106,7 +106,7 @@ def test_a_skeleton_is_restructured_and_a_model_s_function_is_not():
 
 
 def test_json_gives_back_what_was_written():
-    structure = NetworkRewrite({"a": (1, 2)}, ("b", "a.segment0"), {"b": 64})
+    structure = NetworkRewrite({"a": (1, 2)}, ("b", "a.segment0"), rotated={"b": 64})
     assert NetworkRewrite.from_json(structure.to_json()) == structure
     assert PUBLISHED.to_json() == {} and not PUBLISHED and structure
 
@@ -131,7 +131,7 @@ def test_pre_scales_are_what_float16_holds():
         (NetworkRewrite(pre_scaled=("",)), "is not a convolution or linear layer"),
         (
             NetworkRewrite(rotated={"nothing": 2}),
-            "'nothing' is not a convolution or linear layer of this model, .* split, scaled or rotated",
+            "'nothing' is not a convolution or linear layer of this model, .* split, scaled, rotated or have a branch",
         ),
         (NetworkRewrite(rotated={"conv": 2}), "'conv': its input cannot be rotated in blocks of 2: it is a convolution, expected a linear"),
         (NetworkRewrite(rotated={"linear": 3}), "in blocks of 3: expected a power of two, 2 to 1024"),

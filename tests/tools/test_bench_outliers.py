@@ -1,6 +1,6 @@
 import torch
 
-from edm_deploy_tools.benchmarks.outlier_transformer import Outliers, _main, outlier_source
+from edm_deploy_tools.bench_outliers import Outliers, _main, outlier_source
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 64, "sample_size": 4, "num_layers": 1, "num_embeds_ada_norm": 10}
 
@@ -35,5 +35,5 @@ def test_rotation_halves_the_error_at_w4a4(capsys):
     errors = []
     for setting in ("off", "all"):
         _main(["--seeds", "1", "--samples", "2", "--steps", "3", *config, "--set", "rows=3", "--set", f"rotate={setting}"])
-        errors.append(float(capsys.readouterr().out.rpartition("noise error ")[2].split(",")[0]))
+        errors.append(float(capsys.readouterr().out.rpartition("noise error ")[2].split(";")[0]))
     assert errors[1] < 0.5 * errors[0], "0.18 of it"

@@ -1,6 +1,6 @@
 """Quantize a random transformer whose activations have outliers in few channels, as those of trained transformers do, and measure the error.
 
-    python -m edm_deploy_tools.benchmarks.outlier_transformer --seeds 0 1 2 --recipe mse --set rotate=all
+    python -m edm_deploy_tools.bench_outliers --seeds 0 1 2 --recipe mse --set rotate=all
 
 The model is DiT-XL/2 (arXiv 2212.09748) at its own width, with two blocks. Without `--set`, the recipe is measured as published.
 """
@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,16 +20,15 @@ from torch import Tensor, nn
 
 import calibration
 from calibration.run.options import RunOptions
+from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.models import family_named
+from edm_deploy.pipelines.guidance import Conditioner
+from edm_deploy.pipelines.sampling import trajectory
+from edm_deploy.pipelines.schedulers import scheduler_named
 from edm_deploy.pipelines.source import Source
 from edm_deploy_tools.common.recipe_settings import recipe_with
-from edm_deploy_tools.evaluation.trajectory_error import (
-    EvaluationSettings,
-    TrajectoryError,
-    denoise_of_artifact,
-    reference_trajectory,
-    trajectory_error,
-)
+from edm_deploy_tools.evaluation.denoisers import denoise_of_artifact, denoise_of_source
+from edm_deploy_tools.evaluation.trajectory_error import relative_error
 
 FAMILY = "dit-transformer-2d"
 DIT_XL = {"num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "patch_size": 2}
@@ -103,13 +103,19 @@ def _divide(readers: Sequence[nn.Module], channels: Tensor, factors: Tensor, out
         weight[:, channels] /= factors**outliers.compensation
 
 
-def measure(source: Source, recipe: calibration.Recipe, settings: EvaluationSettings) -> TrajectoryError:
-    """Quantize the model and measure the artifact, in the reference executor, along the float model's trajectories."""
-    artifact = calibration.fit(source, recipe, RunOptions())
-    sys.stdout.write(f"{artifact.structure.summary()}\n")
-    with torch.no_grad():
-        reference = reference_trajectory(source, settings)
-        return trajectory_error(denoise_of_artifact(artifact, reference.conditioning), reference)
+@torch.no_grad()
+def noise_error(source: Source, artifact: Artifact, *, samples: int, steps: int) -> float:
+    """||e_q - e_f||^2 / ||e_f||^2 of an artifact in the reference executor, the mean over the steps of the float model's DDIM trajectories without guidance."""
+    generator = torch.Generator().manual_seed(123)
+    conditioner = Conditioner(source.family_object, source.config, scale=1.0)
+    noise = torch.randn(samples, *source.family_object.latent_shape(source.config), generator=generator)
+    conditioning = conditioner.of(conditioner.draw(samples, generator))
+    scheduler = scheduler_named("ddim", source.scheduler.config)
+    quantized = denoise_of_artifact(artifact, conditioning)
+    return fmean(
+        relative_error(quantized(step.sample, torch.full((samples,), step.timestep)), step.prediction)
+        for step in trajectory(denoise_of_source(source, conditioning), scheduler, noise, steps=steps)
+    )
 
 
 def _main(arguments: Sequence[str]) -> None:
@@ -128,9 +134,10 @@ def _main(arguments: Sequence[str]) -> None:
     config = {key: int(value) for key, _, value in (text.partition("=") for text in parsed.config)}
     for seed in parsed.seeds:
         recipe = recipe_with(parsed.recipe, flags=flags, overrides=parsed.overrides)
-        settings = EvaluationSettings(samples=parsed.samples, steps=parsed.steps, guidance=1.0)
-        found = measure(outlier_source(seed, outliers, **config), recipe, settings)
-        sys.stdout.write(f"seed {seed}: noise error {found.noise_error:.4f}, PSNR {found.psnr:.1f} dB\n")
+        source = outlier_source(seed, outliers, **config)
+        artifact = calibration.fit(source, recipe, RunOptions())
+        found = noise_error(source, artifact, samples=parsed.samples, steps=parsed.steps)
+        sys.stdout.write(f"seed {seed}: noise error {found:.4f}; {artifact.structure.summary()}\n")
         sys.stdout.flush()
 
 
