@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,18 @@ from calibration.student.student import Student
 from edm_deploy.network.restructure import scaled_input
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRecipe(Recipe):
+    """Base of the recipes without training: observes activations along the teacher's trajectories and sets every row of every table.
+
+    Recipes that train start from its result.
+    """
+
+    def fit(self, context: TrainingContext) -> None:
+        """Set the student's ranges and scales; in place."""
+        calibrate(context, self)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from calibration.student.quantization_spec import LayerSpec
 from calibration.student.teacher import Teacher, share_weights
 from edm_deploy.network.family import SAMPLE
 from edm_deploy.network.layer_costs import model_work
+from edm_deploy.network.low_rank_branch import BASE, BranchedLayer, LowRankBranch
 from edm_deploy.network.placement import Placement
 from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite, replace_module
 from edm_deploy.numerics.activation_table import nearest_rows, table_rows
@@ -39,6 +40,7 @@ class Student(nn.Module):
         layers: Every quantized layer by site name.
         quantizers: Every activation quantizer by the name of the first site that uses it.
         shared_input: For each site the first site that receives the same tensor.
+        branches: Float branches by published layer, or part of one, with parameters of their own.
         relaxed: uint8 [num_train_timesteps], 1 where inputs have more bits, set by `relax`; None if there are no such timesteps.
         relaxed_bits: Their bits there: 8, or 16 for floating point.
         specs: Bit widths of every quantized layer by site name.
@@ -81,6 +83,7 @@ class Student(nn.Module):
         scales = parallel_map(lambda name: weight_scale(self.layers[name].layer.weight, specs[name].weight_bits), sites)
         for name, scale in zip(sites, scales, strict=True):
             self.layers[name].set_weight_scale(scale)
+        self.branches: dict[str, LowRankBranch] = {name: new_branch(self.model, name, rank) for name, rank in structure.branches.items()}
 
     def _quantizer(self, name: str, specs: Mapping[str, LayerSpec]) -> ActivationQuantizer:
         """The quantizer of the first site with the same input, or a separate one if the two sites' specs differ."""
@@ -144,6 +147,10 @@ class Student(nn.Module):
         for layer in self.shared_input_layers(name):
             self.layers[layer].set_pre_scale(scale)
 
+    def branch_of(self, site: str) -> LowRankBranch | None:
+        """The float branch on the input of a site, or None."""
+        return self.branches.get(site.removesuffix(f".{BASE}"))
+
     def allocate_for_state(self, names: Iterable[str]) -> None:
         """Add the pre-scales and per-channel bits that occur among the parameter names of a saved state, so that it can be loaded."""
         saved = set(names)
@@ -166,8 +173,18 @@ class Student(nn.Module):
     def checkpoint_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter that a checkpoint contains: those of `learnable` before rates of 0 fix some of them, and integer ones."""
         weights = {id(layer.layer.weight) for layer in self.layers.values()}
-        saved = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()} - weights | {id(self.shared_row)}
+        modules: list[nn.Module] = [*self.layers.values(), *self.branches.values()]
+        saved = {id(parameter) for module in modules for parameter in module.parameters()} - weights | {id(self.shared_row)}
         return {name: value for name, value in self.named_parameters() if id(value) in saved}
+
+
+def new_branch(model: nn.Module, name: str, rank: int) -> LowRankBranch:
+    """Give a layer a branch with learnable parameters, which is 0 initially and shares none with the teacher or the source."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, BranchedLayer)  # as the network was rewritten
+    base = layer.base.layer if isinstance(layer.base, StudentLayer) else layer.base
+    layer.branch = LowRankBranch(base, rank).requires_grad_()  # type: ignore[arg-type]  # a Conv2d or Linear
+    return layer.branch
 
 
 @contextmanager

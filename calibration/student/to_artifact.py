@@ -10,18 +10,21 @@ from torch import nn
 from calibration.student.student import Student
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
+from edm_deploy.network.low_rank_branch import BRANCH, half_values
 from edm_deploy.network.restructure import PRE_SCALE
 from edm_deploy.pipelines.source import Source
 
 
 def artifact_from_student(student: Student, source: Source, provenance: Mapping[str, Any]) -> Artifact:
-    """The student as an artifact: low-rank updates merged, weights rounded, tables with integer bounds.
+    """The student as an artifact: low-rank updates merged, weights rounded, tables with integer bounds, branches in float16 values.
 
     Raises:
         ArtifactError: A value is not finite after training.
     """
     replaced = {f"{name}.weight" for name in student.layers}
     params = {name: value.detach().float().cpu() for name, value in source.model.state_dict().items() if name not in replaced}
+    for name, branch in student.branches.items():
+        params |= {f"{name}.{BRANCH}.{leaf}": half_values(value).cpu() for leaf, value in branch.state_dict().items()}
     sites = {}
     for name, layer in student.layers.items():
         codes, scale = layer.codes()

@@ -15,8 +15,8 @@ from edm_deploy import Artifact, load_denoiser, registry
 from edm_deploy.artifact.reference import reference_with_correction
 from edm_deploy.artifact.relaxed_timesteps import quantized_graph, relaxed_graph
 from edm_deploy.export.onnx import onnx_from_artifact
+from edm_deploy_tools.evaluation.denoisers import denoise_of_artifact
 from edm_deploy_tools.evaluation.site_agreement import agreement, cut_from_inputs
-from edm_deploy_tools.evaluation.trajectory_error import denoise_of_artifact
 from engines import build_engine
 from tests.calibration.tiny import tiny_source
 from tests.conftest import check_no_further, tiny_inputs

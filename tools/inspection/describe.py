@@ -27,7 +27,7 @@ from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.directories import INDEX_FILE, SOURCE_KEY, other_components, read_json
 from edm_deploy_tools.common.console import Row, bytes_of, size_words, time_words
 from edm_deploy_tools.inspection import describe_model as model
-from edm_deploy_tools.inspection.estimates import by_site
+from edm_deploy_tools.inspection.estimates import branch_rows, by_site
 from edm_deploy_tools.inspection.work_by_step import work_by_step
 
 DESCRIBED = ("guidance", "conditioning", "folded")  # entries of a provenance that have a fact in words
@@ -123,11 +123,12 @@ def describe_artifact(path: Path) -> Description:
         "size": size_words(bytes_of(path)),
         "digest": artifact.digest,
     } | {name: provenance_words(name, value) for name, value in artifact.provenance.items() if name not in DESCRIBED}
-    work = model_work(artifact.family_object, artifact.config, artifact.structure).sites
-    share = by_site(work)
+    work = model_work(artifact.family_object, artifact.config, artifact.structure)
+    share, branches = by_site(work.sites), branch_rows(artifact.family_object, work)
     rows: list[Row] = [{**site_row(name, site), "MACs %": share.get(name)} for name, site in artifact.sites.items()]
     plans: list[Row] = [{"backend": target.backend, "plan": summary(plan_layers(artifact, target))} for target in CAPABILITIES.values()]
-    tables = {"Sites": rows, "Plan": plans, "Work by step": work_by_step(artifact, work)}
+    tables = {"Sites": rows} | ({"Branches": branches} if branches else {})
+    tables |= {"Plan": plans, "Work by step": work_by_step(artifact, work.sites)}
     return Description(kind="artifact", facts=facts, tables=tables)
 
 
