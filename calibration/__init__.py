@@ -81,7 +81,7 @@ def fit(
         device=device,
         structure=structure,
         folded=folded,
-        run=replace(measuring_run(), on_progress=show),
+        run=replace(measuring_run(), identity={"teacher": teacher_hash}, on_progress=show),
         prices=prices,
     )
     allocation = allocated_specs(pass_context, passes, options)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from calibration.base_pass import SitePrice
 from calibration.run.setting_checks import within
 from calibration.student.quantization_spec import LayerSpec
@@ -17,6 +19,7 @@ from edm_deploy.numerics.codes import ACTIVATION_BITS
 Measure = Literal["avg_act_bits", "int4", "time"]
 INT4_BITS = 4  # at most so many bits of weight and input have INT4 kernels
 RAISED_BITS = 8  # of inputs that are raised
+GRID = 4096
 _FORMS = "avg_act_bits=5.0 (average bits of the inputs), int4=0.75 (share of the work in INT4) or time=0.9x (of the expected time in INT8)"
 
 
@@ -121,19 +124,31 @@ def _nearest(measure: Measure, cost: float) -> str:
 
 
 def choose(gains: Sequence[float], costs: Costs) -> list[int]:
-    """Indices of the groups that are raised: in the order of gain per cost, each that still fits; those without a gain are not.
+    """Indices of the groups that are raised: the subset of largest total gain that the budget allows, a 0/1 knapsack problem.
 
-    Gains are taken to add up. The result is that of the linear relaxation of the knapsack problem without its last, fractional item, then filled with what
-    fits: at most one group's gain below the optimum.
+    Gains are taken to add up. Solved by dynamic programming over costs that are rounded up to 1 / GRID of what the budget leaves, so that it is always
+    met; what the rounding leaves over is filled in the order of gain per cost.
 
     Args:
-        gains: Error that raising each group removes, >= 0.
-        costs: Of each group.
+        gains: Error that raising each group removes, >= 0; without a gain a group is not raised.
+        costs: Of each group. One of cost 0 or less is raised in any case.
     """
-    left, chosen = costs.most - costs.least, []
-    free = [index for index, cost in enumerate(costs.added) if cost <= 0 and gains[index] > 0]
+    chosen = [index for index, cost in enumerate(costs.added) if cost <= 0 and gains[index] > 0]
     paid = [index for index, cost in enumerate(costs.added) if cost > 0 and gains[index] > 0]
-    for index in free + sorted(paid, key=lambda index: -gains[index] / costs.added[index]):
+    left = costs.most - costs.least - sum(costs.added[index] for index in chosen)
+    units = {index: math.ceil(costs.added[index] / left * GRID - 1e-6) if left > 0 else GRID + 1 for index in paid}
+    best, taken = torch.zeros(GRID + 1, dtype=torch.float64), {}
+    for index in (index for index in paid if units[index] <= GRID):
+        with_it = best[: GRID + 1 - units[index]] + gains[index]
+        taken[index] = with_it > best[units[index] :]
+        best[units[index] :] = torch.maximum(with_it, best[units[index] :])
+    at = GRID
+    for index in reversed(taken):
+        if at >= units[index] and bool(taken[index][at - units[index]]):
+            chosen.append(index)
+            at -= units[index]
+            left -= costs.added[index]
+    for index in sorted(set(paid) - set(chosen), key=lambda index: -gains[index] / costs.added[index]):
         if costs.added[index] <= left + 1e-9:
             chosen.append(index)
             left -= costs.added[index]

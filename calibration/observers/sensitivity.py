@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,8 +28,8 @@ class Sensitivity:
 
     Attributes:
         sites: Sites that change together, in the model's order.
-        error: Error of the prediction with only these sites quantized, at their own bits.
-        raised_error: The same with them at 8 bits.
+        error: Error of the prediction with every site at its own bits.
+        raised_error: The same with these sites at 8 bits.
     """
 
     sites: tuple[str, ...]
@@ -89,7 +89,11 @@ class PredictionError:
 def sensitivities(
     context: TrainingContext, recipe: Recipe, groups: Sequence[tuple[str, ...]], *, weights_too: bool, row_weights: Tensor | None = None
 ) -> list[Sensitivity]:
-    """Calibrate a student, then measure each group of sites: the error with only these quantized, at their own bits and raised.
+    """Calibrate a student, then measure the error with one group of sites at a time raised to 8 bits, all others at their own bits.
+
+    Measured so rather than with one group quantized in a float network, because the errors of sites do not add up: on the reference model at W4A4 the
+    allocations to a quarter of the work that follow from it reach 26.9 dB, and those from the float network 26.2 dB (without raising: 24.4 dB; mean of
+    three seeds).
 
     Args:
         context: A student whose weight scales are set, the teacher, and a new pool. The student is calibrated; its bits do not change.
@@ -106,54 +110,32 @@ def sensitivities(
     biases = {name: layer.layer.bias for name, layer in student.layers.items()}
     calibrate(context, recipe)
     for name, layer in student.layers.items():
-        layer.layer.bias = biases[
-            name
-        ]  # corrected for the rounding of 4-bit weights, they would be wrong for weights of 8 bits and float ones
-    tables = {name: layer.quantizer for name, layer in student.layers.items()}
+        layer.layer.bias = biases[name]  # corrected for the rounding of 4-bit weights, they would be wrong for those of 8 bits
     error, found = PredictionError(context, row_weights), []
-    with ProgressMeter(context.run, "sensitivity", context.trajectories.device) as meter, _restored(student.layers.values()):
-        for layer in student.layers.values():
-            layer.quantizer, layer.rounding = None, _FloatWeight(layer)
+    with ProgressMeter(context.run, "sensitivity", context.trajectories.device) as meter:
+        base = error()
         for done, sites in enumerate(groups, start=1):
-            layers = [student.layers[site] for site in sites]
-            with _restored(layers):
-                for site, layer in zip(sites, layers, strict=True):
-                    layer.quantizer, layer.rounding = tables[site], None
-                own = error()
-                for layer in layers:
-                    _raise(layer, recipe, weights_too=weights_too)
-                found.append(Sensitivity(sites=sites, error=own, raised_error=error()))
+            with raised([student.layers[site] for site in sites], recipe, weights_too=weights_too):
+                found.append(Sensitivity(sites=sites, error=base, raised_error=error()))
             meter.report(done, len(groups))
             if meter.interrupted:
                 raise Interrupted("Interrupted while measuring sensitivities; nothing was written. Run the same command again.")
     return found
 
 
-class _FloatWeight(nn.Module):
-    """In the place of a layer's rounding: its weight as it is."""
-
-    def __init__(self, layer: StudentLayer) -> None:
-        super().__init__()
-        self.weight = layer.merged_weight  # a method: the layer is not a submodule of its own
-
-    def forward(self) -> Tensor:
-        return self.weight()
-
-
-def _raise(layer: StudentLayer, recipe: Recipe, *, weights_too: bool) -> None:
-    assert layer.quantizer is not None and layer.quantizer.relaxed is not None  # from `add_wide_tables`
-    layer.quantizer = layer.quantizer.relaxed
-    if weights_too:
-        layer.bits = RAISED_BITS
-        layer.log_weight_scale = nn.Parameter(recipe.weight_scale(layer.merged_weight(), RAISED_BITS).log(), requires_grad=False)
-
-
 @contextmanager
-def _restored(layers: Iterable[StudentLayer]) -> Iterator[None]:
-    """At the end of the context the layers are quantized as at its start."""
-    before = [(layer, layer.quantizer, layer.bits, layer.log_weight_scale, layer.rounding) for layer in layers]
+def raised(layers: Sequence[StudentLayer], recipe: Recipe, *, weights_too: bool) -> Iterator[None]:
+    """Within the context the inputs of these layers have 8 bits, and their weights too if so chosen."""
+    before = [(layer.quantizer, layer.bits, layer.log_weight_scale) for layer in layers]
+    for layer in layers:
+        assert layer.quantizer is not None and layer.quantizer.relaxed is not None  # from `add_wide_tables`
+        layer.quantizer = layer.quantizer.relaxed
+        if weights_too:
+            layer.bits = RAISED_BITS
+            scale = recipe.weight_scale(layer.merged_weight(), RAISED_BITS)
+            layer.log_weight_scale = nn.Parameter(scale.log(), requires_grad=False)
     try:
         yield
     finally:
-        for layer, quantizer, bits, scale, rounding in before:
-            layer.quantizer, layer.bits, layer.log_weight_scale, layer.rounding = quantizer, bits, scale, rounding
+        for layer, (quantizer, bits, log_scale) in zip(layers, before, strict=True):
+            layer.quantizer, layer.bits, layer.log_weight_scale = quantizer, bits, log_scale

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from calibration.base_pass import Pass, PassContext, SitePrice, needs_quantized_inputs
 from calibration.data.noise_schedules import calibrated_timesteps
+from calibration.data.step_weights import cached_step_weights
 from calibration.data.trajectory_pool import Trajectories
 from calibration.observers.bit_budget import INT4_BITS, RAISED_BITS, Budget, choose, costs_of
 from calibration.observers.sensitivity import Sensitivity, groups_to_raise, sensitivities
@@ -27,18 +28,18 @@ class Allocate(Pass):
     """One forward pass for each site, then the sites of most gain for their cost are raised until the budget is used up.
 
     Before the student exists, a student at the recipe's bits is calibrated, and the error of its prediction is measured with one group of sites at 8 bits
-    at a time; a group are the sites that read one tensor, such as q, k and v. What the error loses is the group's gain. Recipes that train then train
-    with these bits.
+    at a time; a group are the sites that read one tensor, such as q, k and v. The squared error at each timestep counts by what it does to the final
+    sample. What the error loses is the group's gain, and the knapsack problem of gains and costs is solved. Recipes that train then train with these bits.
 
-    Deviations from MixDQ: its score is the SQNR with one site quantized in a float network, its metrics separate content from quality, and
-    an integer program chooses; here the other sites are quantized, the error is that of the prediction, and the choice is greedy.
+    Deviations from MixDQ: its score is the SQNR of one site quantized in a float network, with separate metrics for content and quality; here
+    the other sites are quantized, and the error is that of the prediction.
 
     Attributes:
         budget: `int4=0.75`: at least this share of the multiply-accumulates of all Conv2d and Linear layers in INT4. `avg_act_bits=5.0`: at most so many
             bits of the inputs, averaged over the same. `time=0.9x`: at most this multiple of the expected time of these layers in INT8 on `gpu`.
         weights: Whether the weights of raised sites get 8 bits too. They then need twice the memory; the arithmetic is INT8 in either case.
         rows: Timesteps of the measurement, those of sampling in as many steps.
-        samples: Samples of the measurement, spread over the rows.
+        samples: Samples of the measurement, spread evenly over the rows.
         gpu: GPU of a budget of time: rtx3090, rtx4090, a100 or h200.
         batch: Samples per call, for a budget of time.
     """
@@ -98,7 +99,15 @@ class Allocate(Pass):
         trajectories = Trajectories(
             source, timesteps, size=self.samples, eta=recipe.eta, seed=recipe.seed, device=device, conditioner=context.conditioner
         )
-        return sensitivities(TrainingContext(student, teacher, trajectories, context.run), recipe, groups, weights_too=self.weights)
+        digest = context.run.identity.get("teacher") or source.digest()
+        weights = cached_step_weights(teacher.model, teacher, trajectories.schedule, context.conditioner, digest=digest, device=device)
+        return sensitivities(
+            TrainingContext(student, teacher, trajectories, context.run),
+            recipe,
+            groups,
+            weights_too=self.weights,
+            row_weights=weights.flip(0),  # in the order of rows, which ascend with the timestep
+        )
 
     def raised(self, spec: LayerSpec) -> LayerSpec:
         """The bits of a raised site."""

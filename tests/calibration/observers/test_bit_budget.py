@@ -58,22 +58,25 @@ def test_a_budget_that_no_allocation_meets_names_the_nearest_that_one_does(text,
     costs_of(Budget.parse(nearest), SPECS, GROUPS, MACS, PRICES)
 
 
-def test_groups_are_raised_in_the_order_of_gain_for_cost_while_they_fit():
+def test_groups_without_a_cost_make_room_and_those_without_a_gain_are_left():
     costs = Costs(least=1.0, added=[1.0, 2.0, 1.5, 0.5, -1.0], most=3.0)
-    # -1.0 is free and makes room for 3.0; then 6.6 / 1.5, 4 / 1 and 1 / 0.5, which use it up.
-    assert choose([4.0, 1.0, 6.6, 1.0, 0.1], costs) == [0, 2, 3, 4]
-    # Without a gain nothing is raised, though it is free: 2.0 is left, of which 6.6 / 1.5 leaves 0.5; 1.0 does not fit, and 0.5 does.
-    assert choose([4.0, 1.0, 6.6, 1.0, 0.0], costs) == [2, 3]
+    assert choose([4.0, 1.0, 6.6, 1.0, 0.1], costs) == [0, 2, 3, 4]  # -1 makes room for 3.0, which 1 + 1.5 + 0.5 use up
+    assert choose([4.0, 1.0, 6.6, 1.0, 0.0], costs) == [2, 3]  # 7.6 in 2.0; 4 + 1 is less
     assert choose([0.0] * 5, costs) == []
+    assert choose([1.0] * 3, Costs(least=1.0, added=[0.1, 0.2, 0.3], most=1.0)) == []
 
 
-def test_the_choice_is_at_most_one_group_below_the_best():
+def test_the_choice_is_the_best_of_all_subsets():
     import itertools
 
-    gains, added = [5.0, 4.0, 3.0, 2.5, 1.0], [2.0, 1.7, 1.5, 0.9, 0.6]
-    costs = Costs(least=0.0, added=added, most=4.0)
-    subsets = (chosen for size in range(6) for chosen in itertools.combinations(range(5), size))
-    best = max(sum(gains[i] for i in chosen) for chosen in subsets if sum(added[i] for i in chosen) <= 4.0)
-    found = choose(gains, costs)
-    assert sum(added[i] for i in found) <= 4.0
-    assert best - max(gains) <= sum(gains[i] for i in found) <= best
+    gains, added = [5.0, 4.0, 3.0, 2.5, 1.0, 7.0], [2.0, 1.7, 1.5, 0.9, 0.6, 3.1]
+    for most in (0.5, 1.05, 2.35, 4.05, 6.55, 9.05):
+        subsets = (chosen for size in range(7) for chosen in itertools.combinations(range(6), size))
+        best = max(
+            (chosen for chosen in subsets if sum(added[i] for i in chosen) <= most), key=lambda chosen: sum(gains[i] for i in chosen)
+        )
+        assert choose(gains, Costs(least=0.0, added=added, most=most)) == list(best)
+
+
+def test_many_small_groups_use_the_budget_up_although_their_costs_are_rounded():
+    assert len(choose([1.0] * 1000, Costs(least=0.0, added=[0.001] * 1000, most=0.5))) == 500

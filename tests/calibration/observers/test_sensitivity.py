@@ -2,10 +2,9 @@ import pytest
 import torch
 
 from calibration.base_pass import PassContext
-from calibration.observers.sensitivity import PredictionError, groups_to_raise, sensitivities
+from calibration.observers.sensitivity import PredictionError, groups_to_raise, raised, sensitivities
 from calibration.recipes.mse import Mse
 from calibration.student.quantization_spec import W8A8
-from calibration.student.student import activations_unquantized
 from edm_deploy.pipelines.guidance import Conditioner
 from tests.calibration.tiny import CPU, tiny_context, tiny_source
 
@@ -40,27 +39,27 @@ def measured():
     return context, before, groups, sensitivities(context, RECIPE, groups, weights_too=True)
 
 
-def test_each_group_is_quantized_alone_in_a_float_network(measured):
+def test_each_group_is_raised_alone(measured):
     context, _, groups, found = measured
-    assert [each.sites for each in found] == groups
-    # Of a site by hand: all others in floating point, its own weight rounded and its input quantized.
-    site = "down_blocks.0.resnets.0.conv1"
-    chosen = next(each for each in found if each.sites == (site,))
     student, error = context.student, PredictionError(context)
-    with torch.no_grad():
-        for name, layer in student.layers.items():
-            if name != site:
-                layer.rounding = torch.nn.Identity()
-                layer.rounding.forward = layer.merged_weight
-        quantizer = student.layers[site].quantizer
-        with activations_unquantized(student):
-            student.layers[site].quantizer = quantizer
-            assert error() == pytest.approx(chosen.error, rel=1e-4)
-    for layer in student.layers.values():
-        layer.rounding = None
-    # 8 bits leave next to nothing of the error of one site of 4.
-    assert all(each.raised_error < 0.1 * each.error for each in found if each.error > 1e-4)
-    assert all(each.gain == pytest.approx(each.error - each.raised_error) for each in found if each.error > each.raised_error)
+    assert [each.sites for each in found] == groups
+    assert {each.error for each in found} == {error()}  # as before, to the last bit
+    site = "up_blocks.0.resnets.0.conv1"
+    by_hand = next(each for each in found if each.sites == (site,))
+    layer = student.layers[site]
+    quantizer, scale = layer.quantizer, layer.log_weight_scale
+    layer.quantizer, layer.bits = quantizer.relaxed, 8
+    layer.log_weight_scale = torch.nn.Parameter(RECIPE.weight_scale(layer.merged_weight(), 8).log())
+    assert error() == by_hand.raised_error != by_hand.error
+    layer.quantizer, layer.bits, layer.log_weight_scale = quantizer, 4, scale
+    assert any(each.gain > 0 for each in found)
+    assert all(each.gain == max(each.error - each.raised_error, 0.0) for each in found)
+
+
+def test_with_every_group_raised_next_to_nothing_of_the_error_is_left(measured):
+    context, _, groups, found = measured
+    with raised([context.student.layers[site] for group in groups for site in group], RECIPE, weights_too=True):
+        assert PredictionError(context)() < 0.05 * found[0].error
 
 
 def test_the_student_is_left_at_its_own_bits(measured):
