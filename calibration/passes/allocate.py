@@ -35,7 +35,7 @@ class Allocate(Pass):
     the other sites are quantized, and the error is that of the prediction.
 
     Attributes:
-        budget: `int4=0.75`: at least this share of the multiply-accumulates of all Conv2d and Linear layers in INT4. `avg_act_bits=5.0`: at most so many
+        budget: `int4=0.75`: at least this share of the multiply-accumulates of all quantized layers in INT4. `avg_act_bits=5.0`: at most so many
             bits of the inputs, averaged over the same. `time=0.9x`: at most this multiple of the expected time of these layers in INT8 on `gpu`.
         weights: Whether the weights of raised sites get 8 bits too. They then need twice the memory; the arithmetic is INT8 in either case.
         rows: Timesteps of the measurement, those of sampling in as many steps.
