@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from calibration.base_pass import Pass, PassContext, check_passes
+from calibration.base_pass import Pass, PassContext, SitePricer, check_passes, measuring_run
 from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.data.prompts import prompts_of
 from calibration.data.trajectory_pool import Trajectories
 from calibration.observers.rotation import rotate_inputs
 from calibration.recipe import Recipe, TrainingContext
-from calibration.run.checkpoint import check_not_overwritten
+from calibration.run.checkpoint import check_not_overwritten, saved_identity
 from calibration.run.memory import peak_memory
 from calibration.run.options import Interrupted, Progress, Run, RunOptions
 from calibration.run.time_budget import Budget
+from calibration.student.quantization_spec import LayerSpec
 from calibration.student.teacher import Teacher, check_finite_weights, restructured
 from calibration.student.to_artifact import artifact_from_student
 from edm_deploy import Artifact
@@ -39,6 +40,7 @@ def fit(
     *,
     passes: Sequence[Pass] = (),
     on_progress: Callable[[Progress], None] | None = None,
+    prices: SitePricer | None = None,
 ) -> Artifact:
     """Quantize a float model with a recipe.
 
@@ -48,6 +50,7 @@ def fit(
         options: Device, teacher dtype, checkpoints, prompts, budget.
         passes: Passes to compose the recipe with, in this order.
         on_progress: Called after every step.
+        prices: Expected times of sites on a GPU, for passes with a budget of time.
 
     Returns:
         A valid artifact.
@@ -72,14 +75,27 @@ def fit(
     conditioner = conditioner_of(source, scale=recipe.guidance, prompts=prompts_of(options.prompts))
     folded = folded_layers(source, options.fold_time)
     source, structure, rotations = rotate_inputs(source, recipe, structure, conditioner, device, folded)
+    show = on_progress or (lambda _: None)
+    pass_context = PassContext(
+        source=source,
+        recipe=recipe,
+        conditioner=conditioner,
+        device=device,
+        structure=structure,
+        folded=folded,
+        run=replace(measuring_run(), identity={"teacher": teacher_hash}, on_progress=show),
+        prices=prices,
+    )
+    allocation = allocated_specs(pass_context, passes, options)
     configuration = _configuration(recipe, options, passes, conditioner.origin, folded)
-    pass_context = PassContext(source=source, recipe=recipe, conditioner=conditioner, device=device)
+    if allocation:
+        configuration["allocation"] = {name: asdict(spec) for name, spec in allocation.items()}
     timesteps = row_timesteps(pass_context, passes)
     trajectories = Trajectories(
         source, timesteps, size=recipe.pool_size(), eta=recipe.eta, seed=recipe.seed, device=device, conditioner=conditioner
     )
     teacher = Teacher(source, device)
-    student = recipe.student(source, timesteps, device, teacher=teacher, folded=folded, structure=structure)
+    student = recipe.student(source, timesteps, device, teacher=teacher, folded=folded, structure=structure, specs=allocation)
     for each in passes:
         each.before(student, pass_context)
 
@@ -90,7 +106,7 @@ def fit(
     run = Run(
         options=options,
         identity=configuration | {"teacher": teacher_hash} | ({"rotated": dict(structure.rotated)} if rotations else {}),
-        on_progress=on_progress or (lambda _: None),
+        on_progress=show,
         student_leads=any(each.student_leads for each in passes),
         after_calibration=after_calibration,
         budget=budget,
@@ -145,6 +161,19 @@ def row_timesteps(context: PassContext, passes: Sequence[Pass]) -> Tensor:
             return timesteps
     rows = context.recipe.rows
     return calibrated_timesteps(context.source.scheduler, rows, context.source.family_object.sigmas(rows))
+
+
+def allocated_specs(context: PassContext, passes: Sequence[Pass], options: RunOptions) -> dict[str, LayerSpec]:
+    """Bit widths of the sites that passes give others than the recipe; of a resumed run, those that its checkpoint has."""
+    if options.resume and options.checkpoint is not None:
+        saved = saved_identity(options.checkpoint).get("allocation", {})
+        return {name: LayerSpec(**spec) for name, spec in saved.items()}
+    family, layers = context.source.family_object, context.source.family_object.sites(context.source.model)
+    planned = {name: context.recipe.layer_spec(name, family.placement(name)) for name in layers if name not in context.folded}
+    specs: Mapping[str, LayerSpec] = planned
+    for each in passes:
+        specs = each.specs(context, specs)
+    return {name: spec for name, spec in specs.items() if spec != planned[name]}
 
 
 def folded_layers(source: Source, requested: bool) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -136,9 +137,14 @@ class Recipe(ABC):
         teacher: Teacher | None = None,
         folded: tuple[str, ...] = (),
         structure: NetworkRewrite = PUBLISHED,
+        specs: Mapping[str, LayerSpec] | None = None,
     ) -> Student:
-        """A student with this recipe's bits and weight scales; arguments as those of `Student`."""
-        return Student(source, self.layer_spec, self.weight_scale, timesteps, device, teacher=teacher, folded=folded, structure=structure)
+        """A student with this recipe's weight scales and, where `specs` has none for a site, its bits; the other arguments are those of `Student`."""
+
+        def layer_spec(site: str, placement: Placement) -> LayerSpec:
+            return specs[site] if specs is not None and site in specs else self.layer_spec(site, placement)
+
+        return Student(source, layer_spec, self.weight_scale, timesteps, device, teacher=teacher, folded=folded, structure=structure)
 
     def pool_size(self) -> int:
         """Number of samples in the trajectory pool."""

@@ -60,20 +60,27 @@ class ActivationQuantizer(nn.Module):
 
     def _quantize_all(self, x: Tensor) -> Tensor:
         if self.relaxed_samples is None:
-            return self.quantize(x, self.rows)
-        relaxed = x if self.relaxed is None else self.relaxed.quantize(x, self.rows)
+            return self._quantize(x)
+        relaxed = x if self.relaxed is None else self.relaxed(x)
         if bool(self.relaxed_samples.all()):
             return relaxed
-        return torch.where(per_channel(self.relaxed_samples, x), relaxed, self.quantize(x, self.rows))
+        return torch.where(per_channel(self.relaxed_samples, x), relaxed, self._quantize(x))
 
-    def quantize(self, x: Tensor, rows: Tensor) -> Tensor:
-        """`x` [B, ...] quantized and dequantized by rows, int64 [B], of this table."""
+    def _quantize(self, x: Tensor) -> Tensor:
         qmin = round_straight_through(self.qmin.clamp(-self.levels, 0))
-        return fake_quantize(x, self.log_scale.exp()[rows], qmin[rows], self.levels)
+        return fake_quantize(x, self.log_scale.exp()[self.rows], qmin[self.rows], self.levels)
+
+    def set_samples(self, rows: Tensor, relaxed_samples: Tensor | None) -> None:
+        """Set `rows` and `relaxed_samples` for a forward pass."""
+        self.rows, self.relaxed_samples = rows, relaxed_samples
+        if self.relaxed is not None:
+            self.relaxed.set_samples(rows, None)
 
     def clear_cache(self) -> None:
         """Drop the cached input and result, which would otherwise be kept until the next forward pass."""
         self._cache = None
+        if self.relaxed is not None:
+            self.relaxed.clear_cache()
 
     @torch.no_grad()
     def table(self) -> ActivationTable:
