@@ -60,10 +60,13 @@ def test_outliers_cost_a_fraction_of_what_they_cost_without_branch_and_smoothing
     assert error(artifact, source, "dit") < 0.6 * error(plain, source, "dit")
 
 
-@pytest.mark.parametrize(("kind", "rounding"), [("unet2d", "nearest"), ("unet2d", "gptq")])
-def test_with_fine_codes_the_function_is_the_published_one(kind, rounding):
+@pytest.mark.parametrize(
+    ("kind", "rounding", "rotate"), [("unet2d", "nearest", "off"), ("unet2d", "gptq", "off"), ("unet2d", "gptq", "all")]
+)
+def test_with_fine_codes_the_function_is_the_published_one(kind, rounding, rotate):
     source = tiny_source(kind)
-    artifact = fit(source, SvdQuant(weight_bits=8, act_bits=16, smoothing=0.5, rounding=rounding, **QUICK), RunOptions())
+    artifact = fit(source, SvdQuant(weight_bits=8, act_bits=16, smoothing=0.5, rounding=rounding, rotate=rotate, **QUICK), RunOptions())
+    assert bool(artifact.structure.rotated) == (rotate == "all")
     assert artifact.provenance["smoothed_inputs"] > 0 and artifact.structure.branches
     assert error(artifact, source, kind) < 1e-3  # 8 bits of weight
 
