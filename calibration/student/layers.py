@@ -26,6 +26,7 @@ class ActivationQuantizer(nn.Module):
         rows: Rows of the table.
 
     Attributes:
+        spec: Bits and symmetry.
         log_scale: float32 [R].
         qmin: float32 [R], the lowest code before rounding; learnable unless the spec is symmetric.
         relaxed: Quantizer with more bits for samples at relaxed rows; None if these stay in floating point, or if there are none.
