@@ -115,11 +115,11 @@ class SvdQuant(Mse):
             layers = [student.layers[each] for each in units[name]]
             ranks = [0 if (branch := student.branch_of(each)) is None else branch.rank for each in units[name]]
             tried = self.smoothings(inputs, stacked_weight(student, name)) if name in shared else [None]
-            best = self.best_smoothing(layers, ranks, inputs, tried, self.layer_spec(name, "quantize"))
+            best = self.best_smoothing(layers, ranks, inputs, tried, student.specs[name])
             if best is not None:
                 student.set_pre_scale(name, best)
                 smoothed += 1
-            noise = self.noise(inputs, best, self.layer_spec(name, "quantize"))
+            noise = self.noise(inputs, best, student.specs[name])
             for each, rank in zip(units[name], ranks, strict=True):
                 self.set_layer(student, each, rank, inputs, noise)
         context.run.notes.update(branches=len(student.branches), smoothed_inputs=smoothed)
