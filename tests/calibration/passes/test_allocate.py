@@ -136,8 +136,8 @@ def test_a_resumed_run_keeps_the_allocation_of_its_checkpoint_without_measuring_
     damaged = shutil.copytree(tmp_path / "c", tmp_path / "damaged") / "checkpoint.json"
     description = json.loads(damaged.read_text())
     damaged.write_text(json.dumps(description | {"identity": description["identity"] | {"allocation": {"conv_in": 4}}}))
-    with pytest.raises(ArtifactError, match="is the checkpoint of another run: allocation|is the checkpoint of another run: conv_in"):
-        damaged_options = RunOptions(checkpoint=tmp_path / "damaged", resume=True)
+    damaged_options = RunOptions(checkpoint=tmp_path / "damaged", resume=True)
+    with pytest.raises(ArtifactError, match="is the checkpoint of another run: conv_in is 4 there and None here"):
         fit(tiny_source(), TRAINED, damaged_options, passes=[allocate(budget="int4=0.5")])
     resumed = fit(tiny_source(), TRAINED, replace(checkpoint, resume=True), passes=[allocate(budget="int4=0.5")])
     assert resumed.digest == whole.digest
