@@ -166,8 +166,10 @@ def row_timesteps(context: PassContext, passes: Sequence[Pass]) -> Tensor:
 def allocated_specs(context: PassContext, passes: Sequence[Pass], options: RunOptions) -> dict[str, LayerSpec]:
     """Bit widths of the sites that passes give others than the recipe; of a resumed run, those that its checkpoint has."""
     if options.resume and options.checkpoint is not None:
-        saved = saved_identity(options.checkpoint).get("allocation", {})
-        return {name: LayerSpec(**spec) for name, spec in saved.items()}
+        try:
+            return {name: LayerSpec(**spec) for name, spec in saved_identity(options.checkpoint).get("allocation", {}).items()}
+        except (AttributeError, TypeError):
+            return {}  # a damaged description, which is refused where the checkpoint is read
     family, layers = context.source.family_object, context.source.family_object.sites(context.source.model)
     planned = {name: context.recipe.layer_spec(name, family.placement(name)) for name in layers if name not in context.folded}
     specs: Mapping[str, LayerSpec] = planned
