@@ -89,7 +89,8 @@ class Adp(Pass):
         shared = torch.stack([torch.nonzero(groups == group)[0, 0] for group in groups])
         assert student.shared_row is not None  # set by `before`
         student.shared_row.copy_(shared)
-        for quantizer in student.quantizers.values():
+        tables = [table for quantizer in student.quantizers.values() for table in (quantizer, quantizer.relaxed) if table is not None]
+        for quantizer in tables:
             for column in (quantizer.log_scale, quantizer.qmin):
                 means = centroids_of(column.detach().cpu()[:, None], groups)[groups, 0]
                 column.copy_(means if column is quantizer.log_scale else means.round())
@@ -113,10 +114,8 @@ def keep_rows(artifact: Artifact, shared: Tensor) -> Artifact:
     kept, position = torch.unique(shared.long(), return_inverse=True)
     sites = {}
     for name, site in artifact.sites.items():
-        table = site.activation
-        if table is not None:
-            table = replace(table, scale=table.scale[kept], qmin=table.qmin[kept], qmax=table.qmax[kept])
-        sites[name] = replace(site, activation=table)
+        table, relaxed = (None if table is None else table.at_rows(kept) for table in (site.activation, site.relaxed_activation))
+        sites[name] = replace(site, activation=table, relaxed_activation=relaxed)
     row_of_timestep = position[artifact.row_of_timestep.long()].to(torch.int32)
     return replace(artifact, timesteps=artifact.timesteps[kept], row_of_timestep=row_of_timestep, sites=sites)
 

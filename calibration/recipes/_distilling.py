@@ -23,6 +23,8 @@ class DistillationRecipe(Mse):
         bound_rate: Rate of the activation bounds, in codes.
         warmup: Share of the steps in which the rates rise linearly from 0. Source: none.
         relative: Power of the teacher's mean square that each sample's loss is divided by; 1 is the relative error. Source: 0.
+        step_weighting: Power of each sampling step's effect on the final sample that the loss at this step is multiplied by; 0 weights all steps alike,
+            1 by their whole effect. Source: 0.
         compute: Dtype in which the student computes. Weights, scales, rounding and updates are always float32.
     """
 
@@ -36,13 +38,14 @@ class DistillationRecipe(Mse):
     bound_rate: float = 5e-4
     warmup: float = 0.0
     relative: float = 0.0
+    step_weighting: float = 0.0
     compute: ComputeDtype = "bf16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("steps", "batch"):
             at_least(name, getattr(self, name), 1)
-        for name in ("scale_rate", "bound_rate", "relative"):
+        for name in ("scale_rate", "bound_rate", "relative", "step_weighting"):
             at_least(name, getattr(self, name), 0.0)
         within("warmup", self.warmup, 0.0, 1.0)
         check_dtype("compute", self.compute)
@@ -54,7 +57,7 @@ class DistillationRecipe(Mse):
     @property
     def schedule(self) -> TrainingSchedule:
         """Steps, batch and learning-rate schedule."""
-        return TrainingSchedule(self.steps, self.batch, self.warmup, self.relative)
+        return TrainingSchedule(self.steps, self.batch, self.warmup, self.relative, self.step_weighting)
 
     def table_groups(self, student: Student) -> list[ParamGroup]:
         """Scales and bounds of every activation table, with their rates. A rate of 0 keeps its parameters fixed."""

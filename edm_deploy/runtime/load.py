@@ -11,7 +11,7 @@ import torch
 
 from edm_deploy import registry
 from edm_deploy.adapters.site_weights import FACTORS_NAME, check_factors
-from edm_deploy.artifact.float_timesteps import FOLDER
+from edm_deploy.artifact.relaxed_timesteps import FOLDER
 from edm_deploy.errors import ArtifactError
 from edm_deploy.models import family_named
 from edm_deploy.network.graph_names import OUTPUT

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError
 from edm_deploy.network.layer_costs import site_work
 from edm_deploy.network.meta_model import meta_inputs, meta_model
+from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 from edm_deploy.numerics.seeds import LARGEST_SEED
 from edm_deploy.storage.directories import read_json, write_json
 from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 from edm_deploy_tools.common.console import Notify, bytes_of
+from edm_deploy_tools.evaluation.denoisers import denoise_of_artifact
 from edm_deploy_tools.evaluation.feature_network import features_of
 from edm_deploy_tools.evaluation.frechet import frechet_distance
-from edm_deploy_tools.evaluation.trajectory_error import ReferenceTrajectory, denoise_of_artifact, reference_trajectory, trajectory_error
+from edm_deploy_tools.evaluation.trajectory_error import ReferenceTrajectory, reference_trajectory, trajectory_error
 
 ARTIFACT, MEASURED = "artifact", "measured"  # directories in that of an experiment
 FIGURES, IMAGES = "figures.json", "images.safetensors"
@@ -43,7 +46,7 @@ class ArtifactEvaluator:
         self.reference = reference
         self.images = self._visible(reference.images)
         self.features = features_of(self.images)
-        settings = dataclasses.replace(reference.settings, seed=(reference.settings.seed + 1) % (LARGEST_SEED + 1))
+        settings = dataclasses.replace(reference.settings, seeds=tuple(_unused(reference.settings.seeds)))
         other = reference_trajectory(reference.source, settings)
         self.frechet_floor = frechet_distance(features_of(self._visible(other.images)), self.features)
 
@@ -67,7 +70,10 @@ class ArtifactEvaluator:
             "artifact": artifact.digest,
             "noise_error": error.noise_error,
             "noise_error_by_step": list(error.noise_errors),
+            "weighted_error": error.weighted_error,
+            "weighted_error_by_step": list(error.weighted_errors),
             "psnr_db": error.psnr,
+            "psnr_db_by_seed": list(error.psnrs),
             "frechet": frechet_distance(features_of(images), self.features),
             "bytes": bytes_of(directory / ARTIFACT),
             "integer_share": integer_share(artifact, self.reference.timesteps),
@@ -77,17 +83,25 @@ class ArtifactEvaluator:
         with new_directory(directory / MEASURED, kind=MEASUREMENT) as temporary:
             save_file({"images": images.half().contiguous()}, temporary / IMAGES)
             write_json(temporary / FIGURES, figures)
-        notify(f"  noise error {error.noise_error:.4f}, PSNR {error.psnr:.1f} dB, Frechet {figures['frechet']:.3g}")
+        notify(
+            f"  PSNR {error.psnr:.1f} dB, weighted error {error.weighted_error:.3g}, noise error {error.noise_error:.4f}, Frechet {figures['frechet']:.3g}"
+        )
         return figures
 
     def _visible(self, images: Tensor) -> Tensor:
         return self.reference.decoder.visible(images, self.reference.images).clamp(-1, 1)
 
 
+def _unused(seeds: Sequence[int]) -> Iterator[int]:
+    """As many seeds, none of which is among `seeds`."""
+    following = (number % (LARGEST_SEED + 1) for number in itertools.count(seeds[0] + 1))
+    return itertools.islice((number for number in following if number not in seeds), len(seeds))
+
+
 def integer_share(artifact: Artifact, timesteps: Sequence[float]) -> float:
     """Share, 0 to 1, of the multiply-accumulates of all Conv2d and Linear layers whose weights and inputs are both integer codes.
 
-    The two products of attention are always in floating point and are not counted. At timesteps with float activations nothing is integer.
+    The two products of attention are always in floating point and are not counted. At relaxed timesteps with float activations nothing is integer.
 
     Args:
         artifact: The quantized model.
@@ -112,7 +126,7 @@ def integer_share(artifact: Artifact, timesteps: Sequence[float]) -> float:
     with torch.no_grad():
         family.forward(model, meta_inputs(family, artifact.config))
     quantized_steps = 1.0
-    if artifact.relaxed is not None:
+    if artifact.relaxed is not None and artifact.relaxed_bits == WEIGHT_ONLY_BITS:
         at = torch.tensor([round(timestep) for timestep in timesteps]).clamp(max=len(artifact.relaxed) - 1)
         quantized_steps = float((artifact.relaxed[at] == 0).double().mean())
     return quantized_steps * integer / total

@@ -15,3 +15,5 @@ def test_integer_work_counts_multiply_accumulates_and_timesteps(chain):
     relaxed = torch.zeros(artifact.num_train_timesteps, dtype=torch.uint8)
     relaxed[500:] = 1
     assert integer_share(replace(artifact, relaxed=relaxed), [999.0, 749.0, 499.0, 0.0]) == 0.5
+    narrow = {name: replace(site, relaxed_activation=site.activation) for name, site in artifact.sites.items()}
+    assert integer_share(replace(artifact, relaxed=relaxed, sites=narrow), [999.0, 0.0]) == 1.0
