@@ -24,23 +24,16 @@ KOHYA = ("lora_unet_", "lora_transformer_", "lycoris_")
 
 
 @dataclass
-class LayerFactors:
-    """The factors of one layer's update, by name: `down`, `up`, `mid`, `alpha`, and those of LoHa and LoKr."""
-
-    factors: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
 class ParsedNames:
     """A file's tensors by published layer.
 
     Attributes:
-        layers: The factors of each layer.
+        layers: The factors of each layer's update, by name: `down`, `up`, `mid`, `alpha`, and those of LoHa and LoKr.
         text: Names that belong to text encoders.
         unknown: Names that belong to nothing known.
     """
 
-    layers: dict[str, LayerFactors] = field(default_factory=dict)
+    layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     text: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
@@ -65,14 +58,8 @@ def parse_names(tensors: Mapping[str, Tensor], published: Iterable[str]) -> Pars
             result.unknown.append(name)
             continue
         factor = match["factor"] or next(kind for kind in ("down", "up", "mid", "alpha") if match[kind])
-        result.layers.setdefault(layer, LayerFactors()).factors[factor] = value
+        result.layers.setdefault(layer, {})[factor] = value
     return result
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """A tensor's name as the layer's, in whatever form, and the ending; None where the ending is none of a LoRA's."""
-    match = _ENDINGS.match(name)
-    return (match["layer"], name[len(match["layer"]) :]) if match else None
 
 
 def _layer(name: str, names: set[str], underscored: Mapping[str, str]) -> str | None:

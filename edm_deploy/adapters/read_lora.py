@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edm_deploy.adapters.layer_names import DORA, LayerFactors, parse_names
+from edm_deploy.adapters.layer_names import DORA, parse_names
 from edm_deploy.adapters.lora import LayerUpdate, Lora, check_lora
 from edm_deploy.adapters.lora_file import LoraFile, LoraScaling, dora_refusal, read_lora_file
 from edm_deploy.adapters.lycoris import LOHA, LOKR, low_rank, weight_update
@@ -81,10 +81,10 @@ def _scaling(found: Mapping[str, LoraScaling], component: str) -> LoraScaling:
 
 
 def _update(
-    file: str, name: str, content: LayerFactors, shape: tuple[int, ...], scaling: LoraScaling, rank: int
+    file: str, name: str, content: Mapping[str, Tensor], shape: tuple[int, ...], scaling: LoraScaling, rank: int
 ) -> tuple[LayerUpdate, float | None]:
     """The update of one layer; with the error of its approximation, where it is a LoHa or LoKr."""
-    factors = {key: value.detach().cpu().float() for key, value in content.factors.items()}
+    factors = {key: value.detach().cpu().float() for key, value in content.items()}
     alpha = factors.pop("alpha", None)
     alpha_value = None if alpha is None else float(alpha)
     if any(key in factors for key in (*LOHA, *LOKR)):

@@ -34,13 +34,18 @@ def adapters_of(artifact: Artifact, *, rank: int, pattern: str | None = None) ->
         InputError: As `adapter_inputs`.
         UnsupportedError: The artifact does not hold the scales that were folded into its layers.
     """
+    refuse_lost_factors(artifact)
+    return adapter_inputs(artifact.family_object, artifact.skeleton(), list(artifact.sites), rank=rank, pattern=pattern)
+
+
+def refuse_lost_factors(artifact: Artifact) -> None:
+    """Raises UnsupportedError where an artifact's layers compute on other values than the published ones, and it does not hold the factors between them."""
     folded = str(artifact.provenance.get("folded_pre_scales", "0 of 0")).partition(" ")[0]
     if folded != "0" and not artifact.absorbed:
         raise UnsupportedError(
             f"{folded} pre-scales of this artifact were folded into other layers by a version that did not keep them, and a LoRA needs them. "
-            "Make the artifact again, or leave --lora-rank out."
+            "Make the artifact again, or use it without LoRA."
         )
-    return adapter_inputs(artifact.family_object, artifact.skeleton(), list(artifact.sites), rank=rank, pattern=pattern)
 
 
 def site_factors(artifact: Artifact, adapters: AdapterInputs) -> dict[str, Tensor]:
