@@ -10,14 +10,16 @@ from torch import Tensor
 STRENGTH = 0.3  # size of an update relative to a layer of unit gain
 
 
-def peft_tensors(shapes: Mapping[str, tuple[int, ...]], *, rank: int, seed: int = 0, prefix: str = "") -> dict[str, Tensor]:
+def peft_tensors(
+    shapes: Mapping[str, tuple[int, ...]], *, rank: int, seed: int = 0, prefix: str = "", strength: float = STRENGTH
+) -> dict[str, Tensor]:
     """A LoRA of layers by published name: `<layer>.lora_A.weight` [r, Cin, ...] and `<layer>.lora_B.weight` [Cout, r, ...]."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (outputs, inputs, *taps) in shapes.items():
         spread = (inputs * torch.Size(taps).numel()) ** -0.5
         tensors[f"{prefix}{name}.lora_A.weight"] = spread * torch.randn(rank, inputs, *taps, generator=generator)
-        tensors[f"{prefix}{name}.lora_B.weight"] = STRENGTH * rank**-0.5 * torch.randn(outputs, rank, *[1] * len(taps), generator=generator)
+        tensors[f"{prefix}{name}.lora_B.weight"] = strength * rank**-0.5 * torch.randn(outputs, rank, *[1] * len(taps), generator=generator)
     return tensors
 
 

@@ -37,7 +37,7 @@ REFUSED_ARGUMENTS = {
     "down_block_additional_residuals": "ControlNet's and T2I adapters' residuals enter between the blocks of a float model",
     "mid_block_additional_residual": "ControlNet's residuals enter between the blocks of a float model",
     "down_intrablock_additional_residuals": "T2I adapters' residuals enter between the blocks of a float model",
-    "cross_attention_kwargs": "the weights are fixed; fuse a LoRA with its scale before quantizing",
+    "cross_attention_kwargs": "a LoRA of an engine is weighted by its set_adapters",
     "timestep_cond": "a guidance scale embedded with the timestep is not supported",
     "image_embeds": "IP-Adapter's image tokens are not supported",
 }

@@ -1,11 +1,11 @@
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from edm_deploy import load_denoiser
 from edm_deploy.errors import InputError
+from edm_deploy.runtime.manifest import Manifest
 from edm_deploy_tools.common.loras import file_and_weight
 from tests.tiny_loras import peft_tensors
 
@@ -55,9 +55,8 @@ def test_sample_takes_loras_and_an_engine_is_built_with_one_for_good(run, chain,
         "build-engine", chain.artifact, "--out", tmp_path / "fused", "--backend", "cuda", "--gpu", "rtx3090", "--lora", f"{style}:0.5"
     )
     assert built.code == 0, built.err
-    with load_denoiser(tmp_path / "fused", device="cpu") as denoiser:
-        assert denoiser.manifest.structure["branches"] and denoiser.manifest.adapters is None
-        assert torch.isfinite(denoiser(torch.zeros(1, 3, 8, 8), 5).sample).all()
+    fused = Manifest.read(tmp_path / "fused", kind="engine")  # what it computes: tests/edm_deploy/adapters/test_fuse.py
+    assert set(fused.structure["branches"].values()) == {2} and fused.adapters is None
 
 
 BAD = {
