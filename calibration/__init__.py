@@ -15,6 +15,7 @@ from calibration.base_pass import Pass, PassContext, check_passes
 from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.data.prompts import prompts_of
 from calibration.data.trajectory_pool import Trajectories
+from calibration.observers.rotation import rotate_inputs
 from calibration.recipe import Recipe, TrainingContext
 from calibration.run.checkpoint import check_not_overwritten
 from calibration.run.memory import peak_memory
@@ -70,6 +71,7 @@ def fit(
     source = restructured(source, structure)
     conditioner = conditioner_of(source, scale=recipe.guidance, prompts=prompts_of(options.prompts))
     folded = folded_layers(source, options.fold_time)
+    source, structure, rotations = rotate_inputs(source, recipe, structure, conditioner, device, folded)
     configuration = _configuration(recipe, options, passes, conditioner.origin, folded)
     pass_context = PassContext(source=source, recipe=recipe, conditioner=conditioner, device=device)
     timesteps = row_timesteps(pass_context, passes)
@@ -87,7 +89,7 @@ def fit(
 
     run = Run(
         options=options,
-        identity=configuration | {"teacher": teacher_hash},
+        identity=configuration | {"teacher": teacher_hash} | ({"rotated": dict(structure.rotated)} if rotations else {}),
         on_progress=on_progress or (lambda _: None),
         student_leads=any(each.student_leads for each in passes),
         after_calibration=after_calibration,
@@ -103,6 +105,7 @@ def fit(
     provenance = {
         **configuration,
         **run.notes,
+        **({"rotations": rotations} if rotations else {}),
         **({"folded_pre_scales": f"{scaled - len(artifact.structure.pre_scaled)} of {scaled}"} if scaled else {}),
         "guidance": conditioner.scale,
         "seed": recipe.seed,

@@ -75,7 +75,8 @@ class _Collector:
         """The statistics, after one call for each row."""
         ranges = ChannelRanges(torch.stack(self.low[::-1]).clamp(max=0), torch.stack(self.high[::-1]).clamp(min=0))
         rows = torch.cat([torch.full((len(part),), self.rows - 1 - index) for index, part in enumerate(self.samples)])
-        return InputStatistics(ranges, self.moments / self.count, self.total / self.count, torch.cat(self.samples), rows)
+        vectors = torch.cat(self.samples)
+        return InputStatistics(ranges, self.moments / self.count, self.total / self.count, vectors, rows.to(vectors.device))
 
 
 def input_vectors(layer: nn.Conv2d | nn.Linear, x: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ input channel and timestep, which no integer kernel can factor; the paper's grou
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -17,21 +17,30 @@ from torch import Tensor, nn
 
 from calibration.base_pass import Pass, PassContext, needs_quantized_inputs, needs_rows
 from calibration.data.noise_schedules import calibrated_timesteps
-from calibration.data.trajectory_pool import Trajectories
-from calibration.observers.kmeans import centroids_of, cluster, memberships, segment
-from calibration.observers.observers import MinMaxObserver
+from calibration.data.observation import ActivationSamples
+from calibration.data.trajectory_pool import FORWARD_BATCH, Trajectories
+from calibration.observers.kmeans import cluster, memberships, segment
+from calibration.observers.observers import MinMaxObserver, Observer
 from calibration.recipe import Recipe
+from calibration.run.parallel_map import parallel_map
 from calibration.run.setting_checks import at_least
 from calibration.student.module_outputs import input_hooks
 from calibration.student.student import Student
 from calibration.student.teacher import Teacher
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import InputError
+from edm_deploy.network.restructure import site_input
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adp(Pass):
     """Groups are formed after calibration, so that a recipe that trains tunes one row per group.
+
+    The rows are clustered by their own ranges. The range of a group is then searched again by the recipe, on the inputs of all of its rows together, which are
+    observed in a second traversal of the schedule.
+
+    Deviations from the source: groups are found by k-means on the calibrated ranges, not by a gradient search over soft memberships; the ranges of a
+    group are those of the recipe, not learned with the groups.
 
     Attributes:
         groups: Number of remaining rows. Source: 8.
@@ -82,18 +91,20 @@ class Adp(Pass):
 
     @torch.no_grad()
     def calibrated(self, student: Student, context: PassContext) -> None:
-        """Cluster the rows by their values at all sites jointly; all rows of a group use its first row."""
+        """Cluster the rows by their values at all sites jointly; all rows of a group use its first row, whose range is searched on the group's inputs."""
+        groups = self.share_rows(student)
+        if not context.recipe.static:  # else all rows are equal already
+            search_ranges(student, context, groups)
+
+    def share_rows(self, student: Student) -> Tensor:
+        """Let all rows of a group use its first row. Returns the group of each row, int64 [R]."""
         columns = [part for quantizer in student.quantizers.values() for part in (quantizer.log_scale, quantizer.qmin / quantizer.levels)]
         rows = torch.stack([column.detach().cpu() for column in columns], dim=1)
         groups = segment(rows, self.groups) if self.contiguous else cluster(rows, self.groups)
         shared = torch.stack([torch.nonzero(groups == group)[0, 0] for group in groups])
         assert student.shared_row is not None  # set by `before`
-        student.shared_row.copy_(shared)
-        tables = [table for quantizer in student.quantizers.values() for table in (quantizer, quantizer.relaxed) if table is not None]
-        for quantizer in tables:
-            for column in (quantizer.log_scale, quantizer.qmin):
-                means = centroids_of(column.detach().cpu()[:, None], groups)[groups, 0]
-                column.copy_(means if column is quantizer.log_scale else means.round())
+        student.shared_row.data.copy_(shared)
+        return groups
 
     def finish(self, artifact: Artifact, student: Student, context: PassContext) -> Artifact:
         """The artifact with one table row per group."""
@@ -118,6 +129,55 @@ def keep_rows(artifact: Artifact, shared: Tensor) -> Artifact:
         sites[name] = replace(site, activation=table, relaxed_activation=relaxed)
     row_of_timestep = position[artifact.row_of_timestep.long()].to(torch.int32)
     return replace(artifact, timesteps=artifact.timesteps[kept], row_of_timestep=row_of_timestep, sites=sites)
+
+
+@torch.no_grad()
+def search_ranges(student: Student, context: PassContext, groups: Tensor) -> None:
+    """Set all rows of a group to the range that the recipe finds on the inputs of all of them, observed along the float model's trajectories.
+
+    Args:
+        student: Calibrated row by row.
+        context: Recipe and source.
+        groups: int64 [R], the group of each row.
+    """
+    recipe, teacher = context.recipe, Teacher(context.source, context.device)
+    layers = teacher.family.sites(teacher.model)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    observers = {name: Observer(generator) for name in student.quantizers}
+    pooled: dict[tuple[str, int], ActivationSamples] = {}
+    trajectories = Trajectories(
+        context.source,
+        student.timesteps,
+        size=recipe.pool_size(),
+        eta=recipe.eta,
+        seed=recipe.seed,
+        device=context.device,
+        conditioner=context.conditioner,
+    )
+
+    def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda layer, args: observers[name](layer, (site_input(student.layers[name].layer, args[0]),))
+
+    with input_hooks((layers[name], observe(name)) for name in observers):
+        for row, batches in trajectories.traverse_schedule(FORWARD_BATCH):
+            for batch in batches:
+                trajectories.advance(batch, batch.conditioning.combine(teacher(batch.inputs)))
+            group = int(groups[row])
+            members = int((groups == group).sum())
+            for name, observer in observers.items():
+                # Equal shares of every row, and as many values as of one row alone.
+                found = observer.pop().subsample(members, generator)
+                pooled[name, group] = pooled[name, group] + found if (name, group) in pooled else found
+    searched = [
+        (table, name, group)
+        for name, group in pooled
+        for table in (student.quantizers[name], student.quantizers[name].relaxed)
+        if table is not None
+    ]
+    ranges = parallel_map(lambda entry: recipe.activation_range(pooled[entry[1:]], entry[0].spec), searched)
+    for (table, _, group), found_range in zip(searched, ranges, strict=True):
+        for row in torch.nonzero(groups == group)[:, 0].tolist():
+            table.set_row(row, found_range)
 
 
 def uncertainty(features: Tensor, groups: Tensor) -> Tensor:

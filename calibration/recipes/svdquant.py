@@ -20,13 +20,16 @@ from calibration.observers.low_rank import low_rank, rough_low_rank
 from calibration.recipe import TrainingContext
 from calibration.recipes.mpq_dm import smoothing_scales
 from calibration.recipes.mse import Mse
+from calibration.run.options import Interrupted
+from calibration.run.progress import ProgressMeter
 from calibration.run.setting_checks import at_least, within
 from calibration.student.layers import StudentLayer
 from calibration.student.quantization_spec import LayerSpec
 from calibration.student.student import Student
 from edm_deploy.errors import InputError
-from edm_deploy.network.low_rank_branch import half_values, largest_rank
-from edm_deploy.network.restructure import NetworkRewrite, representable
+from edm_deploy.network.low_rank_branch import LowRankBranch, largest_rank
+from edm_deploy.network.restructure import NetworkRewrite, block_of, published_weight, representable, rotated_weight, weight_to_hold
+from edm_deploy.network.rotation import rotate
 from edm_deploy.numerics.codes import dequantize_weight, quantize_weight
 from edm_deploy.pipelines.source import Source
 
@@ -110,26 +113,37 @@ class SvdQuant(Mse):
         shared = {name: student.shared_input_layers(name) for name in scalable(student)}
         alone = [name for name in student.layers if student.family.placement(name) == "quantize" and _ungrouped(student.layers[name])]
         units = shared | {name: (name,) for name in alone if not any(name in unit for unit in shared.values())}
+        observed = input_statistics(context, list(units), moments=self.rounding == "gptq", seed=self.seed)
         smoothed = 0
-        for name, inputs in input_statistics(context, list(units), moments=self.rounding == "gptq", seed=self.seed):
-            layers = [student.layers[each] for each in units[name]]
-            ranks = [0 if (branch := student.branch_of(each)) is None else branch.rank for each in units[name]]
-            tried = self.smoothings(inputs, stacked_weight(student, name)) if name in shared else [None]
-            best = self.best_smoothing(layers, ranks, inputs, tried, self.layer_spec(name, "quantize"))
-            if best is not None:
-                student.set_pre_scale(name, best)
-                smoothed += 1
-            noise = self.noise(inputs, best, self.layer_spec(name, "quantize"))
-            for each, rank in zip(units[name], ranks, strict=True):
-                self.set_layer(student, each, rank, inputs, noise)
+        with ProgressMeter(context.run, "decompose", context.trajectories.device) as meter:
+            for done, (name, inputs) in enumerate(observed, start=1):
+                smoothed += self.set_unit(student, units[name], inputs, search=name in shared)
+                meter.report(done, len(units))
+                if meter.interrupted:
+                    raise Interrupted("Interrupted while decomposing weights; nothing was written. Run the same command again.")
         context.run.notes.update(branches=len(student.branches), smoothed_inputs=smoothed)
+
+    def set_unit(self, student: Student, names: Sequence[str], inputs: InputStatistics, *, search: bool) -> bool:
+        """Smooth, decompose and round the layers with one input; returns whether the input is scaled."""
+        layers = [student.layers[name] for name in names]
+        branches = [student.branch_of(name) for name in names]
+        ranks = [0 if branch is None else branch.rank for branch in branches]
+        spec = self.layer_spec(names[0], "quantize")
+        tried = self.smoothings(inputs, stacked_weight(student, names[0])) if search else [None]
+        best = self.best_smoothing(layers, ranks, inputs, tried, spec)
+        if best is not None:
+            student.set_pre_scale(names[0], best)
+        noise = self.noise(inputs, best, spec, block_of(layers[0].layer))
+        for layer, branch in zip(layers, branches, strict=True):
+            self.set_layer(layer, branch, inputs, noise)
+        return best is not None
 
     def smoothings(self, inputs: InputStatistics, weight: Tensor) -> list[Tensor | None]:
         """The pre-scales to try, float32 [Cin] each; None is none."""
         amax = inputs.ranges.amax()
         if self.smoothing != -1:
             return [representable(1 / smoothing_scales(amax, weight, self.smoothing))] if self.smoothing else [None]
-        by_input = [smoothing_scales(amax, torch.ones(1, len(amax), 1), power) for power in POWERS]
+        by_input = [smoothing_scales(amax, amax.new_ones(1, len(amax), 1), power) for power in POWERS]
         by_both = [smoothing_scales(amax, weight, power) for power in POWERS]
         return [None, *(representable(1 / scale) for scale in by_input + by_both)]
 
@@ -142,62 +156,70 @@ class SvdQuant(Mse):
         errors = []
         for scale in tried:
             generator = torch.Generator().manual_seed(self.seed)  # the same for each, so that they differ by their scales alone
-            x, rounded = self.quantized_vectors(inputs, scale, spec)
+            x, rounded = self.quantized_vectors(inputs, scale, spec, block_of(layers[0].layer))
             total = 0.0
             for layer, rank in zip(layers, ranks, strict=True):
                 weight = _flat_weight(layer, scale)
                 rest = (weight - rough_low_rank(weight, rank, generator))[:: -(-len(weight) // SEARCH_OUTPUTS)]
+                rest = rotated_weight(layer.layer, rest)
                 weight_scale = self.weight_scale(rest, layer.bits)
                 codes = quantize_weight(rest, weight_scale, layer.bits)
                 total += float((rounded @ dequantize_weight(codes, weight_scale).T - x @ rest.T).square().sum())
             errors.append(total if scale is None else total / NEEDED_GAIN)
         return tried[min(range(len(tried)), key=errors.__getitem__)]
 
-    def quantized_vectors(self, inputs: InputStatistics, scale: Tensor | None, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-        """Input vectors at some of the rows, multiplied by a pre-scale, and the same rounded: float32 [V, N] each."""
+    def quantized_vectors(
+        self, inputs: InputStatistics, scale: Tensor | None, spec: LayerSpec, block: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Input vectors at some of the rows, multiplied by a pre-scale and rotated in blocks, and the same rounded: float32 [V, N] each."""
         rows = torch.unique(inputs.rows)
         rows = rows[torch.linspace(0, len(rows) - 1, min(SEARCH_ROWS, len(rows))).round().long()]
         exact, rounded = [], []
-        factor = torch.ones(inputs.ranges.low.shape[1]) if scale is None else scale
+        factor = torch.ones_like(inputs.ranges.low[0]) if scale is None else scale
         for row in rows.tolist():
             x = inputs.vectors[inputs.rows == row] * _by_input(factor, inputs.vectors.shape[1])
+            low, high = (float(extreme) for extreme in ((inputs.ranges.low[row] * factor).min(), (inputs.ranges.high[row] * factor).max()))
+            if block is not None:
+                x = rotate(x, block)
+                low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
             exact.append(x)
             if spec.act_bits is None:
                 rounded.append(x)
                 continue
-            low, high = (float(extreme) for extreme in ((inputs.ranges.low[row] * factor).min(), (inputs.ranges.high[row] * factor).max()))
             range_ = self.activation_range(ActivationSamples(x.flatten()[:: max(1, x.numel() >> 12)], low, high), spec)
             codes = (x / range_.scale).round().clamp(range_.qmin, range_.qmin + spec.levels)
             rounded.append(codes * range_.scale)
         return torch.cat(exact), torch.cat(rounded)
 
-    def noise(self, inputs: InputStatistics, scale: Tensor | None, spec: LayerSpec) -> float:
+    def noise(self, inputs: InputStatistics, scale: Tensor | None, spec: LayerSpec, block: int | None = None) -> float:
         """Mean square of the rounding error of an input."""
-        x, rounded = self.quantized_vectors(inputs, scale, spec)
+        x, rounded = self.quantized_vectors(inputs, scale, spec, block)
         return float((rounded - x).square().mean())
 
-    def set_layer(self, student: Student, name: str, rank: int, inputs: InputStatistics, noise: float) -> None:
-        """Move the leading singular vectors of a layer's weight to its branch, and round the rest; its pre-scale is set."""
-        layer = student.layers[name]
+    def set_layer(self, layer: StudentLayer, branch: LowRankBranch | None, inputs: InputStatistics, noise: float) -> None:
+        """Move the leading singular vectors of a layer's weight to its branch, and round the rest. The layer's pre-scale is set."""
         size = layer.layer.weight[0].numel()
-        factor = torch.ones(size) if layer.pre_scale is None else _by_input(layer.pre_scale, size)
+        factor = layer.layer.weight.new_ones(size, dtype=torch.float32) if layer.pre_scale is None else _by_input(layer.pre_scale, size)
         rest = _flat_weight(layer, layer.pre_scale)
-        if (branch := student.branch_of(name)) is not None and rank:
-            down, up = low_rank(rest, rank)
-            branch.set_weights(half_values(down * factor), up)
+        if branch is not None:
+            down, up = low_rank(rest, branch.rank)
+            branch.set_weights(down * factor, up)
             rest = rest - branch.product() / factor
+        rest = rotated_weight(layer.layer, rest)
         layer.set_weight_scale(self.weight_scale(rest, layer.bits))
         if self.rounding == "gptq":
-            moments = inputs.moments * factor * factor[:, None]
+            moments, mean = inputs.moments * factor * factor[:, None], inputs.mean * factor
+            if (block := block_of(layer.layer)) is not None:
+                moments, mean = rotate(rotate(moments, block).T, block).contiguous(), rotate(mean, block)
             moments.diagonal().add_(noise)
             scale = layer.log_weight_scale.exp()
             rounded = dequantize_weight(gptq(rest, scale, layer.bits, moments), scale)
             if self.bias_correction and layer.layer.bias is not None:
-                shift = (rest - rounded) @ (inputs.mean * factor)
+                shift = (rest - rounded) @ mean
                 layer.layer.bias = nn.Parameter(layer.layer.bias.float() + shift, requires_grad=False)
             rest = rounded
-        like = layer.layer.weight
-        layer.layer.weight = nn.Parameter((rest * factor).reshape(like.shape), requires_grad=False)
+        held = weight_to_hold(layer.layer, rest.reshape(layer.layer.weight.shape))
+        layer.layer.weight = nn.Parameter(held, requires_grad=False)
 
 
 def rank_within(layer: nn.Conv2d | nn.Linear, rank: int, share: float) -> int:
@@ -211,8 +233,8 @@ def _ungrouped(layer: StudentLayer) -> bool:
 
 
 def _flat_weight(layer: StudentLayer, scale: Tensor | None) -> Tensor:
-    """The float weight divided by a pre-scale, float32 [Cout, N]."""
-    weight = layer.layer.weight.detach().float().flatten(1)
+    """The float weight divided by a pre-scale and not rotated, float32 [Cout, N]."""
+    weight = published_weight(layer.layer, layer.layer.weight.detach().float()).flatten(1)
     return weight if scale is None else weight / _by_input(scale, weight.shape[1])
 
 

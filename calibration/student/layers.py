@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from calibration.student.fake_quant import fake_quantize, round_straight_through
 from calibration.student.quantization_spec import LayerSpec, QuantRange
-from edm_deploy.network.restructure import PRE_SCALE, representable, scaled_input
+from edm_deploy.network.restructure import PRE_SCALE, representable, site_input, site_weight
 from edm_deploy.numerics.activation_table import ActivationTable
 from edm_deploy.numerics.codes import channel_bounds, dequantize_weight, per_channel, quantize_weight, weight_bounds
 
@@ -26,6 +26,7 @@ class ActivationQuantizer(nn.Module):
         rows: Rows of the table.
 
     Attributes:
+        spec: Bits and symmetry.
         log_scale: float32 [R].
         qmin: float32 [R], the lowest code before rounding; learnable unless the spec is symmetric.
         relaxed: Quantizer with more bits for samples at relaxed rows; None if these stay in floating point, or if there are none.
@@ -85,7 +86,8 @@ class ActivationQuantizer(nn.Module):
 class StudentLayer(nn.Module):
     """A quantized Conv2d or Linear: `y = conv(Q(p x), Q(W / p + B @ A)) + bias`. The low-rank update is merged before rounding (QALoRA).
 
-    The pre-scale `p` by input channel is a parameter of the layer itself, as in `edm_deploy.network.restructure`, and exists only if it was set.
+    The pre-scale `p` by input channel is a parameter of the layer itself, as in `edm_deploy.network.restructure`, and exists only if it was set. Where that module
+    rotated the layer, `W` is rotated, and so is `p x` before it is quantized.
 
     Args:
         layer: The float layer; its weight is not changed.
@@ -164,9 +166,7 @@ class StudentLayer(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """`W / p + B @ A`: float32, the shape of the layer's weight."""
-        weight = self.layer.weight.float()
-        if self.pre_scale is not None:
-            weight = weight / self.pre_scale.reshape(-1, *[1] * (weight.ndim - 2))
+        weight = site_weight(self.layer, self.layer.weight.float())
         if self.lora_a is None or self.lora_b is None:
             return weight
         return torch.addmm(weight.flatten(1), self.lora_b, self.lora_a).view_as(weight)
@@ -199,7 +199,7 @@ class StudentLayer(nn.Module):
         with torch.autocast(kind, enabled=False):
             weight = self.rounded_weight().to(x.dtype)
             bias = None if self.layer.bias is None else self.layer.bias.to(x.dtype)
-            x = scaled_input(self.layer, x)
+            x = site_input(self.layer, x)
             x = x if self.quantizer is None else self.quantizer(x)
             if isinstance(self.layer, nn.Linear):
                 return functional.linear(x, weight, bias)

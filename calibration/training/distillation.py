@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,13 @@ from calibration.training.param_group import ParamGroup
 from calibration.training.step_factors import step_factors
 
 MOST_LAST = 100  # losses at the end that are compared with the first
+FIRST_STEPS = 3  # of a budget, before the number of its steps is estimated
+Decay = Literal["linear", "cosine"]
 
 
 @dataclass(frozen=True)
 class TrainingSchedule:
-    """Number of steps and learning-rate schedule: linear warm-up over the first `warmup` share of the steps, multiplied by linear decay to 0.
+    """Number of steps and learning-rate schedule: linear warm-up over the first `warmup` share of the steps, multiplied by a decay to 0.
 
     Attributes:
         steps: Training steps.
@@ -37,6 +40,9 @@ class TrainingSchedule:
         relative: Power of the target's mean square that each sample's squared error is divided by: 0 is the absolute error, 1 the relative one.
         step_weighting: Power of the effect of each sampling step on the final sample, `step_weights`, that each sample's squared error is multiplied by;
             0 weights all steps alike. The factors are scaled to a mean of 1 over the steps.
+        decay: `linear`, or half a `cosine`.
+        scale_rates_to: Number of steps that the rates are meant for: all rates are multiplied by `(scale_rates_to / steps)^0.5`. 0 leaves them as they are.
+        ema: Decay per step of the exponential moving average that replaces the trained parameters at the end; 0 is no average.
     """
 
     steps: int
@@ -44,11 +50,26 @@ class TrainingSchedule:
     warmup: float = 0.0
     relative: float = 0.0
     step_weighting: float = 0.0
+    decay: Decay = "linear"
+    scale_rates_to: int = 0
+    ema: float = 0.0
 
-    def factor(self, share: float) -> float:
-        """Factor of the learning rates after `share` of the training, 0 to 1: steps done / steps, or the share of a budget's wall time."""
+    def factor(self, share: float, steps: float | None = None) -> float:
+        """Factor of the learning rates.
+
+        Args:
+            share: Share of the training that is done, 0 to 1: steps done / steps, or the share of a budget's wall time.
+            steps: Expected number of steps under a budget; None is `steps` of the schedule.
+        """
         # One step ahead, so that the first step's rate is not 0.
-        return min((share + 1 / self.steps) / self.warmup, 1.0) * (1 - share) if self.warmup else 1 - share
+        rise = min((share + 1 / self.steps) / self.warmup, 1.0) if self.warmup else 1.0
+        fall = 1 - share if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * share))
+        length = math.sqrt(self.scale_rates_to / (steps or self.steps)) if self.scale_rates_to else 1.0
+        return rise * fall * length
+
+    def average_decay(self, step: int) -> float:
+        """Decay of the average at step `step`, counted from 1: `ema`, and less in the first steps, so that the initial values do not dominate."""
+        return min(self.ema, (1 + step) / (10 + step))
 
 
 class Training:
@@ -80,6 +101,8 @@ class Training:
         self.trained = {name: parameter for name, parameter in self.student.named_parameters() if id(parameter) in trained}
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in self.trained)
+        self.done = 0
+        self.averages = {name: value.detach().clone() for name, value in self.trained.items()} if schedule.ema else {}
         self.rates = [group.rate for group in trained_groups]
         # No weight decay: it would shrink every row of every table at every step.
         self.optimizer = torch.optim.Adam([{"params": list(group.parameters), "lr": group.rate} for group in trained_groups], fused=True)
@@ -93,8 +116,8 @@ class Training:
             yield
         self.outputs = {}, {}
 
-    def step(self, share: float) -> float:
-        """Take one training step after `share` of the training; returns the loss, a mean over the batch of summed squared errors."""
+    def step(self, share: float, steps: float | None = None) -> float:
+        """Take one training step; returns the loss, a mean over the batch of summed squared errors. Arguments as those of `TrainingSchedule.factor`."""
         batch = self.trajectories.next_batch(self.schedule.batch)
         factors = self.step_factors[self.trajectories.position[batch.indices]].to(batch.sample.device)
         target = batch.conditioning.combine(self.teacher(batch.inputs))
@@ -102,10 +125,19 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self.schedule.factor(share)
+            group["lr"] = rate * self.schedule.factor(share, steps)
         self.optimizer.step()
+        self.done += 1
+        for name, average in self.averages.items():
+            average.lerp_(self.trained[name].detach(), 1 - self.schedule.average_decay(self.done))
         self.trajectories.advance(batch, target)
         return float(loss.detach())
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Replace the trained parameters by their averages, if there are any."""
+        for name, average in self.averages.items():
+            self.trained[name].copy_(average)
 
     def state(self, step: int, budget: Budget | None) -> TrainingState:
         """State after `step` steps."""
@@ -113,12 +145,14 @@ class Training:
         method = {"rates": torch.tensor(self.rates, dtype=torch.float64), "step_factors": self.step_factors}
         for name, parameter in self.trained.items():
             method |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+        method |= {f"average.{name}": value for name, value in self.averages.items()}
         parameters = {name: value.detach() for name, value in self._checkpoint_parameters().items()}
         return TrainingState(step=step, parameters=parameters, trajectories=self.trajectories.state(), method=method, budget=budget)
 
     @torch.no_grad()
     def load_state(self, state: TrainingState) -> None:
         """Continue from `state`."""
+        self.done = state.step
         self.student.allocate_for_state(state.parameters)
         restore(self._checkpoint_parameters(), state.parameters)
         self.rates, self.step_factors = state.method["rates"].tolist(), state.method["step_factors"]
@@ -128,6 +162,8 @@ class Training:
                     # In the parameter's memory layout: fused Adam iterates over the raw memory of both.
                     like = parameter if value.shape == parameter.shape else value
                     self.optimizer.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
+        for name, average in self.averages.items():
+            average.copy_(state.method[f"average.{name}"])
         self.trajectories.load_state(state.trajectories)
 
     def _checkpoint_parameters(self) -> dict[str, nn.Parameter]:
@@ -173,7 +209,7 @@ def distill(
 
     with ProgressMeter(run, "finetune", context.trajectories.device, first_step=done) as meter, training.outputs_captured():
         while (share := done / schedule.steps if budget is None else budget.share()) < 1:
-            loss = training.step(share)
+            loss = training.step(share, done / share if budget is not None and done >= FIRST_STEPS else None)
             done += 1
             check_finite(loss, position(done))
             run.notes.setdefault("first_loss", loss)
@@ -185,6 +221,7 @@ def distill(
                 save_training(run, training.state(done, budget), position=position(done), finished=finished)
             if meter.interrupted and not finished:
                 raise meter.interruption(position(done))
+    training.finish()
     warn_if_risen(run.notes.get("first_loss", math.inf), last)
     if budget is not None:
         run.notes["steps_done"] = done

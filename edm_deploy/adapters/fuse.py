@@ -77,7 +77,8 @@ def _with_base(artifact: Artifact, name: str) -> Artifact:
         return {_moved(key, name): value for key, value in values.items()}
 
     scaled = tuple(f"{name}.{BASE}" if each == name else each for each in artifact.structure.pre_scaled)
-    structure = replace(artifact.structure, pre_scaled=scaled, branches={**artifact.structure.branches, name: 1})
+    rotated = {f"{name}.{BASE}" if each == name else each: block for each, block in artifact.structure.rotated.items()}
+    structure = replace(artifact.structure, pre_scaled=scaled, rotated=rotated, branches={**artifact.structure.branches, name: 1})
     sites = {f"{name}.{BASE}" if site == name else site: value for site, value in artifact.sites.items()}
     return replace(artifact, sites=sites, params=renamed(artifact.params), absorbed=renamed(artifact.absorbed), structure=structure)
 

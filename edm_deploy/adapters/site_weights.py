@@ -1,11 +1,13 @@
 """From a LoRA of the published network to the weights of an engine's branches: split inputs, and scales that a rewrite moved into a layer.
 
-A branch reads what its site reads. Where that is p * x instead of the published layer's x (a pre-scale), `down` is divided by p; where the site's output is
-q * y (it absorbed the pre-scale of the layer after it), `up` is multiplied by q. A segment of a layer takes its part of the input channels of `down`.
+A branch reads what its site reads. Where that is p * x instead of the published layer's x (a pre-scale), `down` is divided by p; where it is H x (a rotation),
+`down` is multiplied by the inverse of H; where the site's output is q * y (it absorbed the pre-scale of the layer after it), `up` is multiplied by q. A segment of a
+layer takes its part of the input channels of `down`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,6 +19,7 @@ from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.network.adapter_inputs import AdapterInputs, adapter_inputs
 from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite, layer_of
+from edm_deploy.network.rotation import rotate_weight
 
 FACTORS_NAME = "lora.safetensors"  # file of an ONNX directory and an engine with the factors of its sites
 INPUT, OUTPUT = ".input", ".output"  # endings of their names
@@ -45,6 +48,12 @@ def refuse_lost_factors(artifact: Artifact) -> None:
         raise UnsupportedError(
             f"{folded} pre-scales of this artifact were folded into other layers by a version that did not keep them, and a LoRA needs them. "
             "Make the artifact again, or use it without LoRA."
+        )
+    rotated = re.search(r"(\d+) of them folded", str(artifact.provenance.get("rotations", "")))
+    if rotated and rotated[1] != "0":
+        raise UnsupportedError(
+            f"{rotated[1]} rotations of this artifact were folded into the projections of attention's values, so that a LoRA of those does not fit. "
+            "Quantize with --set rotate=off, or use the artifact without LoRA."
         )
 
 
@@ -117,6 +126,8 @@ class BranchTarget:
         down, up = update.down, update.up
         if (scale := self.factors.get(f"{site}{INPUT}")) is not None:
             down = down / scale.reshape(1, -1, *[1] * (down.ndim - 2))
+        if (block := self.structure.rotated.get(site)) is not None:
+            down = rotate_weight(down, block)  # after the pre-scale, as the input
         if (scale := self.factors.get(f"{site}{OUTPUT}")) is not None:
             up = up * scale[:, None]
         return LayerUpdate(down, up)

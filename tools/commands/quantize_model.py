@@ -91,7 +91,8 @@ def _parameters(model: str) -> int:
 
 def _check_memory(request: QuantizeRequest, parameters: int) -> None:
     recipe, low_memory = request.recipe, request.low_memory
-    needed = needed_memory(parameters, trains=recipe.trains, low_memory=low_memory, cached=recipe.cached_bytes)
+    rotates = recipe.rotate != "off"
+    needed = needed_memory(parameters, trains=recipe.trains, low_memory=low_memory, rotates=rotates, cached=recipe.cached_bytes)
     available = psutil.virtual_memory().available
     if needed > available:
         remedy = (

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from calibration import RunOptions, fit
-from calibration.base_pass import check_passes
-from calibration.passes.adp import Adp, keep_rows, select, similarity, uncertainty
+from calibration.base_pass import PassContext, check_passes
+from calibration.passes.adp import Adp, keep_rows, search_ranges, select, similarity, uncertainty
 from calibration.recipes.minmax import MinMax
 from edm_deploy.artifact.reference import Reference
 from edm_deploy.errors import InputError
+from edm_deploy.pipelines.guidance import Conditioner
 from tests.calibration.tiny import tiny_source
 from tests.conftest import artifact_by_hand, tiny_inputs
 
@@ -76,6 +77,21 @@ def test_the_tables_have_one_row_a_group_and_its_timesteps_are_chosen_from_the_c
     assert Reference(grouped)(tiny_inputs("unet2d")).isfinite().all()
 
 
+def test_the_range_of_a_group_covers_the_inputs_of_all_of_its_rows():
+    recipe = MinMax(rows=3, calibration_samples=2)
+    source = tiny_source()
+    context = PassContext(source, recipe, Conditioner(source.family_object, source.config), torch.device("cpu"))
+    timesteps = torch.tensor([0, 333, 666], dtype=torch.int32)
+    alone, pooled = (recipe.student(source, timesteps, torch.device("cpu")) for _ in range(2))
+    search_ranges(alone, context, torch.tensor([0, 1, 2]))
+    search_ranges(pooled, context, torch.tensor([0, 1, 0]))
+    for name, quantizer in pooled.quantizers.items():
+        by_row = alone.quantizers[name].log_scale.detach()
+        # Min-max at 8 bits: the pooled range is the wider one; a mean of the two would clip the other row's inputs.
+        widest = torch.maximum(by_row[0], by_row[2])
+        torch.testing.assert_close(quantizer.log_scale.detach(), torch.stack([widest, by_row[1], widest]))
+
+
 @pytest.mark.parametrize(
     ("settings", "recipe", "message"),
     [
@@ -104,9 +120,8 @@ def test_the_groups_are_in_every_checkpoint_and_determine_the_row_of_a_sample():
     assert "shared_row" not in student.learnable()
     for quantizer in student.quantizers.values():
         quantizer.log_scale.data = torch.tensor([0.0, 2.0, 0.2])
-    Adp(groups=2).calibrated(student, None)
+    assert Adp(groups=2).share_rows(student).tolist() == [0, 1, 0]
     assert student.shared_row.tolist() == [0, 1, 0]
     quantizer = next(iter(student.quantizers.values()))
-    torch.testing.assert_close(quantizer.log_scale.detach(), torch.tensor([0.1, 2.0, 0.1]))
     with student.at_rows(torch.tensor([0, 1, 2]), torch.device("cpu")):
         assert quantizer.rows.tolist() == [0, 1, 0]

@@ -19,7 +19,15 @@ def test_the_recipes_that_train_against_the_prediction_share_their_settings():
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("steps", 0), ("batch", 0), *((name, -1.0) for name in ("scale_rate", "bound_rate", "warmup", "relative")), ("compute", "fp8")],
+    [
+        ("steps", 0),
+        ("batch", 0),
+        *((name, -1.0) for name in ("scale_rate", "bound_rate", "warmup", "relative", "scale_rates_to")),
+        ("compute", "fp8"),
+        ("ema", 1.0),
+        ("ema", -0.1),
+        ("decay", "steps"),
+    ],
 )
 def test_settings_out_of_range_are_refused_by_name(setting, value):
     assert setting in {field.name for field in fields(DistillationRecipe)}

@@ -34,6 +34,48 @@ def test_rates_rise_and_fall_linearly():
     assert TrainingSchedule(steps=10, batch=1).factor(0) == 1.0
 
 
+def test_a_cosine_falls_slowly_at_first_and_at_the_end():
+    schedule = TrainingSchedule(steps=10, batch=1, decay="cosine")
+    assert [round(schedule.factor(share), 3) for share in (0, 0.25, 0.5, 0.75, 1.0)] == [1.0, 0.854, 0.5, 0.146, 0.0]
+
+
+def test_rates_of_a_longer_training_are_lower_by_the_root_of_its_length():
+    assert TrainingSchedule(steps=400, batch=1, scale_rates_to=100).factor(0) == pytest.approx(0.5)
+    under_a_budget = TrainingSchedule(steps=400, batch=1, scale_rates_to=100)
+    assert under_a_budget.factor(0.5, 1600.0) == pytest.approx(0.5 * 0.25)  # 1600 steps are expected, half of the time is used
+    assert TrainingSchedule(steps=400, batch=1).factor(0, 1600.0) == 1.0
+
+
+def test_the_average_of_the_first_steps_forgets_the_initial_values():
+    schedule = TrainingSchedule(steps=10, batch=1, ema=0.99)
+    assert [schedule.average_decay(step) for step in (1, 8, 10_000)] == [2 / 11, 0.5, 0.99]
+
+
+def trained_tables(recipe, **options):
+    artifact = fit(tiny_source(), recipe, RunOptions(teacher_dtype="fp32", **options))
+    return torch.cat([site.activation.scale.log() for site in artifact.sites.values()])
+
+
+def test_the_average_replaces_what_was_trained():
+    settings = SETTINGS | {"compute": "fp32", "scale_rate": 0.01, "decay": "cosine"}
+    before, last, averaged = (
+        trained_tables(EfficientDM(**settings | change))
+        for change in ({"steps": 1, "scale_rate": 0.0}, {"steps": 2}, {"steps": 2, "ema": 0.9})
+    )
+    moved = (last - before).abs() > 1e-3
+    assert bool(moved.any())
+    share = (averaged - before)[moved] / (last - before)[moved]
+    assert 0.5 < float(share.median()) < 1.0  # 1 without an average, 0 for the initial values
+
+
+def test_an_interrupted_and_resumed_average_is_that_of_the_whole_run(tmp_path):
+    recipe, source = EfficientDM(**SETTINGS | {"steps": 4}, ema=0.9), tiny_source()
+    whole = fit(source, recipe, RunOptions())
+    with pytest.raises(Interrupted):
+        fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck"), on_progress=interrupted_at(2))
+    assert fit(source, recipe, RunOptions(checkpoint=tmp_path / "ck", resume=True)).digest == whole.digest
+
+
 @pytest.mark.parametrize("kind", ["unet2d", pytest.param("unet2d-classes", marks=pytest.mark.extended)])
 def test_an_interrupted_and_resumed_run_ends_in_the_same_artifact(kind, tmp_path):
     recipe, source = EfficientDM(**SETTINGS), tiny_source(kind)

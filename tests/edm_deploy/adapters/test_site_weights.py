@@ -12,15 +12,17 @@ from edm_deploy.artifact.reference import Reference
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.network.adapter_inputs import SLOT_SCALES, AdapterInputs, down_input, up_input
 from edm_deploy.network.restructure import NetworkRewrite
+from edm_deploy.network.rotation import gain, rotate
 from tests.conftest import artifact_by_hand, tiny_inputs
 from tests.tiny_loras import peft_tensors
 
 BLOCK = "transformer_blocks.0"
+BLOCK_SIZE = 8  # of rotations; an odd power of two, whose matrix is not orthogonal
 TO_Q, TO_V, TO_OUT, UP = f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_v", f"{BLOCK}.attn1.to_out.0", f"{BLOCK}.ff.net.2"
 
 
 def restructured() -> Artifact:
-    """A DiT with a split layer and two pre-scales, of which one can be folded: attention is linear in its values."""
+    """A DiT with a split layer, a rotated one, and two pre-scales, of which one can be folded: attention is linear in its values."""
     artifact = artifact_by_hand("dit", 8, 8)
     generator = torch.Generator().manual_seed(0)
     sites, params = dict(artifact.sites), dict(artifact.params)
@@ -30,7 +32,9 @@ def restructured() -> Artifact:
     for index, codes in enumerate(site.codes.split([6, 10], dim=1)):
         sites[f"{BLOCK}.ff.net.0.proj.segment{index}"] = replace(site, codes=codes.contiguous())
     params[f"{BLOCK}.ff.net.0.proj.segment0.bias"] = params.pop(f"{BLOCK}.ff.net.0.proj.bias")
-    structure = NetworkRewrite(segments={f"{BLOCK}.ff.net.0.proj": (6, 10)}, pre_scaled=(TO_OUT, UP))
+    structure = NetworkRewrite(
+        segments={f"{BLOCK}.ff.net.0.proj": (6, 10)}, pre_scaled=(TO_OUT, UP), rotated={TO_Q: BLOCK_SIZE, UP: BLOCK_SIZE}
+    )
     artifact = replace(artifact, sites=sites, params=params, structure=structure)
     artifact.validate()
     return artifact
@@ -61,26 +65,29 @@ def updates(artifact, layers):
 
 
 @pytest.mark.parametrize("folds", [False, True], ids=["Mul", "folded"])
-@pytest.mark.parametrize("layer", [TO_OUT, UP, TO_V, f"{BLOCK}.ff.net.0.proj"], ids=["pre-scaled", "kept", "absorbing", "split"])
+@pytest.mark.parametrize(
+    "layer", [TO_OUT, UP, TO_V, TO_Q, f"{BLOCK}.ff.net.0.proj"], ids=["pre-scaled", "kept and rotated", "absorbing", "rotated", "split"]
+)
 def test_a_branch_adds_the_published_layers_update_whatever_its_site_reads_and_writes(before, after, layer, folds):
     """Judged on the layer's own float inputs and outputs, in the network that is quantized without a LoRA."""
     artifact = after if folds else before
     lora, values = updates(artifact, {layer})
     inputs = tiny_inputs("dit")
     plain, adapted = Reference(artifact), Reference(artifact, values)
-    seen = {}
-    published = {site.removesuffix(".segment0").removesuffix(".segment1") for site in artifact.sites}
-    assert layer in published
     parts = [site for site in artifact.sites if site == layer or site.startswith(f"{layer}.segment")]
     scales = inputs | {SLOT_SCALES: torch.ones(3, 3)}
     without = plain.record(inputs)
     with_it = adapted.at_sites({site: without[site].x for site in parts}, inputs["timestep"], scales[SLOT_SCALES])
     added = sum((with_it[site].y - without[site].y) for site in parts)
     factors = site_factors(artifact, adapters_of(artifact, rank=1, pattern="."))
-    x = torch.cat([without[site].x / factors.get(f"{site}.input", torch.ones(1)) for site in parts], dim=-1)  # of the published layer
+    inputs_of = [
+        rotate(without[site].x, BLOCK_SIZE) * gain(BLOCK_SIZE) if site in artifact.structure.rotated else without[site].x for site in parts
+    ]
+    x = torch.cat(
+        [x / factors.get(f"{site}.input", torch.ones(1)) for site, x in zip(parts, inputs_of, strict=True)], dim=-1
+    )  # of the published layer
     expected = functional.linear(x, lora.layers[layer].delta()) * factors.get(f"{parts[0]}.output", torch.ones(1))
     torch.testing.assert_close(added, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
-    assert not seen
 
 
 def test_folding_keeps_the_network_with_a_lora(before, after):
@@ -109,6 +116,10 @@ def test_the_factors_are_saved_with_the_artifact_and_part_of_its_digest(after, t
 
 
 def test_an_artifact_that_lost_its_factors_is_refused(before):
+    turned = replace(before, provenance={"rotations": "9 of 12, 4 of them folded"})
+    with pytest.raises(UnsupportedError, match=r"4 rotations of this artifact were folded .* --set rotate=off"):
+        adapters_of(turned, rank=4)
+    adapters_of(replace(before, provenance={"rotations": "9 of 12, 0 of them folded"}), rank=4)
     lost = replace(before, provenance={"folded_pre_scales": "3 of 5"})
     with pytest.raises(
         UnsupportedError, match=r"3 pre-scales of this artifact were folded .* Make the artifact again, or use it without LoRA"
