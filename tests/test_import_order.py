@@ -23,6 +23,7 @@ ORDER = {
         ("network",),
         ("models",),
         ("artifact",),
+        ("adapters",),
         ("pipelines",),
         ("runtime",),
         ("export", "__init__"),
