@@ -20,6 +20,8 @@ from calibration.run.checkpoint import check_not_overwritten
 from calibration.run.memory import peak_memory
 from calibration.run.options import Interrupted, Progress, Run, RunOptions
 from calibration.run.time_budget import Budget
+from calibration.start import CHAIN, chain_with, check_start
+from calibration.student.from_artifact import structure_of, student_from_artifact, with_params
 from calibration.student.teacher import Teacher, check_finite_weights, restructured
 from calibration.student.to_artifact import artifact_from_student
 from edm_deploy import Artifact
@@ -37,6 +39,7 @@ def fit(
     options: RunOptions,
     *,
     passes: Sequence[Pass] = (),
+    start: Artifact | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Artifact:
     """Quantize a float model with a recipe.
@@ -46,6 +49,8 @@ def fit(
         recipe: The method and its settings.
         options: Device, teacher dtype, checkpoints, prompts, budget.
         passes: Passes to compose the recipe with, in this order.
+        start: Artifact of the same float model that training starts from, instead of from a calibration: its codes, tables, biases, structure, bits by
+            site and row timesteps. `calibration.start.recipe_taking` gives a recipe its settings. None calibrates.
         on_progress: Called after every step.
 
     Returns:
@@ -53,12 +58,12 @@ def fit(
 
     Raises:
         Interrupted: SIGINT or SIGTERM was received.
-        InputError: The checkpoint directory has the checkpoint of an unfinished run and `resume` is not set; the recipe is not applicable to the model, a pass not to the recipe, or prompts are given for a model without text inputs.
+        InputError: The checkpoint directory has the checkpoint of an unfinished run and `resume` is not set; the recipe is not applicable to the model or to `start`, a pass not to the recipe, or prompts are given for a model without text inputs.
         UnsupportedError: The model's scheduler is not supported for sampling trajectories.
         ArtifactError: A weight of the model is NaN or infinite, or the checkpoint to resume is missing, damaged or from a different run.
     """
     check_not_overwritten(options)
-    start = time.perf_counter()
+    began = time.perf_counter()
     budget = None if options.budget_seconds is None else Budget(options.budget_seconds)
     check_passes(passes, recipe)
     device = torch.device(options.device)
@@ -66,18 +71,26 @@ def fit(
         check_takes_prompts(source)
     check_finite_weights(source)
     teacher_hash = source.digest()
-    structure = recipe.structure(source)
+    if start is not None:
+        check_start(start, recipe, passes, options, teacher_hash)
+    structure = recipe.structure(source) if start is None else structure_of(start)
     source = restructured(source, structure)
     conditioner = conditioner_of(source, scale=recipe.guidance, prompts=prompts_of(options.prompts))
-    folded = folded_layers(source, options.fold_time)
+    folded = folded_layers(source, options.fold_time) if start is None else start.folded
     configuration = _configuration(recipe, options, passes, conditioner.origin, folded)
+    if start is not None:
+        configuration |= {CHAIN: chain_with(start)}
     pass_context = PassContext(source=source, recipe=recipe, conditioner=conditioner, device=device)
-    timesteps = row_timesteps(pass_context, passes)
+    timesteps = row_timesteps(pass_context, passes)  # of the trajectories, and of the table rows unless an artifact has others
     trajectories = Trajectories(
         source, timesteps, size=recipe.pool_size(), eta=recipe.eta, seed=recipe.seed, device=device, conditioner=conditioner
     )
     teacher = Teacher(source, device)
-    student = recipe.student(source, timesteps, device, teacher=teacher, folded=folded, structure=structure)
+    if start is None:
+        student = recipe.student(source, timesteps, device, teacher=teacher, folded=folded, structure=structure)
+    else:
+        source = with_params(source, start)
+        student = student_from_artifact(start, source, device)
     for each in passes:
         each.before(student, pass_context)
 
@@ -91,6 +104,7 @@ def fit(
         on_progress=on_progress or (lambda _: None),
         student_leads=any(each.student_leads for each in passes),
         after_calibration=after_calibration,
+        from_artifact=start is not None,
         budget=budget,
     )
     recipe.fit(TrainingContext(student, teacher, trajectories, run))
@@ -110,7 +124,7 @@ def fit(
         "teacher_sha256": teacher_hash,
         "device": options.device,
         "versions": {name: version(name) for name in ("edm-deploy", "torch", "diffusers")},
-        "wall_seconds": round(time.perf_counter() - start, 1),
+        "wall_seconds": round(time.perf_counter() - began, 1),
         "peak_memory_bytes": peak_memory(device),
     }
     return replace(artifact, provenance=provenance | dict(artifact.provenance))

@@ -32,6 +32,7 @@ ORDER = {
         ("student",),
         ("recipe",),
         ("base_pass",),
+        ("start",),
         ("training", "observers"),
         ("reconstruction",),
         ("recipes", "passes"),

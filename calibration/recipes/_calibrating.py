@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calibration.observers.calibrate import calibrate
+from calibration.observers.stagger import stagger
 from calibration.recipe import Recipe, TrainingContext
 
 
@@ -13,5 +14,8 @@ class CalibrationRecipe(Recipe):
     """Observes activations along the teacher's trajectories and sets every row of every table. Recipes that train start from its result."""
 
     def fit(self, context: TrainingContext) -> None:
-        """Set the student's ranges and scales; in place."""
-        calibrate(context, self)
+        """Set the student's ranges and scales, in place; those of an artifact are kept."""
+        if context.run.from_artifact:
+            stagger(context)
+        else:
+            calibrate(context, self)

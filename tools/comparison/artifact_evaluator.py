@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError
-from edm_deploy.network.layer_costs import site_work
-from edm_deploy.network.meta_model import meta_inputs, meta_model
 from edm_deploy.numerics.seeds import LARGEST_SEED
+from edm_deploy.runtime.capabilities import capabilities_of
 from edm_deploy.storage.directories import read_json, write_json
 from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 from edm_deploy_tools.common.console import Notify, bytes_of
 from edm_deploy_tools.evaluation.feature_network import features_of
 from edm_deploy_tools.evaluation.frechet import frechet_distance
 from edm_deploy_tools.evaluation.trajectory_error import ReferenceTrajectory, denoise_of_artifact, reference_trajectory, trajectory_error
+from edm_deploy_tools.inspection.executed_work import layer_macs, work_shares
 
 ARTIFACT, MEASURED = "artifact", "measured"  # directories in that of an experiment
 FIGURES, IMAGES = "figures.json", "images.safetensors"
@@ -53,7 +53,12 @@ class ArtifactEvaluator:
         artifact = Artifact.load(directory / ARTIFACT)
         try:
             cached = read_json(directory / MEASURED / FIGURES, what="measured")
-            if cached["setup"] == settings and cached["artifact"] == artifact.digest and (directory / MEASURED / IMAGES).is_file():
+            if (
+                cached["setup"] == settings
+                and cached["artifact"] == artifact.digest
+                and "int4_share" in cached
+                and (directory / MEASURED / IMAGES).is_file()
+            ):
                 return cached
         except (ArtifactError, KeyError):
             pass
@@ -71,6 +76,7 @@ class ArtifactEvaluator:
             "frechet": frechet_distance(features_of(images), self.features),
             "bytes": bytes_of(directory / ARTIFACT),
             "integer_share": integer_share(artifact, self.reference.timesteps),
+            "int4_share": int4_share(artifact, self.reference.timesteps),
             "steps_done": artifact.provenance.get("steps_done"),
             "quantizing_seconds": artifact.provenance.get("wall_seconds"),
         }
@@ -93,29 +99,24 @@ def integer_share(artifact: Artifact, timesteps: Sequence[float]) -> float:
         artifact: The quantized model.
         timesteps: Timesteps of the sampling steps.
     """
-    family, total, integer = artifact.family_object, 0, 0
-    model = meta_model(family, artifact.config, artifact.structure)
+    macs = layer_macs(artifact)
+    integer = sum(macs[name] for name, site in artifact.sites.items() if site.activation is not None)
+    total = sum(macs.values())
+    return _quantized_steps(artifact, timesteps) * integer / total
 
-    def count(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            nonlocal total, integer
-            macs = site_work(layer, inputs[0], output).macs
-            total += macs
-            site = artifact.sites.get(name)
-            integer += macs if site is not None and site.activation is not None else 0
 
-        return hook
+def int4_share(artifact: Artifact, timesteps: Sequence[float]) -> float:
+    """Share, 0 to 1, of the same multiply-accumulates whose weights and inputs both fit 4 bits, so that backend `cuda` computes them in INT4."""
+    shares = work_shares(artifact, capabilities_of("cuda"))
+    return _quantized_steps(artifact, timesteps) * shares.get("int4", 0.0)
 
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.register_forward_hook(count(name))
-    with torch.no_grad():
-        family.forward(model, meta_inputs(family, artifact.config))
-    quantized_steps = 1.0
-    if artifact.relaxed is not None:
-        at = torch.tensor([round(timestep) for timestep in timesteps]).clamp(max=len(artifact.relaxed) - 1)
-        quantized_steps = float((artifact.relaxed[at] == 0).double().mean())
-    return quantized_steps * integer / total
+
+def _quantized_steps(artifact: Artifact, timesteps: Sequence[float]) -> float:
+    """Share of the sampling steps whose activations are quantized by the tables."""
+    if artifact.relaxed is None:
+        return 1.0
+    at = torch.tensor([round(timestep) for timestep in timesteps]).clamp(max=len(artifact.relaxed) - 1)
+    return float((artifact.relaxed[at] == 0).double().mean())
 
 
 def json_of(value: Any) -> dict[str, Any]:  # a dataclass instance

@@ -23,6 +23,7 @@ DEFINED = {
     "memory": "peak resident memory of that process",
     "size": "size of the artifact's directory",
     "integer": "share of the multiply-accumulates of all Conv2d and Linear layers whose weights and inputs are both integer codes",
+    "INT4": "share of the same whose weights and inputs both fit 4 bits; backend cuda computes the other integer layers in INT8",
 }
 
 
@@ -44,7 +45,7 @@ def ranked_rows(results: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]
             continue
         row |= {
             name: fmean(cell[name] for cell in good)
-            for name in ("noise_error", "psnr_db", "frechet", "seconds", "peak_bytes", "bytes", "integer_share")
+            for name in ("noise_error", "psnr_db", "frechet", "seconds", "peak_bytes", "bytes", "integer_share", "int4_share")
         }
         row["noise_error_by_step"] = [fmean(step) for step in zip(*(cell["noise_error_by_step"] for cell in good), strict=True)]
         row["spread"] = [min(cell["noise_error"] for cell in good), max(cell["noise_error"] for cell in good)]
@@ -64,7 +65,7 @@ def table_of(results: Mapping[str, Any], scheme: str) -> list[Row]:
     for place, row in enumerate(ranked_rows(results, scheme), start=1):
         name = row["recipe"] + ("" if row["trains"] else " (no training)")
         if "failed" in row:
-            blank = dict.fromkeys(("PSNR, dB", "Frechet", "time", "memory", "size", "integer"))
+            blank = dict.fromkeys(("PSNR, dB", "Frechet", "time", "memory", "size", "integer", "INT4"))
             table.append({"#": None, "recipe": name, "noise error": "failed"} | blank)
             continue
         low, high = row["spread"]
@@ -79,6 +80,7 @@ def table_of(results: Mapping[str, Any], scheme: str) -> list[Row]:
                 "memory": size_words(round(row["peak_bytes"])),
                 "size": size_words(round(row["bytes"])),
                 "integer": f"{100 * row['integer_share']:.1f} %",
+                "INT4": f"{100 * row['int4_share']:.1f} %",
             }
         )
     return table

@@ -26,6 +26,7 @@ from edm_deploy.storage.directories import INDEX_FILE, SOURCE_KEY, other_compone
 from edm_deploy_tools.common.console import Row, bytes_of, size_words, time_words
 from edm_deploy_tools.inspection import describe_model as model
 from edm_deploy_tools.inspection.estimates import by_site
+from edm_deploy_tools.inspection.executed_work import share_words, work_shares
 
 DESCRIBED = ("guidance", "conditioning", "folded")  # entries of a provenance that have a fact in words
 PathKind = Literal["model", "artifact", "onnx", "engine"]
@@ -122,7 +123,10 @@ def describe_artifact(path: Path) -> Description:
     } | {name: provenance_words(name, value) for name, value in artifact.provenance.items() if name not in DESCRIBED}
     share = by_site(model_work(artifact.family_object, artifact.config, artifact.structure).sites)
     rows: list[Row] = [{**site_row(name, site), "MACs %": share.get(name)} for name, site in artifact.sites.items()]
-    plans: list[Row] = [{"backend": target.backend, "plan": summary(plan_layers(artifact, target))} for target in CAPABILITIES.values()]
+    plans: list[Row] = [
+        {"backend": target.backend, "plan": summary(plan_layers(artifact, target)), "work": share_words(work_shares(artifact, target))}
+        for target in CAPABILITIES.values()
+    ]
     return Description(kind="artifact", facts=facts, tables={"Sites": rows, "Plan": plans})
 
 

@@ -33,6 +33,7 @@ def test_shares_of_the_work_sum_to_100(chain):
 def test_an_artifact_is_described_with_a_plan_for_every_backend(chain):
     description = describe(str(chain.artifact))
     assert {row["backend"] for row in description.tables["Plan"]} >= {"ort", "openvino", "trt-rtx", "trt"}
+    assert {row["work"] for row in description.tables["Plan"] if row["backend"] == "ort"} == {"INT8 100.0 %"}
     assert description.facts["recipe"] == "minmax"
 
 
