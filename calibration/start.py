@@ -82,12 +82,11 @@ def check_start(artifact: Artifact, recipe: Recipe, passes: Sequence[Pass], opti
         raise InputError(
             f"The artifact to start from was made of another model ({found}, this one is {teacher_hash[:12]}). Name the model that it was made of."
         )
-    for name, made_by in (("correction", "tac"), ("relaxed", "pcr")):
-        if getattr(artifact, name) is not None:
-            raise InputError(
-                f"The artifact to start from was made with pass {made_by}, whose {name} belongs to the network as it was. "
-                f"Start from an artifact without it, and add --with {made_by} to this run."
-            )
+    if artifact.correction is not None:
+        raise InputError(
+            "The artifact to start from was made with pass tac, whose correction belongs to the network as it was. "
+            "Start from an artifact without it, and add --with tac to this run."
+        )
     for each in passes:
         if each.student_leads or any(getattr(type(each), hook) is not getattr(Pass, hook) for hook in ("calibrated", "timesteps")):
             raise InputError(f"Pass {each.name!r} works on calibration, which a run from an artifact does not repeat. Leave it out.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edm_deploy import registry
-from edm_deploy.artifact.float_timesteps import FOLDER
+from edm_deploy.artifact.relaxed_timesteps import FOLDER
 from edm_deploy.errors import InputError, flag
 from edm_deploy.models import family_named
 from edm_deploy.runtime.backend import Backend, BuildOptions, BuildResult

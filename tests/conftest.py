@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -19,6 +22,9 @@ from edm_deploy.network.family import Family
 from edm_deploy.numerics.activation_table import ActivationTable, nearest_rows
 from edm_deploy.numerics.codes import quantize_weight, symmetric_bounds, weight_bounds
 
+# What is computed once on a machine is not taken from, nor left in, the cache of the user who runs the tests. Read when huggingface_hub is imported.
+os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp(prefix="edm-deploy-cache-")
+atexit.register(shutil.rmtree, os.environ["HF_ASSETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # a worker for each core (`make test`); threads of one would take turns with those of the other
 
 

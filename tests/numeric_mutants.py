@@ -99,7 +99,7 @@ MUTANTS = {
     "sums of integers lose their last bits": mutant(REFERENCE, "< 2**24 else torch.float64", "< 2**40 else torch.float64", EXACT_SUMS),
     "the sample is shifted the wrong way": mutant(CORRECTION, "-self._at(self.input_bias", "self._at(self.input_bias"),
     "samples come back in another order": mutant(
-        ROUTING, "torch.cat(places).argsort()", "torch.cat(places)", "edm_deploy/artifact/test_float_timesteps.py"
+        ROUTING, "torch.cat(places).argsort()", "torch.cat(places)", "edm_deploy/artifact/test_relaxed_timesteps.py"
     ),
     "guidance has the wrong sign": mutant(GUIDANCE, " + self.scale * (", " - self.scale * ("),
     # schedules

@@ -24,10 +24,10 @@ from edm_deploy_tools.common.console import Row
 from edm_deploy_tools.inspection.describe import kind_of
 from edm_deploy_tools.inspection.describe_model import pipeline_config_of
 from engines.performance.gpus import Gpu, gpu_named
-from engines.performance.roofline import MAIN_LOOP, Expected, Matmul, Precision, expected, faster_as_int8
+from engines.performance.roofline import MAIN_LOOP, Expected, Matmul, Precision, expected, faster_as_int8, others
 
 NOTE = (
-    "Expected, not measured. Only layers and the matmuls of attention: norms, additions and data movement add to this. "
+    "Expected, not measured. Only layers, their branches and the matmuls of attention: norms, additions and data movement add to this. "
     "Assumes kernels as efficient as CUTLASS's; engines/profiles/measured.toml has the errors of this model."
 )
 
@@ -56,7 +56,7 @@ class Roofline:
         gpu, batch: The GPU, and samples per call.
         fused: Whether quantization is part of the preceding kernel.
         sites: Expected times by site and precision; INT4 only if the site's codes fit.
-        outside: Seconds of the matmuls of attention, in float16.
+        outside: Seconds of the matmuls of attention and of float branches, in float16.
         as_int8: Sites that could run in INT4 but are no slower in INT8.
     """
 
@@ -129,7 +129,8 @@ def roofline(layers: ModelLayers, gpu: Gpu, batch: int, *, fused: bool = False) 
         batch=batch,
         fused=fused,
         sites={name: times(name, site) for name, site in layers.work.sites.items()},
-        outside=2 * batch * layers.work.other_macs / (gpu.peak("float16") * MAIN_LOOP),
+        outside=2 * batch * layers.work.other_macs / (gpu.peak("float16") * MAIN_LOOP)
+        + sum(others(Matmul.of(layer, batch), "float16", gpu).seconds for layer in layers.work.branches.values()),
         as_int8=faster_as_int8(four, gpu, batch, fused_quantize=fused),
     )
 
@@ -147,7 +148,7 @@ def site_rows(roof: Roofline) -> list[Row]:
 
 
 def total_rows(roof: Roofline) -> list[Row]:
-    """One row for each choice of precision: time of the layers of one step, and of the step with the matmuls of attention."""
+    """One row for each choice of precision: time of the layers of one step, and of the step with branches and the matmuls of attention."""
     rows: list[Row] = []
     for name, times in roof.times_by_precision().items():
         layers = sum(time.seconds for time in times)

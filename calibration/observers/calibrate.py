@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from calibration.data.observation import ActivationSamples
-from calibration.data.trajectory_pool import FORWARD_BATCH
+from calibration.data.trajectory_pool import FORWARD_BATCH, Batch
 from calibration.observers.observers import InputMean, Observer
+from calibration.observers.stagger import stagger
 from calibration.recipe import Recipe, TrainingContext
 from calibration.run.options import Interrupted
 from calibration.run.parallel_map import parallel_map
 from calibration.run.progress import ProgressMeter
-from calibration.student.layers import StudentLayer
+from calibration.student.layers import ActivationQuantizer, StudentLayer
 from calibration.student.module_outputs import input_hooks
+from calibration.student.student import Student
 from edm_deploy.network.restructure import scaled_input
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRecipe(Recipe):
+    """Base of the recipes without training: observes activations along the teacher's trajectories and sets every row of every table.
+
+    Recipes that train start from its result.
+    """
+
+    def fit(self, context: TrainingContext) -> None:
+        """Set the student's ranges and scales, in place; those of an artifact are kept."""
+        if context.run.from_artifact:
+            stagger(context)
+        else:
+            calibrate(context, self)
 
 
 @torch.no_grad()
 def calibrate(context: TrainingContext, recipe: Recipe) -> None:
     """Set every row of every activation table of the student, and correct its biases if the recipe does so; in place.
 
-    The teacher leads the trajectories and its layers are observed. If a pass of the run lets the student lead, each batch is first observed in the
-    teacher, then the row is set, and the student, quantized at this row and at all noisier ones, takes the sampling step. The pool is left staggered
-    over the schedule.
+    The teacher leads the trajectories and its layers are observed. If a pass of the run lets the student lead, the student's own layers are observed:
+    each range is set before the layers after it run, so that their inputs are those of the network quantized at this row and at all noisier ones.
+    The student then takes the sampling step. The pool is left staggered over the schedule.
 
     Args:
         context: A student whose weight scales are set, the teacher, and a new pool.
@@ -35,29 +55,27 @@ def calibrate(context: TrainingContext, recipe: Recipe) -> None:
         Interrupted: SIGINT or SIGTERM; there is no state worth saving yet.
     """
     student, teacher, trajectories, run = context.student, context.teacher, context.trajectories, context.run
-    layers: Mapping[str, nn.Module] = {name: layer for name, layer in teacher.family.sites(teacher.model).items() if name in student.layers}
-    generator = torch.Generator().manual_seed(recipe.seed)
-    observers = {name: Observer(generator) for name in student.quantizers}
-    means = {name: InputMean() for name in layers} if recipe.corrects_bias else {}
-    collectors: list[tuple[str, Observer | InputMean]] = [*observers.items(), *means.items()]
-    hooks = [(layers[name], _pre_scaled(student.layers[name], collector)) for name, collector in collectors]
-    specs = {name: recipe.layer_spec(name, teacher.family.placement(name)) for name in student.quantizers}
-    pooled: dict[str, ActivationSamples] = {}
-    with input_hooks(hooks), ProgressMeter(run, "calibrate", trajectories.device) as meter:
+    sites: Mapping[str, nn.Module] = teacher.family.sites(teacher.model)
+    observed: Mapping[str, nn.Module] = student.layers if run.student_leads else {name: sites[name] for name in student.layers}
+    tables = _ObservedTables(student, recipe, trajectories.rows)
+    means = {name: InputMean() for name in observed} if recipe.corrects_bias else {}
+    hooks = [(observed[name], _of_input(student.layers[name], observer)) for name, observer in tables.observers.items()]
+    hooks += [(observed[name], _of_input(student.layers[name], mean)) for name, mean in means.items()]
+    if run.student_leads:
+        hooks += [(student.layers[name], tables.set_when_reached(name)) for name in tables.observers]
+    with ProgressMeter(run, "calibrate", trajectories.device) as meter:
         for done, (row, batches) in enumerate(trajectories.traverse_schedule(FORWARD_BATCH), start=1):
-            for batch in batches:
-                prediction = teacher(batch.inputs)
-                if not run.student_leads:
-                    trajectories.advance(batch, batch.conditioning.combine(prediction))
-            observed = {name: observer.pop() for name, observer in observers.items()}
-            if recipe.static:
-                subsets = {name: samples.subsample(trajectories.rows, generator) for name, samples in observed.items()}
-                observed = pooled = {name: pooled[name] + subset for name, subset in subsets.items()} if pooled else subsets
-            ranges = parallel_map(lambda name: recipe.activation_range(observed[name], specs[name]), observed)  # noqa: B023  # called at once
-            for quantizer, range_ in zip(student.quantizers.values(), ranges, strict=True):
-                quantizer.set_row(slice(None) if recipe.static else row, range_)
-            for batch in batches if run.student_leads else ():
-                trajectories.advance(batch, batch.conditioning.combine(student(batch.inputs).float()))
+            tables.row = row
+            with input_hooks(hooks):
+                predictions = [_step(context, batch) for batch in batches]
+            if not run.student_leads:
+                tables.set_ranges(tables.observers)
+            elif len(batches) > 1:  # the first batches ran with ranges that the later ones changed
+                predictions = [student(batch.inputs) for batch in batches]
+            if run.student_leads:
+                for batch, prediction in zip(batches, predictions, strict=True):
+                    trajectories.advance(batch, batch.conditioning.combine(prediction.float()))
+            tables.forget()
             meter.report(done, trajectories.rows)
             if meter.interrupted:
                 raise Interrupted("Interrupted while calibrating; nothing was written. Run the same command again.")
@@ -67,6 +85,66 @@ def calibrate(context: TrainingContext, recipe: Recipe) -> None:
         run.after_calibration()
 
 
-def _pre_scaled(layer: StudentLayer, collector: Observer | InputMean) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that calls `collector` on the input of the teacher's layer as the student's layer quantizes it, i.e. multiplied by the pre-scale if there is one."""
-    return lambda teacher_layer, args: collector(teacher_layer, (scaled_input(layer.layer, args[0]),))
+def _step(context: TrainingContext, batch: Batch) -> Tensor:
+    """Prediction of the network that leads. The teacher's advances its samples at once, which draws their noise in the order of the batches."""
+    if context.run.student_leads:
+        led: Tensor = context.student(batch.inputs)
+        return led
+    prediction: Tensor = context.teacher(batch.inputs)
+    context.trajectories.advance(batch, batch.conditioning.combine(prediction))
+    return prediction
+
+
+class _ObservedTables:
+    """The observers of a student's quantizers, and the ranges that follow from what they observe.
+
+    Args:
+        student: Its tables are set.
+        recipe: Computes ranges; a static one pools the observations of all rows.
+        rows: Number of rows.
+
+    Attributes:
+        observers: By the name of each quantizer.
+        row: The row that is being observed.
+    """
+
+    def __init__(self, student: Student, recipe: Recipe, rows: int) -> None:
+        self.student, self.recipe, self.rows = student, recipe, rows
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.observers = {name: Observer(self.generator) for name in student.quantizers}
+        self.pooled: dict[str, ActivationSamples] = {}
+        self.latest: dict[str, ActivationSamples] = {}
+        self.row = 0
+
+    def set_ranges(self, names: Iterable[str]) -> None:
+        """Set the tables of some quantizers at this row, or at all rows for a static recipe, from what was observed."""
+        observed = {name: self.observers[name].samples() for name in names}
+        if self.recipe.static:
+            subsets = {name: samples.subsample(self.rows, self.generator) for name, samples in observed.items()}
+            observed = {name: self.pooled[name] + subset if name in self.pooled else subset for name, subset in subsets.items()}
+        self.latest |= observed
+        ranges = parallel_map(
+            lambda name: [self.recipe.activation_range(observed[name], table.spec) for table in self._tables(name)], observed
+        )
+        for name, found in zip(observed, ranges, strict=True):
+            for table, range_ in zip(self._tables(name), found, strict=True):
+                table.set_row(slice(None) if self.recipe.static else self.row, range_)
+
+    def set_when_reached(self, name: str) -> Hook:
+        """A hook of the student's layer that sets its range from its own input, before the layer quantizes it."""
+        return lambda layer, args: self.set_ranges([name])
+
+    def forget(self) -> None:
+        """End a row."""
+        self.pooled = dict(self.latest)
+        for observer in self.observers.values():
+            observer.clear()
+
+    def _tables(self, name: str) -> list[ActivationQuantizer]:
+        quantizer = self.student.quantizers[name]
+        return [quantizer] if quantizer.relaxed is None else [quantizer, quantizer.relaxed]
+
+
+def _of_input(layer: StudentLayer, collector: Observer | InputMean) -> Hook:
+    """A hook that calls `collector` on a layer's input as the student's layer quantizes it, i.e. multiplied by the pre-scale if there is one."""
+    return lambda _, args: collector(layer.layer, (scaled_input(layer.layer, args[0]),))

@@ -1,4 +1,4 @@
-"""Forward pre-hooks that collect statistics of the inputs of the teacher's layers."""
+"""Forward pre-hooks that collect statistics of the inputs of layers."""
 
 from __future__ import annotations
 
@@ -28,10 +28,18 @@ class Observer:
             flat = flat[torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=self.generator).to(flat.device)]
         self.parts.append(flat.float().cpu())
 
+    def samples(self) -> ActivationSamples:
+        """The samples collected so far."""
+        return ActivationSamples(torch.cat(self.parts), self.low, self.high)
+
+    def clear(self) -> None:
+        """Forget the samples collected so far."""
+        self.parts, self.low, self.high = [], 0.0, 0.0
+
     def pop(self) -> ActivationSamples:
         """The samples collected so far; resets the observer."""
-        samples = ActivationSamples(torch.cat(self.parts), self.low, self.high)
-        self.parts, self.low, self.high = [], 0.0, 0.0
+        samples = self.samples()
+        self.clear()
         return samples
 
 

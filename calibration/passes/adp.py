@@ -125,10 +125,8 @@ def keep_rows(artifact: Artifact, shared: Tensor) -> Artifact:
     kept, position = torch.unique(shared.long(), return_inverse=True)
     sites = {}
     for name, site in artifact.sites.items():
-        table = site.activation
-        if table is not None:
-            table = replace(table, scale=table.scale[kept], qmin=table.qmin[kept], qmax=table.qmax[kept])
-        sites[name] = replace(site, activation=table)
+        table, relaxed = (None if table is None else table.at_rows(kept) for table in (site.activation, site.relaxed_activation))
+        sites[name] = replace(site, activation=table, relaxed_activation=relaxed)
     row_of_timestep = position[artifact.row_of_timestep.long()].to(torch.int32)
     return replace(artifact, timesteps=artifact.timesteps[kept], row_of_timestep=row_of_timestep, sites=sites)
 
@@ -170,11 +168,16 @@ def search_ranges(student: Student, context: PassContext, groups: Tensor) -> Non
                 # Equal shares of every row, and as many values as of one row alone.
                 found = observer.pop().subsample(members, generator)
                 pooled[name, group] = pooled[name, group] + found if (name, group) in pooled else found
-    keys = list(pooled)
-    ranges = parallel_map(lambda key: recipe.activation_range(pooled[key], student.quantizers[key[0]].spec), keys)
-    for (name, group), found_range in zip(keys, ranges, strict=True):
+    searched = [
+        (table, name, group)
+        for name, group in pooled
+        for table in (student.quantizers[name], student.quantizers[name].relaxed)
+        if table is not None
+    ]
+    ranges = parallel_map(lambda entry: recipe.activation_range(pooled[entry[1:]], entry[0].spec), searched)
+    for (table, _, group), found_range in zip(searched, ranges, strict=True):
         for row in torch.nonzero(groups == group)[:, 0].tolist():
-            student.quantizers[name].set_row(row, found_range)
+            table.set_row(row, found_range)
 
 
 def uncertainty(features: Tensor, groups: Tensor) -> Tensor:

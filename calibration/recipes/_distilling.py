@@ -25,6 +25,8 @@ class DistillationRecipe(Mse):
         bound_rate: Rate of the activation bounds, in codes.
         warmup: Share of the steps in which the rates rise linearly from 0. Source: none.
         relative: Power of the teacher's mean square that each sample's loss is divided by; 1 is the relative error. Source: 0.
+        step_weighting: Power of each sampling step's effect on the final sample that the loss at this step is multiplied by; 0 weights all steps alike,
+            1 by their whole effect. Source: 0.
         decay: Decay of the rates over the training: `linear`, or half a `cosine`. Source: linear.
         scale_rates_to: Number of steps that the rates are meant for. With n steps, under a budget as many as are expected from the time of those done, all
             rates are multiplied by `(scale_rates_to / n)^0.5`, so that a longer training has lower ones. 0 leaves them as they are. Source: none; Adam moves a
@@ -45,6 +47,7 @@ class DistillationRecipe(Mse):
     bound_rate: float = 5e-4
     warmup: float = 0.0
     relative: float = 0.0
+    step_weighting: float = 0.0
     decay: Decay = "linear"
     scale_rates_to: int = 0
     ema: float = 0.0
@@ -54,7 +57,7 @@ class DistillationRecipe(Mse):
         super().__post_init__()
         for name in ("steps", "batch"):
             at_least(name, getattr(self, name), 1)
-        for name in ("scale_rate", "bound_rate", "relative"):
+        for name in ("scale_rate", "bound_rate", "relative", "step_weighting"):
             at_least(name, getattr(self, name), 0.0)
         within("warmup", self.warmup, 0.0, 1.0)
         at_least("scale_rates_to", self.scale_rates_to, 0)
@@ -76,6 +79,7 @@ class DistillationRecipe(Mse):
             batch=self.batch,
             warmup=self.warmup,
             relative=self.relative,
+            step_weighting=self.step_weighting,
             decay=self.decay,
             scale_rates_to=self.scale_rates_to,
             ema=self.ema,

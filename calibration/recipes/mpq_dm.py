@@ -87,7 +87,8 @@ class MPQDM(EfficientDM):
                 run.notes.update(mixed_layers=mixed, layers=layers)
             if self.update_init == "error":
                 for layer in student.layers.values():
-                    init_lora_from_error(layer)
+                    if layer.lora_a is not None:
+                        init_lora_from_error(layer)
             student.compute_dtype = DTYPES[self.compute]
         if self.residual_share:
             self.add_residuals(student)

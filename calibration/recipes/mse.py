@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from calibration.data.observation import ActivationSamples
+from calibration.observers.calibrate import CalibrationRecipe
 from calibration.observers.scale_search import least_error_weight_scale, least_squares_range
-from calibration.recipes._calibrating import CalibrationRecipe
 from calibration.run.setting_checks import at_least
 from calibration.student.quantization_spec import LayerSpec, QuantRange
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from calibration.data.observation import ActivationSamples
+from calibration.observers.calibrate import CalibrationRecipe
 from calibration.observers.scale_search import range_between, widest_weight_scale
-from calibration.recipes._calibrating import CalibrationRecipe
 from calibration.run.setting_checks import within
 from calibration.student.quantization_spec import LayerSpec, QuantRange
 

@@ -12,8 +12,8 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from calibration.data.observation import ActivationSamples
+from calibration.observers.calibrate import CalibrationRecipe
 from calibration.observers.scale_search import least_error_weight_scale, least_squares_range, range_between, widest_weight_scale
-from calibration.recipes._calibrating import CalibrationRecipe
 from calibration.student.quantization_spec import LayerSpec, QuantRange
 from edm_deploy.errors import InputError
 

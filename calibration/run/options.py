@@ -24,7 +24,7 @@ class Progress:
     """Progress of one stage.
 
     Attributes:
-        stage: `calibrate`, `finetune` or `reconstruct`.
+        stage: `calibrate`, `decompose`, `finetune` or `reconstruct`.
         step: Steps done.
         total: Total number of steps.
         loss: Loss of the last step; None if the stage does not train.

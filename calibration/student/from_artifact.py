@@ -14,6 +14,7 @@ from calibration.student.teacher import Teacher, share_weights
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
 from edm_deploy.errors import InputError
+from edm_deploy.network.low_rank_branch import BRANCH, in_branch
 from edm_deploy.network.restructure import PRE_SCALE, NetworkRewrite
 from edm_deploy.numerics.activation_table import ActivationTable
 from edm_deploy.numerics.codes import dequantize_weight
@@ -26,7 +27,7 @@ def structure_of(artifact: Artifact) -> NetworkRewrite:
 
 
 def with_params(source: Source, artifact: Artifact) -> Source:
-    """The source with the artifact's biases, norms and other float parameters. The source itself is not changed, and shares all equal tensors.
+    """The source with the artifact's biases, norms and other float parameters, without branches. The source itself is not changed, and shares all equal tensors.
 
     Args:
         source: Restructured by `structure_of(artifact)`.
@@ -35,8 +36,8 @@ def with_params(source: Source, artifact: Artifact) -> Source:
     model = share_weights(source.model, torch.device("cpu"))
     for name, value in artifact.params.items():
         owner, _, leaf = name.rpartition(".")
-        if leaf == PRE_SCALE:
-            continue
+        if leaf == PRE_SCALE or in_branch(owner):
+            continue  # set on the student
         module = model.get_submodule(owner)
         if leaf not in module._parameters:
             module.register_buffer(leaf, value.clone())
@@ -78,6 +79,14 @@ def student_from_artifact(artifact: Artifact, source: Source, device: torch.devi
         structure=structure_of(artifact),
     )
     student.row_of_timestep = artifact.row_of_timestep
+    if artifact.relaxed is not None and artifact.relaxed_bits is not None:
+        student.relax(artifact.relaxed, artifact.relaxed_bits)
+    for name, branch in student.branches.items():
+        branch.load_state_dict({leaf: artifact.params[f"{name}.{BRANCH}.{leaf}"].to(device) for leaf in branch.state_dict()})
+    for name, layer in student.layers.items():
+        if (own := student.branch_of(name)) is not None:  # the branch has this part of the float weight
+            rest = layer.layer.weight.float() - own.product().view_as(layer.layer.weight)
+            layer.layer.weight = nn.Parameter(rest, requires_grad=False)
     loaded: dict[int, ActivationTable] = {}
     for name, site in artifact.sites.items():
         layer = student.layers[name]
@@ -89,6 +98,8 @@ def student_from_artifact(artifact: Artifact, source: Source, device: torch.devi
                     "Start from the float model: leave --from out."
                 )
             load_table(layer.quantizer, site.activation)
+            if layer.quantizer.relaxed is not None and site.relaxed_activation is not None:
+                load_table(layer.quantizer.relaxed, site.relaxed_activation)
         load_weight(layer, site, artifact.params.get(f"{name}.{PRE_SCALE}"))
     return student
 

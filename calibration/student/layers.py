@@ -29,8 +29,9 @@ class ActivationQuantizer(nn.Module):
         spec: Bits and symmetry.
         log_scale: float32 [R].
         qmin: float32 [R], the lowest code before rounding; learnable unless the spec is symmetric.
+        relaxed: Quantizer with more bits for samples at relaxed rows; None if these stay in floating point, or if there are none.
         rows: int64 [B], the row of each sample; set before each forward pass by `Student.at_rows`.
-        float_samples: bool [B], samples that are not quantized, set likewise; None if there are none.
+        relaxed_samples: bool [B], samples at relaxed rows, set likewise; None if there are none.
     """
 
     def __init__(self, spec: LayerSpec, rows: int) -> None:
@@ -40,8 +41,9 @@ class ActivationQuantizer(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(rows))
         fixed = spec.fixed_qmin
         self.qmin = nn.Parameter(torch.full((rows,), float(fixed or 0)), requires_grad=fixed is None)
+        self.relaxed: ActivationQuantizer | None = None
         self.rows = torch.zeros(0, dtype=torch.int64)
-        self.float_samples: Tensor | None = None
+        self.relaxed_samples: Tensor | None = None
         self._cache: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
@@ -53,15 +55,21 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, ...] quantized and dequantized, in its own dtype. Layers that receive the same tensor get the same result."""
         if self._cache is None or self._cache[0] is not x:
-            self._cache = x, self._quantize(x)
+            self._cache = x, self._quantize_all(x)
         return self._cache[1]
 
-    def _quantize(self, x: Tensor) -> Tensor:
-        if self.float_samples is not None and bool(self.float_samples.all()):
-            return x
+    def _quantize_all(self, x: Tensor) -> Tensor:
+        if self.relaxed_samples is None:
+            return self.quantize(x, self.rows)
+        relaxed = x if self.relaxed is None else self.relaxed.quantize(x, self.rows)
+        if bool(self.relaxed_samples.all()):
+            return relaxed
+        return torch.where(per_channel(self.relaxed_samples, x), relaxed, self.quantize(x, self.rows))
+
+    def quantize(self, x: Tensor, rows: Tensor) -> Tensor:
+        """`x` [B, ...] quantized and dequantized by rows, int64 [B], of this table."""
         qmin = round_straight_through(self.qmin.clamp(-self.levels, 0))
-        quantized = fake_quantize(x, self.log_scale.exp()[self.rows], qmin[self.rows], self.levels)
-        return quantized if self.float_samples is None else torch.where(per_channel(self.float_samples, x), x, quantized)
+        return fake_quantize(x, self.log_scale.exp()[rows], qmin[rows], self.levels)
 
     def clear_cache(self) -> None:
         """Drop the cached input and result, which would otherwise be kept until the next forward pass."""

@@ -15,9 +15,11 @@ from calibration.student.quantization_spec import LayerSpec
 from calibration.student.teacher import Teacher, share_weights
 from edm_deploy.network.family import SAMPLE
 from edm_deploy.network.layer_costs import model_work
+from edm_deploy.network.low_rank_branch import BASE, BranchedLayer, LowRankBranch
 from edm_deploy.network.placement import Placement
 from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite, replace_module
 from edm_deploy.numerics.activation_table import nearest_rows, table_rows
+from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 from edm_deploy.pipelines.source import Source
 
 
@@ -38,7 +40,10 @@ class Student(nn.Module):
         layers: Every quantized layer by site name.
         quantizers: Every activation quantizer by the name of the first site that uses it.
         shared_input: For each site the first site that receives the same tensor.
-        float_rows: bool [R], rows at which activations stay in floating point; None if there are none.
+        branches: Float branches by published layer, or part of one, with parameters of their own.
+        relaxed: uint8 [num_train_timesteps], 1 where inputs have more bits, set by `relax`; None if there are no such timesteps.
+        relaxed_bits: Their bits there: 8, or 16 for floating point.
+        specs: Bit widths of every quantized layer by site name.
         shared_row: int32 [R], for each row the row whose values it uses; None if each uses its own.
     """
 
@@ -61,13 +66,14 @@ class Student(nn.Module):
         self.row_of_timestep = nearest_rows(timesteps, source.num_train_timesteps)
         self.compute_dtype = torch.float32
         self.folded = folded
-        self.float_rows: Tensor | None = None
+        self.relaxed: Tensor | None = None
+        self.relaxed_bits = WEIGHT_ONLY_BITS
         self.shared_row: nn.Parameter | None = None  # a parameter, so that checkpoints contain it
         self.source_structure = structure
         shared = model_work(self.family, self.config, structure).shared_input
         self.shared_input = {name: shared.get(name, name) for name in self.family.sites(self.model)}
         sites = {name: layer for name, layer in self.family.sites(self.model).items() if name not in folded}
-        specs = {name: layer_spec(name, self.family.placement(name)) for name in sites}
+        self.specs = specs = {name: layer_spec(name, self.family.placement(name)) for name in sites}
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.layers: dict[str, StudentLayer] = {}
         for name, layer in sites.items():
@@ -77,6 +83,7 @@ class Student(nn.Module):
         scales = parallel_map(lambda name: weight_scale(self.layers[name].layer.weight, specs[name].weight_bits), sites)
         for name, scale in zip(sites, scales, strict=True):
             self.layers[name].set_weight_scale(scale)
+        self.branches: dict[str, LowRankBranch] = {name: new_branch(self.model, name, rank) for name, rank in structure.branches.items()}
 
     def _quantizer(self, name: str, specs: Mapping[str, LayerSpec]) -> ActivationQuantizer:
         """The quantizer of the first site with the same input, or a separate one if the two sites' specs differ."""
@@ -94,18 +101,39 @@ class Student(nn.Module):
     @contextmanager
     def at_rows(self, rows: Tensor, device: torch.device) -> Iterator[None]:
         """Quantize by these table rows, int64 [B], and compute in the student's dtype: for a forward pass of the model or of a part of it."""
-        float_samples = None if self.float_rows is None else self.float_rows.to(rows.device)[rows]
-        if float_samples is not None and not bool(float_samples.any()):
-            float_samples = None
+        relaxed = None if self.relaxed is None else self.relaxed[self.timesteps.long()].bool().to(rows.device)[rows]
+        if relaxed is not None and not bool(relaxed.any()):
+            relaxed = None
         shared = rows if self.shared_row is None else self.shared_row.to(rows.device)[rows].long()
         for quantizer in self.quantizers.values():
-            quantizer.rows, quantizer.float_samples = shared, float_samples
+            changes = (
+                self.relaxed_bits == WEIGHT_ONLY_BITS or quantizer.relaxed is not None
+            )  # sites that have 8 bits anyway keep their table
+            quantizer.rows, quantizer.relaxed_samples = shared, relaxed if changes else None
         try:
             with torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
                 yield
         finally:
             for quantizer in self.quantizers.values():
                 quantizer.clear_cache()
+
+    def relax(self, timesteps: Tensor, bits: int) -> None:
+        """Quantize inputs to 8 bits at some timesteps, by tables that calibration sets from the same observations, or not at all there.
+
+        Args:
+            timesteps: uint8 [num_train_timesteps], 1 where inputs are relaxed.
+            bits: 8, or 16 for floating point.
+        """
+        self.relaxed, self.relaxed_bits = timesteps, bits
+        if bits != WEIGHT_ONLY_BITS:
+            self.add_wide_tables(bits)
+
+    def add_wide_tables(self, bits: int) -> None:
+        """Give each quantizer of fewer bits a table of `bits` bits beside its own; calibration sets both from the same observations."""
+        for name, quantizer in self.quantizers.items():
+            if quantizer.bits < bits:
+                spec = LayerSpec(self.specs[name].weight_bits, bits, symmetric=True)
+                quantizer.relaxed = ActivationQuantizer(spec, len(self.timesteps)).to(quantizer.log_scale.device)
 
     def shared_input_layers(self, name: str) -> tuple[str, ...]:
         """The layers that receive the same tensor as `name`, including itself, in the model's order."""
@@ -118,6 +146,10 @@ class Student(nn.Module):
         """
         for layer in self.shared_input_layers(name):
             self.layers[layer].set_pre_scale(scale)
+
+    def branch_of(self, site: str) -> LowRankBranch | None:
+        """The float branch on the input of a site, or None."""
+        return self.branches.get(site.removesuffix(f".{BASE}"))
 
     def allocate_for_state(self, names: Iterable[str]) -> None:
         """Add the pre-scales and per-channel bits that occur among the parameter names of a saved state, so that it can be loaded."""
@@ -141,8 +173,18 @@ class Student(nn.Module):
     def checkpoint_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter that a checkpoint contains: those of `learnable` before rates of 0 fix some of them, and integer ones."""
         weights = {id(layer.layer.weight) for layer in self.layers.values()}
-        saved = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()} - weights | {id(self.shared_row)}
+        modules: list[nn.Module] = [*self.layers.values(), *self.branches.values()]
+        saved = {id(parameter) for module in modules for parameter in module.parameters()} - weights | {id(self.shared_row)}
         return {name: value for name, value in self.named_parameters() if id(value) in saved}
+
+
+def new_branch(model: nn.Module, name: str, rank: int) -> LowRankBranch:
+    """Give a layer a branch with learnable parameters, which is 0 initially and shares none with the teacher or the source."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, BranchedLayer)  # as the network was rewritten
+    base = layer.base.layer if isinstance(layer.base, StudentLayer) else layer.base
+    layer.branch = LowRankBranch(base, rank).requires_grad_()  # type: ignore[arg-type]  # a Conv2d or Linear
+    return layer.branch
 
 
 @contextmanager

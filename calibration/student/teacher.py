@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edm_deploy.errors import ArtifactError
+from edm_deploy.network.low_rank_branch import BranchedLayer
 from edm_deploy.network.restructure import NetworkRewrite, restructure
 from edm_deploy.pipelines.source import Source
 from edm_deploy.storage.weight_loading import cast
@@ -28,6 +29,9 @@ class Teacher(nn.Module):
         super().__init__()
         self.family, self.config = source.family_object, source.config
         self.model = share_weights(source.model, device)
+        for layer in self.model.modules():
+            if isinstance(layer, BranchedLayer):
+                layer.branch = None  # it is 0
         self.dtype = torch.float32
 
     def set_dtype(self, dtype: torch.dtype) -> None:

@@ -22,6 +22,7 @@ from calibration.student.module_outputs import capture_outputs
 from calibration.training.divergence import check_finite, warn_if_risen
 from calibration.training.losses import AuxiliaryLoss
 from calibration.training.param_group import ParamGroup
+from calibration.training.step_factors import step_factors
 
 MOST_LAST = 100  # losses at the end that are compared with the first
 FIRST_STEPS = 3  # of a budget, before the number of its steps is estimated
@@ -37,6 +38,8 @@ class TrainingSchedule:
         batch: Samples per step.
         warmup: 0 to 1.
         relative: Power of the target's mean square that each sample's squared error is divided by: 0 is the absolute error, 1 the relative one.
+        step_weighting: Power of the effect of each sampling step on the final sample, `step_weights`, that each sample's squared error is multiplied by;
+            0 weights all steps alike. The factors are scaled to a mean of 1 over the steps.
         decay: `linear`, or half a `cosine`.
         scale_rates_to: Number of steps that the rates are meant for: all rates are multiplied by `(scale_rates_to / steps)^0.5`. 0 leaves them as they are.
         ema: Decay per step of the exponential moving average that replaces the trained parameters at the end; 0 is no average.
@@ -46,6 +49,7 @@ class TrainingSchedule:
     batch: int
     warmup: float = 0.0
     relative: float = 0.0
+    step_weighting: float = 0.0
     decay: Decay = "linear"
     scale_rates_to: int = 0
     ema: float = 0.0
@@ -76,13 +80,20 @@ class Training:
         groups: Trained parameters; groups with rate 0 stay fixed.
         schedule: Steps, batch and learning-rate schedule.
         terms: Auxiliary losses, added to the error of the prediction.
+        step_factors: float32 [R], factor of the squared error at each sampling step, in sampling order; None is 1 for all.
     """
 
     def __init__(
-        self, context: TrainingContext, groups: Sequence[ParamGroup], schedule: TrainingSchedule, terms: Sequence[AuxiliaryLoss] = ()
+        self,
+        context: TrainingContext,
+        groups: Sequence[ParamGroup],
+        schedule: TrainingSchedule,
+        terms: Sequence[AuxiliaryLoss] = (),
+        step_factors: Tensor | None = None,
     ) -> None:
         self.student, self.teacher, self.trajectories = context.student, context.teacher, context.trajectories
         self.schedule, self.terms = schedule, terms
+        self.step_factors = torch.ones(self.trajectories.rows) if step_factors is None else step_factors
         self.outputs: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
         trained_groups = [group for group in groups if group.parameters and group.rate > 0]
         trained = {id(parameter) for group in trained_groups for parameter in group.parameters}
@@ -108,8 +119,9 @@ class Training:
     def step(self, share: float, steps: float | None = None) -> float:
         """Take one training step; returns the loss, a mean over the batch of summed squared errors. Arguments as those of `TrainingSchedule.factor`."""
         batch = self.trajectories.next_batch(self.schedule.batch)
+        factors = self.step_factors[self.trajectories.position[batch.indices]].to(batch.sample.device)
         target = batch.conditioning.combine(self.teacher(batch.inputs))
-        loss = self._loss(batch, target)
+        loss = self._loss(batch, target, factors)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -129,9 +141,8 @@ class Training:
 
     def state(self, step: int, budget: Budget | None) -> TrainingState:
         """State after `step` steps."""
-        method = {
-            "rates": torch.tensor(self.rates, dtype=torch.float64)
-        }  # those that follow weight scales were set before training moved the scales
+        # The rates that follow weight scales were set before training moved the scales.
+        method = {"rates": torch.tensor(self.rates, dtype=torch.float64), "step_factors": self.step_factors}
         for name, parameter in self.trained.items():
             method |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
         method |= {f"average.{name}": value for name, value in self.averages.items()}
@@ -144,7 +155,7 @@ class Training:
         self.done = state.step
         self.student.allocate_for_state(state.parameters)
         restore(self._checkpoint_parameters(), state.parameters)
-        self.rates = state.method["rates"].tolist()
+        self.rates, self.step_factors = state.method["rates"].tolist(), state.method["step_factors"]
         for name, parameter in self.trained.items():
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if (value := state.method.get(f"optimizer.{key}.{name}")) is not None:
@@ -158,12 +169,12 @@ class Training:
     def _checkpoint_parameters(self) -> dict[str, nn.Parameter]:
         return self.student.checkpoint_parameters() | self.trained  # float weights only where they are trained
 
-    def _loss(self, batch: Batch, target: Tensor) -> Tensor:
+    def _loss(self, batch: Batch, target: Tensor, factors: Tensor) -> Tensor:
         # Source: EfficientDM, arXiv 2310.03270: under guidance the loss is on the combined prediction, which sampling uses.
         prediction = batch.conditioning.combine(self.student(batch.inputs).float())
         errors = (prediction - target).square().flatten(1).sum(1)
         power = target.square().flatten(1).mean(1)
-        mean: Tensor = (errors / power.pow(self.schedule.relative)).mean()
+        mean: Tensor = (factors * errors / power.pow(self.schedule.relative)).mean()
         return sum((term(*self.outputs) for term in self.terms), start=mean)
 
 
@@ -180,8 +191,10 @@ def distill(
         ArtifactError: The checkpoint to resume is missing, damaged or from a different run.
     """
     run = context.run
+    # Before the teacher changes its dtype; a checkpoint holds the factors of its run.
+    factors = step_factors(context, 0.0 if run.options.resume else schedule.step_weighting)
     context.teacher.set_dtype(DTYPES[run.options.teacher_dtype])
-    training = Training(context, groups, schedule, terms)
+    training = Training(context, groups, schedule, terms, factors)
     done, budget, timer, every = 0, None, CheckpointTimer(run), run.options.checkpoint_every
     if (state := resume_training(run)) is not None:
         training.load_state(state)

@@ -20,19 +20,21 @@ from edm_deploy.artifact.disk_format import (
     tensor_from_param,
     tensors_from_layer,
 )
-from edm_deploy.artifact.quantized_layer import QuantizedLayer
+from edm_deploy.artifact.quantized_layer import RELAXED_BITS, QuantizedLayer
 from edm_deploy.artifact.timestep_correction import Correction, latent_channels
 from edm_deploy.errors import ArtifactError, EdmDeployError
 from edm_deploy.models import family_named
 from edm_deploy.network.family import Family
 from edm_deploy.network.meta_model import meta_model
 from edm_deploy.network.restructure import PRE_SCALE, PUBLISHED, NetworkRewrite
+from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 from edm_deploy.storage.directories import PIPELINE_NAMES, copy_pipeline_files, read_json, read_pipeline_files, write_json
 from edm_deploy.storage.json_schema import MAX_TIMESTEPS, check_config, check_schema, convert
 from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 from edm_deploy.storage.tensor_file import DeferredTensor, check_params, digest_of, read_tensors, write_tensors
 
-SCHEMA = 3  # 2 added `folded`; 3 added `structure`, `channel_bits`, `correction` and `relaxed`
+# 2 added `folded`; 3 added `structure`, `channel_bits`, `correction` and `relaxed`; 4 added `structure.branches` and the sites' tables at relaxed timesteps.
+SCHEMA = 4
 JSON_NAME = "artifact.json"
 TENSORS_NAME = "artifact.safetensors"
 ARTIFACT = DirectoryKind("an artifact", JSON_NAME, (TENSORS_NAME, *PIPELINE_NAMES))
@@ -51,7 +53,7 @@ class Artifact:
         structure: Equivalent rewrites of the published network.
         folded: Layers that depend on the timestep alone and are not quantized: exporters replace their output by a table.
         correction: Correction of sample and prediction by the runtime; None where there is none.
-        relaxed: uint8 [num_train_timesteps]: 1 where activations stay in floating point, in a second graph of the same weights; None for no timestep.
+        relaxed: uint8 [num_train_timesteps]: 1 where a second graph of the same weights computes, with inputs of `relaxed_bits` bits; None for no timestep.
         params: float32, every parameter and buffer that is not a quantized weight, by name in the model.
         provenance: Recipe, settings, seed, versions, teacher hash, wall time, peak memory. Not part of the digest.
         pipeline: The source pipeline's json files by relative path, from which a pipeline is rebuilt.
@@ -89,6 +91,13 @@ class Artifact:
         """Bits of the majority of sites, `W4A4`; `float` where there are no sites."""
         schemes = [site.scheme for site in self.sites.values()]
         return max(sorted(set(schemes)), key=schemes.count, default="float")
+
+    @property
+    def relaxed_bits(self) -> int | None:
+        """Bits of the inputs at relaxed timesteps: 8 where sites have tables for them, else 16 for floating point; None without such timesteps."""
+        if self.relaxed is None:
+            return None
+        return RELAXED_BITS if any(site.relaxed_activation is not None for site in self.sites.values()) else WEIGHT_ONLY_BITS
 
     @cached_property
     def digest(self) -> str:
@@ -138,11 +147,22 @@ class Artifact:
             return (
                 f"relaxed has {len(self.relaxed)} numbers up to {int(self.relaxed.max())}, expected {self.num_train_timesteps} of 0 and 1"
             )
+        if problem := self._problem_of_relaxed_tables():
+            return problem
         if self.correction is None:
             return None
         channels = latent_channels(self.family_object.latent_shape(self.config))
         problem = self.correction.problem(self.num_train_timesteps, channels)
         return f"correction: {problem}" if problem else None
+
+    def _problem_of_relaxed_tables(self) -> str | None:
+        have = {name for name, site in self.sites.items() if site.relaxed_activation is not None}
+        if have and self.relaxed is None:
+            return f"site {min(have)!r} has a table for relaxed timesteps, and the artifact has no such timesteps"
+        narrow = {name for name, site in self.sites.items() if site.activation is not None and site.activation.bits < RELAXED_BITS}
+        if have and narrow - have:
+            return f"site {min(narrow - have)!r} has no table for relaxed timesteps, and site {min(have)!r} has one"
+        return None
 
     def save(self, path: Path | str, *, overwrite: bool = True) -> Path:
         """Write the artifact to directory `path`, completely or not at all; an existing artifact is replaced at the end.

@@ -11,7 +11,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from edm_deploy.artifact.quantized_layer import Op, QuantizedLayer
+from edm_deploy.artifact.quantized_layer import RELAXED_BITS, Op, QuantizedLayer
 from edm_deploy.errors import ArtifactError
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 from edm_deploy.numerics.activation_table import ActivationTable
@@ -88,9 +88,10 @@ def tensors_from_layer(name: str, layer: QuantizedLayer) -> dict[str, DeferredTe
     tensors: dict[str, DeferredTensor] = {"codes": _stored_codes(layer.codes), "weight_scale": DeferredTensor.of(layer.weight_scale)}
     if layer.channel_bits is not None:
         tensors["channel_bits"] = DeferredTensor.of(layer.channel_bits)
-    if (table := layer.activation) is not None:
-        columns = {"act_scale": table.scale, "act_qmin": table.qmin, "act_qmax": table.qmax}
-        tensors |= {leaf: DeferredTensor.of(column) for leaf, column in columns.items()}
+    for prefix, table in (("act", layer.activation), ("relaxed", layer.relaxed_activation)):
+        if table is not None:
+            columns = {"scale": table.scale, "qmin": table.qmin, "qmax": table.qmax}
+            tensors |= {f"{prefix}_{leaf}": DeferredTensor.of(column) for leaf, column in columns.items()}
     return {f"sites.{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
 
 
@@ -108,21 +109,24 @@ def layer_from_tensors(name: str, description: LayerDescription, reader: TensorR
         raise ArtifactError(
             f"tensor '{prefix}.codes' holds {held} codes, expected {count} of shape {list(shape)}. Make the artifact again."
         )
-    activation = None
-    if description.act_bits is not None:
-        activation = ActivationTable(
-            bits=description.act_bits,
-            scale=reader.take(f"{prefix}.act_scale", torch.float32),
-            qmin=reader.take(f"{prefix}.act_qmin", torch.int8),
-            qmax=reader.take(f"{prefix}.act_qmax", torch.int8),
-        )
+    relaxed = _table(f"{prefix}.relaxed", RELAXED_BITS, reader) if f"{prefix}.relaxed_scale" in reader.tensors else None
     return QuantizedLayer(
         op=description.op,
         codes=unpack_int4(codes, shape) if codes.dtype == torch.uint8 else codes,
         weight_scale=reader.take(f"{prefix}.weight_scale", torch.float32),
         weight_bits=description.weight_bits,
         channel_bits=reader.take_if_present(f"{prefix}.channel_bits", torch.uint8),
-        activation=activation,
+        activation=None if description.act_bits is None else _table(f"{prefix}.act", description.act_bits, reader),
+        relaxed_activation=relaxed,
+    )
+
+
+def _table(prefix: str, bits: int, reader: TensorReader) -> ActivationTable:
+    return ActivationTable(
+        bits=bits,
+        scale=reader.take(f"{prefix}_scale", torch.float32),
+        qmin=reader.take(f"{prefix}_qmin", torch.int8),
+        qmax=reader.take(f"{prefix}_qmax", torch.int8),
     )
 
 

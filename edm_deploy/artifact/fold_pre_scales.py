@@ -18,7 +18,8 @@ from torch.fx.node import map_arg
 
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.network.float_program import MODEL, exported_program
-from edm_deploy.network.restructure import PRE_SCALE, NetworkRewrite
+from edm_deploy.network.low_rank_branch import half_values, in_branch
+from edm_deploy.network.restructure import PRE_SCALE
 
 _aten = torch.ops.aten
 Edits = dict[str, Tensor]  # float32 factors of parameters by name, each of a shape that broadcasts over the parameter
@@ -63,16 +64,17 @@ def fold_pre_scales(artifact: Artifact) -> Artifact:
         if layer in sites:
             sites[layer] = replace(sites[layer], weight_scale=sites[layer].weight_scale * factor.flatten())
         else:
-            params[name] = params[name] * factor
+            params[name] = half_values(params[name] * factor) if in_branch(layer) else params[name] * factor
     left = tuple(name for name in artifact.structure.pre_scaled if name not in folded)
-    return replace(artifact, params=params, sites=sites, structure=NetworkRewrite(artifact.structure.segments, left))
+    return replace(artifact, params=params, sites=sites, structure=replace(artifact.structure, pre_scaled=left))
 
 
 def edits_of(program: ExportedProgram, pre_scales: Mapping[str, Tensor]) -> tuple[Edits, set[str]]:
     """Factors of parameters that replace pre-scales, and the layers whose pre-scales they replace.
 
     A pre-scale is folded where every operation between its input and a norm's affine parameters or a layer's weight and bias preserves channels, and
-    where no other node reads these values; those of q, k and v are folded together where the three are equal. It remains after an activation function,
+    where no other node reads these values; those of q, k and v are folded together where the three are equal. The weight of a branch on the same input,
+    which is not scaled, is divided by the pre-scale instead. A pre-scale remains after an activation function,
     after a sum with a value that other nodes read, and after the `1 + scale` of an adaptive norm: p (1 + s) = 1 + (p s + p - 1), whose last sum cancels
     digits where p is small.
 
@@ -84,9 +86,11 @@ def edits_of(program: ExportedProgram, pre_scales: Mapping[str, Tensor]) -> tupl
     for x, layers in graph.muls(pre_scales).items():
         scale, *others = (pre_scales[name] for name in layers.values())
         if all(torch.equal(other, scale) for other in others):
-            found = graph.edits(x, _beside(x, next(iter(layers)), scale), layers)
+            branches = graph.branches(x)
+            found = graph.edits(x, _beside(x, next(iter(layers)), scale), [*layers, *branches])
             if found is not None:
-                edits = _both(edits, found)
+                inverse = {name: (1 / scale).reshape(1, -1, *[1] * (rank - 2)) for name, rank in branches.values()}
+                edits = _both(edits, found | inverse)
                 folded |= set(layers.values())
     return edits, folded
 
@@ -117,6 +121,14 @@ class _Graph:
                 x = next(operand for operand in readers[0].all_input_nodes if operand is not scale)
                 muls.setdefault(x, {})[readers[0]] = layer
         return muls
+
+    def branches(self, x: Node) -> dict[Node, tuple[str, int]]:
+        """The first layers of branches that read a value: name and rank of their weights, by node."""
+        weights = {reader: reader.args[1] for reader in _readers(x) if reader.target in (_aten.linear.default, _aten.conv2d.default)}
+        named = {
+            reader: (self.parameters.get(weight, ""), len(_shape(weight))) for reader, weight in weights.items() if isinstance(weight, Node)
+        }
+        return {reader: entry for reader, entry in named.items() if in_branch(entry[0].removesuffix(".weight"))}
 
     def edits(self, node: Node, factor: Tensor, readers: Iterable[Node]) -> Edits | None:
         """Factors of parameters that multiply `node` by `factor`, which has its rank and broadcasts over it; None where no exact ones exist.

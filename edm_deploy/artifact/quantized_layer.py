@@ -12,6 +12,7 @@ from edm_deploy.numerics.activation_table import ActivationTable
 from edm_deploy.numerics.codes import WEIGHT_BITS, channel_bounds, weight_bounds
 
 Op = Literal["conv2d", "linear"]
+RELAXED_BITS = 8  # bits of inputs at relaxed timesteps, where they are not in floating point there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class QuantizedLayer:
         weight_bits: 2 to 8.
         channel_bits: uint8 [Cout], bits of each output channel where they differ; `weight_bits` is then their nominal value.
         activation: Quantization of the input, or None where only the weight is quantized.
+        relaxed_activation: Quantization of the input to 8 bits at the artifact's relaxed timesteps; None where `activation` is used there too, or
+            where inputs are in floating point there.
     """
 
     op: Op
@@ -35,6 +38,7 @@ class QuantizedLayer:
     weight_bits: int
     activation: ActivationTable | None
     channel_bits: Tensor | None = None
+    relaxed_activation: ActivationTable | None = None
 
     @property
     def scheme(self) -> str:
@@ -49,7 +53,16 @@ class QuantizedLayer:
             return f"weight_scale has shape {list(self.weight_scale.shape)}, expected [{weight_shape[0]}]"
         if not bool((torch.isfinite(self.weight_scale) & (self.weight_scale > 0)).all()):
             return "weight_scale holds a value that is not finite and positive"
-        return self._codes_problem() or (self.activation.problem(rows) if self.activation else None)
+        return self._codes_problem() or (self.activation.problem(rows) if self.activation else None) or self._relaxed_problem(rows)
+
+    def _relaxed_problem(self, rows: int) -> str | None:
+        table = self.relaxed_activation
+        if table is None:
+            return None
+        if self.activation is None or self.activation.bits >= RELAXED_BITS:
+            return f"has a table of {RELAXED_BITS} bits for relaxed timesteps, expected none at {self.scheme}"
+        problem = table.problem(rows)
+        return problem and f"at relaxed timesteps, {problem}"
 
     def _codes_problem(self) -> str | None:
         if self.channel_bits is None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edm_deploy.artifact.artifact import Artifact
-from edm_deploy.artifact.float_timesteps import float_activation_graph, quantized_graph
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
+from edm_deploy.artifact.relaxed_timesteps import quantized_graph, relaxed_graph
 from edm_deploy.artifact.timestep_correction import DenoiseFn
 from edm_deploy.artifact.timestep_routing import route_by_timestep
 from edm_deploy.network.restructure import PRE_SCALE, replace_module, scaled_input
@@ -166,6 +166,6 @@ def reference_with_correction(artifact: Artifact) -> DenoiseFn:
     """An artifact as the runtime computes it, by the reference executor: both graphs where it has two, and its correction."""
     runs: list[DenoiseFn] = [Reference(quantized_graph(artifact))]
     if artifact.relaxed is not None:
-        runs.append(Reference(float_activation_graph(artifact)))
+        runs.append(Reference(relaxed_graph(artifact)))
     run = route_by_timestep(runs, artifact.relaxed)
     return run if artifact.correction is None else artifact.correction.around(run)

@@ -1,4 +1,4 @@
-"""Route samples to the quantized or the float-activation graph by timestep."""
+"""Route samples to the first or the second graph, that of relaxed timesteps, by timestep."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.artifact.artifact import Artifact
-from edm_deploy.artifact.float_timesteps import FOLDER, float_activation_graph
+from edm_deploy.artifact.relaxed_timesteps import FOLDER, relaxed_graph
 from edm_deploy.errors import InputError, UnsupportedError, first_line
 from edm_deploy.export.int4_plugin import insert_plugins, plugin_kinds
 from edm_deploy.export.qdq import WeightStorage, insert_qdq, remove_float_weights
@@ -40,7 +40,7 @@ def onnx_from_artifact(
 ) -> Manifest:
     """Export an artifact to directory `out`, whole or not at all.
 
-    An artifact with float-activation timesteps becomes two graphs of the same weights; the second is in the folder `relaxed`, with its own manifest.
+    An artifact with relaxed timesteps becomes two graphs of the same weights; the second is in the folder `relaxed`, with its own manifest.
 
     Args:
         artifact: A valid artifact.
@@ -88,8 +88,8 @@ def _export(
         copy_pipeline_files(artifact.pipeline, directory)
         files += artifact.pipeline
         if second is not None:
-            # Without plugin nodes, which multiply integers: this graph has no quantized activations.
-            _export(float_activation_graph(artifact), second, directory / FOLDER, dtype, weight_storage, plugins=None)
+            # Without plugin nodes, which multiply 4-bit integers: its inputs have 8 bits or are in floating point.
+            _export(relaxed_graph(artifact), second, directory / FOLDER, dtype, weight_storage, plugins=None)
             files += [path.relative_to(directory).as_posix() for path in (directory / FOLDER).rglob("*") if path.is_file()]
         return manifest.write(directory, files)
 

@@ -10,15 +10,21 @@ ENDS = PlacementRule(
     r"^conv_(in|out)$", "w8a8", "the first and last layer read and write the sample itself, so that their rounding error is visible in it"
 )
 EMBEDDINGS = PlacementRule(r"^(time|class|add)_embedding\.", "w8a8", "few weights, and their output enters every block")
+SHORTCUTS = PlacementRule(
+    r"\bconv_shortcut\b", "w8a8", "few weights, and they bypass a block, so that no later layer corrects their rounding error"
+)
 
 
 class UNetFamily(DiffusersFamily):
-    """A diffusers UNet. Sites are every Conv2d and Linear; the first and last convolution and the time and label embeddings are W8A8.
+    """A diffusers UNet. Sites are every Conv2d and Linear; the first and last convolution, the embeddings and the 1x1 shortcuts are W8A8.
 
-    Source: EfficientDM, arXiv 2310.03270, section 5.1 (layers kept at 8 bits).
+    The shortcuts are 4 % of the reference model's multiply-accumulates, 3 % of Stable Diffusion 1.5's and 1 % of SDXL's.
+
+    Source: EfficientDM, arXiv 2310.03270, section 5.1 (first and last layer and embeddings at 8 bits); its released code, github.com/ThisisBillhe/EfficientDM
+    at 293e212, leaves the shortcuts in floating point.
     """
 
-    rules = (ENDS, EMBEDDINGS)
+    rules = (ENDS, EMBEDDINGS, SHORTCUTS)
 
     def size_multiple(self, config: Config) -> int:
         return int(2 ** (len(config["block_out_channels"]) - 1))  # every level but the last halves the feature map

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.network.placement import LayerGroup, Placement, PlacementRule, group_of, rule_for
+from edm_deploy.network.low_rank_branch import in_branch
+from edm_deploy.network.placement import BRANCHES, LayerGroup, Placement, PlacementRule, group_of, rule_for
 from edm_deploy.network.restructure import layer_of
 
 Config = Mapping[str, Any]  # a diffusers config: its values are whatever the JSON holds
@@ -184,7 +185,7 @@ class Family(ABC):
 
     def rule(self, site: str) -> PlacementRule:
         """The placement rule of the Conv2d or Linear of this name."""
-        return rule_for(layer_of(site), self.rules)
+        return BRANCHES if in_branch(site) else rule_for(layer_of(site), self.rules)
 
     def placement(self, site: str) -> Placement:
         """Placement of the Conv2d or Linear of this name: `quantize` (the recipe's bits), `w8a8` (symmetric W8A8) or `float`."""

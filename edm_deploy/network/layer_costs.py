@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from edm_deploy.network.family import Config, Family
+from edm_deploy.network.low_rank_branch import in_branch
 from edm_deploy.network.meta_model import meta_inputs, meta_model
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 
@@ -59,6 +60,7 @@ class ModelWork:
         other_macs: Multiply-accumulates outside the sites, mostly attention's two matmuls.
         parameters: Number of parameters of the whole model.
         activation_bytes: Peak memory of the activations in float32. The attention matrix is never stored as a whole.
+        branches: Layers of float branches, by name. They are no sites.
     """
 
     sites: Mapping[str, SiteWork]
@@ -66,11 +68,12 @@ class ModelWork:
     other_macs: int
     parameters: int
     activation_bytes: int
+    branches: Mapping[str, SiteWork] = field(default_factory=dict)
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the whole model."""
-        return sum(site.macs for site in self.sites.values()) + self.other_macs
+        return sum(layer.macs for layer in (*self.sites.values(), *self.branches.values())) + self.other_macs
 
 
 def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLISHED) -> ModelWork:
@@ -84,7 +87,7 @@ def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLI
     Raises:
         UnsupportedError: The family cannot build this config.
     """
-    model = meta_model(family, config, NetworkRewrite(structure.segments))
+    model = meta_model(family, config, replace(structure, pre_scaled=()))
     uses: dict[str, list[SiteWork]] = {}
     inputs_of: list[tuple[Hashable, str]] = []
     counter, attention, live = FlopCounterMode(display=False), _Attention(), _LiveBytes()
@@ -93,7 +96,8 @@ def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLI
         uses.setdefault(name, []).append(site_work(layer, x, y))
         inputs_of.append((live.identity(x), name))
 
-    for name, layer in family.sites(model).items():
+    branches = {name: layer for name, layer in model.named_modules() if in_branch(name)}
+    for name, layer in (family.sites(model) | branches).items():
         layer.register_forward_hook(lambda module, args, y, name=name: record(name, module, args[0], y))
     inputs = meta_inputs(family, config)
     for declared in family.inputs(config)[2:]:  # else each view of the conditioning would count as a new value
@@ -101,12 +105,15 @@ def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLI
     with counter, live, attention, torch.no_grad():
         family.forward(model, inputs)
     sites = {name: _sum(uses[name]) for name in family.sites(model) if name in uses}
+    beside = {name: _sum(uses[name]) for name in branches if name in uses}
+    layer_macs = sum(layer.macs for layer in (*sites.values(), *beside.values()))
     return ModelWork(
         sites=sites,
-        shared_input=_first_readers(inputs_of),
-        other_macs=attention.macs + max(0, counter.get_total_flops() // 2 - sum(site.macs for site in sites.values())),
+        shared_input=_first_readers([(value, name) for value, name in inputs_of if name in sites]),
+        other_macs=attention.macs + max(0, counter.get_total_flops() // 2 - layer_macs),
         parameters=sum(value.numel() for value in model.parameters()),
         activation_bytes=live.most,
+        branches=beside,
     )
 
 

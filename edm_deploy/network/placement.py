@@ -37,6 +37,7 @@ class PlacementRule:
 
 
 QUANTIZED = PlacementRule("", "quantize", "the recipe's bits")
+BRANCHES = PlacementRule(r"\.branch\.(down|up)$", "float", "the low-rank branch of a quantized layer, which adds what few bits lose")
 
 
 def rule_for(layer: str, rules: Sequence[PlacementRule]) -> PlacementRule:

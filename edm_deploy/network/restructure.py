@@ -1,6 +1,6 @@
-"""Rewrites of the float network that preserve its function: inputs split into segments, inputs scaled by channel.
+"""Rewrites of the float network that preserve its function: inputs split into segments, float branches, inputs scaled by channel.
 
-Both rewrite the network's modules, so that tracer, reference and backends process ordinary layers after a Split or a Mul.
+All rewrite the network's modules, so that tracer, reference and backends process ordinary layers after a Split or a Mul, or next to an Add.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from edm_deploy.errors import ArtifactError
+from edm_deploy.network.low_rank_branch import BASE, BRANCH, BranchedLayer, unbranchable
 from edm_deploy.storage.json_schema import convert
 
 PRE_SCALE = "pre_scale"
 SEGMENT = "segment"
-_PART = re.compile(rf"\.{SEGMENT}\d+$")
+_PART = re.compile(rf"(\.{SEGMENT}\d+)?(\.{BASE}|\.{BRANCH}\.(down|up))?$")
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,22 @@ class NetworkRewrite:
     Attributes:
         segments: For each layer that is split, the input channels of its parts in order. Part `i` is the layer `<name>.segment<i>`.
         pre_scaled: Layers (or parts of one) whose input is multiplied by their parameter `pre_scale`, float32 [Cin]; their weight is divided by it.
+        branches: Ranks of float low-rank branches by layer, or part of one. The layer itself is then `<name>.base`, the branch's two layers are
+            `<name>.branch.down` and `<name>.branch.up`, on the input before any pre-scale.
     """
 
     segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     pre_scaled: tuple[str, ...] = ()
+    branches: Mapping[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.segments or self.pre_scaled)
+        return bool(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """The rewrite as an artifact's description stores it; empty where nothing is rewritten."""
         segments = {"segments": {name: list(sizes) for name, sizes in self.segments.items()}} if self.segments else {}
-        return segments | ({"pre_scaled": list(self.pre_scaled)} if self.pre_scaled else {})
+        branches = {"branches": dict(self.branches)} if self.branches else {}
+        return segments | ({"pre_scaled": list(self.pre_scaled)} if self.pre_scaled else {}) | branches
 
     def summary(self) -> str:
         """A summary for reports."""
@@ -48,6 +53,8 @@ class NetworkRewrite:
         if named := self.pre_scaled[:3]:
             more = ", ..." if self.pre_scaled[3:] else ""
             phrases.append(f"{len(self.pre_scaled)} inputs scaled by channel: {', '.join(named)}{more}")
+        if branches := [f"{name} of rank {rank}" for name, rank in self.branches.items()]:
+            phrases.append(f"{len(branches)} layers with a float branch: {', '.join(branches[:3])}{', ...' if branches[3:] else ''}")
         return "; ".join(phrases) or "as published"
 
     @classmethod
@@ -89,12 +96,12 @@ class SplitInputLayer(nn.Module):
 
 
 def layer_of(site: str) -> str:
-    """The published layer that a site is, or is a segment of."""
+    """The published layer that a layer is, or is a part of: a segment, the quantized base or the branch."""
     return _PART.sub("", site)
 
 
 def restructure(model: nn.Module, structure: NetworkRewrite) -> None:
-    """Rewrite a network in place. Pre-scales are initialized to 1 and the weights are unchanged.
+    """Rewrite a network in place. Pre-scales are initialized to 1, branches to 0, and the weights are unchanged.
 
     Raises:
         ArtifactError: A layer does not exist, or cannot be rewritten so.
@@ -104,6 +111,11 @@ def restructure(model: nn.Module, structure: NetworkRewrite) -> None:
         if problem := _unsplittable(layer, sizes):
             raise ArtifactError(f"Layer {name!r} cannot be split into segments {list(sizes)}: {problem}.")
         replace_module(model, name, SplitInputLayer(layer, sizes))
+    for name, rank in structure.branches.items():
+        layer = _layer(model, name)
+        if problem := unbranchable(layer, rank):
+            raise ArtifactError(f"Layer {name!r} cannot have a branch of rank {rank}: {problem}.")
+        replace_module(model, name, BranchedLayer(layer, rank))
     for name in structure.pre_scaled:
         layer = _layer(model, name)
         if hasattr(layer, PRE_SCALE):
@@ -148,7 +160,7 @@ def _layer(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
         layer = None
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         raise ArtifactError(
-            f"Layer {name!r} is not a convolution or linear layer of this model, so that its input cannot be split or scaled."
+            f"Layer {name!r} is not a convolution or linear layer of this model, so that it cannot be split, scaled or have a branch."
         )
     return layer
 

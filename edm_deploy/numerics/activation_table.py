@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ class ActivationTable:
         """Whether both tables have equal scales and bounds at every row."""
         pairs = ((self.scale, other.scale), (self.qmin, other.qmin), (self.qmax, other.qmax))
         return all(torch.equal(a, b) for a, b in pairs)
+
+    def at_rows(self, rows: Tensor) -> ActivationTable:
+        """The table of some rows, int64 [N]."""
+        return replace(self, scale=self.scale[rows], qmin=self.qmin[rows], qmax=self.qmax[rows])
 
     def problem(self, rows: int) -> str | None:
         """The violated invariant, as a phrase, or None. `rows` is the number of table rows of the artifact."""

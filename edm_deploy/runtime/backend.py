@@ -186,7 +186,7 @@ class Backend(ABC, Generic[Content]):
 
     @abstractmethod
     def relaxed(self, source: Path, content: Content) -> tuple[Content, Manifest]:
-        """As `read`, for the second graph: the same weights with activations in floating point. Called where the manifest has relaxed timesteps.
+        """As `read`, for the second graph: the same weights with inputs of more bits. Called where the manifest has relaxed timesteps.
 
         Args:
             source: The argument of `read`.

@@ -1,4 +1,7 @@
-"""Capabilities of each backend as data, and the execution of every site of an artifact that follows from them; recorded in manifests."""
+"""Capabilities of each backend as data, and the execution of every site of an artifact that follows from them; recorded in manifests.
+
+What a rewrite of the network adds besides sites (a Split, a Mul, the two float layers of a branch) every backend computes, so that no entry is about it.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from edm_deploy import registry
-from edm_deploy.artifact.float_timesteps import FOLDER
+from edm_deploy.artifact.relaxed_timesteps import FOLDER
 from edm_deploy.errors import ArtifactError
 from edm_deploy.models import family_named
 from edm_deploy.network.graph_names import OUTPUT

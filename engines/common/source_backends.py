@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edm_deploy.artifact import artifact as artifact_module
 from edm_deploy.artifact.artifact import Artifact
-from edm_deploy.artifact.float_timesteps import FOLDER, float_activation_graph, quantized_graph
+from edm_deploy.artifact.relaxed_timesteps import FOLDER, quantized_graph, relaxed_graph
 from edm_deploy.errors import ArtifactError
 from edm_deploy.network.family import TIMESTEP
 from edm_deploy.network.graph_names import GRAPH_NAME
@@ -74,7 +74,7 @@ class ArtifactBackend(Backend[Artifact]):
         return self._described(Artifact.load(source))
 
     def relaxed(self, source: Path, content: Artifact) -> tuple[Artifact, Manifest]:
-        return self._described(float_activation_graph(content))
+        return self._described(relaxed_graph(content))
 
     def _described(self, artifact: Artifact) -> tuple[Artifact, Manifest]:
         return artifact, Manifest.of(artifact, {name: name for name in artifact.sites}, kind="engine", dtype="fp32", weight_storage="int4")

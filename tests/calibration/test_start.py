@@ -86,10 +86,6 @@ def with_correction(artifact):
     return replace(artifact, correction=Correction(row_of_timestep=rows, scale=ones, input_bias=ones - 1))
 
 
-def with_relaxed(artifact):
-    return replace(artifact, relaxed=(torch.arange(artifact.num_train_timesteps) < 200).to(torch.uint8))
-
-
 def with_folded(artifact):
     return replace(artifact, provenance=artifact.provenance | {"folded_pre_scales": "3 of 9"})
 
@@ -109,7 +105,6 @@ def with_folded(artifact):
         (lambda a: a, Mse(weight_bits=4, act_bits=4), {}, [], "Recipe 'mse' calibrates anew"),
         (lambda a: a, QAT(weight_bits=8), {}, [], "weight_bits is 8, and the artifact to start from has 4"),
         (with_correction, QAT(), {}, [], "made with pass tac, whose correction belongs"),
-        (with_relaxed, QAT(), {}, [], "made with pass pcr, whose relaxed belongs"),
         (lambda a: a, QAT(), {}, [Adp(groups=2)], "Pass 'adp' works on calibration"),
         (lambda a: a, QAT(), {"fold_time": True}, [], "--fold-time: the artifact to start from quantizes"),
         (with_folded, QDiff(partition="layer"), {}, [], "Set partition=block"),

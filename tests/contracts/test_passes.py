@@ -12,11 +12,11 @@ from calibration.recipes.efficientdm import EfficientDM
 from calibration.recipes.minmax import MinMax
 from calibration.run.options import RunOptions
 from edm_deploy import Artifact, load_denoiser, registry
-from edm_deploy.artifact.float_timesteps import float_activation_graph, quantized_graph
 from edm_deploy.artifact.reference import reference_with_correction
+from edm_deploy.artifact.relaxed_timesteps import quantized_graph, relaxed_graph
 from edm_deploy.export.onnx import onnx_from_artifact
+from edm_deploy_tools.evaluation.denoisers import denoise_of_artifact
 from edm_deploy_tools.evaluation.site_agreement import agreement, cut_from_inputs
-from edm_deploy_tools.evaluation.trajectory_error import denoise_of_artifact
 from engines import build_engine
 from tests.calibration.tiny import tiny_source
 from tests.conftest import check_no_further, tiny_inputs
@@ -71,7 +71,7 @@ def test_all_passes_together_run_in_an_engine_as_the_judge_says(recipe, composed
     family = artifact.family_object
     exact = artifact.correction.around(lambda given: family.forward(tiny_source().model, given))(inputs)
     check_no_further(found, expected, exact)
-    for part, engine in ((quantized_graph(artifact), manifest), (float_activation_graph(artifact), manifest)):
+    for part, engine in ((quantized_graph(artifact), manifest), (relaxed_graph(artifact), manifest)):
         cut = cut_from_inputs(part, inputs, tmp_path / f"cut-{part.scheme}", dtype=torch.float32)
         sites = agreement(cut, engine, device="cpu")
         assert {site.site for site in sites} == set(artifact.sites)

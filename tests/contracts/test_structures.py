@@ -1,4 +1,4 @@
-"""What holds for every backend on a network with segments, pre-scales and bits by channel: the reference's codes at every site."""
+"""What holds for every backend on a network with segments, float branches, pre-scales and bits by channel: the reference's codes at every site."""
 
 from dataclasses import dataclass, replace
 
@@ -10,6 +10,7 @@ import calibration
 import engines
 from calibration.recipes.minmax import MinMax
 from calibration.run.options import RunOptions
+from calibration.training.trainable_weights import detach_weight
 from edm_deploy import Artifact
 from edm_deploy.artifact.reference import Reference
 from edm_deploy.export.onnx import onnx_from_artifact
@@ -23,7 +24,9 @@ from tests.conftest import check_no_further, tiny_inputs
 from tests.contracts.test_backends import RUNS_HERE, engine_of
 
 SHORTCUT = "up_blocks.0.resnets.0.conv_shortcut"
-SCALED = ("up_blocks.0.attentions.0.to_q", "down_blocks.1.resnets.0.conv2", f"{SHORTCUT}.segment1")
+QUERY, CONV = "up_blocks.0.attentions.0.to_q", "down_blocks.1.resnets.0.conv2"
+BRANCHES = {QUERY: 2, CONV: 3, f"{SHORTCUT}.segment0": 2, "down_blocks.0.downsamplers.0.conv": 1}
+SCALED = (f"{QUERY}.base", f"{CONV}.base", f"{SHORTCUT}.segment1")
 MIXED = "down_blocks.0.resnets.0.conv1"
 
 
@@ -33,11 +36,17 @@ class Restructuring(MinMax):
 
     def structure(self, source):
         channels = source.model.get_submodule(SHORTCUT).in_channels
-        return NetworkRewrite({SHORTCUT: (channels - 8, 8)})
+        return NetworkRewrite({SHORTCUT: (channels - 8, 8)}, branches=BRANCHES)
 
     def fit(self, context):
         student = context.student
         generator = torch.Generator().manual_seed(1)
+        for name in BRANCHES:
+            layer, branch = student.layers[f"{name}.base"], student.branches[name]
+            down, up = (0.3 * torch.randn(part.weight.shape, generator=generator) for part in (branch.down, branch.up))
+            branch.set_weights(down, up)
+            detach_weight(layer).sub_(branch.product().reshape(layer.layer.weight.shape))
+            layer.set_weight_scale(self.weight_scale(layer.merged_weight(), layer.bits))
         for name in SCALED:
             student.set_pre_scale(name, 0.5 + torch.rand(student.layers[name].layer.weight.shape[1], generator=generator))
             for sibling in student.shared_input_layers(name):
@@ -63,7 +72,8 @@ def artifact(tmp_path_factory):
 
 
 def test_an_artifact_keeps_its_structure(artifact):
-    parts = [f"{SHORTCUT}.segment0", f"{SHORTCUT}.segment1"]
+    parts = [f"{SHORTCUT}.segment0.base", f"{SHORTCUT}.segment1"]
+    assert artifact.structure.branches == BRANCHES and not any("branch" in name for name in artifact.sites)
     assert set(parts) <= set(artifact.sites) and SHORTCUT not in artifact.sites
     assert artifact.structure.segments.keys() == {SHORTCUT}
     assert set(SCALED) <= set(artifact.structure.pre_scaled), "q, k and v share theirs"
@@ -110,9 +120,9 @@ def test_the_graph_splits_scales_and_adds(artifact, graph):
             name = node.input[0]
         return node
 
-    halves = [before(f"{SHORTCUT}.segment{index}", "Split") for index in (0, 1)]
+    halves = [before(f"{SHORTCUT}.{part}", "Split") for part in ("segment0.base", "segment1")]
     assert halves[0].name == halves[1].name
-    quantizers = {before(f"up_blocks.0.attentions.0.to_{letter}", "QuantizeLinear").name for letter in "qkv"}
+    quantizers = {before(QUERY.replace("to_q", part), "QuantizeLinear").name for part in ("to_q.base", "to_k", "to_v")}
     assert len(quantizers) == 1, "siblings that are scaled alike share one quantizer"
 
 
@@ -150,4 +160,4 @@ def test_tensorrt_rtx_puts_every_part_in_an_integer_layer(artifact, graph, tmp_p
 def test_bits_by_channel_need_int8_kernels_where_one_has_more_than_4(artifact):
     plans = plan_layers(artifact, CAPABILITIES["cuda"])
     assert plans[MIXED].codes == "s8"
-    assert {plans[f"{SHORTCUT}.segment{index}"].executed for index in (0, 1)} == {"int4"}
+    assert {plans[f"{SHORTCUT}.{part}"].executed for part in ("segment0.base", "segment1")} == {"int4"}

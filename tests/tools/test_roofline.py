@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy_tools.roofline import app, layers_of, rooflines_of, site_rows, to_json, total_rows
+from edm_deploy_tools.roofline import app, layers_of, roofline, rooflines_of, site_rows, to_json, total_rows
 from engines.performance.gpus import gpu_named
 
 
@@ -77,6 +78,14 @@ def test_the_roofline_of_an_artifact_uses_its_codes(chain):
     assert not layers.four_bit
     (found,) = rooflines_of(str(chain.artifact), "rtx3090", "4")
     assert "no site has 4-bit codes" in to_json(found)["advice"]
+
+
+def test_a_branch_is_expected_to_take_the_time_of_two_thin_products(sd15):
+    found = sd15[0]
+    name = next(name for name, site in found.layers.work.sites.items() if site.taps == 9)
+    thin = {part: replace(found.layers.work.sites[name], outputs=32) for part in ("a.branch.down", "a.branch.up")}
+    branched = roofline(replace(found.layers, work=replace(found.layers.work, branches=thin)), found.gpu, found.batch)
+    assert 2e-6 < branched.outside - found.outside < 1e-3
 
 
 def test_a_fused_quantization_is_never_slower():

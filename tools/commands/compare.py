@@ -35,9 +35,9 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Number of runs of each recipe that trains, with seeds 0, 1, ...")] = 1,
-    samples: Annotated[int, typer.Option(help="Samples of each model to evaluate, at least 2.")] = 64,
+    samples: Annotated[int, typer.Option(help="Samples of each model to evaluate for each seed, at least 2.")] = 64,
     steps: Annotated[int, typer.Option(help="Inference steps of the samples.")] = 20,
-    seed: Annotated[int, opt.seed_option("Seed of the initial noise of the samples.")] = 123,
+    seed: opt.EvaluationSeeds = None,
     guidance: opt.Guidance = None,
     prompts: opt.Prompts = None,
     backend: opt.For = None,
@@ -59,7 +59,7 @@ def compare(
         seeds=seeds,
         backend=backend,
         prompts=prompts,
-        settings=EvaluationSettings(samples=samples, steps=steps, seed=seed, guidance=guidance),
+        settings=EvaluationSettings(samples=samples, steps=steps, seeds=opt.evaluation_seeds(seed), guidance=guidance),
     )
     results = compare_recipes(model, out, request, notify=console.note)
     if as_json:

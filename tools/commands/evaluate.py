@@ -19,9 +19,9 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Float model to compare with. Default: the model that the artifact was made from.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Number of sampling trajectories.")] = 16,
+    samples: Annotated[int, typer.Option(help="Number of sampling trajectories of each seed.")] = 16,
     steps: Annotated[int, typer.Option(help="Steps of DDIM, or of Euler for a flow-matching model.")] = 20,
-    seed: Annotated[int, opt.seed_option("Seed of the initial noise.")] = 123,
+    seed: opt.EvaluationSeeds = None,
     guidance: opt.Guidance = None,
     prompts: opt.Prompts = None,
     device: opt.EngineDevice = None,
@@ -37,7 +37,7 @@ def evaluate(
 
     opt.check_new(out, overwrite)
     texts = () if prompts is None else read_prompts(prompts)
-    settings = EvaluationSettings(samples=samples, steps=steps, seed=seed, guidance=guidance, prompts=texts)
+    settings = EvaluationSettings(samples=samples, steps=steps, seeds=opt.evaluation_seeds(seed), guidance=guidance, prompts=texts)
     report = evaluate_paths(paths, out, reference=reference, settings=settings, device=opt.value(device), low_memory=low_memory)
     if as_json:
         console.print_json(report.to_json())

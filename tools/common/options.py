@@ -81,8 +81,8 @@ def check_new(out: Path, overwrite: bool) -> None:
         raise InputError(f"--out {out} exists and is not empty. Pass --overwrite to replace it, or choose another directory.")
 
 
-def seed_in_range(seed: int | None) -> int | None:
-    """`seed`, if it is in the range of a seed.
+def seed_in_range(seed: int | list[int] | None) -> int | list[int] | None:
+    """`seed`, one or several, if each is in the range of a seed.
 
     Raises:
         BadParameter: It is not.
@@ -91,8 +91,8 @@ def seed_in_range(seed: int | None) -> int | None:
     from edm_deploy.numerics.seeds import check_seed
 
     try:
-        if seed is not None:
-            check_seed(seed)
+        for each in seed if isinstance(seed, list) else [] if seed is None else [seed]:
+            check_seed(each)
     except InputError as err:
         raise typer.BadParameter(str(err)) from err
     return seed
@@ -101,6 +101,11 @@ def seed_in_range(seed: int | None) -> int | None:
 def seed_option(what: str) -> Any:  # typer's OptionInfo
     """An option for a seed, 0 to 2^63 - 1."""
     return typer.Option("--seed", metavar="N", callback=seed_in_range, help=what)
+
+
+def evaluation_seeds(given: list[int] | None) -> tuple[int, ...]:
+    """The seeds of `EvaluationSeeds`; 123 where none is given."""
+    return tuple(given or (123,))
 
 
 def example(command: str) -> str:
@@ -114,6 +119,15 @@ def value(choice: StrEnum | None) -> str | None:
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local diffusers directory, or a hub id such as google/ddpm-cifar10-32.")]
+EvaluationSeeds = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        callback=seed_in_range,
+        help="Seed of the initial noise; repeatable, figures are then means over the seeds, with the spread of the PSNR. Default: 123.",
+    ),
+]
 Engine = Annotated[Path, typer.Argument(metavar="ENGINE_DIR", help="Directory written by build-engine.")]
 Out = Annotated[
     Path,

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.artifact.relaxed_timesteps import quantized_graph, relaxed_graph
 from edm_deploy.errors import ArtifactError
+from edm_deploy.network.layer_costs import model_work, site_work
+from edm_deploy.network.meta_model import meta_inputs, meta_model
+from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 from edm_deploy.numerics.seeds import LARGEST_SEED
 from edm_deploy.runtime.capabilities import capabilities_of
 from edm_deploy.storage.directories import read_json, write_json
 from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 from edm_deploy_tools.common.console import Notify, bytes_of
+from edm_deploy_tools.evaluation.denoisers import denoise_of_artifact
 from edm_deploy_tools.evaluation.feature_network import features_of
 from edm_deploy_tools.evaluation.frechet import frechet_distance
-from edm_deploy_tools.evaluation.trajectory_error import ReferenceTrajectory, denoise_of_artifact, reference_trajectory, trajectory_error
-from edm_deploy_tools.inspection.executed_work import layer_macs, work_shares
+from edm_deploy_tools.evaluation.trajectory_error import ReferenceTrajectory, reference_trajectory, trajectory_error
+from edm_deploy_tools.inspection.work_by_step import shares
 
 ARTIFACT, MEASURED = "artifact", "measured"  # directories in that of an experiment
 FIGURES, IMAGES = "figures.json", "images.safetensors"
@@ -43,7 +49,7 @@ class ArtifactEvaluator:
         self.reference = reference
         self.images = self._visible(reference.images)
         self.features = features_of(self.images)
-        settings = dataclasses.replace(reference.settings, seed=(reference.settings.seed + 1) % (LARGEST_SEED + 1))
+        settings = dataclasses.replace(reference.settings, seeds=tuple(_unused(reference.settings.seeds)))
         other = reference_trajectory(reference.source, settings)
         self.frechet_floor = frechet_distance(features_of(self._visible(other.images)), self.features)
 
@@ -53,12 +59,7 @@ class ArtifactEvaluator:
         artifact = Artifact.load(directory / ARTIFACT)
         try:
             cached = read_json(directory / MEASURED / FIGURES, what="measured")
-            if (
-                cached["setup"] == settings
-                and cached["artifact"] == artifact.digest
-                and "int4_share" in cached
-                and (directory / MEASURED / IMAGES).is_file()
-            ):
+            if cached["setup"] == settings and cached["artifact"] == artifact.digest and (directory / MEASURED / IMAGES).is_file():
                 return cached
         except (ArtifactError, KeyError):
             pass
@@ -72,7 +73,10 @@ class ArtifactEvaluator:
             "artifact": artifact.digest,
             "noise_error": error.noise_error,
             "noise_error_by_step": list(error.noise_errors),
+            "weighted_error": error.weighted_error,
+            "weighted_error_by_step": list(error.weighted_errors),
             "psnr_db": error.psnr,
+            "psnr_db_by_seed": list(error.psnrs),
             "frechet": frechet_distance(features_of(images), self.features),
             "bytes": bytes_of(directory / ARTIFACT),
             "integer_share": integer_share(artifact, self.reference.timesteps),
@@ -83,40 +87,68 @@ class ArtifactEvaluator:
         with new_directory(directory / MEASURED, kind=MEASUREMENT) as temporary:
             save_file({"images": images.half().contiguous()}, temporary / IMAGES)
             write_json(temporary / FIGURES, figures)
-        notify(f"  noise error {error.noise_error:.4f}, PSNR {error.psnr:.1f} dB, Frechet {figures['frechet']:.3g}")
+        notify(
+            f"  PSNR {error.psnr:.1f} dB, weighted error {error.weighted_error:.3g}, noise error {error.noise_error:.4f}, Frechet {figures['frechet']:.3g}"
+        )
         return figures
 
     def _visible(self, images: Tensor) -> Tensor:
         return self.reference.decoder.visible(images, self.reference.images).clamp(-1, 1)
 
 
+def _unused(seeds: Sequence[int]) -> Iterator[int]:
+    """As many seeds, none of which is among `seeds`."""
+    following = (number % (LARGEST_SEED + 1) for number in itertools.count(seeds[0] + 1))
+    return itertools.islice((number for number in following if number not in seeds), len(seeds))
+
+
 def integer_share(artifact: Artifact, timesteps: Sequence[float]) -> float:
     """Share, 0 to 1, of the multiply-accumulates of all Conv2d and Linear layers whose weights and inputs are both integer codes.
 
-    The two products of attention are always in floating point and are not counted. At timesteps with float activations nothing is integer.
+    The two products of attention are always in floating point and are not counted. At relaxed timesteps with float activations nothing is integer.
 
     Args:
         artifact: The quantized model.
         timesteps: Timesteps of the sampling steps.
     """
-    macs = layer_macs(artifact)
-    integer = sum(macs[name] for name, site in artifact.sites.items() if site.activation is not None)
-    total = sum(macs.values())
-    return _quantized_steps(artifact, timesteps) * integer / total
+    family, total, integer = artifact.family_object, 0, 0
+    model = meta_model(family, artifact.config, artifact.structure)
+
+    def count(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal total, integer
+            macs = site_work(layer, inputs[0], output).macs
+            total += macs
+            site = artifact.sites.get(name)
+            integer += macs if site is not None and site.activation is not None else 0
+
+        return hook
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count(name))
+    with torch.no_grad():
+        family.forward(model, meta_inputs(family, artifact.config))
+    quantized_steps = 1.0
+    if artifact.relaxed is not None and artifact.relaxed_bits == WEIGHT_ONLY_BITS:
+        at = torch.tensor([round(timestep) for timestep in timesteps]).clamp(max=len(artifact.relaxed) - 1)
+        quantized_steps = float((artifact.relaxed[at] == 0).double().mean())
+    return quantized_steps * integer / total
 
 
 def int4_share(artifact: Artifact, timesteps: Sequence[float]) -> float:
-    """Share, 0 to 1, of the same multiply-accumulates whose weights and inputs both fit 4 bits, so that backend `cuda` computes them in INT4."""
-    shares = work_shares(artifact, capabilities_of("cuda"))
-    return _quantized_steps(artifact, timesteps) * shares.get("int4", 0.0)
+    """Share, 0 to 1, of the same multiply-accumulates that backend `cuda` computes in INT4, a mean over the sampling steps.
 
-
-def _quantized_steps(artifact: Artifact, timesteps: Sequence[float]) -> float:
-    """Share of the sampling steps whose activations are quantized by the tables."""
+    A layer whose codes do not all fit 4 bits, because of one 5-bit channel or one 8-bit row, is INT8 as a whole.
+    """
+    work = model_work(artifact.family_object, artifact.config, artifact.structure).sites
+    target = capabilities_of("cuda")
+    share = shares(quantized_graph(artifact), work, target)["INT4 %"] / 100
     if artifact.relaxed is None:
-        return 1.0
+        return share
     at = torch.tensor([round(timestep) for timestep in timesteps]).clamp(max=len(artifact.relaxed) - 1)
-    return float((artifact.relaxed[at] == 0).double().mean())
+    relaxed = float(artifact.relaxed[at].double().mean())
+    return (1 - relaxed) * share + relaxed * shares(relaxed_graph(artifact), work, target)["INT4 %"] / 100
 
 
 def json_of(value: Any) -> dict[str, Any]:  # a dataclass instance

@@ -102,9 +102,9 @@ def compare_recipes(model: str, out: Path, request: ComparisonRequest, *, notify
     if prompts:
         check_takes_prompts(source)
     digest = source.digest()
-    notify(f"float model: {settings.samples} samples in {settings.steps} steps, twice")
+    notify(f"float model: {settings.trajectories} samples in {settings.steps} steps, twice")
     reference = reference_trajectory(source, settings)
-    check_experiments(experiments, source, target, forward_seconds=reference.seconds, batch=settings.samples)
+    check_experiments(experiments, source, target, forward_seconds=reference.seconds, batch=settings.trajectories)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / MARKER, {"model": model, "model_sha256": digest, "asked": request.to_json()})
     evaluator = ArtifactEvaluator(reference)

@@ -1,4 +1,4 @@
-"""A comparison as an HTML page and as a markdown table, ranked by noise error for each scheme."""
+"""A comparison as an HTML page and as a markdown table, ranked by PSNR for each scheme."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from edm_deploy_tools.evaluation.report import STYLE, definitions, grid_uri, htm
 
 LEFT = ("#", "recipe")  # columns that are aligned left
 DEFINED = {
+    "PSNR": "PSNR of the final images in dB, each model on its own trajectory from the same noise; the peak is 2. Mean over the seeds of the "
+    "recipe and of the samples, and the lowest and highest of them; rows are ranked by it",
+    "weighted error": "squared error of the prediction at each step along the float model's trajectory, times the measured effect of an error at this step on "
+    "the final sample, summed over the steps; in parentheses the rank by it",
     "noise error": "||e_q - e||^2 / ||e||^2 of the prediction along the float model's trajectory, over all samples, mean over the steps",
-    "PSNR": "PSNR of the final images in dB, each model on its own trajectory from the same noise; the peak is 2",
     "Frechet": "squared Frechet distance between the features of the float model's and the quantized model's final images",
     "time": "wall time of the process that quantized the model: start-up, loading, calibration, training, saving",
     "memory": "peak resident memory of that process",
     "size": "size of the artifact's directory",
     "integer": "share of the multiply-accumulates of all Conv2d and Linear layers whose weights and inputs are both integer codes",
-    "INT4": "share of the same whose weights and inputs both fit 4 bits; backend cuda computes the other integer layers in INT8",
+    "INT4": "share of the same that backend cuda computes in INT4: layers whose weights and inputs all fit 4 bits; the other integer layers are INT8",
 }
 
 
 def ranked_rows(results: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]:
-    """One row for each recipe at a scheme, by noise error, failed ones last; figures are means over the seeds.
+    """One row for each recipe at a scheme, by PSNR, failed ones last; figures are means over the seeds.
 
     A row has `recipe`, `trains`, `cells` (one for each seed), and either `failed` or the figures by their names in results.json.
     """
@@ -45,13 +48,29 @@ def ranked_rows(results: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]
             continue
         row |= {
             name: fmean(cell[name] for cell in good)
-            for name in ("noise_error", "psnr_db", "frechet", "seconds", "peak_bytes", "bytes", "integer_share", "int4_share")
+            for name in (
+                "weighted_error",
+                "noise_error",
+                "psnr_db",
+                "frechet",
+                "seconds",
+                "peak_bytes",
+                "bytes",
+                "integer_share",
+                "int4_share",
+            )
         }
-        row["noise_error_by_step"] = [fmean(step) for step in zip(*(cell["noise_error_by_step"] for cell in good), strict=True)]
-        row["spread"] = [min(cell["noise_error"] for cell in good), max(cell["noise_error"] for cell in good)]
+        for name in ("weighted_error_by_step", "noise_error_by_step"):
+            row[name] = [fmean(step) for step in zip(*(cell[name] for cell in good), strict=True)]
+        psnrs = [psnr for cell in good for psnr in cell["psnr_db_by_seed"]]
+        row["spread"] = [min(psnrs), max(psnrs)]
         row["seeds"] = len(good)
         rows.append(row)
-    return sorted(rows, key=lambda row: row.get("noise_error", float("inf")))
+    by_weighted = sorted(row["weighted_error"] for row in rows if "failed" not in row)
+    for row in rows:
+        if "failed" not in row:
+            row["weighted_rank"] = 1 + by_weighted.index(row["weighted_error"])
+    return sorted(rows, key=lambda row: -row.get("psnr_db", float("-inf")))
 
 
 def schemes_in(results: Mapping[str, Any]) -> list[str]:
@@ -65,16 +84,17 @@ def table_of(results: Mapping[str, Any], scheme: str) -> list[Row]:
     for place, row in enumerate(ranked_rows(results, scheme), start=1):
         name = row["recipe"] + ("" if row["trains"] else " (no training)")
         if "failed" in row:
-            blank = dict.fromkeys(("PSNR, dB", "Frechet", "time", "memory", "size", "integer", "INT4"))
-            table.append({"#": None, "recipe": name, "noise error": "failed"} | blank)
+            blank = dict.fromkeys(("weighted error", "noise error", "Frechet", "time", "memory", "size", "integer", "INT4"))
+            table.append({"#": None, "recipe": name, "PSNR, dB": "failed"} | blank)
             continue
         low, high = row["spread"]
         table.append(
             {
                 "#": place,
                 "recipe": name,
-                "noise error": f"{row['noise_error']:.4f}" + (f" ({low:.4f} to {high:.4f})" if row["seeds"] > 1 else ""),
-                "PSNR, dB": f"{row['psnr_db']:.1f}",
+                "PSNR, dB": f"{row['psnr_db']:.1f}" + (f" ({low:.1f} to {high:.1f})" if low < high else ""),
+                "weighted error": f"{row['weighted_error']:.3g} ({row['weighted_rank']})",
+                "noise error": f"{row['noise_error']:.4f}",
                 "Frechet": f"{row['frechet']:.3g}",
                 "time": time_words(row["seconds"]),
                 "memory": size_words(round(row["peak_bytes"])),
@@ -97,11 +117,15 @@ def describe_conditions(results: Mapping[str, Any]) -> str:
     settings, seeds = request["setup"], request["seeds"]
     return (
         f"{Path(results['model']['name']).name}, {request['rows']} table rows, {time_words(request['budget'])} of calibration and training for each recipe that "
-        f"trains{f', mean of {seeds} seeds' if seeds > 1 else ''}. Evaluated on {settings['samples']} samples in {settings['steps']} steps of "
-        f"{results['walk']['scheduler']} from seed {settings['seed']}, by the reference executor. {machine['cpu']}, {machine['cores']} cores, "
+        f"trains{f', mean of {seeds} seeds' if seeds > 1 else ''}. Evaluated on {settings['samples'] * len(settings['seeds'])} samples in {settings['steps']} steps of "
+        f"{results['walk']['scheduler']} from {_seeds(settings['seeds'])}, by the reference executor. {machine['cpu']}, {machine['cores']} cores, "
         f"torch {results['versions']['torch']}, {results['date'][:10]}. The Frechet distance of two "
-        f"sets of {settings['samples']} samples of the float model, from different noise, is {results['frechet_floor']:.3g}."
+        f"sets of {settings['samples'] * len(settings['seeds'])} samples of the float model, from different noise, is {results['frechet_floor']:.3g}."
     )
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def command_of(results: Mapping[str, Any]) -> str:
@@ -110,7 +134,7 @@ def command_of(results: Mapping[str, Any]) -> str:
     settings = request["setup"]
     words = ["edm-deploy compare", Path(results["model"]["name"]).name, f"--recipes {request['recipes']}", f"--bits {request['bits']}"]
     words += [f"--budget {request['budget']:g}s", f"--rows {request['rows']}", f"--seeds {request['seeds']}"]
-    words += [f"--samples {settings['samples']}", f"--steps {settings['steps']}", f"--seed {settings['seed']}"]
+    words += [f"--samples {settings['samples']}", f"--steps {settings['steps']}", *(f"--seed {seed}" for seed in settings["seeds"])]
     words += [f"--preset {recipe}={preset}" for recipe, preset in request["presets"].items()]
     return " ".join([*words, "--out DIR"])
 
@@ -155,9 +179,12 @@ def _scheme(results: Mapping[str, Any], scheme: str, images: Mapping[str, Tensor
     notes = "".join(f'<p class="notes">{escape(line)}</p>' for line in failures(results) if f" at {scheme}:" in line)
     parts = [f"<h2>{scheme}</h2>", html_table(table, numbers=[name for name in table[0] if name not in LEFT]), notes]
     if rows:
-        series = {row["recipe"]: row["noise_error_by_step"] for row in rows}
-        label = "relative error of the predicted noise"
-        parts.append(curves(series, results["walk"]["timesteps"], x_label="timestep, from noise to image", y_label=label))
+        for name, label in (
+            ("weighted_error_by_step", "expected change of the final sample"),
+            ("noise_error_by_step", "relative error of the predicted noise"),
+        ):
+            series = {row["recipe"]: row[name] for row in rows}
+            parts.append(curves(series, results["walk"]["timesteps"], x_label="timestep, from noise to image", y_label=label))
         parts.append(_images(rows, images))
     return "".join(parts)
 

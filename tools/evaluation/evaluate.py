@@ -19,14 +19,13 @@ from edm_deploy.storage.leftovers import scratch_directory
 from edm_deploy.storage.output_directory import DirectoryKind, check_output, new_directory
 from edm_deploy_tools.common.console import Notify, silent
 from edm_deploy_tools.common.machine import machine, versions
+from edm_deploy_tools.evaluation.denoisers import denoise_of_artifact, denoise_of_engine
 from edm_deploy_tools.evaluation.report import report_html
 from edm_deploy_tools.evaluation.results import EvaluationTarget, Report, Result
 from edm_deploy_tools.evaluation.site_agreement import agreement, cut_from_trajectory, site_statistics
 from edm_deploy_tools.evaluation.trajectory_error import (
     EvaluationSettings,
     ReferenceTrajectory,
-    denoise_of_artifact,
-    denoise_of_engine,
     reference_trajectory,
     trajectory_error,
 )
@@ -53,7 +52,7 @@ def evaluate_paths(
         paths: Artifact and engine directories. An engine is compared site by site with the artifact that it was built from, if that is given too.
         out: Output directory, written completely or not at all.
         reference: The float model; None is the model that the first artifact was made from.
-        settings: Samples, steps, seed, guidance, prompts.
+        settings: Samples, steps, seeds, guidance, prompts.
         device: Where engines run; None is the default device of each engine's backend.
         low_memory: Whether the float model's weights stay in their files until a layer runs.
         notify: Called with a line of text before each measurement.
@@ -124,7 +123,7 @@ def evaluate_targets(
     """Measure each target against the float model; engines run on `device`, or on the default device of their backend."""
     for target in targets:
         check_same_model(target, source)
-    notify(f"float model: {settings.samples} samples, {settings.steps} steps")
+    notify(f"float model: {settings.trajectories} samples, {settings.steps} steps")
     trajectory = reference_trajectory(source, settings)
     results = []
     with scratch_directory("evaluate") as scratch:

@@ -16,7 +16,15 @@ from edm_deploy.pipelines.custom import images_from_sample
 from edm_deploy.runtime.capabilities import summary
 from edm_deploy_tools.common.console import Row, cell, size_words, time_words
 from edm_deploy_tools.evaluation.charts import curves, heat_map, png_uri
-from edm_deploy_tools.evaluation.results import EvaluationTarget, Report, Result, agreement_json, describe_settings, final_samples
+from edm_deploy_tools.evaluation.results import (
+    EvaluationTarget,
+    Report,
+    Result,
+    agreement_json,
+    describe_settings,
+    final_samples,
+    psnr_words,
+)
 from edm_deploy_tools.evaluation.site_agreement import SiteAgreement
 from edm_deploy_tools.images.sample import grid_of
 
@@ -51,8 +59,9 @@ def _summary(report: Report) -> str:
         {
             "": "float",
             "scheme": "fp32",
-            "mean noise error": None,
             "PSNR, dB": None,
+            "weighted error": None,
+            "mean noise error": None,
             "on disk": size_words(4 * parameters),
             "one call": f"{1000 * report.trajectory.seconds:.0f} ms",
             "executed by": "torch, float32",
@@ -64,8 +73,9 @@ def _summary(report: Report) -> str:
             {
                 "": result.target.label,
                 "scheme": result.target.scheme,
+                "PSNR, dB": psnr_words(result.error),
+                "weighted error": f"{result.error.weighted_error:.3g}",
                 "mean noise error": f"{result.error.noise_error:.4f}",
-                "PSNR, dB": f"{result.error.psnr:.1f}",
                 "on disk": size_words(result.target.bytes),
                 "one call": f"{1000 * result.error.seconds:.0f} ms" if engine else None,
                 "executed by": str(engine.backend) if engine else "reference executor, exact integers",
@@ -74,10 +84,11 @@ def _summary(report: Report) -> str:
     return (
         "<h2>Error against the float model</h2>"
         f'<p class="soft">{escape(describe_settings(report))} '
+        "PSNR: final images from the same initial noise, each model on its own trajectory. "
         "Noise error: ||e<sub>q</sub> - e||<sup>2</sup> / ||e||<sup>2</sup> of the predicted noise along the float model's trajectory, mean over the steps. "
-        "PSNR: final images from the same initial noise, each model on its own trajectory. One call: median wall time of one forward pass, "
+        "Weighted error: each step's squared error times its measured effect on the final sample, summed over the steps. One call: median wall time of one forward pass, "
         f"batch {len(report.trajectory.noise)}; with classifier-free guidance it includes the conditional and the unconditional half.</p>"
-        + html_table(rows, numbers=("mean noise error", "PSNR, dB", "on disk", "one call"))
+        + html_table(rows, numbers=("PSNR, dB", "weighted error", "mean noise error", "on disk", "one call"))
     )
 
 
@@ -102,10 +113,13 @@ def grid_uri(samples: torch.Tensor) -> str:
 
 def _curve(report: Report) -> str:
     series = {result.target.label: result.error.noise_errors for result in report.results}
-    chart = curves(
-        series, report.trajectory.timesteps, x_label="timestep, from noise to image", y_label="relative error of the predicted noise"
+    timesteps, x_label = report.trajectory.timesteps, "timestep, from noise to image"
+    weighted = {result.target.label: result.error.weighted_errors for result in report.results}
+    return (
+        "<h2>Error by step</h2>"
+        + curves(weighted, timesteps, x_label=x_label, y_label="expected change of the final sample")
+        + curves(series, timesteps, x_label=x_label, y_label="relative error of the predicted noise")
     )
-    return f"<h2>Error by step</h2>{chart}"
 
 
 def _engines(report: Report) -> str:

@@ -107,6 +107,7 @@ class Report:
             "scheduler": self.trajectory.scheduler,
             "eta": 0.0,
             "timesteps": self.trajectory.timesteps,
+            "step_weights": self.trajectory.step_weights.tolist(),
             "compared": self.trajectory.decoder.kind,
         }
         parameters = sum(value.numel() for value in self.reference.model.parameters())
@@ -138,13 +139,20 @@ def headline(report: Report) -> list[Row]:
             "name": result.target.label,
             "kind": result.target.kind,
             "scheme": result.target.scheme,
+            "PSNR dB": psnr_words(result.error),
+            "weighted error": result.error.weighted_error,
             "noise error": result.error.noise_error,
-            "PSNR dB": round(result.error.psnr, 2),
             "MB": round(result.target.bytes / 1e6, 2),
             "codes beyond a tie": sum(site.differ for site in result.agreement) if result.agreement is not None else None,
         }
         for result in report.results
     ]
+
+
+def psnr_words(error: TrajectoryError) -> str:
+    """The mean PSNR in dB; with the lowest and highest of the seeds where there are several: `26.4 (25.1 to 27.3)`."""
+    words = f"{error.psnr:.2f}"
+    return words if len(error.psnrs) == 1 else f"{words} ({min(error.psnrs):.2f} to {max(error.psnrs):.2f})"
 
 
 def result_json(result: Result) -> dict[str, Any]:
@@ -158,7 +166,10 @@ def result_json(result: Result) -> dict[str, Any]:
         "bytes": target.bytes,
         "noise_error": error.noise_error,
         "noise_error_by_step": list(error.noise_errors),
+        "weighted_error": error.weighted_error,
+        "weighted_error_by_step": list(error.weighted_errors),
         "psnr_db": error.psnr,
+        "psnr_db_by_seed": list(error.psnrs),
         "seconds_per_batch": error.seconds,
         "notes": list(result.notes),
     }
@@ -210,6 +221,7 @@ def describe_settings(report: Report) -> str:
     conditioning = f", conditioning {trajectory.origin}" if trajectory.conditioning.conditional else ""
     guidance = "" if trajectory.guidance is None else f", guidance {trajectory.guidance:g}"
     return (
-        f"{settings.samples} samples, {settings.steps} steps of {scheduler}, seed {settings.seed}{conditioning}{guidance}. "
+        f"{settings.samples} samples{' of each seed' if len(settings.seeds) > 1 else ''}, {settings.steps} steps of {scheduler}, "
+        f"seed{'s' if len(settings.seeds) > 1 else ''} {', '.join(map(str, settings.seeds))}{conditioning}{guidance}. "
         f"PSNR of {trajectory.decoder.words}."
     )

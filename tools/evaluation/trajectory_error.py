@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from edm_deploy.artifact.artifact import Artifact
-from edm_deploy.artifact.reference import reference_with_correction
+from calibration.data.noise_schedules import schedule_of
+from calibration.data.step_weights import cached_step_weights
 from edm_deploy.errors import InputError
-from edm_deploy.network.family import SAMPLE
 from edm_deploy.network.graph_names import SCALE_INPUT
 from edm_deploy.numerics.seeds import check_seed
-from edm_deploy.pipelines.guidance import Conditioning
+from edm_deploy.pipelines.guidance import Conditioner, Conditioning
 from edm_deploy.pipelines.prompt_encoding import check_takes_prompts, conditioner_of, takes_prompts
 from edm_deploy.pipelines.prompt_file import read_prompts
 from edm_deploy.pipelines.sampling import Denoise, Step, last_sample, trajectory
 from edm_deploy.pipelines.schedulers import scheduler_named, schedulers_for
 from edm_deploy.pipelines.source import Source
-from edm_deploy.runtime.denoiser import EngineDenoiser
-from edm_deploy.runtime.load import load_denoiser
-from edm_deploy.runtime.manifest import ShapeRange
 from edm_deploy_tools.common.assets import ASSETS
+from edm_deploy_tools.evaluation.denoisers import denoise_of_source, timed
 from edm_deploy_tools.images.decoding import Decoder, decoder_of
-from edm_deploy_tools.images.sample import batch_sizes
 
 DETERMINISTIC = ("ddim", "flow-euler")  # schedulers without randomness: the same noise always gives the same image
 PROMPTS = ASSETS / "prompts" / "evaluation.txt"  # disjoint from the prompts that models are calibrated with
@@ -40,16 +34,16 @@ class EvaluationSettings:
     """The samples that models are evaluated on.
 
     Attributes:
-        samples: Number of trajectories, all in one batch.
+        samples: Number of trajectories of each seed.
         steps: Inference steps: DDIM with eta 0, or Euler for a flow-matching model.
-        seed: Of the initial noise and of the conditioning.
+        seeds: Of the initial noise and of the conditioning, one or more.
         guidance: Scale of classifier-free or embedded guidance; None is the usual scale of the model.
         prompts: For a text-conditional model, assigned to samples cyclically; if empty, those of assets/prompts/evaluation.txt.
     """
 
     samples: int = 16
     steps: int = 20
-    seed: int = 123
+    seeds: tuple[int, ...] = (123,)
     guidance: float | None = None
     prompts: tuple[str, ...] = ()
 
@@ -57,7 +51,15 @@ class EvaluationSettings:
         for name in ("samples", "steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: expected 1 or more.")
-        check_seed(self.seed)
+        if len(set(self.seeds)) < max(len(self.seeds), 1):
+            raise InputError(f"--seed {', '.join(map(str, self.seeds)) or 'none'}: expected one or more different seeds. Give each once.")
+        for seed in self.seeds:
+            check_seed(seed)
+
+    @property
+    def trajectories(self) -> int:
+        """Number of trajectories of all seeds."""
+        return self.samples * len(self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +68,13 @@ class ReferenceTrajectory:
 
     Attributes:
         source: The float model.
-        settings: Samples, steps, seed, guidance, prompts.
-        noise: Initial noise, float32 [B, ...]: [B, C, H, W] except for packed latents.
+        settings: Samples, steps, seeds, guidance, prompts.
+        noise: Initial noise, float32 [B, ...], the samples of each seed in turn: [B, C, H, W] except for packed latents.
         conditioning: Conditioning and guidance of the samples.
         origin: Description of where the conditioning comes from.
         decoder: Converts samples to images.
         steps: In sampling order; predictions include guidance.
+        step_weights: float32, for each step the squared change of the final sample for a squared error of the prediction.
         final: Final samples, [B, ...].
         images: Decoded final samples, [B, C, H, W].
         seconds: Median wall time of one forward pass of the batch.
@@ -84,6 +87,7 @@ class ReferenceTrajectory:
     origin: str
     decoder: Decoder
     steps: tuple[Step, ...]
+    step_weights: Tensor
     final: Tensor
     images: Tensor
     seconds: float
@@ -113,22 +117,35 @@ class TrajectoryError:
 
     Attributes:
         noise_errors: ||e_q - e_f||^2 / ||e_f||^2 over the batch, for each step of the float model's trajectory.
-        psnr: PSNR of the final images in dB, each model on its own trajectory from the same noise; `Decoder.words` describes the images.
+        weighted_errors: Mean squared change of the final sample that the error of each step alone is expected to make: `step_weights` times the mean
+            of (e_q - e_f)^2.
+        psnrs: PSNR of the final images in dB for each seed, each model on its own trajectory from the same noise; `Decoder.words` describes the images.
         final: Final samples of this denoiser.
         images: Decoded final samples, [B, C, H, W].
         seconds: Median wall time of one forward pass of the batch.
     """
 
     noise_errors: tuple[float, ...]
-    psnr: float
+    weighted_errors: tuple[float, ...]
+    psnrs: tuple[float, ...]
     final: Tensor
     images: Tensor
     seconds: float
 
     @property
     def noise_error(self) -> float:
-        """Mean over the steps."""
+        """Mean of the noise errors over the steps."""
         return fmean(self.noise_errors)
+
+    @property
+    def weighted_error(self) -> float:
+        """Sum of the weighted errors over the steps."""
+        return sum(self.weighted_errors)
+
+    @property
+    def psnr(self) -> float:
+        """Mean PSNR over the seeds, in dB."""
+        return fmean(self.psnrs)
 
 
 def reference_trajectory(source: Source, settings: EvaluationSettings) -> ReferenceTrajectory:
@@ -142,9 +159,7 @@ def reference_trajectory(source: Source, settings: EvaluationSettings) -> Refere
         check_takes_prompts(source)
     prompts = (settings.prompts or read_prompts(PROMPTS))[: settings.samples]
     conditioner = conditioner_of(source, scale=settings.guidance, prompts=prompts)
-    generator = torch.Generator().manual_seed(settings.seed)
-    noise = torch.randn(settings.samples, *source.family_object.latent_shape(source.config), generator=generator)
-    conditioning = conditioner.of(conditioner.draw(settings.samples, generator, in_turn=takes_prompts(source)))
+    noise, conditioning = _drawn(source, settings, conditioner)
     times: list[float] = []
     denoise = timed(denoise_of_source(source, conditioning), times)
     sigmas = source.family_object.sigmas(settings.steps)
@@ -158,6 +173,7 @@ def reference_trajectory(source: Source, settings: EvaluationSettings) -> Refere
         origin=conditioner.origin,
         decoder=decoder,
         steps=steps,
+        step_weights=_step_weights(source, conditioner, [step.timestep for step in steps]),
         final=final,
         images=decoder.images(final),
         seconds=median(times),
@@ -168,56 +184,56 @@ def trajectory_error(denoise: Denoise, reference: ReferenceTrajectory) -> Trajec
     """Measure a denoiser along the float model's trajectory and on its own."""
     times: list[float] = []
     denoise = timed(denoise, times)
-    errors = [
-        relative_error(denoise(step.sample, torch.full((len(step.sample),), step.timestep)), step.prediction) for step in reference.steps
-    ]
+    noise_errors, weighted_errors = [], []
+    for step, weight in zip(reference.steps, reference.step_weights, strict=True):
+        prediction = denoise(step.sample, torch.full((len(step.sample),), step.timestep))
+        noise_errors.append(relative_error(prediction, step.prediction))
+        weighted_errors.append(float(weight) * float((prediction.double() - step.prediction.double()).square().mean()))
     source, steps = reference.source, reference.settings.steps
     final = last_sample(trajectory(denoise, _scheduler(source), reference.noise, steps=steps, sigmas=source.family_object.sigmas(steps)))
     images = reference.decoder.images(final)
-    psnr = reference.decoder.psnr(images, reference.images)
-    return TrajectoryError(noise_errors=tuple(errors), psnr=psnr, final=final, images=images, seconds=median(times))
+    return TrajectoryError(
+        noise_errors=tuple(noise_errors),
+        weighted_errors=tuple(weighted_errors),
+        psnrs=tuple(
+            reference.decoder.psnr(found, expected)
+            for found, expected in zip(*(torch.split(each, reference.settings.samples) for each in (images, reference.images)), strict=True)
+        ),
+        final=final,
+        images=images,
+        seconds=median(times),
+    )
+
+
+def _drawn(source: Source, settings: EvaluationSettings, conditioner: Conditioner) -> tuple[Tensor, Conditioning]:
+    """Initial noise and conditioning of the samples of every seed."""
+    noise, drawn = [], []
+    for seed in settings.seeds:
+        generator = torch.Generator().manual_seed(seed)
+        noise.append(torch.randn(settings.samples, *source.family_object.latent_shape(source.config), generator=generator))
+        drawn.append(conditioner.draw(settings.samples, generator, in_turn=takes_prompts(source)))
+    return torch.cat(noise), conditioner.of({name: torch.cat([part[name] for part in drawn]) for name in drawn[0]})
+
+
+def _step_weights(source: Source, conditioner: Conditioner, timesteps: Sequence[float]) -> Tensor:
+    """`calibration.data.step_weights` of a model at these timesteps, in their order: float32 [steps]."""
+    last = source.num_train_timesteps - 1
+    rounded = torch.tensor(timesteps).round().int().clamp(0, last)
+    rows, row_of_step = torch.unique(rounded, return_inverse=True)
+    weights = cached_step_weights(
+        source.model,
+        lambda inputs: source.family_object.prediction(source.config, source.family_object.forward(source.model, inputs)),
+        schedule_of(source.scheduler, rows),
+        conditioner,
+        digest=source.digest(),
+        device=torch.device("cpu"),
+    )
+    return weights.flip(0)[row_of_step]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """||actual - expected||^2 / ||expected||^2 over all elements."""
     return float((actual.double() - expected.double()).pow(2).sum() / expected.double().pow(2).sum())
-
-
-def denoise_of_source(source: Source, conditioning: Conditioning) -> Denoise:
-    """The float model, with conditioning and guidance."""
-
-    def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
-        output = source.family_object.forward(source.model, conditioning.inputs(sample, timestep))
-        return conditioning.combine(source.family_object.prediction(source.config, output))
-
-    return denoise
-
-
-def denoise_of_artifact(artifact: Artifact, conditioning: Conditioning) -> Denoise:
-    """An artifact in the reference executor, with the runtime's timestep correction, conditioning and guidance."""
-    reference = reference_with_correction(artifact)
-
-    def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
-        output = reference(conditioning.inputs(sample, timestep))
-        return conditioning.combine(artifact.family_object.prediction(artifact.config, output))
-
-    return denoise
-
-
-def denoise_of_engine(path: Path, conditioning: Conditioning, *, device: str | None = None) -> Denoise:
-    """An engine on `device`, or on the default device of its backend; a batch outside its profile is split into batches inside it."""
-    denoiser = load_denoiser(path, device=device)
-    allowed = denoiser.manifest.profile.get("batch", ShapeRange(1, 1, 1 << 30))
-
-    def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
-        inputs = conditioning.inputs(sample, timestep)
-        count, pieces, start = len(inputs[SAMPLE]), [], 0
-        for size in batch_sizes(count, allowed):
-            pieces.append(_run(denoiser, {name: _rows(value, start, size) for name, value in inputs.items()}))
-            start += size
-        return conditioning.combine(denoiser.family.prediction(denoiser.manifest.config, torch.cat(pieces)[:count]))
-
-    return denoise
 
 
 def deterministic(source: Source) -> str:
@@ -228,24 +244,3 @@ def deterministic(source: Source) -> str:
 
 def _scheduler(source: Source) -> Any:  # diffusers' schedulers share no useful base class
     return scheduler_named(deterministic(source), source.scheduler.config)
-
-
-def timed(denoise: Denoise, times: list[float]) -> Denoise:
-    """`denoise`, with the wall time of each call in seconds appended to `times`."""
-
-    def timing(sample: Tensor, timestep: Tensor) -> Tensor:
-        start = time.perf_counter()
-        prediction = denoise(sample, timestep)
-        times.append(time.perf_counter() - start)
-        return prediction
-
-    return timing
-
-
-def _run(denoiser: EngineDenoiser, inputs: Mapping[str, Tensor]) -> Tensor:
-    return denoiser.run({name: value.to(denoiser.device) for name, value in inputs.items()}).float().cpu()
-
-
-def _rows(value: Tensor, start: int, size: int) -> Tensor:
-    """`size` rows of `value` from `start` on, padded with copies of the last row."""
-    return value[torch.arange(start, start + size).clamp(max=len(value) - 1)]

@@ -13,20 +13,22 @@ from torch import Tensor
 from edm_deploy.artifact import artifact as artifact_module
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
+from edm_deploy.artifact.relaxed_timesteps import FOLDER
 from edm_deploy.artifact.timestep_correction import Correction
 from edm_deploy.artifact.timestep_routing import Intervals, describe_intervals, intervals_from_mask
 from edm_deploy.errors import ArtifactError
 from edm_deploy.models import family_named
 from edm_deploy.network.layer_costs import model_work
 from edm_deploy.network.restructure import NetworkRewrite
+from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 from edm_deploy.runtime import manifest as manifest_module
 from edm_deploy.runtime.capabilities import CAPABILITIES, plan_layers, summary
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.directories import INDEX_FILE, SOURCE_KEY, other_components, read_json
 from edm_deploy_tools.common.console import Row, bytes_of, size_words, time_words
 from edm_deploy_tools.inspection import describe_model as model
-from edm_deploy_tools.inspection.estimates import by_site
-from edm_deploy_tools.inspection.executed_work import share_words, work_shares
+from edm_deploy_tools.inspection.estimates import branch_rows, by_site
+from edm_deploy_tools.inspection.work_by_step import work_by_step
 
 DESCRIBED = ("guidance", "conditioning", "folded")  # entries of a provenance that have a fact in words
 PathKind = Literal["model", "artifact", "onnx", "engine"]
@@ -115,19 +117,19 @@ def describe_artifact(path: Path) -> Description:
         "bits by channel": channel_bits_words(list(artifact.sites.values())),
         "folded": folded_words(artifact.folded),
         "correction": artifact.correction.summary() if artifact.correction else "none",
-        "relaxed": relaxed_words(() if artifact.relaxed is None else intervals_from_mask(artifact.relaxed)),
+        "relaxed": relaxed_words(() if artifact.relaxed is None else intervals_from_mask(artifact.relaxed), artifact.relaxed_bits),
         "guidance": guidance_words(artifact),
         "conditioning": conditioning_words(artifact),
         "size": size_words(bytes_of(path)),
         "digest": artifact.digest,
     } | {name: provenance_words(name, value) for name, value in artifact.provenance.items() if name not in DESCRIBED}
-    share = by_site(model_work(artifact.family_object, artifact.config, artifact.structure).sites)
+    work = model_work(artifact.family_object, artifact.config, artifact.structure)
+    share, branches = by_site(work.sites), branch_rows(artifact.family_object, work)
     rows: list[Row] = [{**site_row(name, site), "MACs %": share.get(name)} for name, site in artifact.sites.items()]
-    plans: list[Row] = [
-        {"backend": target.backend, "plan": summary(plan_layers(artifact, target)), "work": share_words(work_shares(artifact, target))}
-        for target in CAPABILITIES.values()
-    ]
-    return Description(kind="artifact", facts=facts, tables={"Sites": rows, "Plan": plans})
+    plans: list[Row] = [{"backend": target.backend, "plan": summary(plan_layers(artifact, target))} for target in CAPABILITIES.values()]
+    tables = {"Sites": rows} | ({"Branches": branches} if branches else {})
+    tables |= {"Plan": plans, "Work by step": work_by_step(artifact, work.sites)}
+    return Description(kind="artifact", facts=facts, tables=tables)
 
 
 def channel_bits_words(sites: Sequence[QuantizedLayer]) -> str:
@@ -150,9 +152,12 @@ def folded_words(folded: Sequence[str]) -> str:
     )
 
 
-def relaxed_words(spans: Intervals) -> str:
-    """Timesteps with activations in floating point."""
-    return f"{describe_intervals(spans)}: activations in floating point, in a second graph of the same weights" if spans else "none"
+def relaxed_words(spans: Intervals, bits: int | None) -> str:
+    """Timesteps that the second graph computes, and the bits of its inputs: 8, or 16 for floating point."""
+    if not spans:
+        return "none"
+    inputs = "activations in floating point" if bits == WEIGHT_ONLY_BITS else f"inputs of {bits} bits"
+    return f"{describe_intervals(spans)}: {inputs}, in a second graph of the same weights"
 
 
 def guidance_words(artifact: Artifact) -> str:
@@ -204,7 +209,7 @@ def describe_manifest(path: Path, kind: Literal["onnx", "engine"]) -> Descriptio
         "structure": NetworkRewrite.from_json(manifest.structure).summary(),
         "folded": table_words(manifest),
         "correction": Correction.from_json(manifest.correction).summary() if manifest.correction else "none",
-        "relaxed": relaxed_words(manifest.relaxed),
+        "relaxed": relaxed_words(manifest.relaxed, relaxed_bits(path, manifest, kind)),
         "guidance": engine_guidance_words(manifest),
         "size": size_words(bytes_of(path)),
         "artifact": manifest.artifact,
@@ -217,6 +222,14 @@ def describe_manifest(path: Path, kind: Literal["onnx", "engine"]) -> Descriptio
     facts |= {f"build {name}": value for name, value in _flat(manifest.build).items()}
     rows: list[Row] = [{"site": name, "stored": entry.stored, "executed": entry.executed} for name, entry in manifest.plan.items()]
     return Description(kind=kind, facts=facts, tables={"Sites": rows} if rows else {})
+
+
+def relaxed_bits(path: Path, manifest: Manifest, kind: Literal["onnx", "engine"]) -> int | None:
+    """Bits of the inputs of the second graph or engine; 16 where they are in floating point, None where there is none."""
+    if not manifest.relaxed:
+        return None
+    schemes = {site.scheme for site in Manifest.read(path / FOLDER, kind=kind).sites.values()}
+    return max(int(scheme.partition("A")[2]) for scheme in schemes)
 
 
 def table_words(manifest: Manifest) -> str:

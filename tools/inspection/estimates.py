@@ -11,6 +11,7 @@ from torch import nn
 from edm_deploy.artifact.quantized_layer import Op, QuantizedLayer
 from edm_deploy.network.family import Family
 from edm_deploy.network.layer_costs import ModelWork, SiteWork
+from edm_deploy.network.low_rank_branch import BASE, BRANCH
 from edm_deploy.network.placement import LAYER_GROUPS, Placement
 from edm_deploy.numerics.activation_table import ActivationTable
 from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS, symmetric_bounds, weight_bounds
@@ -130,6 +131,24 @@ def by_site(sites: Mapping[str, SiteWork]) -> dict[str, float]:
     """Percentage of each site of the multiply-accumulates of all sites."""
     total = sum(site.macs for site in sites.values())
     return {name: round(100 * site.macs / total, 2) for name, site in sites.items()}
+
+
+def branch_rows(family: Family, work: ModelWork) -> list[Row]:
+    """Float branches: their layer, rank, multiply-accumulates in percent of the layer's, and why they are in floating point."""
+    rows: list[Row] = []
+    for name, down in work.branches.items():
+        layer, _, part = name.rpartition(f".{BRANCH}.")
+        if part == "down":
+            added, base = down.macs + work.branches[f"{layer}.{BRANCH}.up"].macs, work.sites[f"{layer}.{BASE}"]
+            rows.append(
+                {
+                    "site": f"{layer}.{BASE}",
+                    "rank": down.outputs,
+                    "MACs % of its layer": round(100 * added / base.macs, 2),
+                    "in floating point": family.rule(name).reason,
+                }
+            )
+    return rows
 
 
 def _code_bytes(codes: int, *, packed: bool) -> int:

@@ -1,8 +1,13 @@
+import signal
+
 import pytest
 import torch
 
+from calibration import RunOptions, fit
 from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.recipes.efficientdm import RECIPE
+from calibration.recipes.mse import Mse
+from calibration.run.options import Interrupted
 from edm_deploy.errors import InputError
 from tests.calibration.tiny import tiny_context, tiny_source
 
@@ -52,3 +57,23 @@ def test_a_rank_above_that_of_every_layer_is_refused_before_the_calibration():
     recipe = RECIPE(rows=3, rank=33)  # 32, the default, is accepted on every model
     with pytest.raises(InputError, match=r"rank is 33; the largest that a layer of this model can use is 32\. Set rank to 32 or less"):
         recipe.fit(tiny_context(recipe))
+
+
+def test_an_update_that_is_kept_is_a_branch_next_to_the_codes_of_calibration(tmp_path):
+    common = {"rows": 3, "calibration_samples": 2, "eta": 1.0, "bias_correction": False, "weight_bits": 4, "act_bits": 4}
+    recipe = RECIPE(**common, rank=4, steps=2, batch=2, keep_branch=True, weight_scale_rate=0.0)
+    kept, plain = fit(tiny_source(), recipe, RunOptions()), fit(tiny_source(), Mse(**common), RunOptions())
+    branches = kept.structure.branches
+    assert set(branches.values()) == {4} and not any(kept.family_object.placement(name) == "w8a8" for name in branches)
+    for name in branches:
+        assert torch.equal(kept.sites[f"{name}.base"].codes, plain.sites[name].codes)
+    assert any(float(kept.params[f"{name}.branch.up.weight"].abs().sum()) > 0 for name in branches), "they were trained"
+
+    def interrupt(progress):
+        if progress.stage == "finetune" and progress.step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        fit(tiny_source(), recipe, RunOptions(checkpoint=tmp_path / "ck"), on_progress=interrupt)
+    resumed = fit(tiny_source(), recipe, RunOptions(checkpoint=tmp_path / "ck", resume=True))
+    assert resumed.digest == kept.digest

@@ -15,7 +15,7 @@ from calibration.training.distillation import TrainingSchedule
 from edm_deploy.errors import ArtifactError, InputError
 from tests.calibration.tiny import tiny_source
 
-SETTINGS = {"rows": 4, "steps": 6, "batch": 4, "calibration_samples": 4, "rank": 2, "update_rate": 0.01}
+SETTINGS = {"rows": 4, "steps": 6, "batch": 4, "calibration_samples": 4, "rank": 2, "update_rate": 0.01, "step_weighting": 0.5}
 
 
 def interrupted_at(step, number=signal.SIGINT):

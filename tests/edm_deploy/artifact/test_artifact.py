@@ -174,8 +174,28 @@ def test_codes_outside_their_bits_are_refused(artifact_w4a4, tmp_path):
         ({"sites": {"nowhere": {}}}, "."),
         ({"sites": 3}, "does not describe"),
         ({"config": None}, "does not describe"),
+        ({"structure": {"branches": {"nowhere": 4}}}, "Layer 'nowhere' is not a convolution or linear layer of this model"),
+        (
+            {"structure": {"branches": {SITE: 0}}},
+            rf"Layer '{SITE}' cannot have a branch of rank 0: expected 1 to 8, the rank of its weight",
+        ),
+        ({"structure": {"branches": {SITE: 10**12}}}, "expected 1 to 8"),
+        ({"structure": {"branches": {SITE: "4"}}}, rf'structure\.branches\["{SITE}"\] is "4", expected an integer'),
+        ({"structure": {"branches": {SITE: 4}}}, rf"Artifact has site '{SITE}', which the unet2d model of its config does not have"),
     ],
-    ids=["family", "config", "no sites", "unknown site", "sites no object", "config no object"],
+    ids=[
+        "family",
+        "config",
+        "no sites",
+        "unknown site",
+        "sites no object",
+        "config no object",
+        "branch of no layer",
+        "branch of rank 0",
+        "branch too wide",
+        "rank no number",
+        "no base",
+    ],
 )
 def test_a_description_that_does_not_fit_is_one_clear_error(saved, change, message):
     rewrite(saved, **change)

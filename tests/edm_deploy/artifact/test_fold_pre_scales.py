@@ -30,12 +30,13 @@ def scale(channels):
     return 0.25 + 2 * torch.rand(channels, generator=GENERATOR)
 
 
-def folded(net, x, scales, segments=None):
+def folded(net, x, scales, segments=None, branches=None):
     """The layers whose pre-scales `edits_of` moves; asserts that the network then computes what it computed."""
     torch.manual_seed(0)
-    for parameter in net.parameters():
-        nn.init.normal_(parameter)
-    restructure(net.model, NetworkRewrite(segments or {}, tuple(scales)))
+    restructure(net.model, NetworkRewrite(segments or {}, tuple(scales), branches or {}))
+    for name, parameter in net.named_parameters():
+        if not name.endswith("pre_scale"):
+            nn.init.normal_(parameter)
     net.eval().requires_grad_(False)
     for name, value in scales.items():
         layer = net.model.get_submodule(name)
@@ -64,6 +65,18 @@ def test_a_linear_in_front_takes_the_scale_into_rows_and_bias():
     edits, moved = edits_of(program, {"b": torch.tensor([2.0, 0.5])})
     assert moved == {"b"}
     assert {name: factor.tolist() for name, factor in edits.items()} == {"a.weight": [[2.0], [0.5]], "a.bias": [2.0, 0.5]}
+
+
+def test_a_branch_on_the_same_input_is_divided_and_one_in_front_is_multiplied():
+    net = Net(lambda m, x: m["b"](m["a"](x)), a=nn.Linear(8, 8), b=nn.Linear(8, 4))
+    assert folded(net, TOKENS, {"b.base": scale(8)}, branches={"a": 2, "b": 3}) == {"b.base"}
+    net = Net(lambda m, x: m["b"](m["a"](x)), a=nn.Conv2d(8, 8, 3, padding=1), b=nn.Conv2d(8, 4, 3, padding=1))
+    assert folded(net, MAP, {"b.base": scale(8)}, branches={"a": 2, "b": 3}) == {"b.base"}
+
+
+def test_where_siblings_are_scaled_differently_a_branch_keeps_its_weight():
+    net = Net(lambda m, x: m["q"](m["a"](x)) + m["k"](m["a"](x)), a=nn.Linear(8, 8), q=nn.Linear(8, 4), k=nn.Linear(8, 4))
+    assert not folded(net, TOKENS, {"q.base": scale(8), "k": scale(8)}, branches={"q": 2})
 
 
 def test_the_affine_of_a_norm_takes_what_its_readers_share():

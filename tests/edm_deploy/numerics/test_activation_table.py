@@ -15,6 +15,11 @@ def test_each_sample_is_quantized_at_its_row():
     assert quantize_activation(x, table(), torch.tensor([0, 1])).tolist() == [[-3, 2, 12], [-8, 1, 7]]
 
 
+def test_some_rows_of_a_table_are_a_table():
+    part = table().at_rows(torch.tensor([1, 1]))
+    assert (part.bits, part.scale.tolist(), part.qmin.tolist(), part.qmax.tolist()) == (4, [1.0, 1.0], [-8, -8], [7, 7])
+
+
 def test_rounding_is_half_to_even():
     x = torch.tensor([[0.25, 0.75, 1.25]])
     assert quantize_activation(x, table(), torch.tensor([0])).tolist() == [[0, 2, 2]]

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from edm_deploy.network.restructure import NetworkRewrite, restructure
 from engines.torch_graph import fusions
 from tests.conftest import artifact_by_hand, tiny_inputs
 from tests.engines.rewritten import calls, drafted, drafted_artifact, program_of, site_of
@@ -54,6 +55,20 @@ def test_a_residual_block_becomes_two_statistics_two_quantizes_and_two_convoluti
     assert counts == {"group_stats": 2, "quantize_normed": 2, "conv2d": 2, "group_norm": 0, "silu": 0, "quantize": 0, "add": 0}
     # One code in a few hundred falls the other way: the unfused values were rounded to float16 three times on the way.
     assert (found.float() - expected.float()).norm() < 0.05 * expected.float().norm()
+
+
+def test_a_float_branch_is_added_in_the_epilogue_of_its_layer():
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"conv": nn.Conv2d(8, 8, 3, padding=1)}), torch.randn(2, 8, 4, 4).half()
+    restructure(model, NetworkRewrite(branches={"conv": 2}))
+    model["conv"].branch.set_weights(torch.randn(2, 72), torch.randn(8, 2))
+    model.forward = model["conv"].forward
+    site = site_of(model["conv"].base)
+    plain, fused = (drafted(model, {"conv.base": site}, x) for _ in range(2))
+    fusions.fuse(fused)
+    assert (calls(plain.graph, "add"), calls(fused.graph, "add")) == (1, 0)
+    (expected,), (found,) = plain.module()(x, TIMESTEPS), fused.module()(x, TIMESTEPS)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-2)  # rounded to float16 once instead of twice
 
 
 def test_fused_codes_are_those_of_the_same_arithmetic_in_float32():

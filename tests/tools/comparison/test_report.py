@@ -6,7 +6,8 @@ from edm_deploy_tools.comparison.report import comparison_html, comparison_markd
 
 
 def cell(recipe, error, *, scheme="W4A4", seed=0, **more):
-    figures = {"noise_error": error, "noise_error_by_step": [error, 2 * error], "psnr_db": 20.0, "frechet": 0.5}
+    figures = {"noise_error": error, "noise_error_by_step": [error, 2 * error], "psnr_db": 20 - error, "frechet": 0.5}
+    figures |= {"weighted_error": error / 10, "weighted_error_by_step": [error / 10, 0.0], "psnr_db_by_seed": [20 - error]}
     figures |= {"seconds": 60.0, "peak_bytes": 1_000_000_000, "bytes": 4_000_000, "integer_share": 0.98, "int4_share": 0.5}
     identity = {"settings": {"rows": 2}, "passes": {}, "budget_seconds": 30.0}
     return (
@@ -17,7 +18,7 @@ def cell(recipe, error, *, scheme="W4A4", seed=0, **more):
 
 
 def results(*cells):
-    settings = {"samples": 8, "steps": 2, "seed": 123}
+    settings = {"samples": 8, "steps": 2, "seeds": [123, 1]}
     return {
         "date": "2026-11-21T10:00:00",
         "machine": {"cpu": "a <cpu>", "cores": 2},
@@ -30,11 +31,17 @@ def results(*cells):
     }
 
 
-def test_recipes_are_ranked_by_noise_error_and_seeds_are_one_row():
+def test_recipes_are_ranked_by_psnr_and_seeds_are_one_row():
     rows = ranked_rows(results(cell("worse", 0.5), cell("better", 0.1), cell("better", 0.2, seed=1)), "W4A4")
     assert [(row["recipe"], round(row["noise_error"], 6), row["seeds"]) for row in rows] == [("better", 0.15, 2), ("worse", 0.5, 1)]
     assert [round(step, 6) for step in rows[0]["noise_error_by_step"]] == [0.15, 0.3]
-    assert rows[0]["spread"] == [0.1, 0.2]
+    assert rows[0]["spread"] == [19.8, 19.9]
+
+
+def test_the_rank_by_weighted_error_appears_where_it_is_another():
+    rows = ranked_rows(results(cell("a", 1.0, weighted_error=0.2), cell("b", 2.0, weighted_error=0.1)), "W4A4")
+    assert [(row["recipe"], row["weighted_rank"]) for row in rows] == [("a", 2), ("b", 1)]
+    assert "| 0.2 (2) |" in comparison_markdown(results(cell("a", 1.0, weighted_error=0.2), cell("b", 2.0, weighted_error=0.1)))
 
 
 def test_schemes_keep_their_order_and_are_ranked_separately():
@@ -46,9 +53,9 @@ def test_schemes_keep_their_order_and_are_ranked_separately():
 
 def test_the_markdown_has_the_spread_over_seeds_and_the_conditions():
     text = comparison_markdown(results(cell("a", 0.1), cell("a", 0.3, seed=1)))
-    assert "0.2000 (0.1000 to 0.3000)" in text
+    assert "| 19.8 (19.7 to 19.9) | 0.02 (1) | 0.2000 |" in text
     assert "| 60 s | 1.0 GB | 4.0 MB | 98.0 % |" in text
-    assert "8 samples in 2 steps of ddim" in describe_conditions(results())
+    assert "16 samples in 2 steps of ddim from seeds 123, 1" in describe_conditions(results())
     assert "from different noise, is 0.25." in describe_conditions(results())
     assert "--preset a=demo" in text
     assert "somewhere" not in text  # a path of the machine that it was made on

@@ -51,7 +51,7 @@ def test_output_error_is_relative_to_the_largest_output():
 
 @pytest.fixture(scope="module")
 def reference(chain):
-    return reference_trajectory(load_source(chain.model), EvaluationSettings(samples=2, steps=3, seed=1))
+    return reference_trajectory(load_source(chain.model), EvaluationSettings(samples=2, steps=3, seeds=(1,)))
 
 
 def test_statistics_cover_every_site_and_step(chain, reference):

@@ -12,12 +12,10 @@ from edm_deploy.pipelines.guidance import Conditioning
 from edm_deploy.pipelines.prompt_file import read_prompts
 from edm_deploy.pipelines.schedulers import scheduler_from_config
 from edm_deploy.pipelines.source import Source, load_source
+from edm_deploy_tools.evaluation.denoisers import denoise_of_artifact, denoise_of_source
 from edm_deploy_tools.evaluation.trajectory_error import (
     PROMPTS,
     EvaluationSettings,
-    denoise_of_artifact,
-    denoise_of_engine,
-    denoise_of_source,
     reference_trajectory,
     relative_error,
     trajectory_error,
@@ -27,13 +25,13 @@ from tests.conftest import FLOW_SCHEDULER, SCHEDULER, TINY, tiny_model
 
 @pytest.fixture(scope="module")
 def reference(chain):
-    return reference_trajectory(load_source(chain.model), EvaluationSettings(samples=3, steps=4, seed=1))
+    return reference_trajectory(load_source(chain.model), EvaluationSettings(samples=3, steps=4, seeds=(1,)))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_a_seed_outside_its_range_is_refused(seed):
     with pytest.raises(InputError, match=f"seed is {seed}; expected an integer from 0 to 9223372036854775807"):
-        EvaluationSettings(seed=seed)
+        EvaluationSettings(seeds=(seed,))
 
 
 def test_relative_error_is_squared_and_relative():
@@ -53,13 +51,31 @@ def test_an_artifact_has_a_small_error(chain, reference):
     assert math.isfinite(error.psnr)
 
 
-def test_a_batch_beyond_the_profile_is_split(chain):
-    denoise = denoise_of_engine(chain.engine, Conditioning())
-    sample, timesteps = torch.randn(11, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(0.0, 110.0, 10.0)
-    whole = denoise(sample, timesteps)
-    assert whole.shape == sample.shape
-    # The profile is 1:4:8, so the ninth sample begins the second piece. Float sums may differ with the batch; codes rarely flip.
-    torch.testing.assert_close(whole[8:], denoise(sample[8:], timesteps[8:]), rtol=1e-4, atol=1e-4)
+def test_each_seed_has_its_own_samples_and_psnr(chain, reference):
+    settings = EvaluationSettings(samples=3, steps=4, seeds=(1, 5))
+    both = reference_trajectory(reference.source, settings)
+    assert torch.equal(both.noise[:3], reference.noise)
+    assert not torch.equal(both.noise[3:], reference.noise)
+    error = trajectory_error(denoise_of_artifact(Artifact.load(chain.artifact), Conditioning()), both)
+    assert len(error.psnrs) == 2
+    assert error.psnr == pytest.approx(sum(error.psnrs) / 2)
+    again = reference.decoder.psnr(error.images[3:], both.images[3:])
+    assert error.psnrs[1] == pytest.approx(again)
+
+
+def test_seeds_are_different():
+    for seeds in ((), (1, 1)):
+        with pytest.raises(InputError, match="expected one or more different seeds"):
+            EvaluationSettings(seeds=seeds)
+
+
+def test_the_weighted_error_is_that_of_each_step_times_its_effect(chain, reference):
+    error = trajectory_error(denoise_of_artifact(Artifact.load(chain.artifact), Conditioning()), reference)
+    for weighted, relative, weight, step in zip(
+        error.weighted_errors, error.noise_errors, reference.step_weights, reference.steps, strict=True
+    ):
+        assert weighted == pytest.approx(relative * float(weight) * float(step.prediction.square().mean()), rel=1e-4)
+    assert error.weighted_error == pytest.approx(sum(error.weighted_errors))
 
 
 def test_the_same_seed_gives_the_same_trajectory(reference):

@@ -7,8 +7,9 @@ from edm_deploy.errors import UnsupportedError
 from edm_deploy.models import family_named
 from edm_deploy.network.layer_costs import model_work
 from edm_deploy.network.meta_model import meta_model
+from edm_deploy.network.restructure import NetworkRewrite
 from edm_deploy.runtime.capabilities import CAPABILITIES
-from edm_deploy_tools.inspection.estimates import Scheme, artifact_bytes, by_site, engine_bytes, planned, shares
+from edm_deploy_tools.inspection.estimates import Scheme, artifact_bytes, branch_rows, by_site, engine_bytes, planned, shares
 from tests.conftest import TINY_UNET
 
 FAMILY = family_named("unet2d")
@@ -26,6 +27,17 @@ def test_shares_sum_to_all_of_it(work):
     assert sum(row["weights %"] for row in rows) == pytest.approx(100, abs=0.05)
     assert sum(row["sites"] for row in rows) == len(work.sites)
     assert sum(by_site(work.sites).values()) == pytest.approx(100, abs=0.5)  # each is rounded to 0.01
+
+
+def test_branches_are_listed_with_their_work_and_why_they_are_float(work):
+    layer = "down_blocks.1.resnets.0.conv2"
+    branched = model_work(FAMILY, TINY_UNET, NetworkRewrite(branches={layer: 4}))
+    (row,) = branch_rows(FAMILY, branched)
+    # 4 of 16 outputs of the 3x3 convolution of 16 channels, and 4 * 16 for its 9 * 16 * 16.
+    assert row["site"] == f"{layer}.base" and row["rank"] == 4 and row["MACs % of its layer"] == pytest.approx(25 + 2.78, abs=0.01)
+    assert "low-rank branch" in row["in floating point"]
+    assert not branch_rows(FAMILY, work) and list(branched.branches) == [f"{layer}.branch.down", f"{layer}.branch.up"]
+    assert sum(row["MACs %"] for row in shares(FAMILY, branched)) < 100, "the rest is the branch"
 
 
 def test_the_expected_artifact_is_as_large_as_the_real_one(chain):
