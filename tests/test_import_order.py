@@ -52,7 +52,7 @@ ORDER = {
         ("inspection", "benchmarks"),
         ("evaluation",),
         ("comparison",),
-        ("bench_kernels", "bench_scale", "families", "roofline", "soak", "train_features", "train_reference"),
+        ("bench_kernels", "bench_scale", "convert_inception", "families", "roofline", "soak", "train_features", "train_reference"),
         ("commands",),
         ("cli",),
         ("__main__",),

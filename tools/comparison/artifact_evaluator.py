@@ -59,7 +59,12 @@ class ArtifactEvaluator:
         artifact = Artifact.load(directory / ARTIFACT)
         try:
             cached = read_json(directory / MEASURED / FIGURES, what="measured")
-            if cached["setup"] == settings and cached["artifact"] == artifact.digest and (directory / MEASURED / IMAGES).is_file():
+            if (
+                cached["setup"] == settings
+                and cached["artifact"] == artifact.digest
+                and "int4_share" in cached
+                and (directory / MEASURED / IMAGES).is_file()
+            ):
                 return cached
         except (ArtifactError, KeyError):
             pass
