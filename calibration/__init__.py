@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from calibration.base_pass import Pass, PassContext, check_passes
+from calibration.base_pass import Pass, PassContext, SitePricer, check_passes, measuring_run
 from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.data.prompts import prompts_of
 from calibration.data.trajectory_pool import Trajectories
+from calibration.observers.rotation import rotate_inputs
 from calibration.recipe import Recipe, TrainingContext
-from calibration.run.checkpoint import check_not_overwritten
+from calibration.run.checkpoint import check_not_overwritten, saved_identity
 from calibration.run.memory import peak_memory
 from calibration.run.options import Interrupted, Progress, Run, RunOptions
 from calibration.run.time_budget import Budget
 from calibration.start import CHAIN, chain_with, check_start
 from calibration.student.from_artifact import structure_of, student_from_artifact, with_params
+from calibration.student.quantization_spec import LayerSpec
 from calibration.student.teacher import Teacher, check_finite_weights, restructured
 from calibration.student.to_artifact import artifact_from_student
 from edm_deploy import Artifact
@@ -41,6 +43,7 @@ def fit(
     passes: Sequence[Pass] = (),
     start: Artifact | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    prices: SitePricer | None = None,
 ) -> Artifact:
     """Quantize a float model with a recipe.
 
@@ -52,6 +55,7 @@ def fit(
         start: Artifact of the same float model that training starts from, instead of from a calibration: its codes, tables, biases, structure, bits by
             site and row timesteps. `calibration.start.recipe_taking` gives a recipe its settings. None calibrates.
         on_progress: Called after every step.
+        prices: Expected times of sites on a GPU, for passes with a budget of time.
 
     Returns:
         A valid artifact.
@@ -76,18 +80,33 @@ def fit(
     structure = recipe.structure(source) if start is None else structure_of(start)
     source = restructured(source, structure)
     conditioner = conditioner_of(source, scale=recipe.guidance, prompts=prompts_of(options.prompts))
-    folded = folded_layers(source, options.fold_time) if start is None else start.folded
+    folded, rotations = start.folded if start is not None else folded_layers(source, options.fold_time), ""
+    if start is None:
+        source, structure, rotations = rotate_inputs(source, recipe, structure, conditioner, device, folded)
+    show = on_progress or (lambda _: None)
+    pass_context = PassContext(
+        source=source,
+        recipe=recipe,
+        conditioner=conditioner,
+        device=device,
+        structure=structure,
+        folded=folded,
+        run=replace(measuring_run(), identity={"teacher": teacher_hash}, on_progress=show),
+        prices=prices,
+    )
+    allocation = allocated_specs(pass_context, passes, options) if start is None else {}
     configuration = _configuration(recipe, options, passes, conditioner.origin, folded)
+    if allocation:
+        configuration["allocation"] = {name: asdict(spec) for name, spec in allocation.items()}
     if start is not None:
         configuration |= {CHAIN: chain_with(start)}
-    pass_context = PassContext(source=source, recipe=recipe, conditioner=conditioner, device=device)
     timesteps = row_timesteps(pass_context, passes)  # of the trajectories, and of the table rows unless an artifact has others
     trajectories = Trajectories(
         source, timesteps, size=recipe.pool_size(), eta=recipe.eta, seed=recipe.seed, device=device, conditioner=conditioner
     )
     teacher = Teacher(source, device)
     if start is None:
-        student = recipe.student(source, timesteps, device, teacher=teacher, folded=folded, structure=structure)
+        student = recipe.student(source, timesteps, device, teacher=teacher, folded=folded, structure=structure, specs=allocation)
     else:
         source = with_params(source, start)
         student = student_from_artifact(start, source, device)
@@ -100,8 +119,8 @@ def fit(
 
     run = Run(
         options=options,
-        identity=configuration | {"teacher": teacher_hash},
-        on_progress=on_progress or (lambda _: None),
+        identity=configuration | {"teacher": teacher_hash} | ({"rotated": dict(structure.rotated)} if rotations else {}),
+        on_progress=show,
         student_leads=any(each.student_leads for each in passes),
         after_calibration=after_calibration,
         from_artifact=start is not None,
@@ -117,6 +136,7 @@ def fit(
     provenance = {
         **configuration,
         **run.notes,
+        **({"rotations": rotations} if rotations else {}),
         **({"folded_pre_scales": f"{scaled - len(artifact.structure.pre_scaled)} of {scaled}"} if scaled else {}),
         "guidance": conditioner.scale,
         "seed": recipe.seed,
@@ -156,6 +176,19 @@ def row_timesteps(context: PassContext, passes: Sequence[Pass]) -> Tensor:
             return timesteps
     rows = context.recipe.rows
     return calibrated_timesteps(context.source.scheduler, rows, context.source.family_object.sigmas(rows))
+
+
+def allocated_specs(context: PassContext, passes: Sequence[Pass], options: RunOptions) -> dict[str, LayerSpec]:
+    """Bit widths of the sites that passes give others than the recipe; of a resumed run, those that its checkpoint has."""
+    if options.resume and options.checkpoint is not None:
+        saved = saved_identity(options.checkpoint).get("allocation", {})
+        return {name: LayerSpec(**spec) for name, spec in saved.items()}
+    family, layers = context.source.family_object, context.source.family_object.sites(context.source.model)
+    planned = {name: context.recipe.layer_spec(name, family.placement(name)) for name in layers if name not in context.folded}
+    specs: Mapping[str, LayerSpec] = planned
+    for each in passes:
+        specs = each.specs(context, specs)
+    return {name: spec for name, spec in specs.items() if spec != planned[name]}
 
 
 def folded_layers(source: Source, requested: bool) -> tuple[str, ...]:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from calibration.recipe import Recipe
+from calibration.run.options import Run, RunOptions
+from calibration.student.quantization_spec import LayerSpec
 from calibration.student.student import Student
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import InputError
+from edm_deploy.network.layer_costs import ModelWork
+from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 from edm_deploy.pipelines.guidance import Conditioner
 from edm_deploy.pipelines.source import Source
+
+
+@dataclass(frozen=True)
+class SitePrice:
+    """Expected seconds of one site in each arithmetic."""
+
+    int4: float
+    int8: float
+
+
+# Prices of every site by name, from the work of the model, the name of a GPU and the samples of a call.
+SitePricer = Callable[[ModelWork, str, int], Mapping[str, SitePrice]]
+
+
+def measuring_run() -> Run:
+    """A run without checkpoints, budget and progress, for what a pass measures before the run itself."""
+    return Run(options=RunOptions(teacher_dtype="fp32"), identity={}, on_progress=lambda _: None)
 
 
 @dataclass(frozen=True)
@@ -27,12 +48,20 @@ class PassContext:
         recipe: The recipe of the run.
         conditioner: Draws labels and text embeddings.
         device: Device of student and teacher.
+        structure: How the source's model was rewritten already.
+        folded: Sites that stay in floating point.
+        run: For networks that a pass calibrates to measure something, before the student of the run exists.
+        prices: Expected times of sites on a GPU; None where the caller of `fit` has none.
     """
 
     source: Source
     recipe: Recipe
     conditioner: Conditioner
     device: torch.device
+    structure: NetworkRewrite = PUBLISHED
+    folded: tuple[str, ...] = ()
+    run: Run = field(default_factory=measuring_run)
+    prices: SitePricer | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +91,16 @@ class Pass:
     def timesteps(self, context: PassContext) -> Tensor | None:
         """int32 [R] ascending, the timesteps of the table rows; None leaves them to the recipe."""
         return None
+
+    def specs(self, context: PassContext, planned: Mapping[str, LayerSpec]) -> Mapping[str, LayerSpec]:
+        """Bit widths of every site by name, from those that the recipe and the passes before this one plan; called before the student exists.
+
+        Not called where a run is resumed: its checkpoint has the result.
+
+        Raises:
+            InputError: The settings of the pass cannot be met.
+        """
+        return planned
 
     def before(self, student: Student, context: PassContext) -> None:
         """Prepare the student before the recipe, also when a run is resumed; in place."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,9 +20,12 @@ from calibration.student.teacher import Teacher
 from edm_deploy.errors import InputError
 from edm_deploy.network.placement import Placement
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
+from edm_deploy.network.rotation import MAX_BLOCK, is_block
 from edm_deploy.numerics.codes import ACTIVATION_BITS, WEIGHT_BITS, WEIGHT_ONLY_BITS
 from edm_deploy.numerics.seeds import check_seed
 from edm_deploy.pipelines.source import Source
+
+Rotate = Literal["off", "all", "auto"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class Recipe(ABC):
         eta: Share of fresh noise in the trajectories, 0 (DDIM, as most deployed samplers) to 1 (DDPM).
         guidance: Scale of classifier-free or embedded guidance; 1 is off. None is the usual scale of the model.
         seed: Seed of all random numbers.
+        rotate: Linear layers of attention and feed-forward networks whose input is rotated in blocks: none, all, or those in which it lowers the error of the
+            output (`calibration/observers/rotation.py`). Source: QuaRot, arXiv 2404.00456; ConvRot, arXiv 2512.03673.
+        rotate_block: Channels of a block, a power of two; 0 is the largest that divides the layer's input channels, at most 256.
     """
 
     name: ClassVar[str]
@@ -71,6 +78,8 @@ class Recipe(ABC):
     eta: float = 0.0
     guidance: float | None = None
     seed: int = 0
+    rotate: Rotate = "off"
+    rotate_block: int = 0
 
     def __post_init__(self) -> None:
         if self.weight_bits not in WEIGHT_BITS:
@@ -88,6 +97,12 @@ class Recipe(ABC):
         within("eta", self.eta, 0.0, 1.0)
         if self.guidance is not None:
             at_least("guidance", self.guidance, 0.0)
+        if self.rotate not in get_args(Rotate):
+            raise InputError(f"rotate is {self.rotate!r}; expected one of {', '.join(get_args(Rotate))}. Set another rotate.")
+        if self.rotate_block and not is_block(self.rotate_block):
+            raise InputError(
+                f"rotate_block is {self.rotate_block}; expected a power of two, 2 to {MAX_BLOCK}, or 0 for the largest that fits. Set another rotate_block."
+            )
 
     def layer_spec(self, site: str, placement: Placement) -> LayerSpec:
         """Bit widths of a site: the recipe's, or W8A8 where the family keeps 8 bit. Recipes that mix bits also use the name `site`."""
@@ -97,7 +112,10 @@ class Recipe(ABC):
         return LayerSpec(self.weight_bits, act_bits, self.symmetric or act_bits == 8)
 
     def structure(self, source: Source) -> NetworkRewrite:
-        """Layers whose input is split into segments with separate quantizers; called before the student exists. Pre-scales are set on the student instead."""
+        """Layers whose input is split into segments with separate quantizers; called before the student exists.
+
+        Pre-scales are set on the student instead, and the setting `rotate` rotates what this leaves.
+        """
         return PUBLISHED
 
     @abstractmethod
@@ -121,9 +139,14 @@ class Recipe(ABC):
         teacher: Teacher | None = None,
         folded: tuple[str, ...] = (),
         structure: NetworkRewrite = PUBLISHED,
+        specs: Mapping[str, LayerSpec] | None = None,
     ) -> Student:
-        """A student with this recipe's bits and weight scales; arguments as those of `Student`."""
-        return Student(source, self.layer_spec, self.weight_scale, timesteps, device, teacher=teacher, folded=folded, structure=structure)
+        """A student with this recipe's weight scales and, where `specs` has none for a site, its bits; the other arguments are those of `Student`."""
+
+        def layer_spec(site: str, placement: Placement) -> LayerSpec:
+            return specs[site] if specs is not None and site in specs else self.layer_spec(site, placement)
+
+        return Student(source, layer_spec, self.weight_scale, timesteps, device, teacher=teacher, folded=folded, structure=structure)
 
     def pool_size(self) -> int:
         """Number of samples in the trajectory pool."""

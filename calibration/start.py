@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from edm_deploy.errors import InputError
 from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 
 CHAIN = "started_from"  # entry of a provenance: the earlier artifacts, oldest first
-RECORDED = ("recipe", "settings", "passes", "folded_pre_scales", "steps_done", "wall_seconds")  # of each
+RECORDED = ("recipe", "settings", "passes", "folded_pre_scales", "rotations", "steps_done", "wall_seconds")  # of each
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,15 @@ def check_start(artifact: Artifact, recipe: Recipe, passes: Sequence[Pass], opti
             "Start from an artifact without it, and add --with tac to this run."
         )
     for each in passes:
-        if each.student_leads or any(getattr(type(each), hook) is not getattr(Pass, hook) for hook in ("calibrated", "timesteps")):
+        if each.student_leads or any(getattr(type(each), hook) is not getattr(Pass, hook) for hook in ("calibrated", "timesteps", "specs")):
             raise InputError(f"Pass {each.name!r} works on calibration, which a run from an artifact does not repeat. Leave it out.")
     if options.fold_time and not artifact.folded:
         raise InputError("--fold-time: the artifact to start from quantizes the layers that it would fold. Leave it out.")
-    if recipe.comparison_of_layers and any(not str(step.get("folded_pre_scales", "0 ")).startswith("0 ") for step in chain_with(artifact)):
+    if recipe.rotate != "off":
+        raise InputError(f"rotate is {recipe.rotate}, and the artifact to start from has its structure already. Leave rotate out.")
+    if recipe.comparison_of_layers and any(map(_has_folded, chain_with(artifact))):
         raise InputError(
-            f"The artifact to start from has pre-scales folded into its layers, so that single layers no longer compare with the float model's, as "
+            f"The artifact to start from has pre-scales or rotations folded into its layers, so that single layers no longer compare with the float model's, as "
             f"{recipe.name} with these settings does. Set {recipe.comparison_of_layers}."
         )
 
@@ -104,3 +106,10 @@ def chain_with(artifact: Artifact) -> list[dict[str, Any]]:
     provenance = artifact.provenance
     earlier = provenance.get(CHAIN, ())
     return [*earlier, {"digest": artifact.digest} | {name: provenance[name] for name in RECORDED if name in provenance}]
+
+
+def _has_folded(step: Mapping[str, Any]) -> bool:
+    """Whether pre-scales or rotations were folded into neighbouring layers, whose own outputs then differ from the float model's."""
+    return not str(step.get("folded_pre_scales", "0 of")).startswith("0 of") or not str(
+        step.get("rotations", " 0 of them folded")
+    ).endswith(" 0 of them folded")

@@ -37,16 +37,19 @@ PATH = re.compile(r"`((?:edm_deploy|calibration|engines|tools|tests|docs)/[\w/.-
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Tiny models by the names that the documentation gives to real ones."""
     from tests.tiny_pipelines import saved
+    from tests.tiny_transformers import tiny_pipeline
 
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     DDIMPipeline(unet=UNet2DModel(**TINY_UNET), scheduler=DDIMScheduler()).save_pretrained(root / "unet")
+    tiny_pipeline("dit").save_pretrained(root / "dit")
     (root / "prompts.txt").write_text(
         "a red bicycle\na black cat\n"
     )  # each character is a token of the tiny tokenizer: no room for the built-in list
     latent = [str(saved(root / "stable-diffusion")), "--prompts", str(root / "prompts.txt")]
     return {name: [str(root / "unet")] for name in ("google/ddpm-cifar10-32", "MODEL")} | {
-        "stable-diffusion-v1-5/stable-diffusion-v1-5": latent
+        "facebook/DiT-XL-2-256": [str(root / "dit")],
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": latent,
     }
 
 

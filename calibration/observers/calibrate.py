@@ -19,7 +19,7 @@ from calibration.run.progress import ProgressMeter
 from calibration.student.layers import ActivationQuantizer, StudentLayer
 from calibration.student.module_outputs import input_hooks
 from calibration.student.student import Student
-from edm_deploy.network.restructure import scaled_input
+from edm_deploy.network.restructure import site_input
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
@@ -146,5 +146,5 @@ class _ObservedTables:
 
 
 def _of_input(layer: StudentLayer, collector: Observer | InputMean) -> Hook:
-    """A hook that calls `collector` on a layer's input as the student's layer quantizes it, i.e. multiplied by the pre-scale if there is one."""
-    return lambda _, args: collector(layer.layer, (scaled_input(layer.layer, args[0]),))
+    """A hook that calls `collector` on a layer's input as the student's layer quantizes it: multiplied by its pre-scale, rotated."""
+    return lambda _, args: collector(layer.layer, (site_input(layer.layer, args[0]),))

@@ -13,7 +13,7 @@ from calibration.recipe import Recipe, TrainingContext
 from calibration.run.parallel_map import parallel_map
 from calibration.student.layers import StudentLayer
 from calibration.student.module_outputs import input_hooks
-from edm_deploy.network.restructure import scaled_input
+from edm_deploy.network.restructure import site_input
 from edm_deploy.numerics.codes import WEIGHT_BITS, dequantize_weight, quantize_weight
 
 
@@ -89,7 +89,7 @@ def mix_channel_bits(context: TrainingContext, recipe: Recipe, share: float) -> 
     def compare(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             layer, (bits, scale) = layers[name], proposals[name]
-            x, weight = scaled_input(layer.layer, args[0].float()), layer.merged_weight()
+            x, weight = site_input(layer.layer, args[0].float()), layer.merged_weight()
             mixed = dequantize_weight(quantize_weight(weight, scale, bits), scale)
             uniform = dequantize_weight(*layer.codes())
             better[name] = bool(_power(layer, x, mixed - weight) < _power(layer, x, uniform - weight))

@@ -13,6 +13,7 @@ from calibration.recipe import Recipe, TrainingContext
 from calibration.run.parallel_map import parallel_map
 from calibration.student.module_outputs import input_hooks
 from calibration.student.student import Student
+from edm_deploy.network.restructure import published_weight
 
 SAMPLES = 32  # trajectories that channels are observed on: MPQ-DM's first calibration batch
 
@@ -54,7 +55,8 @@ def scalable(student: Student) -> list[str]:
 
 def stacked_weight(student: Student, name: str) -> Tensor:
     """The float weights of all layers that share the input of `name`, concatenated along output channels: float32 [sum of Cout, Cin, kernel]."""
-    weights = [student.layers[layer].layer.weight.detach().float() for layer in student.shared_input_layers(name)]
+    layers = [student.layers[layer].layer for layer in student.shared_input_layers(name)]
+    weights = [published_weight(layer, layer.weight.detach().float()) for layer in layers]
     return torch.cat([weight.flatten(2) if weight.ndim > 2 else weight[:, :, None] for weight in weights])
 
 

@@ -29,7 +29,7 @@ from calibration.student.student import Student
 from calibration.student.teacher import Teacher
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import InputError
-from edm_deploy.network.restructure import scaled_input
+from edm_deploy.network.restructure import site_input
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def search_ranges(student: Student, context: PassContext, groups: Tensor) -> Non
     )
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda layer, args: observers[name](layer, (scaled_input(student.layers[name].layer, args[0]),))
+        return lambda layer, args: observers[name](layer, (site_input(student.layers[name].layer, args[0]),))
 
     with input_hooks((layers[name], observe(name)) for name in observers):
         for row, batches in trajectories.traverse_schedule(FORWARD_BATCH):

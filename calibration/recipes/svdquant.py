@@ -28,7 +28,8 @@ from calibration.student.quantization_spec import LayerSpec
 from calibration.student.student import Student
 from edm_deploy.errors import InputError
 from edm_deploy.network.low_rank_branch import LowRankBranch, largest_rank
-from edm_deploy.network.restructure import NetworkRewrite, representable
+from edm_deploy.network.restructure import NetworkRewrite, block_of, published_weight, representable, rotated_weight, weight_to_hold
+from edm_deploy.network.rotation import rotate
 from edm_deploy.numerics.codes import dequantize_weight, quantize_weight
 from edm_deploy.pipelines.source import Source
 
@@ -132,7 +133,7 @@ class SvdQuant(Mse):
         best = self.best_smoothing(layers, ranks, inputs, tried, spec)
         if best is not None:
             student.set_pre_scale(names[0], best)
-        noise = self.noise(inputs, best, spec)
+        noise = self.noise(inputs, best, spec, block_of(layers[0].layer))
         for layer, branch in zip(layers, branches, strict=True):
             self.set_layer(layer, branch, inputs, noise)
         return best is not None
@@ -155,38 +156,44 @@ class SvdQuant(Mse):
         errors = []
         for scale in tried:
             generator = torch.Generator().manual_seed(self.seed)  # the same for each, so that they differ by their scales alone
-            x, rounded = self.quantized_vectors(inputs, scale, spec)
+            x, rounded = self.quantized_vectors(inputs, scale, spec, block_of(layers[0].layer))
             total = 0.0
             for layer, rank in zip(layers, ranks, strict=True):
                 weight = _flat_weight(layer, scale)
                 rest = (weight - rough_low_rank(weight, rank, generator))[:: -(-len(weight) // SEARCH_OUTPUTS)]
+                rest = rotated_weight(layer.layer, rest)
                 weight_scale = self.weight_scale(rest, layer.bits)
                 codes = quantize_weight(rest, weight_scale, layer.bits)
                 total += float((rounded @ dequantize_weight(codes, weight_scale).T - x @ rest.T).square().sum())
             errors.append(total if scale is None else total / NEEDED_GAIN)
         return tried[min(range(len(tried)), key=errors.__getitem__)]
 
-    def quantized_vectors(self, inputs: InputStatistics, scale: Tensor | None, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-        """Input vectors at some of the rows, multiplied by a pre-scale, and the same rounded: float32 [V, N] each."""
+    def quantized_vectors(
+        self, inputs: InputStatistics, scale: Tensor | None, spec: LayerSpec, block: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Input vectors at some of the rows, multiplied by a pre-scale and rotated in blocks, and the same rounded: float32 [V, N] each."""
         rows = torch.unique(inputs.rows)
         rows = rows[torch.linspace(0, len(rows) - 1, min(SEARCH_ROWS, len(rows))).round().long()]
         exact, rounded = [], []
         factor = torch.ones_like(inputs.ranges.low[0]) if scale is None else scale
         for row in rows.tolist():
             x = inputs.vectors[inputs.rows == row] * _by_input(factor, inputs.vectors.shape[1])
+            low, high = (float(extreme) for extreme in ((inputs.ranges.low[row] * factor).min(), (inputs.ranges.high[row] * factor).max()))
+            if block is not None:
+                x = rotate(x, block)
+                low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
             exact.append(x)
             if spec.act_bits is None:
                 rounded.append(x)
                 continue
-            low, high = (float(extreme) for extreme in ((inputs.ranges.low[row] * factor).min(), (inputs.ranges.high[row] * factor).max()))
             range_ = self.activation_range(ActivationSamples(x.flatten()[:: max(1, x.numel() >> 12)], low, high), spec)
             codes = (x / range_.scale).round().clamp(range_.qmin, range_.qmin + spec.levels)
             rounded.append(codes * range_.scale)
         return torch.cat(exact), torch.cat(rounded)
 
-    def noise(self, inputs: InputStatistics, scale: Tensor | None, spec: LayerSpec) -> float:
+    def noise(self, inputs: InputStatistics, scale: Tensor | None, spec: LayerSpec, block: int | None = None) -> float:
         """Mean square of the rounding error of an input."""
-        x, rounded = self.quantized_vectors(inputs, scale, spec)
+        x, rounded = self.quantized_vectors(inputs, scale, spec, block)
         return float((rounded - x).square().mean())
 
     def set_layer(self, layer: StudentLayer, branch: LowRankBranch | None, inputs: InputStatistics, noise: float) -> None:
@@ -198,18 +205,21 @@ class SvdQuant(Mse):
             down, up = low_rank(rest, branch.rank)
             branch.set_weights(down * factor, up)
             rest = rest - branch.product() / factor
+        rest = rotated_weight(layer.layer, rest)
         layer.set_weight_scale(self.weight_scale(rest, layer.bits))
         if self.rounding == "gptq":
-            moments = inputs.moments * factor * factor[:, None]
+            moments, mean = inputs.moments * factor * factor[:, None], inputs.mean * factor
+            if (block := block_of(layer.layer)) is not None:
+                moments, mean = rotate(rotate(moments, block).T, block).contiguous(), rotate(mean, block)
             moments.diagonal().add_(noise)
             scale = layer.log_weight_scale.exp()
             rounded = dequantize_weight(gptq(rest, scale, layer.bits, moments), scale)
             if self.bias_correction and layer.layer.bias is not None:
-                shift = (rest - rounded) @ (inputs.mean * factor)
+                shift = (rest - rounded) @ mean
                 layer.layer.bias = nn.Parameter(layer.layer.bias.float() + shift, requires_grad=False)
             rest = rounded
-        like = layer.layer.weight
-        layer.layer.weight = nn.Parameter((rest * factor).reshape(like.shape), requires_grad=False)
+        held = weight_to_hold(layer.layer, rest.reshape(layer.layer.weight.shape))
+        layer.layer.weight = nn.Parameter(held, requires_grad=False)
 
 
 def rank_within(layer: nn.Conv2d | nn.Linear, rank: int, share: float) -> int:
@@ -223,8 +233,8 @@ def _ungrouped(layer: StudentLayer) -> bool:
 
 
 def _flat_weight(layer: StudentLayer, scale: Tensor | None) -> Tensor:
-    """The float weight divided by a pre-scale, float32 [Cout, N]."""
-    weight = layer.layer.weight.detach().float().flatten(1)
+    """The float weight divided by a pre-scale and not rotated, float32 [Cout, N]."""
+    weight = published_weight(layer.layer, layer.layer.weight.detach().float()).flatten(1)
     return weight if scale is None else weight / _by_input(scale, weight.shape[1])
 
 

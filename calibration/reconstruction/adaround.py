@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.student.layers import StudentLayer
+from edm_deploy.network.restructure import weight_to_hold
 from edm_deploy.numerics.codes import dequantize_weight, per_channel
 
 # Source: ibid., section 3.2: the sigmoid is stretched, so that it reaches 0 and 1 and its gradient does not vanish near them.
@@ -105,8 +106,7 @@ def commit(layers: Iterable[StudentLayer]) -> None:
     for layer in layers:
         if isinstance(layer.rounding, AdaRound):
             weight = dequantize_weight(layer.rounding.codes(), layer.rounding.scale)
-            if layer.pre_scale is not None:  # the layer divides its weight by it
-                weight = weight * layer.pre_scale.reshape(-1, *[1] * (weight.ndim - 2))
+            weight = weight_to_hold(layer.layer, weight)  # the layer divides its weight by its pre-scale
             layer.layer.weight = nn.Parameter(weight.to(memory_format=_layout(layer.layer.weight)), requires_grad=False)
             layer.rounding = None
 

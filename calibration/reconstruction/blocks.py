@@ -81,7 +81,8 @@ def blocks_of(student: Student, partition: Partition, entropies: Mapping[str, fl
         partition: `layer` is every site by itself; `entropy` starts from `block`.
         entropies: Entropy of each site's input in bits; used by `entropy` only.
     """
-    skeleton = meta_model(student.family, student.config, student.structure)
+    # Without rotations: a student's layer is called with the tensor that it rotates itself.
+    skeleton = meta_model(student.family, student.config, dataclasses.replace(student.structure, rotated={}))
     calls = traced_calls(student.family, student.config, skeleton, student.layers)
     inside = {name: tuple(site for site in student.layers if _holds(name, site)) for name in calls}
     whole = () if partition == "layer" else _innermost(skeleton, inside)

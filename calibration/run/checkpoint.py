@@ -210,6 +210,18 @@ def load_checkpoint(directory: Path, identity: Mapping[str, Any]) -> tuple[int, 
         raise ArtifactError(f"{path} cannot be read ({err}). Remove {directory} and start without --resume.") from err
 
 
+def saved_identity(directory: Path) -> Mapping[str, Any]:
+    """Identity of the run that wrote a checkpoint, without a check of its tensors.
+
+    Raises:
+        ArtifactError: There is no checkpoint, or its description is damaged.
+    """
+    if not holds_checkpoint(directory):
+        raise ArtifactError(f"{directory} holds no checkpoint to resume. Start without --resume, or check --out.")
+    identity = read_json(directory / JSON_NAME, what="checkpoint").get("identity")
+    return identity if isinstance(identity, dict) else {}
+
+
 def _difference(saved: Any, expected: Mapping[str, Any]) -> str:  # Any: whatever the file contains
     if not isinstance(saved, dict):
         return "its settings are missing"

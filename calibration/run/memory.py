@@ -12,19 +12,21 @@ _STATUS = Path("/proc/self/status")
 _BASE = 1_000_000_000  # bytes of libraries and of activations at usual sample sizes
 
 
-def needed_memory(parameters: int, *, trains: bool, low_memory: bool = False, cached: int = 0) -> int:
+def needed_memory(parameters: int, *, trains: bool, low_memory: bool = False, rotates: bool = False, cached: int = 0) -> int:
     """Estimated bytes of memory for quantizing a model on the CPU, rounded up.
 
     Four bytes per parameter for the float weights (none if they stay in their files), and one and a half for codes and the temporaries of one
-    layer. Training adds a bfloat16 teacher and, for the backward pass, the merged and the rounded weights: 12 bytes.
+    layer. Training adds a bfloat16 teacher and, for the backward pass, the merged and the rounded weights: 12 bytes. Rotated
+    weights are a second copy in float32: 4 bytes.
 
     Args:
         parameters: Number of parameters of the denoiser.
         trains: Whether the recipe trains.
         low_memory: Whether the float weights stay in their files.
+        rotates: Whether the recipe rotates weights.
         cached: Maximum bytes of activations that the recipe caches.
     """
-    per_parameter = (0.0 if low_memory else 4.0) + 1.5 + (12.0 if trains else 0.0)
+    per_parameter = (0.0 if low_memory else 4.0) + 1.5 + (12.0 if trains else 0.0) + (4.0 if rotates else 0.0)
     return _BASE + cached + int(per_parameter * parameters)
 
 

@@ -15,7 +15,7 @@ from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
 from edm_deploy.errors import InputError
 from edm_deploy.network.low_rank_branch import BRANCH, in_branch
-from edm_deploy.network.restructure import PRE_SCALE, NetworkRewrite
+from edm_deploy.network.restructure import PRE_SCALE, NetworkRewrite, rotated_weight, weight_to_hold
 from edm_deploy.numerics.activation_table import ActivationTable
 from edm_deploy.numerics.codes import dequantize_weight
 from edm_deploy.pipelines.source import Source
@@ -85,7 +85,8 @@ def student_from_artifact(artifact: Artifact, source: Source, device: torch.devi
         branch.load_state_dict({leaf: artifact.params[f"{name}.{BRANCH}.{leaf}"].to(device) for leaf in branch.state_dict()})
     for name, layer in student.layers.items():
         if (own := student.branch_of(name)) is not None:  # the branch has this part of the float weight
-            rest = layer.layer.weight.float() - own.product().view_as(layer.layer.weight)
+            weight = layer.layer.weight
+            rest = weight.float() - rotated_weight(layer.layer, own.product().reshape(weight.shape))
             layer.layer.weight = nn.Parameter(rest, requires_grad=False)
     loaded: dict[int, ActivationTable] = {}
     for name, site in artifact.sites.items():
@@ -139,8 +140,6 @@ def load_weight(layer: StudentLayer, site: QuantizedLayer, pre_scale: Tensor | N
     nearest, scale = layer.codes()
     if torch.equal(nearest, codes):
         return
-    decided = dequantize_weight(codes, scale)
-    if pre_scale is not None and layer.pre_scale is not None:  # the layer divides its weight by it
-        decided = decided * layer.pre_scale.reshape(-1, *[1] * (decided.ndim - 2))
+    decided = weight_to_hold(layer.layer, dequantize_weight(codes, scale))
     weight = torch.where(nearest == codes, layer.layer.weight.float(), decided)
     layer.layer.weight = nn.Parameter(torch.empty_like(layer.layer.weight, dtype=torch.float32).copy_(weight), requires_grad=False)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from calibration.student.fake_quant import fake_quantize, round_straight_through
 from calibration.student.quantization_spec import LayerSpec, QuantRange
-from edm_deploy.network.restructure import PRE_SCALE, representable, scaled_input
+from edm_deploy.network.restructure import PRE_SCALE, representable, site_input, site_weight
 from edm_deploy.numerics.activation_table import ActivationTable
 from edm_deploy.numerics.codes import channel_bounds, dequantize_weight, per_channel, quantize_weight, weight_bounds
 
@@ -60,20 +60,27 @@ class ActivationQuantizer(nn.Module):
 
     def _quantize_all(self, x: Tensor) -> Tensor:
         if self.relaxed_samples is None:
-            return self.quantize(x, self.rows)
-        relaxed = x if self.relaxed is None else self.relaxed.quantize(x, self.rows)
+            return self._quantize(x)
+        relaxed = x if self.relaxed is None else self.relaxed(x)
         if bool(self.relaxed_samples.all()):
             return relaxed
-        return torch.where(per_channel(self.relaxed_samples, x), relaxed, self.quantize(x, self.rows))
+        return torch.where(per_channel(self.relaxed_samples, x), relaxed, self._quantize(x))
 
-    def quantize(self, x: Tensor, rows: Tensor) -> Tensor:
-        """`x` [B, ...] quantized and dequantized by rows, int64 [B], of this table."""
+    def _quantize(self, x: Tensor) -> Tensor:
         qmin = round_straight_through(self.qmin.clamp(-self.levels, 0))
-        return fake_quantize(x, self.log_scale.exp()[rows], qmin[rows], self.levels)
+        return fake_quantize(x, self.log_scale.exp()[self.rows], qmin[self.rows], self.levels)
+
+    def set_samples(self, rows: Tensor, relaxed_samples: Tensor | None) -> None:
+        """Set `rows` and `relaxed_samples` for a forward pass."""
+        self.rows, self.relaxed_samples = rows, relaxed_samples
+        if self.relaxed is not None:
+            self.relaxed.set_samples(rows, None)
 
     def clear_cache(self) -> None:
         """Drop the cached input and result, which would otherwise be kept until the next forward pass."""
         self._cache = None
+        if self.relaxed is not None:
+            self.relaxed.clear_cache()
 
     @torch.no_grad()
     def table(self) -> ActivationTable:
@@ -86,7 +93,8 @@ class ActivationQuantizer(nn.Module):
 class StudentLayer(nn.Module):
     """A quantized Conv2d or Linear: `y = conv(Q(p x), Q(W / p + B @ A)) + bias`. The low-rank update is merged before rounding (QALoRA).
 
-    The pre-scale `p` by input channel is a parameter of the layer itself, as in `edm_deploy.network.restructure`, and exists only if it was set.
+    The pre-scale `p` by input channel is a parameter of the layer itself, as in `edm_deploy.network.restructure`, and exists only if it was set. Where that module
+    rotated the layer, `W` is rotated, and so is `p x` before it is quantized.
 
     Args:
         layer: The float layer; its weight is not changed.
@@ -165,9 +173,7 @@ class StudentLayer(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """`W / p + B @ A`: float32, the shape of the layer's weight."""
-        weight = self.layer.weight.float()
-        if self.pre_scale is not None:
-            weight = weight / self.pre_scale.reshape(-1, *[1] * (weight.ndim - 2))
+        weight = site_weight(self.layer, self.layer.weight.float())
         if self.lora_a is None or self.lora_b is None:
             return weight
         return torch.addmm(weight.flatten(1), self.lora_b, self.lora_a).view_as(weight)
@@ -200,7 +206,7 @@ class StudentLayer(nn.Module):
         with torch.autocast(kind, enabled=False):
             weight = self.rounded_weight().to(x.dtype)
             bias = None if self.layer.bias is None else self.layer.bias.to(x.dtype)
-            x = scaled_input(self.layer, x)
+            x = site_input(self.layer, x)
             x = x if self.quantizer is None else self.quantizer(x)
             if isinstance(self.layer, nn.Linear):
                 return functional.linear(x, weight, bias)

@@ -27,10 +27,13 @@ def capture_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str
 
 @contextmanager
 def input_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    """Within the context each of these modules calls its hook with itself and its positional arguments before its forward pass."""
+    """Within the context each of these modules calls its hook with itself and its positional arguments before its forward pass.
+
+    The arguments are those that the module is called with: before the rotation of a rotated layer's input.
+    """
     with ExitStack() as stack:
-        for module, hook in hooks:
-            stack.callback(module.register_forward_pre_hook(hook).remove)
+        for module, hook in reversed(list(hooks)):  # prepended in this order, hooks of one module run in that of `hooks`
+            stack.callback(module.register_forward_pre_hook(hook, prepend=True).remove)
         yield
 
 

@@ -109,7 +109,7 @@ class Student(nn.Module):
             changes = (
                 self.relaxed_bits == WEIGHT_ONLY_BITS or quantizer.relaxed is not None
             )  # sites that have 8 bits anyway keep their table
-            quantizer.rows, quantizer.relaxed_samples = shared, relaxed if changes else None
+            quantizer.set_samples(shared, relaxed if changes else None)
         try:
             with torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
                 yield

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.student.layers import StudentLayer
+from edm_deploy.network.restructure import weight_to_hold
 from edm_deploy.numerics.codes import per_channel, weight_bounds
 
 LARGEST = weight_bounds(8)[1]
@@ -85,8 +86,7 @@ def commit(layers: Iterable[StudentLayer]) -> int:
             bits = torch.full_like(fine, layer.bits, dtype=torch.uint8) if layer.channel_bits is None else layer.channel_bits
             layer.set_channel_bits(torch.where(fine > 1, 8, bits))
             layer.set_weight_scale(layer.log_weight_scale.exp() / fine)
-        if layer.pre_scale is not None:  # the layer divides its weight by it
-            weight = weight * layer.pre_scale.reshape(-1, *[1] * (weight.ndim - 2))
+        weight = weight_to_hold(layer.layer, weight)  # the layer divides its weight by its pre-scale
         layer.layer.weight = nn.Parameter(weight, requires_grad=False)
         channels += int((fine > 1).sum())
     return channels

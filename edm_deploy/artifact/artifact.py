@@ -33,7 +33,8 @@ from edm_deploy.storage.json_schema import MAX_TIMESTEPS, check_config, check_sc
 from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 from edm_deploy.storage.tensor_file import DeferredTensor, check_params, digest_of, read_tensors, write_tensors
 
-# 2 added `folded`; 3 added `structure`, `channel_bits`, `correction` and `relaxed`; 4 added `structure.branches` and the sites' tables at relaxed timesteps.
+# 2 added `folded`; 3 added `structure`, `channel_bits`, `correction` and `relaxed`; 4 added `structure.branches`, `structure.rotated` and the sites' tables
+# at relaxed timesteps.
 SCHEMA = 4
 JSON_NAME = "artifact.json"
 TENSORS_NAME = "artifact.safetensors"

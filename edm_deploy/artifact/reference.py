@@ -14,7 +14,7 @@ from edm_deploy.artifact.quantized_layer import QuantizedLayer
 from edm_deploy.artifact.relaxed_timesteps import quantized_graph, relaxed_graph
 from edm_deploy.artifact.timestep_correction import DenoiseFn
 from edm_deploy.artifact.timestep_routing import route_by_timestep
-from edm_deploy.network.restructure import PRE_SCALE, replace_module, scaled_input
+from edm_deploy.network.restructure import PRE_SCALE, replace_module, site_input
 from edm_deploy.numerics.activation_table import ActivationTable, per_sample, quantize_activation, table_rows
 from edm_deploy.numerics.codes import dequantize_weight, per_channel
 
@@ -26,7 +26,7 @@ class SiteRecord:
     """Input, codes and output of one site in one forward pass.
 
     Attributes:
-        x: float32, the site's input before quantization, after its pre-scale if it has one.
+        x: float32, the site's input before quantization, after its pre-scale and rotation if it has them.
         codes: float32 holding integers, the shape of `x`; the input itself where the site is weight-only.
         y: float32, the site's output, bias included.
     """
@@ -53,10 +53,10 @@ class ReferenceSite(nn.Module):
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """Output float32 for the layer's input [B, ...]; `rows` must hold the table row of each sample."""
-        return self.quantized(scaled_input(self.layer, x))
+        return self.quantized(site_input(self.layer, x))
 
     def quantized(self, x: Tensor) -> Tensor:
-        """Output float32 for the site's input [B, ...] after its pre-scale."""
+        """Output float32 for the site's input [B, ...] after its pre-scale and rotation."""
         table = self.site.activation
         if table is None:
             y = self._sum(x, dequantize_weight(self.site.codes, self.site.weight_scale))

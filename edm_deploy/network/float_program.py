@@ -7,10 +7,12 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from edm_deploy.errors import UnsupportedError, first_line
 from edm_deploy.network.family import Config, Family, ModelInput
@@ -19,6 +21,11 @@ from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite
 
 # In units of size_multiple; distinct, so that torch.export does not identify two dimensions.
 _TRACE_SIZES = {"batch": 2, "height": 4, "width": 6, "tokens": 7, "image_tokens": 9}
+ROTATION = (
+    torch.ops.aten.unflatten.int,
+    torch.ops.aten.matmul.default,
+    torch.ops.aten.flatten.using_ints,
+)  # of `rotate`, all without side effects
 MODEL = "model."  # prefix of each parameter's name in the program
 
 
@@ -66,7 +73,7 @@ def exported_program(
         arguments = tuple(_example(declared, multiple, input_dtype) for declared in inputs)
         dynamic = (tuple(_dynamic_dims(declared, multiple, family.limits(config)) for declared in inputs),)
         try:
-            return torch.export.export(wrapped, arguments, dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(wrapped, arguments, dynamic_shapes=dynamic, strict=False)
         except Exception as err:  # torch wraps every failure of its tracer in classes that share no base
             # These two state Python types, which are not in the config.
             reason = (
@@ -75,6 +82,21 @@ def exported_program(
                 else first_line(err)
             )
             raise UnsupportedError(f"torch.export cannot trace {family.class_name} with this config: {reason}.") from err
+    if structure.rotated:
+        _merge_rotations(program)
+    return program
+
+
+def _merge_rotations(program: ExportedProgram) -> None:
+    """Rotate a value once for all layers that read it, such as q, k and v, so that they read one value and share its codes."""
+    first: dict[Any, Node] = {}
+    for node in list(program.graph.nodes):
+        if node.target in ROTATION and not node.kwargs:
+            kept = first.setdefault((node.target, node.args), node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
+                program.graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def _example(declared: ModelInput, multiple: int, dtype: torch.dtype) -> Tensor:

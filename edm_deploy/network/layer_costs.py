@@ -57,7 +57,7 @@ class ModelWork:
     Attributes:
         sites: By layer name, in model order. Positions of a layer that is used twice count twice.
         shared_input: For each site the first site that reads the same tensor: itself, or the sibling whose quantized input it can share.
-        other_macs: Multiply-accumulates outside the sites, mostly attention's two matmuls.
+        other_macs: Multiply-accumulates outside the sites, mostly attention's two matmuls, and the rotations.
         parameters: Number of parameters of the whole model.
         activation_bytes: Peak memory of the activations in float32. The attention matrix is never stored as a whole.
         branches: Layers of float branches, by name. They are no sites.
@@ -82,19 +82,20 @@ def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLI
     Args:
         family: The model family.
         config: Config of the model.
-        structure: Rewrites of the network. Pre-scales are left out, so that q, k and v still read one tensor; the cost of a Mul is negligible.
+        structure: Rewrites of the network. Pre-scales are left out, so that q, k and v still read one tensor; the cost of a Mul is negligible. Layers whose
+            inputs are rotated differently share none.
 
     Raises:
         UnsupportedError: The family cannot build this config.
     """
-    model = meta_model(family, config, replace(structure, pre_scaled=()))
+    model = meta_model(family, config, replace(structure, pre_scaled=(), rotated={}))
     uses: dict[str, list[SiteWork]] = {}
     inputs_of: list[tuple[Hashable, str]] = []
     counter, attention, live = FlopCounterMode(display=False), _Attention(), _LiveBytes()
 
     def record(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         uses.setdefault(name, []).append(site_work(layer, x, y))
-        inputs_of.append((live.identity(x), name))
+        inputs_of.append(((live.identity(x), structure.rotated.get(name)), name))
 
     branches = {name: layer for name, layer in model.named_modules() if in_branch(name)}
     for name, layer in (family.sites(model) | branches).items():
@@ -107,10 +108,14 @@ def model_work(family: Family, config: Config, structure: NetworkRewrite = PUBLI
     sites = {name: _sum(uses[name]) for name in family.sites(model) if name in uses}
     beside = {name: _sum(uses[name]) for name in branches if name in uses}
     layer_macs = sum(layer.macs for layer in (*sites.values(), *beside.values()))
+    shared = _first_readers([(value, name) for value, name in inputs_of if name in sites])
+    rotations = sum(
+        sites[name].inputs_at * sites[name].channels * block for name, block in structure.rotated.items() if shared.get(name) == name
+    )
     return ModelWork(
         sites=sites,
-        shared_input=_first_readers([(value, name) for value, name in inputs_of if name in sites]),
-        other_macs=attention.macs + max(0, counter.get_total_flops() // 2 - layer_macs),
+        shared_input=shared,
+        other_macs=rotations + attention.macs + max(0, counter.get_total_flops() // 2 - layer_macs),
         parameters=sum(value.numel() for value in model.parameters()),
         activation_bytes=live.most,
         branches=beside,

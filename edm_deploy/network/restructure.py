@@ -1,12 +1,12 @@
-"""Rewrites of the float network that preserve its function: inputs split into segments, float branches, inputs scaled by channel.
+"""Rewrites of the float network that preserve its function: inputs split into segments, float branches, inputs scaled by channel or rotated in blocks.
 
-All rewrite the network's modules, so that tracer, reference and backends process ordinary layers after a Split or a Mul, or next to an Add.
+All rewrite the network's modules, so that tracer, reference and backends process ordinary layers after a Split, a Mul or a MatMul, or next to an Add.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from edm_deploy.errors import ArtifactError
 from edm_deploy.network.low_rank_branch import BASE, BRANCH, BranchedLayer, unbranchable
+from edm_deploy.network.rotation import prepare, problem_of, rotate, rotate_weight
 from edm_deploy.storage.json_schema import convert
 
 PRE_SCALE = "pre_scale"
+ROTATED = "rotated_block"  # attribute of a layer: the size of the blocks in which its input is rotated
 SEGMENT = "segment"
 _PART = re.compile(rf"(\.{SEGMENT}\d+)?(\.{BASE}|\.{BRANCH}\.(down|up))?$")
 
@@ -30,12 +32,15 @@ class NetworkRewrite:
         segments: For each layer that is split, the input channels of its parts in order. Part `i` is the layer `<name>.segment<i>`.
         pre_scaled: Layers (or parts of one) whose input is multiplied by their parameter `pre_scale`, float32 [Cin]; their weight is divided by it.
         branches: Ranks of float low-rank branches by layer, or part of one. The layer itself is then `<name>.base`, the branch's two layers are
-            `<name>.branch.down` and `<name>.branch.up`, on the input before any pre-scale.
+            `<name>.branch.down` and `<name>.branch.up`, on the input before any pre-scale or rotation.
+        rotated: For each linear layer (or part of one) whose input is rotated, the size of the blocks, a power of two; its weight is `W H^-1`. A
+            pre-scale is applied before the rotation: it equalizes channels, which no longer exist after it.
     """
 
     segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     pre_scaled: tuple[str, ...] = ()
     branches: Mapping[str, int] = field(default_factory=dict)
+    rotated: Mapping[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.to_json())
@@ -43,8 +48,9 @@ class NetworkRewrite:
     def to_json(self) -> dict[str, Any]:
         """The rewrite as an artifact's description stores it; empty where nothing is rewritten."""
         segments = {"segments": {name: list(sizes) for name, sizes in self.segments.items()}} if self.segments else {}
-        branches = {"branches": dict(self.branches)} if self.branches else {}
-        return segments | ({"pre_scaled": list(self.pre_scaled)} if self.pre_scaled else {}) | branches
+        scaled = {"pre_scaled": list(self.pre_scaled)} if self.pre_scaled else {}
+        sizes = {"branches": self.branches, "rotated": self.rotated}
+        return segments | scaled | {name: dict(values) for name, values in sizes.items() if values}
 
     def summary(self) -> str:
         """A summary for reports."""
@@ -55,6 +61,9 @@ class NetworkRewrite:
             phrases.append(f"{len(self.pre_scaled)} inputs scaled by channel: {', '.join(named)}{more}")
         if branches := [f"{name} of rank {rank}" for name, rank in self.branches.items()]:
             phrases.append(f"{len(branches)} layers with a float branch: {', '.join(branches[:3])}{', ...' if branches[3:] else ''}")
+        if self.rotated:
+            turned = [f"{name} in blocks of {block}" for name, block in self.rotated.items()]
+            phrases.append(f"{len(turned)} inputs rotated: {', '.join(turned[:3])}{', ...' if turned[3:] else ''}")
         return "; ".join(phrases) or "as published"
 
     @classmethod
@@ -101,7 +110,7 @@ def layer_of(site: str) -> str:
 
 
 def restructure(model: nn.Module, structure: NetworkRewrite) -> None:
-    """Rewrite a network in place. Pre-scales are initialized to 1, branches to 0, and the weights are unchanged.
+    """Rewrite a network in place. Pre-scales are initialized to 1, branches to 0; neither changes a weight, and rotations rotate theirs.
 
     Raises:
         ArtifactError: A layer does not exist, or cannot be rewritten so.
@@ -125,7 +134,16 @@ def restructure(model: nn.Module, structure: NetworkRewrite) -> None:
         layer.register_parameter(
             PRE_SCALE, nn.Parameter(torch.ones(layer.weight.shape[1], device=layer.weight.device), requires_grad=False)
         )
-        layer.register_forward_pre_hook(_multiply)
+    for name, block in structure.rotated.items():
+        layer = _layer(model, name)
+        if problem := problem_of(layer, block):
+            raise ArtifactError(f"Layer {name!r}: its input cannot be rotated in blocks of {block}: {problem}.")
+        prepare(block)
+        setattr(layer, ROTATED, block)
+        if not layer.weight.is_meta:
+            layer.weight = nn.Parameter(rotate_weight(layer.weight.detach(), block), requires_grad=layer.weight.requires_grad)
+    for name in dict.fromkeys((*structure.pre_scaled, *structure.rotated)):
+        _layer(model, name).register_forward_pre_hook(_prepare_input)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -134,12 +152,44 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def scaled_input(layer: nn.Module, x: Tensor) -> Tensor:
-    """The input of the layer's arithmetic: `x` multiplied by the layer's pre-scale where it has one, in the dtype of `x`."""
+def block_of(layer: nn.Module) -> int | None:
+    """The size of the blocks in which a layer's input is rotated, or None."""
+    block: int | None = getattr(layer, ROTATED, None)
+    return block
+
+
+def site_input(layer: nn.Module, x: Tensor) -> Tensor:
+    """The input of the layer's arithmetic: `x` multiplied by the layer's pre-scale where it has one, then rotated where it is; in the dtype of `x`."""
     scale: Tensor | None = getattr(layer, PRE_SCALE, None)
-    if scale is None:
-        return x
-    return x * scale.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2 if isinstance(layer, nn.Conv2d) else 0))
+    if scale is not None:
+        x = x * scale.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2 if isinstance(layer, nn.Conv2d) else 0))
+    return x if (block := block_of(layer)) is None else rotate(x, block)
+
+
+def site_weight(layer: nn.Module, weight: Tensor) -> Tensor:
+    """What multiplies the result of `site_input`: `weight`, as the layer holds it, float32, divided by the layer's pre-scale where it has one."""
+    return weight if getattr(layer, PRE_SCALE, None) is None else _by_channel(layer, weight, Tensor.div)
+
+
+def weight_to_hold(layer: nn.Module, weight: Tensor) -> Tensor:
+    """The inverse of `site_weight`: the weight that the layer must hold for `weight` to multiply its input."""
+    return weight if getattr(layer, PRE_SCALE, None) is None else _by_channel(layer, weight, Tensor.mul)
+
+
+def published_weight(layer: nn.Module, weight: Tensor) -> Tensor:
+    """`weight`, as the layer holds it, float32, for the input of the published layer: not rotated."""
+    return weight if (block := block_of(layer)) is None else rotate(weight, block)
+
+
+def rotated_weight(layer: nn.Module, weight: Tensor) -> Tensor:
+    """The inverse of `published_weight`."""
+    return weight if (block := block_of(layer)) is None else rotate_weight(weight, block)
+
+
+def _by_channel(layer: nn.Module, weight: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """A weight multiplied or divided by the layer's pre-scale, which comes before its rotation."""
+    scale = getattr(layer, PRE_SCALE).reshape(-1, *[1] * (weight.ndim - 2))
+    return rotated_weight(layer, apply(published_weight(layer, weight), scale))
 
 
 def representable(scale: Tensor) -> Tensor:
@@ -148,8 +198,8 @@ def representable(scale: Tensor) -> Tensor:
     return scale.detach().float().clamp(finest, largest).half().float()
 
 
-def _multiply(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return scaled_input(layer, args[0]), *args[1:]
+def _prepare_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return site_input(layer, args[0]), *args[1:]
 
 
 def _layer(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
@@ -160,7 +210,7 @@ def _layer(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
         layer = None
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         raise ArtifactError(
-            f"Layer {name!r} is not a convolution or linear layer of this model, so that it cannot be split, scaled or have a branch."
+            f"Layer {name!r} is not a convolution or linear layer of this model, so that it cannot be split, scaled, rotated or have a branch."
         )
     return layer
 

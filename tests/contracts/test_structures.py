@@ -1,4 +1,4 @@
-"""What holds for every backend on a network with segments, float branches, pre-scales and bits by channel: the reference's codes at every site."""
+"""What holds for every backend on a network with segments, float branches, pre-scales, rotations and bits by channel: the reference's codes at every site."""
 
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ from calibration.training.trainable_weights import detach_weight
 from edm_deploy import Artifact
 from edm_deploy.artifact.reference import Reference
 from edm_deploy.export.onnx import onnx_from_artifact
-from edm_deploy.network.restructure import PRE_SCALE, NetworkRewrite
+from edm_deploy.network.restructure import PRE_SCALE, NetworkRewrite, rotated_weight
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.capabilities import CAPABILITIES, plan_layers
 from edm_deploy.runtime.load import open_session
@@ -34,6 +34,8 @@ MIXED = "down_blocks.0.resnets.0.conv1"
 class Restructuring(MinMax):
     """One of each thing that a recipe can change about the network, at random."""
 
+    rotate: str = "all"
+
     def structure(self, source):
         channels = source.model.get_submodule(SHORTCUT).in_channels
         return NetworkRewrite({SHORTCUT: (channels - 8, 8)}, branches=BRANCHES)
@@ -45,7 +47,7 @@ class Restructuring(MinMax):
             layer, branch = student.layers[f"{name}.base"], student.branches[name]
             down, up = (0.3 * torch.randn(part.weight.shape, generator=generator) for part in (branch.down, branch.up))
             branch.set_weights(down, up)
-            detach_weight(layer).sub_(branch.product().reshape(layer.layer.weight.shape))
+            detach_weight(layer).sub_(rotated_weight(layer.layer, branch.product().reshape(layer.layer.weight.shape)))
             layer.set_weight_scale(self.weight_scale(layer.merged_weight(), layer.bits))
         for name in SCALED:
             student.set_pre_scale(name, 0.5 + torch.rand(student.layers[name].layer.weight.shape[1], generator=generator))
@@ -77,6 +79,8 @@ def test_an_artifact_keeps_its_structure(artifact):
     assert set(parts) <= set(artifact.sites) and SHORTCUT not in artifact.sites
     assert artifact.structure.segments.keys() == {SHORTCUT}
     assert set(SCALED) <= set(artifact.structure.pre_scaled), "q, k and v share theirs"
+    assert set(artifact.structure.rotated.values()) == {16} and SCALED[0] in artifact.structure.rotated
+    assert artifact.provenance["rotations"] == "16 of 16, 0 of them folded"
     assert sorted(set(artifact.sites[MIXED].channel_bits.tolist())) == [3, 4, 5]
     assert artifact.sites[MIXED].scheme == "W4A4" and not torch.equal(*(artifact.sites[part].activation.scale for part in parts))
 
@@ -122,8 +126,11 @@ def test_the_graph_splits_scales_and_adds(artifact, graph):
 
     halves = [before(f"{SHORTCUT}.{part}", "Split") for part in ("segment0.base", "segment1")]
     assert halves[0].name == halves[1].name
-    quantizers = {before(QUERY.replace("to_q", part), "QuantizeLinear").name for part in ("to_q.base", "to_k", "to_v")}
-    assert len(quantizers) == 1, "siblings that are scaled alike share one quantizer"
+    for op in ("QuantizeLinear", "MatMul"):
+        shared = {before(QUERY.replace("to_q", part), op).name for part in ("to_q.base", "to_k", "to_v")}
+        assert len(shared) == 1, "siblings that are scaled and rotated alike share one rotation and one quantizer"
+    rotations = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1].endswith("lifted_tensor_0")]
+    assert len(rotations) == 8, "one for q, k and v and one for the output of each of four attentions"
 
 
 def relative(found, expected):

@@ -27,6 +27,15 @@ REFUSED = {
     "setting without a value": ("finetune {model} --out {out} --set steps", "expected key=value"),
     "setting of the wrong type": ("finetune {model} --out {out} --set steps=many", "expected a whole number"),
     "setting outside its range": ("finetune {model} --out {out} --set steps=0", "at least 1"),
+    "rotation that is no choice": ("calibrate {model} --out {out} --set rotate=on", "one of 'off', 'all', 'auto'"),
+    "rotation in blocks of no power of two": (
+        "calibrate {model} --out {out} --set rotate=all --set rotate_block=24",
+        "expected a power of two",
+    ),
+    "rotation in blocks that do not divide": (
+        "calibrate {model} --out {out} --set rotate=all --set rotate_block=32",
+        "does not divide the 16 input channels",
+    ),
     "config that is not there": ("finetune {model} --out {out} --config nothing.toml", "does not exist"),
     "config that is no TOML": ("finetune {model} --out {out} --config {file}", "cannot be read as TOML"),
     "weight bits out of range": ("calibrate {model} --out {out} --weight-bits 9", "expected 2 to 8"),

@@ -19,6 +19,13 @@ def inspect(
     ],
     gpu: Annotated[str | None, typer.Option(help="Add expected times on this GPU: rtx3090, rtx4090, a100 or h200.")] = None,
     batch: Annotated[str, typer.Option(help="Samples per call, for --gpu; several numbers with commas.")] = "1,8",
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="For a model: measure the error of the W4A4 prediction, and what of it 8 bits at each site remove. Reads the weights and calibrates.",
+        ),
+    ] = False,
     top: Annotated[int, typer.Option(help="Largest number of sites to print.")] = 40,
     as_json: opt.Json = False,
 ) -> None:
@@ -26,6 +33,10 @@ def inspect(
     from edm_deploy_tools.inspection.describe import describe, longest
 
     description, rooflines = describe(path), []
+    if sensitivity:
+        from edm_deploy_tools.inspection.sensitivity import with_sensitivity
+
+        description = with_sensitivity(description, path)
     if gpu:
         from edm_deploy_tools import roofline
 

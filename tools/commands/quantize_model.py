@@ -25,6 +25,7 @@ from edm_deploy.runtime.capabilities import capabilities_of, check_scheme
 from edm_deploy.storage.leftovers import INSIDE
 from edm_deploy.storage.output_directory import check_output, replaces_contents
 from edm_deploy_tools.common.console import progress
+from edm_deploy_tools.inspection.site_prices import site_prices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,9 @@ def quantize(request: QuantizeRequest) -> Artifact:
         _check_memory(request, parameters)
     source = load_source(request.model, low_memory=request.low_memory)
     with progress() as show:
-        artifact = calibration.fit(source, recipe, options, passes=request.passes, start=request.start, on_progress=show)
+        artifact = calibration.fit(
+            source, recipe, options, passes=request.passes, start=request.start, on_progress=show, prices=site_prices
+        )
     artifact.save(out)
     if options.checkpoint is not None:
         shutil.rmtree(options.checkpoint, ignore_errors=True)
@@ -124,7 +127,8 @@ def _parameters(model: str) -> int:
 
 def _check_memory(request: QuantizeRequest, parameters: int) -> None:
     recipe, low_memory = request.recipe, request.low_memory
-    needed = needed_memory(parameters, trains=recipe.trains, low_memory=low_memory, cached=recipe.cached_bytes)
+    rotates = recipe.rotate != "off"
+    needed = needed_memory(parameters, trains=recipe.trains, low_memory=low_memory, rotates=rotates, cached=recipe.cached_bytes)
     available = psutil.virtual_memory().available
     if needed > available:
         remedy = (

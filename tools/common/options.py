@@ -152,7 +152,7 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="A setting of the recipe, or of a pass as PASS.KEY=VALUE; repeatable."),
 ]
 With = Annotated[
-    list[str] | None, typer.Option("--with", metavar="PASS", help="Pass to compose the recipe with: tac, pcr or adp; repeatable.")
+    list[str] | None, typer.Option("--with", metavar="PASS", help="Pass to compose the recipe with: allocate, tac, pcr or adp; repeatable.")
 ]
 Budget = Annotated[
     str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from edm_deploy_tools.inspection import describe_model as model
 from edm_deploy_tools.inspection.estimates import branch_rows, by_site
 from edm_deploy_tools.inspection.work_by_step import work_by_step
 
-DESCRIBED = ("guidance", "conditioning", "folded")  # entries of a provenance that have a fact in words
+DESCRIBED = ("guidance", "conditioning", "folded", "allocation")  # entries of a provenance that have a fact in words
 PathKind = Literal["model", "artifact", "onnx", "engine"]
 
 
@@ -115,6 +116,7 @@ def describe_artifact(path: Path) -> Description:
         "sites": len(artifact.sites),
         "structure": artifact.structure.summary(),
         "bits by channel": channel_bits_words(list(artifact.sites.values())),
+        "allocation": allocation_words(artifact),
         "folded": folded_words(artifact.folded),
         "correction": artifact.correction.summary() if artifact.correction else "none",
         "relaxed": relaxed_words(() if artifact.relaxed is None else intervals_from_mask(artifact.relaxed), artifact.relaxed_bits),
@@ -141,6 +143,16 @@ def channel_bits_words(sites: Sequence[QuantizedLayer]) -> str:
     widths, counts = bits.unique(return_counts=True)  # type: ignore[no-untyped-call]  # untyped in torch
     histogram = ", ".join(f"{count} of {width}" for width, count in zip(widths.tolist(), counts.tolist(), strict=True))
     return f"{len(mixed)} sites; channels: {histogram} bits, {float(bits.float().mean()):.2f} on average"
+
+
+def allocation_words(artifact: Artifact) -> str:
+    """The sites that a pass gave other bits than the recipe, and their bits now."""
+    names = [name for name in artifact.provenance.get("allocation", {}) if name in artifact.sites]
+    if not names:
+        return "none: every site has the bits of the recipe or those that the family keeps"
+    schemes = Counter(artifact.sites[name].scheme for name in names)
+    counts = ", ".join(f"{count} at {scheme}" for scheme, count in schemes.most_common())
+    return f"{len(names)} of {len(artifact.sites)} sites with more bits than the recipe's, {counts}: {', '.join(names)}"
 
 
 def folded_words(folded: Sequence[str]) -> str:

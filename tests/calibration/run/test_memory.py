@@ -19,3 +19,4 @@ def test_the_estimate_counts_the_float_weights_once_and_the_codes():
     assert needed_memory(10**9, trains=False, low_memory=True) == 2_500_000_000
     assert needed_memory(10**9, trains=True) > 2 * needed_memory(10**9, trains=False)
     assert needed_memory(10**9, trains=False, cached=2**30) == 6_500_000_000 + 2**30
+    assert needed_memory(10**9, trains=False, rotates=True) == 10_500_000_000

@@ -110,3 +110,17 @@ def test_sites_and_cuts_that_do_not_belong_together_are_refused(restructured, se
     structure = replace(restructured.structure, segments=segments)
     with pytest.raises(ArtifactError, match=message):
         replace(restructured, structure=structure).validate()
+
+
+@pytest.mark.parametrize(
+    ("rotated", "message"),
+    [
+        ({LAYER: 3}, rf"Layer '{LAYER}': its input cannot be rotated in blocks of 3: expected a power of two, 2 to 1024"),
+        ({LAYER: 8}, r"it has 4 input channels, expected a size that divides them, such as 4"),
+        ({"pos_embed.proj": 4}, r"it is a convolution, expected a linear layer"),
+        ({"nothing": 4}, r"Layer 'nothing' is not a convolution or linear layer of this model"),
+    ],
+)
+def test_a_rotation_that_no_network_can_have_is_refused(restructured, rotated, message):
+    with pytest.raises(ArtifactError, match=message):
+        replace(restructured, structure=replace(restructured.structure, rotated=rotated)).validate()

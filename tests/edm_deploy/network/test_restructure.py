@@ -7,7 +7,19 @@ from torch import nn
 from edm_deploy.errors import ArtifactError
 from edm_deploy.models import family_named
 from edm_deploy.network.meta_model import meta_model
-from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite, SplitInputLayer, layer_of, representable, restructure, scaled_input
+from edm_deploy.network.restructure import (
+    PUBLISHED,
+    NetworkRewrite,
+    SplitInputLayer,
+    layer_of,
+    published_weight,
+    representable,
+    restructure,
+    site_input,
+    site_weight,
+    weight_to_hold,
+)
+from edm_deploy.network.rotation import rotate
 from tests.conftest import tiny_inputs, tiny_model
 
 
@@ -42,7 +54,24 @@ def test_a_pre_scaled_layer_with_its_weight_divided_computes_the_same(name, shap
     layer.pre_scale.data.copy_(scale)
     layer.weight.data.div_(scale.reshape(-1, *[1] * (layer.weight.ndim - 2)))
     torch.testing.assert_close(layer(x), expected)
-    torch.testing.assert_close(scaled_input(layer, x), x * (scale[:, None, None] if name == "conv" else scale))
+    torch.testing.assert_close(site_input(layer, x), x * (scale[:, None, None] if name == "conv" else scale))
+
+
+def test_a_rotated_layer_computes_the_same_and_pre_scales_come_first():
+    model = block()
+    x = torch.randn(2, 7, 6)
+    expected = model["linear"](x)
+    restructure(model, NetworkRewrite(pre_scaled=("linear",), rotated={"linear": 2}))
+    layer = model["linear"]
+    torch.testing.assert_close(layer(x), expected)
+    scale = representable(torch.linspace(0.3, 2, 6))
+    layer.pre_scale.data.copy_(scale)
+    torch.testing.assert_close(site_input(layer, x), rotate(x * scale, 2))
+    held = layer.weight.detach().clone()
+    layer.weight.data.copy_(site_weight(layer, held))
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(weight_to_hold(layer, layer.weight), held)
+    torch.testing.assert_close(published_weight(layer, held), block()["linear"].weight)
 
 
 def test_a_copy_of_a_pre_scaled_layer_is_pre_scaled():
@@ -77,7 +106,7 @@ def test_a_skeleton_is_restructured_and_a_model_s_function_is_not():
 
 
 def test_json_gives_back_what_was_written():
-    structure = NetworkRewrite({"a": (1, 2)}, ("b", "a.segment0"))
+    structure = NetworkRewrite({"a": (1, 2)}, ("b", "a.segment0"), rotated={"b": 64})
     assert NetworkRewrite.from_json(structure.to_json()) == structure
     assert PUBLISHED.to_json() == {} and not PUBLISHED and structure
 
@@ -100,6 +129,14 @@ def test_pre_scales_are_what_float16_holds():
         (NetworkRewrite(pre_scaled=("grouped",)), "'grouped' is a grouped convolution; its input cannot be scaled"),
         (NetworkRewrite(pre_scaled=("conv", "conv")), "'conv' is listed twice"),
         (NetworkRewrite(pre_scaled=("",)), "is not a convolution or linear layer"),
+        (
+            NetworkRewrite(rotated={"nothing": 2}),
+            "'nothing' is not a convolution or linear layer of this model, .* split, scaled, rotated or have a branch",
+        ),
+        (NetworkRewrite(rotated={"conv": 2}), "'conv': its input cannot be rotated in blocks of 2: it is a convolution, expected a linear"),
+        (NetworkRewrite(rotated={"linear": 3}), "in blocks of 3: expected a power of two, 2 to 1024"),
+        (NetworkRewrite(rotated={"linear": 1 << 20}), "expected a power of two, 2 to 1024"),
+        (NetworkRewrite(rotated={"linear": 4}), "it has 6 input channels, expected a size that divides them, such as 2"),
     ],
 )
 def test_what_the_model_cannot_be_is_refused(structure, message):
@@ -111,6 +148,7 @@ def test_a_summary_names_the_first_three():
     cut = dict.fromkeys("abcd", (2, 3))
     assert NetworkRewrite(cut).summary() == "4 layers split: a into 2 + 3 channels, b into 2 + 3 channels, c into 2 + 3 channels, ..."
     assert NetworkRewrite({}, ("q", "k")).summary() == "2 inputs scaled by channel: q, k"
+    assert NetworkRewrite(rotated={"q": 64}).summary() == "1 inputs rotated: q in blocks of 64"
     assert PUBLISHED.summary() == "as published"
 
 

@@ -57,3 +57,21 @@ def test_an_artifact_that_cannot_be_started_from_is_one_line_and_code_2(run, cha
     assert ran.code == 2
     assert re.search(message, ran.complaint), ran.complaint
     assert not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["allocate.budget=0.75"], "pass allocate: budget is 0.75 (float), expected a string"),
+        (["allocate.budget=int4=75"], "allocate.budget int4 is 75.0; expected 0.0 to 1.0"),
+        (["allocate.budget=int4=0.999"], "No allocation meets allocate.budget int4=0.999. Set allocate.budget=int4=0."),
+        (["allocate.budget=time=0.1x"], "No allocation meets allocate.budget time=0.1x. Set allocate.budget=time=0."),
+        (["allocate.budget=time=0.9x", "allocate.gpu=rtx1"], "rtx1"),
+    ],
+)
+def test_a_budget_that_no_allocation_meets_is_one_line_with_the_nearest_that_one_does(run, chain, tmp_path, settings, message):
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    ran = run("calibrate", chain.model, "--out", tmp_path / "a", "--weight-bits", 4, "--act-bits", 4, "--with", "allocate", *chosen)
+    assert ran.code == 2
+    assert message in ran.complaint
+    assert not (tmp_path / "a").exists()
