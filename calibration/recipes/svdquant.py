@@ -128,7 +128,7 @@ class SvdQuant(Mse):
         layers = [student.layers[name] for name in names]
         branches = [student.branch_of(name) for name in names]
         ranks = [0 if branch is None else branch.rank for branch in branches]
-        spec = self.layer_spec(names[0], "quantize")
+        spec = student.specs[names[0]]
         tried = self.smoothings(inputs, stacked_weight(student, names[0])) if search else [None]
         best = self.best_smoothing(layers, ranks, inputs, tried, spec)
         if best is not None:

@@ -9,6 +9,7 @@ from edm_deploy.artifact.timestep_routing import mask_from_intervals
 from edm_deploy.export.onnx import onnx_from_artifact
 from edm_deploy.runtime.load import load_denoiser
 from edm_deploy.runtime.manifest import Manifest
+from edm_deploy_tools.inspection.describe import describe
 from tests.conftest import artifact_by_hand, tiny_inputs, tiny_model
 from tests.contracts.test_backends import RUNS_HERE
 from tests.contracts.test_sessions import OPTIONS
@@ -43,6 +44,7 @@ def test_samples_at_relaxed_timesteps_are_computed_by_a_second_engine_of_8_bit_i
         (part.double() - exact[rows].double()).square().sum() for rows, part in ((slice(2), found[:2]), (slice(2, 4), found[2:]))
     )
     assert float(wide) < 0.2 * float(narrow)
+    assert describe(str(tmp_path / "engine")).facts["relaxed"].startswith("timesteps 500 to 999: inputs of 8 bits")
     second = Manifest.read(tmp_path / "engine" / "relaxed", kind="engine")
     assert {site.scheme for site in second.sites.values()} == {"W8A8"}
     assert {plan.executed for plan in second.plan.values()} <= {

@@ -35,7 +35,7 @@ COLUMNS = 4  # of an image grid
 def report_html(report: Report) -> str:
     """The page as HTML text."""
     sections = [_head(report), _summary(report), _images(report), _curve(report), _engines(report), _bench(report)]
-    sections += [_tables(result) for result in report.results if result.statistics]
+    sections += [_tables(result) + bits_section(result.target) for result in report.results if result.statistics]
     sections += [_sites(report), _conditions(report)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -177,6 +177,24 @@ def _tables(result: Result) -> str:
         f"<h2>Activation scales: {escape(result.target.label)}</h2>"
         f'<p class="soft">Scale of the input of each of {len(tables)} layers at each of {len(timesteps)} calibrated timesteps. The colour of a row changes where the range of the layer input changes along the trajectory.</p>{chart}'
     )
+
+
+def bits_section(target: EvaluationTarget) -> str:
+    """Bits of each layer's input at each table row, of an artifact where they differ by layer or by timestep; empty otherwise."""
+    artifact = target.artifact
+    assert artifact is not None  # statistics come from an artifact
+    sites = {name: site.activation.bits for name, site in artifact.sites.items() if site.activation}
+    relaxed = (
+        np.zeros(len(artifact.timesteps), bool) if artifact.relaxed is None else artifact.relaxed[artifact.timesteps.long()].numpy() > 0
+    )
+    bits = np.array(list(sites.values()), float)[:, None].repeat(len(relaxed), axis=1)
+    bits[:, relaxed] = np.maximum(bits[:, relaxed], artifact.relaxed_bits or 0)
+    placed = artifact.family_object.placement
+    if len({*bits[[placed(name) == "quantize" for name in sites]].flatten().tolist()}) < 2:
+        return ""
+    timesteps = [float(timestep) for timestep in artifact.timesteps]
+    chart = heat_map(bits, list(sites), timesteps, x_label="timestep of the table row", value_label="bits of the input (log)")
+    return f"<h2>Bits of the inputs: {escape(target.label)}</h2>{chart}"
 
 
 def _sites(report: Report) -> str:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from edm_deploy.artifact import artifact as artifact_module
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
-from edm_deploy.artifact.relaxed_timesteps import FOLDER
 from edm_deploy.artifact.timestep_correction import Correction
-from edm_deploy.artifact.timestep_routing import Intervals, describe_intervals, intervals_from_mask
+from edm_deploy.artifact.timestep_routing import intervals_from_mask
 from edm_deploy.errors import ArtifactError
 from edm_deploy.models import family_named
 from edm_deploy.network.layer_costs import model_work
 from edm_deploy.network.restructure import NetworkRewrite
-from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 from edm_deploy.runtime import manifest as manifest_module
 from edm_deploy.runtime.capabilities import CAPABILITIES, plan_layers, summary
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.directories import INDEX_FILE, SOURCE_KEY, other_components, read_json
 from edm_deploy_tools.common.console import Row, bytes_of, size_words, time_words
 from edm_deploy_tools.inspection import describe_model as model
+from edm_deploy_tools.inspection.bits_words import allocation_words, channel_bits_words, relaxed_bits, relaxed_words
 from edm_deploy_tools.inspection.estimates import branch_rows, by_site
 from edm_deploy_tools.inspection.work_by_step import work_by_step
 
@@ -134,27 +131,6 @@ def describe_artifact(path: Path) -> Description:
     return Description(kind="artifact", facts=facts, tables=tables)
 
 
-def channel_bits_words(sites: Sequence[QuantizedLayer]) -> str:
-    """Number of output channels by weight bits, of the sites where the bits differ by channel."""
-    mixed = [site.channel_bits for site in sites if site.channel_bits is not None]
-    if not mixed:
-        return "none"
-    bits = torch.cat(mixed)
-    widths, counts = bits.unique(return_counts=True)  # type: ignore[no-untyped-call]  # untyped in torch
-    histogram = ", ".join(f"{count} of {width}" for width, count in zip(widths.tolist(), counts.tolist(), strict=True))
-    return f"{len(mixed)} sites; channels: {histogram} bits, {float(bits.float().mean()):.2f} on average"
-
-
-def allocation_words(artifact: Artifact) -> str:
-    """The sites that a pass gave other bits than the recipe, and their bits now."""
-    names = [name for name in artifact.provenance.get("allocation", {}) if name in artifact.sites]
-    if not names:
-        return "none: every site has the bits of the recipe or those that the family keeps"
-    schemes = Counter(artifact.sites[name].scheme for name in names)
-    counts = ", ".join(f"{count} at {scheme}" for scheme, count in schemes.most_common())
-    return f"{len(names)} of {len(artifact.sites)} sites with more bits than the recipe's, {counts}: {', '.join(names)}"
-
-
 def folded_words(folded: Sequence[str]) -> str:
     """Layers that depend on the timestep alone, which exports replace by a table."""
     if not folded:
@@ -162,14 +138,6 @@ def folded_words(folded: Sequence[str]) -> str:
     return (
         f"{len(folded)} layers that depend on the timestep alone, in floating point: {', '.join(folded[:3])}{', ...' if folded[3:] else ''}"
     )
-
-
-def relaxed_words(spans: Intervals, bits: int | None) -> str:
-    """Timesteps that the second graph computes, and the bits of its inputs: 8, or 16 for floating point."""
-    if not spans:
-        return "none"
-    inputs = "activations in floating point" if bits == WEIGHT_ONLY_BITS else f"inputs of {bits} bits"
-    return f"{describe_intervals(spans)}: {inputs}, in a second graph of the same weights"
 
 
 def guidance_words(artifact: Artifact) -> str:
@@ -234,14 +202,6 @@ def describe_manifest(path: Path, kind: Literal["onnx", "engine"]) -> Descriptio
     facts |= {f"build {name}": value for name, value in _flat(manifest.build).items()}
     rows: list[Row] = [{"site": name, "stored": entry.stored, "executed": entry.executed} for name, entry in manifest.plan.items()]
     return Description(kind=kind, facts=facts, tables={"Sites": rows} if rows else {})
-
-
-def relaxed_bits(path: Path, manifest: Manifest, kind: Literal["onnx", "engine"]) -> int | None:
-    """Bits of the inputs of the second graph or engine; 16 where they are in floating point, None where there is none."""
-    if not manifest.relaxed:
-        return None
-    schemes = {site.scheme for site in Manifest.read(path / FOLDER, kind=kind).sites.values()}
-    return max(int(scheme.partition("A")[2]) for scheme in schemes)
 
 
 def table_words(manifest: Manifest) -> str:

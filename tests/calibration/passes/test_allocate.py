@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from calibration.recipes.efficientdm import EfficientDM
 from calibration.recipes.minmax import MinMax
 from calibration.student.quantization_spec import LayerSpec
 from edm_deploy.artifact.artifact import Artifact
-from edm_deploy.errors import InputError
+from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.network.layer_costs import model_work
 from edm_deploy.pipelines.guidance import Conditioner
 from tests.calibration.tiny import tiny_source
@@ -132,6 +133,12 @@ def test_a_resumed_run_keeps_the_allocation_of_its_checkpoint_without_measuring_
     with pytest.raises(Interrupted):
         fit(tiny_source(), TRAINED, checkpoint, passes=[allocate(budget="int4=0.5")], on_progress=stop)
     monkeypatch.setattr(Allocate, "measure", None)
+    damaged = shutil.copytree(tmp_path / "c", tmp_path / "damaged") / "checkpoint.json"
+    description = json.loads(damaged.read_text())
+    damaged.write_text(json.dumps(description | {"identity": description["identity"] | {"allocation": {"conv_in": 4}}}))
+    damaged_options = RunOptions(checkpoint=tmp_path / "damaged", resume=True)
+    with pytest.raises(ArtifactError, match="is the checkpoint of another run: conv_in is 4 there and None here"):
+        fit(tiny_source(), TRAINED, damaged_options, passes=[allocate(budget="int4=0.5")])
     resumed = fit(tiny_source(), TRAINED, replace(checkpoint, resume=True), passes=[allocate(budget="int4=0.5")])
     assert resumed.digest == whole.digest
     assert resumed.provenance["allocation"] == whole.provenance["allocation"]

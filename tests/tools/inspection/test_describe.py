@@ -9,14 +9,12 @@ import pytest
 from edm_deploy.errors import ArtifactError
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy_tools.inspection.describe import (
-    allocation_words,
     describe,
     folded_words,
     guidance_words,
     kind_of,
     longest,
     pipeline_words,
-    relaxed_words,
 )
 from tests.conftest import artifact_by_hand
 from tests.edm_deploy.test_older_artifacts import ARTIFACTS
@@ -109,21 +107,6 @@ def test_the_restructuring_of_an_artifact_is_described():
     assert facts["bits by channel"] == "1 sites; channels: 3 of 4, 1 of 5 bits, 4.25 on average"
     plain = describe(str(ARTIFACTS / "schema1")).facts
     assert (plain["structure"], plain["bits by channel"]) == ("as published", "none")
-
-
-def test_sites_with_more_bits_than_the_recipe_are_named(artifact_w4a4):
-    from dataclasses import replace
-
-    assert allocation_words(artifact_w4a4).startswith("none")
-    assert allocation_words(replace(artifact_w4a4, provenance={"allocation": {"conv_in": {}}})) == (
-        f"1 of {len(artifact_w4a4.sites)} sites with more bits than the recipe's, 1 at W8A8: conv_in"
-    )
-
-
-def test_relaxed_timesteps_are_described():
-    assert relaxed_words((), None) == "none"
-    assert relaxed_words(((0, 199), (900, 999)), 16).startswith("timesteps 0 to 199, 900 to 999: activations in floating point")
-    assert relaxed_words(((800, 999),), 8) == "timesteps 800 to 999: inputs of 8 bits, in a second graph of the same weights"
 
 
 def test_the_timestep_correction_of_an_artifact_is_described(artifact_w4a4, tmp_path):
