@@ -21,6 +21,8 @@ from calibration.run.checkpoint import check_not_overwritten, saved_identity
 from calibration.run.memory import peak_memory
 from calibration.run.options import Interrupted, Progress, Run, RunOptions
 from calibration.run.time_budget import Budget
+from calibration.start import CHAIN, chain_with, check_start
+from calibration.student.from_artifact import structure_of, student_from_artifact, with_params
 from calibration.student.quantization_spec import LayerSpec
 from calibration.student.teacher import Teacher, check_finite_weights, restructured
 from calibration.student.to_artifact import artifact_from_student
@@ -39,6 +41,7 @@ def fit(
     options: RunOptions,
     *,
     passes: Sequence[Pass] = (),
+    start: Artifact | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     prices: SitePricer | None = None,
 ) -> Artifact:
@@ -49,6 +52,8 @@ def fit(
         recipe: The method and its settings.
         options: Device, teacher dtype, checkpoints, prompts, budget.
         passes: Passes to compose the recipe with, in this order.
+        start: Artifact of the same float model that training starts from, instead of from a calibration: its codes, tables, biases, structure, bits by
+            site and row timesteps. `calibration.start.recipe_taking` gives a recipe its settings. None calibrates.
         on_progress: Called after every step.
         prices: Expected times of sites on a GPU, for passes with a budget of time.
 
@@ -57,12 +62,12 @@ def fit(
 
     Raises:
         Interrupted: SIGINT or SIGTERM was received.
-        InputError: The checkpoint directory has the checkpoint of an unfinished run and `resume` is not set; the recipe is not applicable to the model, a pass not to the recipe, or prompts are given for a model without text inputs.
+        InputError: The checkpoint directory has the checkpoint of an unfinished run and `resume` is not set; the recipe is not applicable to the model or to `start`, a pass not to the recipe, or prompts are given for a model without text inputs.
         UnsupportedError: The model's scheduler is not supported for sampling trajectories.
         ArtifactError: A weight of the model is NaN or infinite, or the checkpoint to resume is missing, damaged or from a different run.
     """
     check_not_overwritten(options)
-    start = time.perf_counter()
+    began = time.perf_counter()
     budget = None if options.budget_seconds is None else Budget(options.budget_seconds)
     check_passes(passes, recipe)
     device = torch.device(options.device)
@@ -70,11 +75,14 @@ def fit(
         check_takes_prompts(source)
     check_finite_weights(source)
     teacher_hash = source.digest()
-    structure = recipe.structure(source)
+    if start is not None:
+        check_start(start, recipe, passes, options, teacher_hash)
+    structure = recipe.structure(source) if start is None else structure_of(start)
     source = restructured(source, structure)
     conditioner = conditioner_of(source, scale=recipe.guidance, prompts=prompts_of(options.prompts))
-    folded = folded_layers(source, options.fold_time)
-    source, structure, rotations = rotate_inputs(source, recipe, structure, conditioner, device, folded)
+    folded, rotations = start.folded if start is not None else folded_layers(source, options.fold_time), ""
+    if start is None:
+        source, structure, rotations = rotate_inputs(source, recipe, structure, conditioner, device, folded)
     show = on_progress or (lambda _: None)
     pass_context = PassContext(
         source=source,
@@ -86,16 +94,22 @@ def fit(
         run=replace(measuring_run(), identity={"teacher": teacher_hash}, on_progress=show),
         prices=prices,
     )
-    allocation = allocated_specs(pass_context, passes, options)
+    allocation = allocated_specs(pass_context, passes, options) if start is None else {}
     configuration = _configuration(recipe, options, passes, conditioner.origin, folded)
     if allocation:
         configuration["allocation"] = {name: asdict(spec) for name, spec in allocation.items()}
-    timesteps = row_timesteps(pass_context, passes)
+    if start is not None:
+        configuration |= {CHAIN: chain_with(start)}
+    timesteps = row_timesteps(pass_context, passes)  # of the trajectories, and of the table rows unless an artifact has others
     trajectories = Trajectories(
         source, timesteps, size=recipe.pool_size(), eta=recipe.eta, seed=recipe.seed, device=device, conditioner=conditioner
     )
     teacher = Teacher(source, device)
-    student = recipe.student(source, timesteps, device, teacher=teacher, folded=folded, structure=structure, specs=allocation)
+    if start is None:
+        student = recipe.student(source, timesteps, device, teacher=teacher, folded=folded, structure=structure, specs=allocation)
+    else:
+        source = with_params(source, start)
+        student = student_from_artifact(start, source, device)
     for each in passes:
         each.before(student, pass_context)
 
@@ -109,6 +123,7 @@ def fit(
         on_progress=show,
         student_leads=any(each.student_leads for each in passes),
         after_calibration=after_calibration,
+        from_artifact=start is not None,
         budget=budget,
     )
     recipe.fit(TrainingContext(student, teacher, trajectories, run))
@@ -129,7 +144,7 @@ def fit(
         "teacher_sha256": teacher_hash,
         "device": options.device,
         "versions": {name: version(name) for name in ("edm-deploy", "torch", "diffusers")},
-        "wall_seconds": round(time.perf_counter() - start, 1),
+        "wall_seconds": round(time.perf_counter() - began, 1),
         "peak_memory_bytes": peak_memory(device),
     }
     return replace(artifact, provenance=provenance | dict(artifact.provenance))

@@ -52,6 +52,7 @@ class Recipe(ABC):
     Attributes:
         name: Name on the command line.
         trains: Whether the recipe trains after calibration; such a recipe has the settings `steps` and `batch`.
+        starts_from_artifact: Whether `fit` accepts a student that an artifact describes, and then trains it without calibrating it: `Run.calibrates`.
         weight_bits: 2 to 8.
         act_bits: 3 to 8, or 16 to leave activations in floating point.
         rows: Rows of the activation tables: the timesteps of sampling in that many steps. Source: EfficientDM, 100 steps.
@@ -67,6 +68,7 @@ class Recipe(ABC):
 
     name: ClassVar[str]
     trains: ClassVar[bool] = False
+    starts_from_artifact: ClassVar[bool] = False
 
     weight_bits: int = 8
     act_bits: int = 8
@@ -159,6 +161,11 @@ class Recipe(ABC):
     def static(self) -> bool:
         """Whether all rows of a table are equal: one range for all timesteps."""
         return False
+
+    @property
+    def comparison_of_layers(self) -> str | None:
+        """The setting without which training compares outputs of single layers with the float model's, `local_weight=0`; None if it does not compare any."""
+        return None
 
     @property
     def cached_bytes(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edm_deploy import registry
+from edm_deploy.adapters.site_weights import FACTORS_NAME
 from edm_deploy.artifact.relaxed_timesteps import FOLDER
 from edm_deploy.errors import InputError, flag
 from edm_deploy.models import family_named
@@ -60,6 +61,8 @@ def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions
         if pipeline is not None:
             copy_components(index, component, pipeline, directory)
         _copy_pipeline(source, directory)
+        if FACTORS_NAME in manifest.files:
+            shutil.copyfile(source / FACTORS_NAME, directory / FACTORS_NAME)
         return engine.write(directory, _files_in(directory))
 
 
@@ -76,6 +79,7 @@ def _built(builder: Backend[Any], content: Any, manifest: Manifest, options: Bui
         profile=options.profile,
         plan=executed_plan(manifest, builder, built),
         build=_description(built, seconds, size),
+        adapters=built.adapters or manifest.adapters,
     )
 
 

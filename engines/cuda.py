@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from edm_deploy.adapters.site_weights import FACTORS_NAME, adapters_of, site_factors
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.models import family_named
+from edm_deploy.network.adapter_inputs import AdapterInputs
 from edm_deploy.network.float_program import exported_program
 from edm_deploy.network.meta_model import meta_model
 from edm_deploy.network.restructure import NetworkRewrite
@@ -32,6 +34,8 @@ from engines.performance.gpus import capabilities, has_int4, has_kernels
 from engines.performance.int4_selection import select_int4
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from engines.torch_graph.rewrite import GraphRewrite
 
 log = logging.getLogger(__name__)
@@ -51,11 +55,12 @@ class CudaBackend(ArtifactBackend):
     """
 
     name: ClassVar[str] = "cuda"
-    options: ClassVar[frozenset[str]] = frozenset({"gpu", "precision", "int4_where"})
+    options: ClassVar[frozenset[str]] = frozenset({"gpu", "precision", "int4_where", "lora_rank", "lora_layers"})
     device: ClassVar[str] = "cuda"
 
     def build(self, content: Artifact, manifest: Manifest, options: BuildOptions, out: Path) -> BuildResult:
         gpu, precision = _gpu(options.gpu), supported_precision(options.precision, self.target)
+        adapters = _adapters(content, options)
         plans, reasons = plan_with_reasons(content, self.target)
         if reasons and not options.allow_float_sites:
             site, reason = next(iter(reasons.items()))
@@ -66,6 +71,8 @@ class CudaBackend(ArtifactBackend):
         choice = select_int4(plans, content, options)
         plans = dict(choice.plans)
         save_file(_stored(content, plans, DTYPES[precision]), out / ENGINE_NAME)
+        if adapters is not None and (factors := site_factors(content, adapters)):
+            save_file(factors, out / FACTORS_NAME)
         executed = {name: "int8" if plan.executed == "int4" and not has_int4(gpu) else plan.executed for name, plan in plans.items()}
         return BuildResult(
             versions={},
@@ -74,6 +81,7 @@ class CudaBackend(ArtifactBackend):
             codes={name: plan.codes for name, plan in plans.items() if plan.codes},
             warnings=(*_warnings(plans, reasons, gpu), *choice.reasons),
             details={"layout": LAYOUT, "int4_run_as_int8": sorted(choice.as_int8)},
+            adapters=adapters,
         )
 
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
@@ -85,8 +93,9 @@ class CudaBackend(ArtifactBackend):
         kinds = code_formats_on(manifest, device)
         if device.type == "cuda":
             driver.prepare(device)  # report a missing compiler or an old driver before any weight is read
-        module = _graph(manifest, load_tensors(directory / ENGINE_NAME, device=str(device)), kinds).module()
-        return CudaSession(module, [declared.name for declared in manifest.inputs], manifest.outputs, device)
+        module = _graph(manifest, load_tensors(directory / ENGINE_NAME, device=str(device)), kinds)[0].module()
+        kept = frozenset(declared.name for declared in manifest.adapters.weights) if manifest.adapters else frozenset[str]()
+        return CudaSession(module, [declared.name for declared in manifest.graph_inputs], manifest.outputs, device, kept=kept)
 
     def at_sites(self, cut: SiteTestCase, engine: Manifest, device: torch.device) -> dict[str, Tensor]:
         """Run the unfused graph, cut at every site."""
@@ -95,10 +104,12 @@ class CudaBackend(ArtifactBackend):
 
         kinds = code_formats_on(engine, device)
         tensors = _stored(cut.artifact, engine.plan, self.site_dtype(engine))
-        rewritten = _graph(engine, {name: value.to(device) for name, value in tensors.items()}, kinds, fused=False)
+        rewritten, branches = _graph(engine, {name: value.to(device) for name, value in tensors.items()}, kinds, fused=False)
         dtype = self.site_dtype(engine)
-        inputs = {placeholder: cut.records[name].x.to(device, dtype) for name, placeholder in rewriting.cut_at_layers(rewritten).items()}
-        codes, outputs = rewritten.module()(cut.timestep.to(device), *inputs.values())
+        placed = rewriting.cut_at_layers(rewritten, set(branches.values()))
+        inputs = {placeholder: cut.records[name].x.to(device, dtype) for name, placeholder in placed.items()}
+        weights = [cut.adapter_values[name].to(device) for name in branches]
+        codes, outputs = rewritten.module()(cut.timestep.to(device), *inputs.values(), *weights)
         rows = table_rows(cut.artifact.row_of_timestep, cut.timestep).to(device)
         results = {f"{name}.y": value for name, value in outputs.items()}
         for name, value in codes.items():
@@ -208,10 +219,11 @@ def _stored_dtype(value: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 def _graph(
     manifest: Manifest, tensors: Mapping[str, Tensor], kinds: Mapping[str, CodeFormat | None], *, fused: bool = True
-) -> GraphRewrite:
-    """The engine's graph with its tensors, on the device of the tensors."""
+) -> tuple[GraphRewrite, dict[str, fx.Node]]:
+    """The engine's graph with its tensors, on the device of the tensors; and the placeholders of its adapter branches by input."""
     from engines.torch_graph import fusions
     from engines.torch_graph import rewrite as rewriting
+    from engines.torch_graph.adapters import add_adapters
     from engines.torch_graph.packed_layer import layer_from_tensors
 
     family, dtype = family_named(manifest.family), DTYPES[manifest.build["options"]["precision"]]
@@ -240,9 +252,18 @@ def _graph(
     params |= {f"{name}.weight": site.weight for name, site in sites.items() if site.kind is None}
     program = exported_program(family, manifest.config, dtype, input_dtype=manifest.torch_dtype, structure=structure)
     rewritten = rewriting.rewrite_layers(program, sites, params, tensors[ROWS], dtype)
+    branches = {} if manifest.adapters is None else add_adapters(rewritten, layers, manifest.adapters)
     if fused:
         fusions.fuse(rewritten)
-    return rewritten
+    return rewritten, branches
+
+
+def _adapters(artifact: Artifact, options: BuildOptions) -> AdapterInputs | None:
+    if options.lora_rank is not None:
+        return adapters_of(artifact, rank=options.lora_rank, pattern=options.lora_layers)
+    if options.lora_layers is not None:
+        raise InputError("--lora-layers names the layers of --lora-rank. Add --lora-rank, or leave --lora-layers out.")
+    return None
 
 
 def _refuse_foreign(manifest: Manifest) -> None:

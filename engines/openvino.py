@@ -7,7 +7,6 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +27,7 @@ from engines.common.graph_checks import check_graph, check_rows, check_tensors
 from engines.common.precision import supported_precision
 from engines.common.source_backends import GraphBackend
 from engines.common.vendor_package import refuse_other_build, vendor
+from engines.openvino_graph.compiled_model import CompiledModel
 from engines.openvino_graph.group_norm import split_group_norms
 from engines.openvino_graph.integer_products import IN_FLOAT_REASON, exact_integer_products, weights_to_float32
 from engines.openvino_graph.scale_inputs import keep_float32, scales_to_inputs, timestep_path, widen_int4
@@ -62,7 +62,7 @@ class OpenvinoBackend(GraphBackend):
         effective = {"precision": supported_precision(options.precision, self.target), "threads": options.threads}
         with _refusals(ov):
             model = ov.Core().read_model(content)
-            model.reshape({declared.name: _partial_shape(ov, declared.dims, options.profile) for declared in manifest.inputs})
+            model.reshape({declared.name: _partial_shape(ov, declared.dims, options.profile) for declared in manifest.graph_inputs})
         save_file(scales_to_inputs(ov, model, manifest.sites), out / TABLES_NAME)
         kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model)
         try:
@@ -116,14 +116,18 @@ class OpenvinoSession(Session):
         self._row_of_timestep = tables.pop(ROW_NAME, torch.zeros(1, dtype=torch.int32))
         self._table_shapes = {name: tuple(table.shape[1:]) for name, table in tables.items()}
         self._tables = torch.stack([table.flatten() for table in tables.values()]) if tables else torch.zeros(0, 1)  # float32 [S, R]
+        self._weights = frozenset(declared.name for declared in manifest.adapters.weights) if manifest.adapters else frozenset[str]()
         self._lock = threading.Lock()
-        self._models: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], _CompiledModel] = OrderedDict()  # least recently used first
+        self._models: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], CompiledModel] = OrderedDict()  # least recently used first
 
     def _infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         batch = len(inputs[TIMESTEP.name])
-        inputs = filled_batch(inputs, next(size for size in self._batches if size >= batch))
+        weights = {name: inputs[name] for name in self._weights}
+        by_sample = {name: value for name, value in inputs.items() if name not in self._weights}
+        inputs = filled_batch(by_sample, next(size for size in self._batches if size >= batch))
         model = self._for_shapes({name: tuple(value.shape) for name, value in inputs.items()})
         with model.slot() as slot:
+            slot.hold(self._ov, weights)
             if len(self._tables):
                 torch.index_select(self._tables, 1, table_rows(self._row_of_timestep, inputs[TIMESTEP.name]), out=slot.looked_up)
             results = slot.request.infer({name: value.numpy() for name, value in inputs.items()}, share_inputs=True)
@@ -132,7 +136,7 @@ class OpenvinoSession(Session):
     def _release(self) -> None:
         self._models.clear()
 
-    def _for_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> _CompiledModel:
+    def _for_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> CompiledModel:
         key = tuple(sorted(shapes.items()))
         with self._lock:
             if key not in self._models:
@@ -143,14 +147,14 @@ class OpenvinoSession(Session):
             self._models.move_to_end(key)
             return self._models[key]
 
-    def _compile(self, shapes: Mapping[str, tuple[int, ...]]) -> _CompiledModel:
+    def _compile(self, shapes: Mapping[str, tuple[int, ...]]) -> CompiledModel:
         batch = shapes[TIMESTEP.name][0]
         lookups = {name: (batch, *shape) for name, shape in self._table_shapes.items()}
         with _refusals(self._ov):
             model = _read(self._ov, self._xml)
             model.reshape({**shapes, **lookups})
             compiled = self._ov.Core().compile_model(model, "CPU", self._properties)
-        return _CompiledModel(self._ov, compiled, lookups)
+        return CompiledModel(self._ov, compiled, lookups)
 
 
 def compiled_batches(allowed: ShapeRange) -> tuple[int, ...]:
@@ -163,47 +167,6 @@ def compiled_batches(allowed: ShapeRange) -> tuple[int, ...]:
         return tuple(sizes)
     powers = (2**exponent for exponent in range(allowed.max.bit_length()))
     return tuple(sorted({allowed.min, allowed.opt, allowed.max, *(power for power in powers if power in sizes)}))
-
-
-class _CompiledModel:
-    """A model compiled for one set of shapes, with its idle infer requests."""
-
-    def __init__(self, ov: Any, compiled: Any, lookups: Mapping[str, tuple[int, ...]]) -> None:
-        self.compiled = compiled
-        self._ov = ov
-        self._lookups = lookups  # shapes [B, 1, ...] of the looked-up scales, by input
-        self._idle: list[_Slot] = []  # append and pop are atomic
-
-    @contextlib.contextmanager
-    def slot(self) -> Iterator[_Slot]:
-        """A request that no other call uses."""
-        try:
-            slot = self._idle.pop()
-        except IndexError:
-            slot = self._new_slot()
-        yield slot
-        self._idle.append(slot)  # not after an error: what state that leaves a request in is not documented
-
-    def _new_slot(self) -> _Slot:
-        request = self.compiled.create_infer_request()
-        batch = next((shape[0] for shape in self._lookups.values()), 0)
-        looked_up = torch.zeros(len(self._lookups), batch)
-        for (name, shape), row in zip(self._lookups.items(), looked_up, strict=True):
-            request.set_tensor(name, self._ov.Tensor(row.reshape(shape).numpy(), shared_memory=True))
-        return _Slot(request, looked_up)
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """An infer request and its memory.
-
-    Attributes:
-        request: The request.
-        looked_up: float32 [S, B], from which the request reads each sample's scales.
-    """
-
-    request: Any
-    looked_up: Tensor
 
 
 def _check_files(ov: Any, directory: Path, manifest: Manifest) -> None:

@@ -125,7 +125,8 @@ def _executed(ort: Any, graph: Path, manifest: Manifest) -> dict[str, Execution]
     with scratch_directory("ort") as scratch:
         session = _session(ort, graph, torch.device("cpu"), threads=None, profile_prefix=f"{scratch}/ort")
         session.run(
-            None, {declared.name: _smallest(declared.dims, declared.dtype(manifest.torch_dtype), manifest) for declared in manifest.inputs}
+            None,
+            {declared.name: _smallest(declared.dims, declared.dtype(manifest.torch_dtype), manifest) for declared in manifest.graph_inputs},
         )
         events = json.loads(Path(session.end_profiling()).read_text())
     kernels = {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from calibration.data.observation import ActivationSamples
 from calibration.data.trajectory_pool import FORWARD_BATCH, Batch
 from calibration.observers.observers import InputMean, Observer
+from calibration.observers.stagger import stagger
 from calibration.recipe import Recipe, TrainingContext
 from calibration.run.options import Interrupted
 from calibration.run.parallel_map import parallel_map
@@ -31,8 +32,11 @@ class CalibrationRecipe(Recipe):
     """
 
     def fit(self, context: TrainingContext) -> None:
-        """Set the student's ranges and scales; in place."""
-        calibrate(context, self)
+        """Set the student's ranges and scales, in place; those of an artifact are kept."""
+        if context.run.from_artifact:
+            stagger(context)
+        else:
+            calibrate(context, self)
 
 
 @torch.no_grad()

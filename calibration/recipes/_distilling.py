@@ -37,6 +37,7 @@ class DistillationRecipe(Mse):
     """
 
     trains = True
+    starts_from_artifact = True
     weight_bits: int = 4
     act_bits: int = 4
     bias_correction: bool = False

@@ -34,6 +34,7 @@ class ReconstructionRecipe(Mse):
     """
 
     trains = True
+    starts_from_artifact = True
     bias_correction: bool = False
     steps: int = 20000
     batch: int = 32
@@ -50,6 +51,11 @@ class ReconstructionRecipe(Mse):
             at_least(name, getattr(self, name), 0.0)
         check_partition(self.partition)
         check_dtype("compute", self.compute)
+
+    @property
+    def comparison_of_layers(self) -> str | None:
+        """`partition=block`, unless set."""
+        return None if self.partition == "block" else "partition=block"
 
     @property
     def cached_bytes(self) -> int:

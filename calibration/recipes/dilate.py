@@ -48,6 +48,7 @@ class Dilate(Mse):
 
     name = "dilate"
     trains = True
+    starts_from_artifact = True
     weight_bits: int = 4
     act_bits: int = 4
     bias_correction: bool = False
@@ -71,11 +72,16 @@ class Dilate(Mse):
         check_partition(self.partition)
         check_dtype("compute", self.compute)
 
+    @property
+    def comparison_of_layers(self) -> str | None:
+        """`partition=block`, unless set."""
+        return None if self.partition == "block" else "partition=block"
+
     def fit(self, context: TrainingContext) -> None:
         """Dilate and calibrate, unless a checkpoint is resumed; then distill block by block."""
         student = context.student
         if not context.run.options.resume:
-            if self.dilation:
+            if self.dilation and context.run.calibrates:
                 dilate(student)
             super().fit(context)
         student.compute_dtype = DTYPES[self.compute]

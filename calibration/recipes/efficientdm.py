@@ -28,7 +28,9 @@ class EfficientDM(DistillationRecipe):
     """Low-rank updates, weight scales and activation tables are trained jointly.
 
     Deviations from the released code: bounds are integers during training; no weight decay (it shrank every row of every table); one parameter per
-    scale; rows are looked up by timestep; the update is added to the float weight, as in the paper, not to the rounded one.
+    scale; rows are looked up by timestep; the update is added to the float weight, as in the paper, not to the rounded one; weights are symmetric, with one
+    scale per output channel and no zero-point; each row of a table starts from the range calibrated at its own timestep, not from a copy of one range. Which
+    layers keep 8 bits is the model family's decision; the released code does not quantize shortcuts and samplers (`skip`, `op`) at all.
 
     Attributes:
         eta: Source: 1.0.

@@ -33,11 +33,14 @@ UpdateInit = Literal["zero", "error"]
 class MPQDM(EfficientDM):
     """EfficientDM's settings and those below. A layer remains one integer convolution: bits differ by output channel, and int8 storage holds them all.
 
+    A layer at 4 bits with 5-bit channels is an INT8 layer for a kernel: on backend `cuda` it leaves the INT4 work. `inspect` states the share of it.
+
     Deviations from the released code: the relation term has a gradient (there, both feature maps are detached, so it trained nothing); it is used in
     every step, over samples of mixed timesteps, instead of in every second step as a mean over two neighbouring timesteps; weights stay symmetric;
-    smoothing uses all timesteps, not one batch. At 2 and at 8 bits no channel can have one bit less and another one bit more, so all keep theirs.
+    smoothing uses all timesteps, not one batch; relations are those of an average-pooled map of at most 256 pixels. At 2 and at 8 bits no channel can have one bit less and another one bit more, so all keep theirs.
 
-    Version 2's binary residual branch is not a second convolution: both terms are on one grid of int8 codes (`calibration/training/binary_residual.py`), so a
+    Of version 2 the memory-based relation queue is missing: relations are compared within a batch only. Its binary residual was implemented from the paper's
+    description, and its formula is not verified against code, of which none is released. It is not a second convolution here: both terms are on one grid of int8 codes (`calibration/training/binary_residual.py`), so a
     layer with it is an INT8 layer. Leave it at 0 to use 4-bit kernels.
 
     Attributes:
@@ -72,15 +75,16 @@ class MPQDM(EfficientDM):
             )
 
     def fit(self, context: TrainingContext) -> None:
-        """Smooth, calibrate and mix bits, unless a checkpoint is resumed; then train."""
+        """Smooth, calibrate and mix bits, unless a checkpoint is resumed or an artifact has all of it; then train."""
         student, run = context.student, context.run
-        if self.smoothing and not run.options.resume:
+        if self.smoothing and run.calibrates:
             self.smooth(context)
         self.prepare(context)
         if not run.options.resume:
             student.compute_dtype = torch.float32
-            mixed, layers = mix_channel_bits(context, self, self.mixed_share)
-            run.notes.update(mixed_layers=mixed, layers=layers)
+            if run.calibrates:
+                mixed, layers = mix_channel_bits(context, self, self.mixed_share)
+                run.notes.update(mixed_layers=mixed, layers=layers)
             if self.update_init == "error":
                 for layer in student.layers.values():
                     if layer.lora_a is not None:

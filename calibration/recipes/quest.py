@@ -49,8 +49,11 @@ class Quest(DistillationRecipe):
     in floating point; first and last layers keep 8-bit weights too.
 
     Attributes:
-        tuned: Groups whose weights are trained, joined by `+`. Source: the three of the default. A pixel UNet has no feed-forward layers; the groups that
-            exist are in the provenance. `convolution` and `skip` can be added for models with few other layers.
+        tuned: Groups whose weights are trained, joined by `+`. Source: fewer, by kind of model: of Stable Diffusion `ff.net` alone; of the class-conditional
+            LDM-4 `ff.net`, every `to_q` and the self-attention's `to_k` and `to_v`; of the unconditional LDM-4 the `qkv` of its attention; and
+            the time embedding. The groups of the default hold more: all projections of an attention, its output and its cross-attention's keys and values too.
+            A pixel UNet has no feed-forward layers; the groups that exist are in the provenance. `convolution` and `skip` can be added for models with few
+            other layers.
         per_channel: `split` as above, if inputs have 4 bits or fewer; `off` does not scale inputs; `exact` is refused. Source: exact.
         strength: Power of the static vector: 1 is the split itself; less keeps the weights more uniform. Source: none.
         steps: Training steps. Source: 20 epochs of 20 timesteps of 16 batches.
@@ -90,6 +93,11 @@ class Quest(DistillationRecipe):
             raise InputError(f"per_channel is {self.per_channel!r}; expected split or off. Set another per_channel.")
 
     @property
+    def comparison_of_layers(self) -> str | None:
+        """`local_weight=0`, unless set."""
+        return "local_weight=0" if self.local_weight else None
+
+    @property
     def groups_tuned(self) -> tuple[str, ...]:
         """Names of the groups whose weights are trained."""
         return tuple(self.tuned.split("+")) if self.tuned else ()
@@ -103,7 +111,7 @@ class Quest(DistillationRecipe):
         total = sum(layer.layer.weight.numel() for layer in student.layers.values())
         run.notes.update(tuned_groups=[group for group in self.groups_tuned if group in present], tuned_weights=round(weights / total, 4))
         if not run.options.resume:
-            if self.per_channel == "split" and self.act_bits <= PER_CHANNEL_BITS:
+            if run.calibrates and self.per_channel == "split" and self.act_bits <= PER_CHANNEL_BITS:
                 self.split(context)
             super().fit(context)
         student.compute_dtype = DTYPES[self.compute]

@@ -59,7 +59,7 @@ class Tcaq(ReconstructionRecipe):
         student = context.student
         rounding = self.rounding(student)
         if not context.run.options.resume:
-            if self.strength:
+            if self.strength and context.run.calibrates:
                 self.reparameterize(context)
             super().fit(context)
         student.compute_dtype = DTYPES[self.compute]

@@ -95,6 +95,7 @@ class Run:
         on_progress: Called after each step.
         student_leads: Whether the student, not the teacher, leads the trajectories that ranges are observed on.
         after_calibration: Called after all ranges are set and before training; None if there is nothing to do.
+        from_artifact: Whether the student was made from an artifact, with its ranges and scales.
         budget: Wall time, counted from the start of the run; None if training has a fixed number of steps.
         started: Start of the run, as `time.perf_counter` counts.
         notes: Facts for the provenance that do not follow from the settings, e.g. the steps done under a budget. Filled by `Recipe.fit`.
@@ -105,6 +106,12 @@ class Run:
     on_progress: Callable[[Progress], None]
     student_leads: bool = False
     after_calibration: Callable[[], None] | None = None
+    from_artifact: bool = False
     budget: Budget | None = None
     started: float = field(default_factory=time.perf_counter)
     notes: dict[str, Any] = field(default_factory=dict)  # json
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the student's ranges are still to be set: not where a checkpoint or an artifact has them."""
+        return not self.options.resume and not self.from_artifact

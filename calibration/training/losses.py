@@ -45,9 +45,12 @@ class LayerOutputLoss:
 
 @dataclass(frozen=True)
 class RelationDistillationLoss:
-    """`weight * KL(softmax(S_fp) || softmax(S_q))`, averaged over pixels, where S is the cosine similarity of the pixels of a feature map.
+    """`weight * KL(softmax(S_fp) || softmax(S_q))`, summed over pixels, where S is the cosine similarity of the pixels of a feature map.
 
-    Source: Feng et al., MPQ-DM, AAAI 2025, arXiv 2412.11549: relation distillation.
+    A mean over the batch, like the error of the prediction, which is summed over its elements: the two are as strong in relation as in the source, which
+    sums both over the batch too.
+
+    Source: Feng et al., MPQ-DM, AAAI 2025, arXiv 2412.11549: relation distillation; the reductions from the released code.
 
     Attributes:
         module: Name of the module whose output, or last output tensor, is the feature map.
@@ -68,7 +71,7 @@ class RelationDistillationLoss:
         """The loss, a scalar."""
         log_student, log_teacher = (log_relations(pixels_of(outputs[self.module].float(), self.pixels)) for outputs in (student, teacher))
         divergence = functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-        return self.weight * divergence / log_student.shape[:2].numel()
+        return self.weight * divergence / len(log_student)
 
 
 def log_relations(pixels: Tensor) -> Tensor:

@@ -33,11 +33,12 @@ from edm_deploy.storage.json_schema import MAX_TIMESTEPS, check_config, check_sc
 from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 from edm_deploy.storage.tensor_file import DeferredTensor, check_params, digest_of, read_tensors, write_tensors
 
-# 2 added `folded`; 3 added `structure`, `channel_bits`, `correction` and `relaxed`; 4 added `structure.branches`, `structure.rotated` and the sites' tables
-# at relaxed timesteps.
+# 2 added `folded`; 3 added `structure`, `channel_bits`, `correction` and `relaxed`; 4 added `structure.branches`, `structure.rotated`, the sites' tables
+# at relaxed timesteps, and `absorbed`.
 SCHEMA = 4
 JSON_NAME = "artifact.json"
 TENSORS_NAME = "artifact.safetensors"
+ABSORBED = "absorbed."
 ARTIFACT = DirectoryKind("an artifact", JSON_NAME, (TENSORS_NAME, *PIPELINE_NAMES))
 
 
@@ -55,6 +56,8 @@ class Artifact:
         folded: Layers that depend on the timestep alone and are not quantized: exporters replace their output by a table.
         correction: Correction of sample and prediction by the runtime; None where there is none.
         relaxed: uint8 [num_train_timesteps]: 1 where a second graph of the same weights computes, with inputs of `relaxed_bits` bits; None for no timestep.
+        absorbed: Pre-scales that were folded into other layers, for adapters of the published network: `<site>.input` float32 [Cin], by which the input
+            of a site is multiplied already, and `<site>.output` float32 [Cout], by which its output is.
         params: float32, every parameter and buffer that is not a quantized weight, by name in the model.
         provenance: Recipe, settings, seed, versions, teacher hash, wall time, peak memory. Not part of the digest.
         pipeline: The source pipeline's json files by relative path, from which a pipeline is rebuilt.
@@ -72,6 +75,7 @@ class Artifact:
     folded: tuple[str, ...] = ()
     correction: Correction | None = None
     relaxed: Tensor | None = None
+    absorbed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def family_object(self) -> Family:
@@ -138,6 +142,13 @@ class Artifact:
                 raise ArtifactError(f"Site {name!r}: {problem}. Make the artifact again.")
         expected = {key: value for key, value in model.state_dict().items() if key.removesuffix(".weight") not in self.sites}
         check_params(self.params, {key: tuple(value.shape) for key, value in expected.items()})
+        for name, factor in self.absorbed.items():
+            layer, _, side = name.rpartition(".")
+            axis = {"input": 1, "output": 0}.get(side)
+            if layer not in self.sites or axis is None or tuple(factor.shape) != (layers[layer].weight.shape[axis],):
+                raise ArtifactError(f"Artifact's absorbed {name!r} {list(factor.shape)} fits no site. Make the artifact again.")
+            if not bool((factor.isfinite() & (factor > 0)).all()):
+                raise ArtifactError(f"Artifact's absorbed {name!r} holds a value that is not positive. Make the artifact again.")
         for name in self.structure.pre_scaled:
             if not bool((self.params[f"{name}.{PRE_SCALE}"] > 0).all()):
                 raise ArtifactError(f"Layer {name!r}: pre_scale holds a value that is not positive. Make the artifact again.")
@@ -233,6 +244,7 @@ class Artifact:
             tensors |= {f"correction.{name}": DeferredTensor.of(value) for name, value in vars(self.correction).items()}
         if self.relaxed is not None:
             tensors["relaxed"] = DeferredTensor.of(self.relaxed)
+        tensors |= {f"{ABSORBED}{name}": DeferredTensor.of(value) for name, value in self.absorbed.items()}
         return tensors | {f"params.{name}": tensor_from_param(value) for name, value in self.params.items()}
 
 
@@ -246,6 +258,7 @@ def _artifact_from_parts(description: ArtifactDescription, tensors: Mapping[str,
             input_bias=reader.take("correction.input_bias", torch.float32),
         )
     params = [name for name in tensors if name.startswith("params.")]
+    absorbed = [name for name in tensors if name.startswith(ABSORBED)]
     artifact = Artifact(
         family=description.family,
         config=description.config,
@@ -257,6 +270,7 @@ def _artifact_from_parts(description: ArtifactDescription, tensors: Mapping[str,
         folded=description.folded,
         correction=correction,
         relaxed=reader.take_if_present("relaxed", torch.uint8),
+        absorbed={name.removeprefix(ABSORBED): reader.take(name, torch.float32) for name in absorbed},
         provenance=description.provenance,
         pipeline=pipeline,
     )

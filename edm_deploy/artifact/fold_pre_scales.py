@@ -65,8 +65,12 @@ def fold_pre_scales(artifact: Artifact) -> Artifact:
             sites[layer] = replace(sites[layer], weight_scale=sites[layer].weight_scale * factor.flatten())
         else:
             params[name] = half_values(params[name] * factor) if in_branch(layer) else params[name] * factor
+    absorbed = {f"{name}.input": artifact.params[f"{name}.{PRE_SCALE}"] for name in folded if name in sites}
+    outputs = {name.removesuffix(".weight"): factor for name, factor in edits.items() if name.endswith(".weight")}
+    absorbed |= {f"{layer}.output": factor.flatten() for layer, factor in outputs.items() if layer in sites}
     left = tuple(name for name in artifact.structure.pre_scaled if name not in folded)
-    return replace(artifact, params=params, sites=sites, structure=replace(artifact.structure, pre_scaled=left))
+    structure = replace(artifact.structure, pre_scaled=left)
+    return replace(artifact, params=params, sites=sites, structure=structure, absorbed=absorbed)
 
 
 def edits_of(program: ExportedProgram, pre_scales: Mapping[str, Tensor]) -> tuple[Edits, set[str]]:

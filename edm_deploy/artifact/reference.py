@@ -14,6 +14,7 @@ from edm_deploy.artifact.quantized_layer import QuantizedLayer
 from edm_deploy.artifact.relaxed_timesteps import quantized_graph, relaxed_graph
 from edm_deploy.artifact.timestep_correction import DenoiseFn
 from edm_deploy.artifact.timestep_routing import route_by_timestep
+from edm_deploy.network.adapter_inputs import SLOT_SCALES, branch, down_input, up_input
 from edm_deploy.network.restructure import PRE_SCALE, replace_module, site_input
 from edm_deploy.numerics.activation_table import ActivationTable, per_sample, quantize_activation, table_rows
 from edm_deploy.numerics.codes import dequantize_weight, per_channel
@@ -28,7 +29,7 @@ class SiteRecord:
     Attributes:
         x: float32, the site's input before quantization, after its pre-scale and rotation if it has them.
         codes: float32 holding integers, the shape of `x`; the input itself where the site is weight-only.
-        y: float32, the site's output, bias included.
+        y: float32, the site's output, bias and adapter branch included.
     """
 
     x: Tensor
@@ -50,6 +51,8 @@ class ReferenceSite(nn.Module):
         self.bias = bias
         self.record: SiteRecord | None = None
         self.recording = False
+        self.adapter: tuple[Tensor, Tensor] | None = None  # down and up
+        self.slot_scales = torch.zeros(0, 0)
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """Output float32 for the layer's input [B, ...]; `rows` must hold the table row of each sample."""
@@ -69,6 +72,8 @@ class ReferenceSite(nn.Module):
             y = (total * weight_scale * per_sample(table.scale, self.rows, total).double()).float()
         if self.bias is not None:
             y = y + self._per_output(self.bias, y)
+        if self.adapter is not None:
+            y = y + branch(self.layer, x.float(), *self.adapter, self.slot_scales)
         if self.recording:
             self.record = SiteRecord(x.float().clone(), codes.float(), y.clone())
         return y
@@ -89,9 +94,11 @@ class Reference(nn.Module):
 
     Args:
         artifact: A valid artifact.
+        adapters: float32, weights of adapter branches by graph input (`edm_deploy.network.adapter_inputs`). With any, the graph inputs of a call
+            include `lora.scale`.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, adapters: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.artifact = artifact
         self.family = artifact.family_object
@@ -102,6 +109,8 @@ class Reference(nn.Module):
             if (scale := artifact.params.get(f"{name}.{PRE_SCALE}")) is not None:
                 layers[name].register_parameter(PRE_SCALE, nn.Parameter(scale, requires_grad=False))
             self.sites[name] = ReferenceSite(layers[name], site, artifact.params.get(f"{name}.bias"))
+            if adapters and down_input(name) in adapters:
+                self.sites[name].adapter = adapters[down_input(name)], adapters[up_input(name)]
             replace_module(model, name, self.sites[name])
         state = {key: value for key, value in artifact.params.items() if key.removesuffix(".bias") not in self.sites}
         model.load_state_dict(state, assign=True, strict=False)
@@ -113,7 +122,8 @@ class Reference(nn.Module):
         rows = table_rows(self.artifact.row_of_timestep, inputs["timestep"])
         for site in self.sites.values():
             site.rows = rows
-        return self.family.forward(self.model, inputs)
+            site.slot_scales = inputs.get(SLOT_SCALES, site.slot_scales)
+        return self.family.forward(self.model, {name: value for name, value in inputs.items() if name != SLOT_SCALES})
 
     def record(self, inputs: Mapping[str, Tensor]) -> dict[str, SiteRecord]:
         """Input, codes and output of each site for these inputs, by site name."""
@@ -127,17 +137,19 @@ class Reference(nn.Module):
         return self._records()
 
     @torch.no_grad()
-    def at_sites(self, x: Mapping[str, Tensor], timestep: Tensor) -> dict[str, SiteRecord]:
+    def at_sites(self, x: Mapping[str, Tensor], timestep: Tensor, slot_scales: Tensor | None = None) -> dict[str, SiteRecord]:
         """Codes and output of each site for a given input, without the network between the sites.
 
         Args:
             x: float32, by site name.
             timestep: float32 [B].
+            slot_scales: float32 [B, R], of the adapters, where there are any.
         """
         rows = table_rows(self.artifact.row_of_timestep, timestep)
         for name, value in x.items():
             site = self.sites[name]
             site.rows, site.recording = rows, True
+            site.slot_scales = site.slot_scales if slot_scales is None else slot_scales
             site.quantized(value)
             site.recording = False
         return self._records()

@@ -12,16 +12,20 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from edm_deploy.adapters.site_weights import FACTORS_NAME, site_factors
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.relaxed_timesteps import FOLDER, relaxed_graph
 from edm_deploy.errors import InputError, UnsupportedError, first_line
+from edm_deploy.export.adapters import insert_adapters
 from edm_deploy.export.int4_plugin import insert_plugins, plugin_kinds
 from edm_deploy.export.qdq import WeightStorage, insert_qdq, remove_float_weights
 from edm_deploy.export.simplify import tidy
 from edm_deploy.export.time_table import fold_time
 from edm_deploy.export.trace import find_sites, trace
+from edm_deploy.network.adapter_inputs import AdapterInputs
 from edm_deploy.network.graph_names import GRAPH_NAME
 from edm_deploy.numerics.kernel_layout import CodeFormat
 from edm_deploy.runtime.manifest import ONNX, TORCH_DTYPES, GraphDtype, Manifest
@@ -36,7 +40,13 @@ EXTERNAL_DATA_BYTES = 1 << 28
 
 
 def onnx_from_artifact(
-    artifact: Artifact, out: Path | str, *, dtype: GraphDtype = "fp32", weight_storage: WeightStorage = "int8", int4: Int4 = "qdq"
+    artifact: Artifact,
+    out: Path | str,
+    *,
+    dtype: GraphDtype = "fp32",
+    weight_storage: WeightStorage = "int8",
+    int4: Int4 = "qdq",
+    adapters: AdapterInputs | None = None,
 ) -> Manifest:
     """Export an artifact to directory `out`, whole or not at all.
 
@@ -49,6 +59,7 @@ def onnx_from_artifact(
         weight_storage: `int4` packs weight codes that fit in [-8, 7] two to a byte.
         int4: `plugin` writes sites whose codes fit 4 bits as nodes of this package's TensorRT plugins, which multiply 4-bit integers; only backend
             `trt` builds such a graph. `qdq` is standard ONNX for any backend, where 4-bit codes are computed as INT8.
+        adapters: Branches whose weights are inputs of the graph, from `edm_deploy.adapters.site_weights.adapters_of`; None for none.
 
     Returns:
         The manifest that was written.
@@ -67,7 +78,7 @@ def onnx_from_artifact(
     check_output(Path(out), kind=ONNX)
     plugins = plugin_kinds(artifact) if int4 == "plugin" else None
     traced = trace(artifact.family_object, artifact.config, TORCH_DTYPES[dtype], artifact.structure)
-    return _export(artifact, traced, Path(out), dtype, weight_storage, plugins)
+    return _export(artifact, traced, Path(out), dtype, weight_storage, plugins, adapters)
 
 
 def _export(
@@ -77,38 +88,50 @@ def _export(
     dtype: GraphDtype,
     weight_storage: WeightStorage,
     plugins: Mapping[str, CodeFormat] | None,
+    adapters: AdapterInputs | None,
 ) -> Manifest:
     # Of two graphs, the second is rewritten from a copy: tracing is nine tenths of an export's work.
     second = None if artifact.relaxed is None else traced.clone()
-    model, site_nodes = _quantized(artifact, traced, TORCH_DTYPES[dtype], weight_storage, plugins)
+    model, site_nodes = _quantized(artifact, traced, TORCH_DTYPES[dtype], weight_storage, plugins, adapters)
     manifest = Manifest.of(artifact, site_nodes, kind="onnx", dtype=dtype, weight_storage=weight_storage, plugins=plugins)
+    manifest = replace(manifest, adapters=adapters)
     manifest = replace(manifest, folded=json.loads(model.metadata_props[FOLDED]))
     with new_directory(out, kind=ONNX) as directory:
         files = save_graph(model, directory)
         copy_pipeline_files(artifact.pipeline, directory)
         files += artifact.pipeline
+        if adapters is not None and (factors := site_factors(artifact, adapters)):
+            save_file(factors, directory / FACTORS_NAME)
+            files.append(FACTORS_NAME)
         if second is not None:
             # Without plugin nodes, which multiply 4-bit integers: its inputs have 8 bits or are in floating point.
-            _export(relaxed_graph(artifact), second, directory / FOLDER, dtype, weight_storage, plugins=None)
+            _export(relaxed_graph(artifact), second, directory / FOLDER, dtype, weight_storage, None, adapters)
             files += [path.relative_to(directory).as_posix() for path in (directory / FOLDER).rglob("*") if path.is_file()]
         return manifest.write(directory, files)
 
 
 def graph_from_artifact(
-    artifact: Artifact, dtype: torch.dtype, storage: WeightStorage, plugins: Mapping[str, CodeFormat] | None = None
+    artifact: Artifact, dtype: torch.dtype, storage: WeightStorage, adapters: AdapterInputs | None = None
 ) -> tuple[ir.Model, dict[str, str]]:
-    """The simplified Q/DQ graph of an artifact, and the node name of each site; sites in `plugins` are plugin nodes."""
+    """The simplified Q/DQ graph of an artifact, and the node name of each site."""
     traced = trace(artifact.family_object, artifact.config, dtype, artifact.structure)
-    return _quantized(artifact, traced, dtype, storage, plugins)
+    return _quantized(artifact, traced, dtype, storage, None, adapters)
 
 
 def _quantized(
-    artifact: Artifact, model: ir.Model, dtype: torch.dtype, storage: WeightStorage, plugins: Mapping[str, CodeFormat] | None = None
+    artifact: Artifact,
+    model: ir.Model,
+    dtype: torch.dtype,
+    storage: WeightStorage,
+    plugins: Mapping[str, CodeFormat] | None,
+    adapters: AdapterInputs | None,
 ) -> tuple[ir.Model, dict[str, str]]:
     """As `graph_from_artifact`, from its float graph as `trace` returns it, which is rewritten in place."""
     # Before any optimisation: the name of a fused node does not lead to its parameter.
     sites = find_sites(model.graph, list(artifact.sites))
     folded = fold_time(model, artifact, [node for site in sites.values() for node in site.dead])
+    if adapters is not None:
+        insert_adapters(model, sites, adapters)
     site_nodes = insert_qdq(model, artifact, sites, storage) if plugins is None else insert_plugins(model, artifact, sites, plugins)
     remove_float_weights(model.graph, artifact.sites)
     _fill_parameters(model.graph, artifact, dtype)

@@ -25,7 +25,7 @@ MODULATION = PlacementRule(
     "w8a8",
     "one row per sample, so that it takes little time, and its output scales and shifts every token of its block",
 )
-ADAPTER = "the weights are fixed; fuse a LoRA with its scale before quantizing, and unload IP-Adapters"
+ADAPTER = "a LoRA of an engine is weighted by its set_adapters, and IP-Adapters are not supported"
 CONTROLNET = "ControlNet's residuals enter between the blocks of a float model"
 
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from edm_deploy.models._lora import from_original_flux
 from edm_deploy.models._transformer import ADAPTER, CONTROLNET, EMBEDDER, MODULATION, POOLED, TOKENS, TransformerFamily, ends
 from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput, is_dense, timestep_tensor
 from edm_deploy.network.graph_names import SCALE_INPUT
@@ -160,6 +161,9 @@ class FluxTransformer2D(TransformerFamily):
             TEXT_IDS: torch.zeros(batch, TEXT_TOKENS, positions.shape[-1]),
         }
         return drawn | ({SCALE_INPUT: torch.full((batch,), SCALE)} if config["guidance_embeds"] else {})
+
+    def published_lora(self, config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return from_original_flux(tensors)
 
     def encode_prompts(self, config: Config, pipeline: Any, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         conditional, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=torch.device("cpu"), num_images_per_prompt=1)

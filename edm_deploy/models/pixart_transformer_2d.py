@@ -40,7 +40,7 @@ class PixArtTransformer2D(TransformerFamily):
         "return_dict",
     )
     refused: ClassVar[Mapping[str, str]] = {
-        "cross_attention_kwargs": "the weights are fixed; fuse a LoRA with its scale before quantizing",
+        "cross_attention_kwargs": "a LoRA of an engine is weighted by its set_adapters",
         "attention_mask": "attention covers every image token",
     }
     rules = (

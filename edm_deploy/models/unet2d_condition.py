@@ -12,6 +12,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from edm_deploy.errors import UnsupportedError
+from edm_deploy.models._lora import from_original_unet
 from edm_deploy.models._unet import UNetFamily
 from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Guidance, ModelInput
 
@@ -36,7 +37,7 @@ REFUSED_ARGUMENTS = {
     "down_block_additional_residuals": "ControlNet's and T2I adapters' residuals enter between the blocks of a float model",
     "mid_block_additional_residual": "ControlNet's residuals enter between the blocks of a float model",
     "down_intrablock_additional_residuals": "T2I adapters' residuals enter between the blocks of a float model",
-    "cross_attention_kwargs": "the weights are fixed; fuse a LoRA with its scale before quantizing",
+    "cross_attention_kwargs": "a LoRA of an engine is weighted by its set_adapters",
     "timestep_cond": "a guidance scale embedded with the timestep is not supported",
     "image_embeds": "IP-Adapter's image tokens are not supported",
 }
@@ -154,6 +155,9 @@ class UNet2DCondition(UNetFamily):
         if _is_sdxl(config):
             return {TOKENS: torch.zeros(1, CLIP_TOKENS, _token_width(config)), POOLED: torch.zeros(1, _pooled_width(config))}
         return {TOKENS: torch.randn(1, CLIP_TOKENS, _token_width(config), generator=generator)}
+
+    def published_lora(self, config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return from_original_unet(config, tensors)
 
     def encode_prompts(self, config: Config, pipeline: Any, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         encoded = pipeline.encode_prompt(

@@ -27,7 +27,7 @@ class ModelInput:
     Attributes:
         name: As in the diffusers forward signature.
         kind: `float` is the graph's floating-point dtype; the others are fixed.
-        dims: A number for each fixed dimension, a name for each dynamic one. The first is always `batch`.
+        dims: A number for each fixed dimension, a name for each dynamic one. The first is `batch`, weights of adapters apart.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Family(ABC):
         rules: Layers that are not quantized to the recipe's bits; the first rule that matches decides.
         text_inputs: Names of the inputs that are computed from a prompt.
         flow: Whether the model was trained by flow matching. Its timesteps then include the schedule's length, at sigma 1.
+        lora_layers: Regular expression of the published layers that get an adapter branch where none is named: those that LoRA files usually have.
     """
 
     class_name: ClassVar[str]
@@ -75,6 +76,7 @@ class Family(ABC):
     rules: ClassVar[tuple[PlacementRule, ...]] = ()
     text_inputs: ClassVar[tuple[str, ...]] = ()
     flow: ClassVar[bool] = False
+    lora_layers: ClassVar[str] = r"(^|\.)(attentions|(single_)?transformer_blocks)\."
 
     @abstractmethod
     def build(self, config: Config) -> nn.Module:
@@ -239,6 +241,10 @@ class Family(ABC):
             UnsupportedError: The model takes no prompts.
         """
         raise UnsupportedError(f"{self.class_name} takes no prompts.")
+
+    def published_lora(self, config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A LoRA's tensors by this model's layer names, where a trainer used those of another implementation; others keep their names."""
+        return dict(tensors)
 
     def attributes(self, config: Config) -> dict[str, Any]:  # whatever a pipeline reads
         """Attributes of the diffusers model that its pipelines read in addition to `config`, `dtype` and `device`, by name."""

@@ -31,3 +31,13 @@ def biased(site: str) -> str:
 def lookup(site: str, column: TableColumn) -> str:
     """The Gather of one column of a site's activation table by `row`; absent where the column is the same in all rows."""
     return f"{site}/{column}"
+
+
+def branch_start(site: str) -> str:
+    """The first Conv or MatMul of a site's adapter branch, which reads the site's input; absent where the site has none."""
+    return f"{site}/lora_down"
+
+
+def adapted(site: str) -> str:
+    """The Add of a site's adapter branch to its output; absent where the site has none."""
+    return f"{site}/lora"

@@ -15,6 +15,7 @@ from torch import Tensor
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.reference import SiteRecord
 from edm_deploy.errors import InputError, UnsupportedError, flag
+from edm_deploy.network.adapter_inputs import AdapterInputs
 from edm_deploy.numerics.kernel_layout import CodeFormat
 from edm_deploy.runtime.capabilities import BackendCapabilities, Execution, capabilities_of
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
@@ -44,7 +45,8 @@ class Session(ABC):
         """Compute outputs by name from inputs by name.
 
         Args:
-            inputs: Contiguous tensors on `device`, of the manifest's dtypes and within its profile. They are not modified.
+            inputs: Contiguous tensors on `device`, of the manifest's dtypes and within its profile. They are not modified. Adapter weights stay the same
+                tensors from call to call until an adapter is loaded or removed, so that a session may keep what it did with them.
 
         Returns:
             Tensors on `device` that no later call overwrites.
@@ -100,6 +102,8 @@ class BuildOptions:
         workspace_mib: Maximum scratch memory at build and run time, in MiB.
         threads: CPU threads of the engine.
         int4_where: `faster` runs a site whose codes fit 4 bits in INT8 where that is expected to be no slower; `fits` always runs it in INT4.
+        lora_rank: Rank slots of the adapter branches of an engine that is built from an artifact; None for none.
+        lora_layers: Regular expression of the published layers that have a branch.
         allow_float_sites: Whether to accept a build in which a quantized site is not computed in integers, on backends that otherwise refuse it.
     """
 
@@ -111,6 +115,8 @@ class BuildOptions:
     workspace_mib: int | None = None
     threads: int | None = None
     int4_where: Literal["fits", "faster"] | None = None
+    lora_rank: int | None = None
+    lora_layers: str | None = None
     allow_float_sites: bool = False
 
 
@@ -128,6 +134,7 @@ class BuildResult:
         codes: The kernel's code format, by site, where the backend selects one.
         warnings: Messages for the user, one line each.
         details: Further entries of the manifest's `build`.
+        adapters: The adapter branches, where the backend made them; None keeps those of the source.
     """
 
     versions: Mapping[str, str]
@@ -136,6 +143,7 @@ class BuildResult:
     codes: Mapping[str, CodeFormat] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    adapters: AdapterInputs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +154,8 @@ class SiteTestCase:
         artifact: The artifact of the sites.
         timestep: float32 [B], one per sample.
         records: By site: the input `x`, and the expected `codes` and `y`.
+        adapters: Adapter branches of the sites; None for none.
+        adapter_values: float32, the values of their inputs by name.
         scratch: Directory in which a backend may cache what it builds; engines of one artifact share the cut graph.
     """
 
@@ -153,6 +163,8 @@ class SiteTestCase:
     timestep: Tensor
     records: Mapping[str, SiteRecord]
     scratch: Path
+    adapters: AdapterInputs | None = None
+    adapter_values: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Backend(ABC, Generic[Content]):
@@ -234,5 +246,9 @@ class Backend(ABC, Generic[Content]):
         """Raises UnsupportedError where an option is set that this backend does not support."""
         for name in sorted({option.name for option in fields(BuildOptions)} - COMMON_OPTIONS - self.options):
             if getattr(options, name) is not None:
+                if name.startswith("lora") and self.builds_from == "onnx":
+                    raise UnsupportedError(
+                        f"{self.name} builds from a graph, which has the adapter branches. Give {flag(name)} to edm-deploy export."
+                    )
                 has = ", ".join(sorted(flag(option) for option in self.options)) or "none"
                 raise UnsupportedError(f"{self.name} has no option {flag(name)}. Leave it out; its options: {has}.")

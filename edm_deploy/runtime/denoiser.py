@@ -8,17 +8,20 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
+from edm_deploy.adapters.slots import SlotState
 from edm_deploy.artifact.timestep_correction import Correction, DenoiseFn
 from edm_deploy.artifact.timestep_routing import route_by_timestep
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.models import family_named
+from edm_deploy.network.adapter_inputs import SLOT_SCALES
 from edm_deploy.network.family import SAMPLE, Family
 from edm_deploy.runtime.backend import Session
 from edm_deploy.runtime.graph_inputs import InputChecks, filled_batch, nan_where_not_finite
+from edm_deploy.runtime.lora_methods import LoraMethods
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
 
 
-class EngineDenoiser(nn.Module):
+class EngineDenoiser(LoraMethods, nn.Module):
     """An engine with `.config`, `.dtype`, `.device`, forward signature and output type of the diffusers model that it replaces. Has no parameters.
 
     May be called from several threads, as its sessions may. A context manager: it closes its engines on exit, after which a call raises InputError.
@@ -28,6 +31,7 @@ class EngineDenoiser(nn.Module):
         session: The opened engine.
         relaxed: The opened second engine, where the manifest routes timesteps to one.
         flow: Whether the pipeline's scheduler is of a flow, whose first timestep is the schedule's length; the family may be of either process.
+        lora_factors: Scales of the layers with an adapter branch, from `edm_deploy.adapters.site_weights.site_factors`; None for none.
     """
 
     def __new__(cls, manifest: Manifest, *_: object, **__: object) -> Self:
@@ -35,14 +39,21 @@ class EngineDenoiser(nn.Module):
         created: Self = super().__new__(family_named(manifest.family).denoiser_class(cls))  # type: ignore[assignment]
         return created
 
-    def __init__(self, manifest: Manifest, session: Session, relaxed: Session | None = None, *, flow: bool = False) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        session: Session,
+        relaxed: Session | None = None,
+        *,
+        flow: bool = False,
+        lora_factors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.manifest = manifest
         self.session = session
         self._sessions = [opened for opened in (session, relaxed) if opened is not None]
-        self._run = route_by_timestep([self._runs(opened) for opened in self._sessions], manifest.engine_of_timestep)
-        if manifest.correction:
-            self._run = Correction.from_json(manifest.correction).around(self._run)
+        self._correction = Correction.from_json(manifest.correction) if manifest.correction else None
+        self._set_state(self._no_adapters(lora_factors))
         self.family: Family = family_named(manifest.family)
         self.config = self.family.freeze_config(manifest.config)
         # A table of embeddings ends with the schedule; other embeddings are functions of any timestep.
@@ -86,7 +97,11 @@ class EngineDenoiser(nn.Module):
             InputError: As `forward`.
         """
         checked = self._checks.converted(inputs)
-        return nan_where_not_finite(self._run(checked), checked)
+        run, state = self._current  # one read: another thread may load an adapter meanwhile
+        if self.manifest.adapters is None:
+            return nan_where_not_finite(run(checked), checked)
+        scales = state.scales(len(checked[SAMPLE]), self.manifest.adapters.rank).to(self.device, self.manifest.torch_dtype)
+        return nan_where_not_finite(run(checked | {SLOT_SCALES: scales}), checked)
 
     def close(self) -> None:
         """Release the memory of every engine, once the running calls have returned. Closing again has no effect."""
@@ -131,12 +146,24 @@ class EngineDenoiser(nn.Module):
             "to be in it, and open the pipeline with load_pipeline."
         )
 
-    def _runs(self, session: Session) -> DenoiseFn:
-        """A session as a function. Where routing leaves fewer samples than the profile's minimum, the last sample is repeated."""
+    def _state(self) -> SlotState:
+        return self._current[1]
+
+    def _set_state(self, state: SlotState) -> None:
+        run = route_by_timestep([self._runs(opened, state.weights) for opened in self._sessions], self.manifest.engine_of_timestep)
+        self._current = (run if self._correction is None else self._correction.around(run), state)
+
+    def _runs(self, session: Session, weights: Mapping[str, Tensor]) -> DenoiseFn:
+        """A session as a function. Where routing leaves fewer samples than the profile's minimum, the last sample is repeated.
+
+        Args:
+            session: The session.
+            weights: Its adapter weights by input, the same tensors in every call, so that a session need not set them again.
+        """
         minimum = self.manifest.profile.get("batch", ShapeRange(1, 1, 1)).min
 
         def run(inputs: Mapping[str, Tensor]) -> Tensor:
             contiguous = {name: value.contiguous() for name, value in filled_batch(inputs, minimum).items()}
-            return session.run(contiguous)[self.manifest.outputs[0]][: len(inputs[SAMPLE])]
+            return session.run({**contiguous, **weights})[self.manifest.outputs[0]][: len(inputs[SAMPLE])]
 
         return run

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from edm_deploy import registry
+from edm_deploy.adapters.site_weights import FACTORS_NAME, check_factors
 from edm_deploy.artifact.relaxed_timesteps import FOLDER
 from edm_deploy.errors import ArtifactError
 from edm_deploy.models import family_named
@@ -18,6 +19,7 @@ from edm_deploy.runtime.backend import Backend, Session
 from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.directories import SCHEDULER_FILE, read_pipeline_files
+from edm_deploy.storage.tensor_file import load_tensors
 
 
 def open_session(path: Path | str, *, device: str | torch.device | None = None) -> tuple[Manifest, Session]:
@@ -54,6 +56,10 @@ def load_denoiser(path: Path | str, *, device: str | torch.device | None = None)
         manifests.append(Manifest.read(directories[1], kind="engine"))
     for directory, manifest in zip(directories, manifests, strict=True):
         _check_denoiser(directory, manifest, like=manifests[0])
+    factors = {}
+    if manifests[0].adapters is not None and FACTORS_NAME in manifests[0].files:
+        factors = load_tensors(directories[0] / FACTORS_NAME)
+        check_factors(factors, manifests[0].adapters)
     with contextlib.ExitStack() as stack:  # closes the first session where the second cannot be opened
         sessions = [
             stack.enter_context(_open(directory, manifest, device)) for directory, manifest in zip(directories, manifests, strict=True)
@@ -61,12 +67,15 @@ def load_denoiser(path: Path | str, *, device: str | torch.device | None = None)
         stack.pop_all()
     from edm_deploy.pipelines.schedulers import is_flow_config  # here: it imports diffusers, which this package's import must not
 
-    return EngineDenoiser(manifests[0], *sessions, flow=is_flow_config(read_pipeline_files(directories[0]).get(SCHEDULER_FILE, {})))
+    flow = is_flow_config(read_pipeline_files(directories[0]).get(SCHEDULER_FILE, {}))
+    return EngineDenoiser(manifests[0], *sessions, flow=flow, lora_factors=factors)
 
 
 def _check_denoiser(directory: Path, manifest: Manifest, *, like: Manifest) -> None:
     """Raises ArtifactError where an engine's inputs and outputs are not those of the whole denoiser that its config describes."""
     expected = family_named(like.family).inputs(like.config)
+    if manifest.adapters != like.adapters:
+        raise ArtifactError(f"{directory} has other adapter inputs than the engine that it belongs to. Build the engine again.")
     if manifest.inputs != expected or manifest.outputs != (OUTPUT,) or manifest.dtype != like.dtype:
         names = ", ".join(f"{declared.name} {list(declared.dims)}" for declared in manifest.inputs)
         wanted = ", ".join(f"{declared.name} {list(declared.dims)}" for declared in expected)

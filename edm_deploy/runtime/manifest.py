@@ -15,6 +15,7 @@ from edm_deploy.artifact.quantized_layer import Op
 from edm_deploy.artifact.timestep_correction import Correction
 from edm_deploy.artifact.timestep_routing import Intervals, check_intervals, intervals_from_mask, mask_from_intervals
 from edm_deploy.errors import ArtifactError, EdmDeployError, InputError
+from edm_deploy.network.adapter_inputs import AdapterInputs
 from edm_deploy.network.family import ModelInput
 from edm_deploy.network.graph_names import GRAPH_NAME, OUTPUT
 from edm_deploy.network.restructure import NetworkRewrite
@@ -26,7 +27,7 @@ from edm_deploy.storage.directories import PIPELINE_NAMES, read_json, read_pipel
 from edm_deploy.storage.json_schema import Scheme, Sha256, Timesteps, check_schema, convert
 from edm_deploy.storage.output_directory import DirectoryKind
 
-SCHEMA = 2  # 2 added `structure`, `correction` and `relaxed`
+SCHEMA = 3  # 2 added `structure`, `correction` and `relaxed`; 3 added `adapters`
 NAME = "manifest.json"
 ONNX = DirectoryKind("an ONNX directory", NAME, PIPELINE_NAMES, kind="onnx")
 ENGINE = DirectoryKind("an engine", NAME, PIPELINE_NAMES, kind="engine")
@@ -85,12 +86,13 @@ class Manifest:
         num_train_timesteps: Exclusive upper bound of timesteps.
         dtype: Floating-point type of the graph's sample input.
         weight_storage: `int8` or `int4`.
-        inputs, outputs: Of the graph, in order.
+        inputs, outputs: Of the denoiser, in order. The graph's other inputs are those of `adapters`.
         sites: Each quantized layer, by its name in the model.
         structure: Equivalent rewrites of the published network, as written by `NetworkRewrite.to_json`.
         folded: `layers` that depend on the timestep alone, with either their `table` or the reason why they are `computed`; empty where there are none.
         correction: Correction of sample and prediction, as written by `Correction.to_json`; empty where there is none.
         relaxed: Intervals of timesteps that the second graph or engine in the folder `relaxed` computes; empty where there is none.
+        adapters: Branches for LoRA weights, whose inputs follow `inputs` in the graph; None where it has none.
         files: sha256 by relative path.
         plan: Planned execution of each site of an engine; empty for a graph.
         backend: Name of an engine's backend.
@@ -113,6 +115,7 @@ class Manifest:
     folded: Mapping[str, Any] = field(default_factory=dict)
     correction: Mapping[str, Any] = field(default_factory=dict)
     relaxed: Intervals = ()
+    adapters: AdapterInputs | None = None
     files: Annotated[Mapping[str, Sha256], Meta(min_length=1)] = field(default_factory=dict)
     plan: Mapping[str, SitePlan] = field(default_factory=dict)
     backend: str | None = None
@@ -123,6 +126,11 @@ class Manifest:
     def torch_dtype(self) -> torch.dtype:
         """Floating-point type of the graph's sample input."""
         return TORCH_DTYPES[self.dtype]
+
+    @property
+    def graph_inputs(self) -> tuple[ModelInput, ...]:
+        """Every input of the graph in order: those of the denoiser, then those of its adapter branches."""
+        return self.inputs + (self.adapters.inputs if self.adapters else ())
 
     @property
     def dynamic_dims(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ def check_graph(manifest: Manifest, inputs: Mapping[str, Sequence[int | None]], 
     Raises:
         ArtifactError: They are not those of the manifest.
     """
-    declared = {entry.name: entry.dims for entry in manifest.inputs}
+    declared = {entry.name: entry.dims for entry in manifest.graph_inputs}
     if set(inputs) != set(declared) or not set(manifest.outputs) <= set(outputs):
         raise ArtifactError(
             f"The graph takes {', '.join(sorted(inputs))} and returns {', '.join(sorted(outputs))}; "

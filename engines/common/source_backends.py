@@ -49,11 +49,13 @@ class GraphBackend(Backend[Path]):
 
         onnx, batch = cut.scratch / f"onnx-{engine.dtype}", len(cut.timestep)
         if not onnx.is_dir():
-            onnx_cut_at_sites(quantized_graph(cut.artifact), cut.records, onnx, dtype=engine.dtype)
+            onnx_cut_at_sites(quantized_graph(cut.artifact), cut.records, onnx, dtype=engine.dtype, adapters=cut.adapters)
         options = dataclasses.replace(options_of(engine), profile={"batch": ShapeRange(batch, batch, batch)})
         built = build_engine(onnx, cut.scratch / self.name, backend=self.name, options=options)
         values = {TIMESTEP.name: cut.timestep} | {f"{name}.x": record.x for name, record in cut.records.items()}
         inputs = {declared.name: values[declared.name].to(device).contiguous() for declared in built.inputs}
+        for declared in built.adapters.inputs if built.adapters else ():
+            inputs[declared.name] = cut.adapter_values[declared.name].to(device, built.torch_dtype).contiguous()
         with open_session(cut.scratch / self.name, device=device)[1] as session:
             return session.run(inputs)
 

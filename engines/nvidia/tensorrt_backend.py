@@ -55,7 +55,7 @@ class Nvinfer(GraphBackend):
                 graph=str(content.resolve()),
                 engine=str(out / ENGINE_NAME),
                 reply=f"{scratch}/reply.json",
-                shapes={declared.name: _shapes(declared.dims, options.profile) for declared in manifest.inputs},
+                shapes={declared.name: _shapes(declared.dims, options.profile) for declared in manifest.graph_inputs},
                 gpus=gpus,
                 optimization_level=options.optimization_level,
                 timing_cache=str(options.timing_cache.resolve()) if options.timing_cache else None,
@@ -108,7 +108,7 @@ class NvinferSession(Session):
     def __init__(self, module: Any, engine: Path, manifest: Manifest, device: torch.device) -> None:
         super().__init__(device)
         self._runs = SerializedRuns(device)
-        self.inputs = [declared.name for declared in manifest.inputs]
+        self.inputs = [declared.name for declared in manifest.graph_inputs]
         self.outputs = manifest.outputs
         self._runtime = module.Runtime(module.Logger(module.Logger.WARNING))
         with torch.cuda.device(device):

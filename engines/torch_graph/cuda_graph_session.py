@@ -26,7 +26,7 @@ class Captured:
 
     Attributes:
         graph: A replay runs every kernel of one call.
-        inputs: By name; each run copies its inputs into them.
+        inputs: By name; each run copies its inputs into them, those that the session keeps apart.
         outputs: By name; the next replay overwrites them.
     """
 
@@ -40,15 +40,31 @@ class CudaSession(Session):
 
     Table rows are computed in the graph from `timestep`, so a captured graph serves every timestep, and a batch may mix them. Captured graphs share one
     memory pool, so their runs are serialized; eager runs hold no state and overlap.
+
+    Args:
+        module: The graph.
+        inputs, outputs: Names, in the graph's order.
+        device: Where it runs.
+        capture: Whether to capture CUDA graphs on a GPU.
+        kept: Inputs that are the same tensors from call to call, adapter weights: all captured graphs read one copy, which is renewed when they change.
     """
 
     def __init__(
-        self, module: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str], device: torch.device, *, capture: bool = True
+        self,
+        module: fx.GraphModule,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        device: torch.device,
+        *,
+        capture: bool = True,
+        kept: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(device)
         self._module: fx.GraphModule | None = module
         self._runs = SerializedRuns(device)
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
+        self._kept: dict[str, Tensor | None] = dict.fromkeys(kept)  # static memory, and the tensors that it was filled from
+        self._filled_from: dict[str, Tensor] = {}
         self._capture = capture and device.type == "cuda"
         self._captured: OrderedDict[tuple[tuple[int, ...], ...], Captured] = OrderedDict()
         self._pool: Any = None
@@ -59,15 +75,30 @@ class CudaSession(Session):
         if not self._capture:
             return self._eager(inputs)
         with self._runs.next():
+            self._renew(inputs)
             captured = self._for_shapes(inputs)
             for name, value in captured.inputs.items():
-                value.copy_(inputs[name], non_blocking=True)
+                if name not in self._kept:
+                    value.copy_(inputs[name], non_blocking=True)
             captured.graph.replay()
             return {name: value.clone() for name, value in captured.outputs.items()}
+
+    def _renew(self, inputs: Mapping[str, Tensor]) -> None:
+        """Copy those kept inputs that are other tensors than before into the memory that captured graphs read."""
+        for name, memory in self._kept.items():
+            if self._filled_from.get(name) is inputs[name]:
+                continue
+            if memory is None:
+                self._kept[name] = inputs[name].clone()
+            else:
+                memory.copy_(inputs[name], non_blocking=True)
+            self._filled_from[name] = inputs[name]
 
     def _release(self) -> None:
         self._runs.finish()
         self._captured.clear()
+        self._kept.clear()
+        self._filled_from.clear()
         self._module = self._pool = None
 
     def _eager(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +117,7 @@ class CudaSession(Session):
         return self._captured[key]
 
     def _record(self, inputs: Mapping[str, Tensor]) -> Captured:
-        static = {name: inputs[name].clone() for name in self._inputs}
+        static = {name: kept if (kept := self._kept.get(name)) is not None else inputs[name].clone() for name in self._inputs}
         # Source: PyTorch's notes on CUDA graphs, "warm up on a side stream before capture".
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -10,7 +10,7 @@ memory-bound operations are fused afterwards, in `fusions.py`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,8 +245,12 @@ def float_values(codes: Tensor, rows: Tensor, scale: Tensor, dtype: torch.dtype)
     return (codes * per_sample(scale, rows.long(), codes)).to(dtype)
 
 
-def cut_at_layers(result: GraphRewrite) -> dict[str, str]:
+def cut_at_layers(result: GraphRewrite, kept: Collection[fx.Node] = ()) -> dict[str, str]:
     """Reduce an unfused graph to its sites, each with a separate input, and remove the network between them.
+
+    Args:
+        result: The graph, changed in place.
+        kept: Placeholders that stay after those of the sites.
 
     Returns:
         For each site the name of the placeholder that is its input; sites with the same input share one. The placeholders follow `timestep` in
@@ -267,7 +271,7 @@ def cut_at_layers(result: GraphRewrite) -> dict[str, str]:
     output = graph.output_node()
     output.args = ((dict(result.codes), dict(result.products)),)
     for node in reversed(list(graph.nodes)):
-        needed = node.op == "output" or node is timestep or (node.op == "placeholder" and node.name in names.values())
+        needed = node.op == "output" or node is timestep or node in kept or (node.op == "placeholder" and node.name in names.values())
         if not needed and not node.users:  # including the tracer's checks on sizes, which eliminate_dead_code keeps
             graph.erase_node(node)
     return {name: names[x] for name, x in result.inputs.items()}

@@ -167,4 +167,4 @@ def test_tensorrt_rtx_puts_every_part_in_an_integer_layer(artifact, graph, tmp_p
 def test_bits_by_channel_need_int8_kernels_where_one_has_more_than_4(artifact):
     plans = plan_layers(artifact, CAPABILITIES["cuda"])
     assert plans[MIXED].codes == "s8"
-    assert {plans[f"{SHORTCUT}.{part}"].executed for part in ("segment0.base", "segment1")} == {"int4"}
+    assert {plans[f"{name}.base"].executed for name in (QUERY, CONV)} == {"int4"}

@@ -42,20 +42,30 @@ def build_engine(
         str | None,
         typer.Option("--source", metavar="MODEL", help="Pipeline that --with-pipeline copies from. Default: the model that was quantized."),
     ] = None,
+    lora_rank: opt.LoraRank = None,
+    lora_layers: opt.LoraLayers = None,
+    lora: opt.Loras = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Build an engine for one backend. trt-rtx and cuda build for a named GPU on a machine that has none."""
+    """Build an engine for one backend. trt-rtx and cuda build for a named GPU on a machine that has none.
+
+    The three options for LoRA are for cuda; other backends build from a graph, and export has them.
+    """
     from edm_deploy.runtime.capabilities import summary
     from edm_deploy_tools.common.build_options import build, build_options, pipeline_to_copy
+    from edm_deploy_tools.common.loras import source_with_loras
 
     opt.check_new(out, overwrite)
     sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens, "image_tokens": image_tokens}
     others: dict[str, Any] = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": optimization_level}
     others |= {"timing_cache": timing_cache, "workspace_mib": workspace_mib, "allow_float_sites": allow_float_sites}
-    others["int4_where"] = opt.value(int4_where)
+    others |= {"int4_where": opt.value(int4_where), "lora_rank": lora_rank, "lora_layers": lora_layers}
     pipeline = pipeline_to_copy(source, with_pipeline, components)
-    manifest = build(source, out, backend=backend, options=build_options(sizes, others), pipeline=pipeline)
+    with source_with_loras(source, backend, lora or ()) as content:
+        manifest = build(content, out, backend=backend, options=build_options(sizes, others), pipeline=pipeline)
     for warning in manifest.build.get("warnings", []):
         console.say(f"Note: {warning}")
     console.say(f"Plan: {summary(manifest.plan)}")
+    if manifest.adapters:
+        console.say(f"{len(manifest.adapters.layers)} layers take LoRAs at run time, of rank {manifest.adapters.rank} together.")
     console.wrote(out, f"{manifest.backend} engine, {manifest.scheme}{', with the rest of its pipeline' if with_pipeline else ''}")

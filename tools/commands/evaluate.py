@@ -26,19 +26,46 @@ def evaluate(
     prompts: opt.Prompts = None,
     device: opt.EngineDevice = None,
     low_memory: opt.LowMemory = False,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Metrics of the final images in addition: fid, precision, recall; with --inception also sfid and is. By commas.",
+        ),
+    ] = None,
+    inception: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Weights of the FID's Inception network, from convert_inception. Default: the features of the shipped network.",
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Images that --metrics compares with. Default: the float model's samples from the same noise."),
+    ] = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
 ) -> None:
     """Measure the error of artifacts and engines against the float model; writes report.json and report.html."""
+    from edm_deploy.errors import InputError
     from edm_deploy.pipelines.prompt_file import read_prompts
     from edm_deploy_tools.evaluation.evaluate import evaluate_paths
+    from edm_deploy_tools.evaluation.image_metrics import MetricRequest, metric_names
     from edm_deploy_tools.evaluation.results import describe_settings, headline
     from edm_deploy_tools.evaluation.trajectory_error import EvaluationSettings
 
     opt.check_new(out, overwrite)
     texts = () if prompts is None else read_prompts(prompts)
     settings = EvaluationSettings(samples=samples, steps=steps, seeds=opt.evaluation_seeds(seed), guidance=guidance, prompts=texts)
-    report = evaluate_paths(paths, out, reference=reference, settings=settings, device=opt.value(device), low_memory=low_memory)
+    request = None
+    if metrics is not None:
+        request = MetricRequest(names=metric_names(metrics), inception=inception, images=images)
+    elif inception is not None or images is not None:
+        raise InputError("--inception and --images are for --metrics. Add --metrics, for example --metrics fid, or leave them out.")
+    report = evaluate_paths(
+        paths, out, reference=reference, settings=settings, device=opt.value(device), low_memory=low_memory, metrics=request
+    )
     if as_json:
         console.print_json(report.to_json())
         return

@@ -25,22 +25,36 @@ def export(
     int4: Annotated[
         opt.Int4, typer.Option(help="4-bit sites as Q/DQ nodes, or as TensorRT plugin nodes (plugin, with --for trt --dtype fp16).")
     ] = opt.Int4.QDQ,
+    lora_rank: opt.LoraRank = None,
+    lora_layers: opt.LoraLayers = None,
+    lora: opt.Loras = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Export ARTIFACT as a standard ONNX graph (opset 21) that contains the activation tables."""
+    """Export ARTIFACT as a standard ONNX graph (opset 21) that contains the activation tables. --lora adds a LoRA for good."""
     from edm_deploy.export.onnx import onnx_from_artifact
     from edm_deploy.runtime.capabilities import capabilities_of, check_plugins, check_storage
     from edm_deploy_tools.benchmarks.float_engine import artifact_or_float
+    from edm_deploy_tools.common.loras import branches_for, fused
 
     opt.check_new(out, overwrite)
     target = capabilities_of(backend) if backend else None
     check_plugins(target, int4 is opt.Int4.PLUGIN)
     if target is not None:
         check_storage(target, weight_storage.value)
-    manifest = onnx_from_artifact(artifact_or_float(artifact), out, dtype=dtype.value, weight_storage=weight_storage.value, int4=int4.value)
+    content = fused(artifact_or_float(artifact), lora or ())
+    manifest = onnx_from_artifact(
+        content,
+        out,
+        dtype=dtype.value,
+        weight_storage=weight_storage.value,
+        int4=int4.value,
+        adapters=branches_for(content, lora_rank, lora_layers),
+    )
     console.wrote(
         out, f"ONNX directory, {manifest.scheme}, {manifest.dtype}, weights {manifest.weight_storage}, {len(manifest.sites)} sites"
     )
+    if manifest.adapters:
+        console.say(f"{len(manifest.adapters.layers)} layers take LoRAs at run time, of rank {manifest.adapters.rank} together.")
     if manifest.folded:
         result = (
             f"became a table, {manifest.folded['table']}" if "table" in manifest.folded else f"stay computed: {manifest.folded['computed']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,6 +60,12 @@ def calibrate(
 def finetune(
     model: opt.Model,
     out: opt.Out,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="ARTIFACT", help="Artifact of MODEL that training starts from. MODEL may also be the artifact itself."
+        ),
+    ] = None,
     recipe: Annotated[
         str, typer.Option(help="Fine-tuning method: efficientdm, quest, qdiff, dilate, mpq-dm, tcaq or qat.")
     ] = "efficientdm",
@@ -82,20 +89,28 @@ def finetune(
     checkpoint_every: opt.CheckpointEvery = "10m",
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")] = False,
 ) -> None:
-    """Quantize MODEL and fine-tune it against the float model, without data. Default W4A4. Ctrl-C saves a checkpoint for --resume."""
+    """Quantize MODEL and fine-tune it against the float model, without data. Default W4A4. Ctrl-C saves a checkpoint for --resume.
+
+    With --from ARTIFACT, or with an artifact as MODEL, training continues from that artifact: its codes, tables, biases, structure and bits.
+    """
     from calibration.run.time_budget import seconds_of
-    from edm_deploy_tools.commands.quantize_model import QuantizeRequest, checkpoint_of, run_options
+    from calibration.start import recipe_taking
+    from edm_deploy_tools.commands.quantize_model import QuantizeRequest, checkpoint_of, run_options, start_of
     from edm_deploy_tools.common.recipe_settings import RecipeChoice
 
     opt.check_new(out, overwrite)
-    chosen, composed = RecipeChoice(
+    choice = RecipeChoice(
         recipe=recipe,
         preset=preset,
         config=config,
         flags={"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed},
         overrides=settings or (),
         passes=passes or (),
-    ).build()
+    )
+    chosen, composed = choice.build()
+    started = start_of(model, start)
+    if started.artifact is not None:
+        chosen = recipe_taking(chosen, started.artifact, sorted(choice.chosen()))
     options = run_options(
         device=device.value,
         teacher_dtype=opt.value(teacher_dtype),
@@ -108,7 +123,15 @@ def finetune(
     )
     _quantize(
         QuantizeRequest(
-            model=model, out=out, recipe=chosen, options=options, passes=composed, backend=backend, low_memory=low_memory, force=force
+            model=started.model,
+            out=out,
+            recipe=chosen,
+            options=options,
+            start=started.artifact,
+            passes=composed,
+            backend=backend,
+            low_memory=low_memory,
+            force=force,
         )
     )
 

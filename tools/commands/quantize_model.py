@@ -16,7 +16,7 @@ from calibration.recipe import Recipe
 from calibration.run.checkpoint import check_not_overwritten, holds_checkpoint
 from calibration.run.memory import needed_memory
 from calibration.run.options import RunOptions
-from edm_deploy.artifact.artifact import ARTIFACT, Artifact
+from edm_deploy.artifact.artifact import ARTIFACT, JSON_NAME, Artifact
 from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.network.meta_model import meta_model
 from edm_deploy.pipelines.model_index import read_pipeline_config
@@ -37,6 +37,7 @@ class QuantizeRequest:
         out: Directory of the artifact.
         recipe: The recipe with its settings.
         options: Device, teacher's dtype, checkpoint. The checkpoint is removed once the artifact is saved.
+        start: Artifact that training starts from; None calibrates.
         passes: Passes that the recipe is composed with, in this order.
         backend: Backend that must be able to execute the scheme; None checks nothing.
         low_memory: Whether float weights stay in their files until a layer runs.
@@ -47,6 +48,7 @@ class QuantizeRequest:
     out: Path
     recipe: Recipe
     options: RunOptions = field(default_factory=RunOptions)
+    start: Artifact | None = None
     passes: Sequence[Pass] = ()
     backend: str | None = None
     low_memory: bool = False
@@ -73,11 +75,44 @@ def quantize(request: QuantizeRequest) -> Artifact:
         _check_memory(request, parameters)
     source = load_source(request.model, low_memory=request.low_memory)
     with progress() as show:
-        artifact = calibration.fit(source, recipe, options, passes=request.passes, on_progress=show, prices=site_prices)
+        artifact = calibration.fit(
+            source, recipe, options, passes=request.passes, start=request.start, on_progress=show, prices=site_prices
+        )
     artifact.save(out)
     if options.checkpoint is not None:
         shutil.rmtree(options.checkpoint, ignore_errors=True)
     return artifact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What training starts from.
+
+    Attributes:
+        model: A local diffusers directory or a hub id.
+        artifact: None where training starts from the float model.
+    """
+
+    model: str
+    artifact: Artifact | None
+
+
+def start_of(model: str, path: Path | None) -> Start:
+    """The float model and the artifact of `finetune MODEL --from ARTIFACT`, or of `finetune ARTIFACT`, whose provenance names the model.
+
+    Raises:
+        ArtifactError: The artifact is missing or damaged.
+        InputError: Two artifacts, or one that does not name its model.
+    """
+    if not (Path(model) / JSON_NAME).is_file():
+        return Start(model=model, artifact=None if path is None else Artifact.load(path))
+    if path is not None:
+        raise InputError(f"{model} is an artifact, and --from names {path}. Name the float model and --from, or only one artifact.")
+    artifact = Artifact.load(model)
+    source = artifact.provenance.get("source")
+    if not isinstance(source, str):
+        raise InputError(f"{model} does not record which float model it was made of. Name the model, and --from {model}.")
+    return Start(model=source, artifact=artifact)
 
 
 def checkpoint_of(out: Path) -> Path:

@@ -47,12 +47,14 @@ def sample(
             help="Pipeline that provides text encoders and VAE, if the engine's directory does not. Default: the model that was quantized.",
         ),
     ] = None,
+    lora: opt.Loras = None,
     device: opt.EngineDevice = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
 ) -> None:
     """Sample images from an engine: PNG files and grid.png."""
     from edm_deploy.pipelines.prompt_file import read_prompts
+    from edm_deploy_tools.common.loras import file_and_weight
     from edm_deploy_tools.images.pipeline_arguments import GenerationRequest
     from edm_deploy_tools.images.sample import sample_images
 
@@ -69,7 +71,8 @@ def sample(
         scheduler=scheduler,
         seed=seed,
     )
-    result = sample_images(engine, out, request, source=source, device=opt.value(device))
+    loras = [file_and_weight(text) for text in lora or ()]
+    result = sample_images(engine, out, request, source=source, device=opt.value(device), loras=loras)
     if as_json:
         console.print_json(
             {"out": str(out), "images": result.count, "seconds": result.seconds, "seconds_per_image": result.seconds_per_image}

@@ -184,6 +184,24 @@ FoldTime = Annotated[
     ),
 ]
 Profile = typer.Option(metavar="MIN:OPT:MAX", help="Sizes that the engine accepts; one number sets all three.")
+LoraRank = Annotated[
+    int | None,
+    typer.Option(
+        "--lora-rank", metavar="R", help="Rank slots for LoRAs at run time, all loaded ones together; their weights become inputs."
+    ),
+]
+LoraLayers = Annotated[
+    str | None,
+    typer.Option(
+        "--lora-layers",
+        metavar="REGEX",
+        help="Quantized layers that a LoRA may change, by published name. Default: attention and transformer blocks; '.' is all.",
+    ),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:WEIGHT]", help="LoRA of diffusers, PEFT or kohya, with its weight, 1 by default; repeatable."),
+]
 Int4Where = Annotated[
     Int4Sites | None,
     typer.Option(

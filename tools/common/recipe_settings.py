@@ -46,6 +46,12 @@ class RecipeChoice:
         recipe = recipe_with(self.recipe, preset=self.preset, config=self.config, flags=self.flags, overrides=of_recipe)
         return recipe, passes_with(self.passes, of_passes)
 
+    def chosen(self) -> set[str]:
+        """Names of the recipe's settings that the user chose: by an option, `--set` or a file of their own, not by a shipped preset."""
+        of_recipe, _ = sorted_overrides(self.overrides)
+        named = {parse_override(text)[0] for text in of_recipe} | {name for name, value in self.flags.items() if value is not None}
+        return named | (set(read_toml(self.config)) if self.config else set())
+
 
 def recipe_with(
     name: str,

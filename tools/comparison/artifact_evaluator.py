@@ -14,11 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edm_deploy.artifact.artifact import Artifact
+from edm_deploy.artifact.relaxed_timesteps import quantized_graph, relaxed_graph
 from edm_deploy.errors import ArtifactError
-from edm_deploy.network.layer_costs import site_work
+from edm_deploy.network.layer_costs import model_work, site_work
 from edm_deploy.network.meta_model import meta_inputs, meta_model
 from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 from edm_deploy.numerics.seeds import LARGEST_SEED
+from edm_deploy.runtime.capabilities import capabilities_of
 from edm_deploy.storage.directories import read_json, write_json
 from edm_deploy.storage.output_directory import DirectoryKind, new_directory
 from edm_deploy_tools.common.console import Notify, bytes_of
@@ -26,6 +28,7 @@ from edm_deploy_tools.evaluation.denoisers import denoise_of_artifact
 from edm_deploy_tools.evaluation.feature_network import features_of
 from edm_deploy_tools.evaluation.frechet import frechet_distance
 from edm_deploy_tools.evaluation.trajectory_error import ReferenceTrajectory, reference_trajectory, trajectory_error
+from edm_deploy_tools.inspection.work_by_step import shares
 
 ARTIFACT, MEASURED = "artifact", "measured"  # directories in that of an experiment
 FIGURES, IMAGES = "figures.json", "images.safetensors"
@@ -56,7 +59,12 @@ class ArtifactEvaluator:
         artifact = Artifact.load(directory / ARTIFACT)
         try:
             cached = read_json(directory / MEASURED / FIGURES, what="measured")
-            if cached["setup"] == settings and cached["artifact"] == artifact.digest and (directory / MEASURED / IMAGES).is_file():
+            if (
+                cached["setup"] == settings
+                and cached["artifact"] == artifact.digest
+                and "int4_share" in cached
+                and (directory / MEASURED / IMAGES).is_file()
+            ):
                 return cached
         except (ArtifactError, KeyError):
             pass
@@ -77,6 +85,7 @@ class ArtifactEvaluator:
             "frechet": frechet_distance(features_of(images), self.features),
             "bytes": bytes_of(directory / ARTIFACT),
             "integer_share": integer_share(artifact, self.reference.timesteps),
+            "int4_share": int4_share(artifact, self.reference.timesteps),
             "steps_done": artifact.provenance.get("steps_done"),
             "quantizing_seconds": artifact.provenance.get("wall_seconds"),
         }
@@ -130,6 +139,21 @@ def integer_share(artifact: Artifact, timesteps: Sequence[float]) -> float:
         at = torch.tensor([round(timestep) for timestep in timesteps]).clamp(max=len(artifact.relaxed) - 1)
         quantized_steps = float((artifact.relaxed[at] == 0).double().mean())
     return quantized_steps * integer / total
+
+
+def int4_share(artifact: Artifact, timesteps: Sequence[float]) -> float:
+    """Share, 0 to 1, of the same multiply-accumulates that backend `cuda` computes in INT4, a mean over the sampling steps.
+
+    A layer whose codes do not all fit 4 bits, because of one 5-bit channel or one 8-bit row, is INT8 as a whole.
+    """
+    work = model_work(artifact.family_object, artifact.config, artifact.structure).sites
+    target = capabilities_of("cuda")
+    share = shares(quantized_graph(artifact), work, target)["INT4 %"] / 100
+    if artifact.relaxed is None:
+        return share
+    at = torch.tensor([round(timestep) for timestep in timesteps]).clamp(max=len(artifact.relaxed) - 1)
+    relaxed = float(artifact.relaxed[at].double().mean())
+    return (1 - relaxed) * share + relaxed * shares(relaxed_graph(artifact), work, target)["INT4 %"] / 100
 
 
 def json_of(value: Any) -> dict[str, Any]:  # a dataclass instance

@@ -26,6 +26,7 @@ DEFINED = {
     "memory": "peak resident memory of that process",
     "size": "size of the artifact's directory",
     "integer": "share of the multiply-accumulates of all Conv2d and Linear layers whose weights and inputs are both integer codes",
+    "INT4": "share of the same that backend cuda computes in INT4: layers whose weights and inputs all fit 4 bits; the other integer layers are INT8",
 }
 
 
@@ -47,7 +48,17 @@ def ranked_rows(results: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]
             continue
         row |= {
             name: fmean(cell[name] for cell in good)
-            for name in ("weighted_error", "noise_error", "psnr_db", "frechet", "seconds", "peak_bytes", "bytes", "integer_share")
+            for name in (
+                "weighted_error",
+                "noise_error",
+                "psnr_db",
+                "frechet",
+                "seconds",
+                "peak_bytes",
+                "bytes",
+                "integer_share",
+                "int4_share",
+            )
         }
         for name in ("weighted_error_by_step", "noise_error_by_step"):
             row[name] = [fmean(step) for step in zip(*(cell[name] for cell in good), strict=True)]
@@ -73,7 +84,7 @@ def table_of(results: Mapping[str, Any], scheme: str) -> list[Row]:
     for place, row in enumerate(ranked_rows(results, scheme), start=1):
         name = row["recipe"] + ("" if row["trains"] else " (no training)")
         if "failed" in row:
-            blank = dict.fromkeys(("weighted error", "noise error", "Frechet", "time", "memory", "size", "integer"))
+            blank = dict.fromkeys(("weighted error", "noise error", "Frechet", "time", "memory", "size", "integer", "INT4"))
             table.append({"#": None, "recipe": name, "PSNR, dB": "failed"} | blank)
             continue
         low, high = row["spread"]
@@ -89,6 +100,7 @@ def table_of(results: Mapping[str, Any], scheme: str) -> list[Row]:
                 "memory": size_words(round(row["peak_bytes"])),
                 "size": size_words(round(row["bytes"])),
                 "integer": f"{100 * row['integer_share']:.1f} %",
+                "INT4": f"{100 * row['int4_share']:.1f} %",
             }
         )
     return table

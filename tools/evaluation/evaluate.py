@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from edm_deploy.storage.output_directory import DirectoryKind, check_output, new
 from edm_deploy_tools.common.console import Notify, silent
 from edm_deploy_tools.common.machine import machine, versions
 from edm_deploy_tools.evaluation.denoisers import denoise_of_artifact, denoise_of_engine
+from edm_deploy_tools.evaluation.image_metrics import ImageMetrics, MetricRequest
 from edm_deploy_tools.evaluation.report import report_html
 from edm_deploy_tools.evaluation.results import EvaluationTarget, Report, Result
 from edm_deploy_tools.evaluation.site_agreement import agreement, cut_from_trajectory, site_statistics
@@ -44,6 +46,7 @@ def evaluate_paths(
     settings: EvaluationSettings | None = None,
     device: str | None = None,
     low_memory: bool = False,
+    metrics: MetricRequest | None = None,
     notify: Notify = silent,
 ) -> Report:
     """Evaluate artifacts and engines, and write report.json and report.html into directory `out`.
@@ -55,6 +58,7 @@ def evaluate_paths(
         settings: Samples, steps, seeds, guidance, prompts.
         device: Where engines run; None is the default device of each engine's backend.
         low_memory: Whether the float model's weights stay in their files until a layer runs.
+        metrics: Metrics of the final images to measure in addition; None measures none.
         notify: Called with a line of text before each measurement.
 
     Raises:
@@ -65,7 +69,7 @@ def evaluate_paths(
     check_output(out, kind=REPORT)
     targets = open_targets(paths)
     source = load_source(reference or float_model_of(targets), low_memory=low_memory)
-    report = evaluate_targets(targets, source, settings or EvaluationSettings(), device=device, notify=notify)
+    report = evaluate_targets(targets, source, settings or EvaluationSettings(), device=device, metrics=metrics, notify=notify)
     write_report(report, out)
     return report
 
@@ -118,6 +122,7 @@ def evaluate_targets(
     settings: EvaluationSettings,
     *,
     device: str | None = None,
+    metrics: MetricRequest | None = None,
     notify: Notify = silent,
 ) -> Report:
     """Measure each target against the float model; engines run on `device`, or on the default device of their backend."""
@@ -125,12 +130,16 @@ def evaluate_targets(
         check_same_model(target, source)
     notify(f"float model: {settings.trajectories} samples, {settings.steps} steps")
     trajectory = reference_trajectory(source, settings)
+    decoder = trajectory.decoder
+    against = None if metrics is None else ImageMetrics(metrics, decoder.visible(trajectory.images, trajectory.images))
     results = []
     with scratch_directory("evaluate") as scratch:
         cases = SiteTestCases(trajectory, scratch)
         for target in targets:
             notify(f"{target.label} ({target.kind}, {target.scheme})")
             results.append(evaluate_engine(target, trajectory, cases, device) if target.engine else evaluate_artifact(target, trajectory))
+    if against is not None:
+        results = [replace(each, metrics=against.of(decoder.visible(each.error.images, trajectory.images))) for each in results]
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return Report(reference=source, trajectory=trajectory, results=tuple(results), date=now, machine=machine(), versions=versions())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -65,6 +65,7 @@ class Result:
         statistics: By site and step; empty for an engine.
         agreement: By site, with the reference; None if it was not measured.
         notes: Reasons why something was not measured.
+        metrics: Metrics of the final images by label; empty if none was requested.
     """
 
     target: EvaluationTarget
@@ -72,6 +73,7 @@ class Result:
     statistics: tuple[SiteStatistics, ...] = ()
     agreement: tuple[SiteAgreement, ...] | None = None
     notes: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +147,7 @@ def headline(report: Report) -> list[Row]:
             "MB": round(result.target.bytes / 1e6, 2),
             "codes beyond a tie": sum(site.differ for site in result.agreement) if result.agreement is not None else None,
         }
+        | {label: round(value, 4) for label, value in result.metrics.items()}
         for result in report.results
     ]
 
@@ -171,6 +174,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "psnr_db": error.psnr,
         "psnr_db_by_seed": list(error.psnrs),
         "seconds_per_batch": error.seconds,
+        "metrics": dict(result.metrics),
         "notes": list(result.notes),
     }
     if target.artifact:

@@ -14,6 +14,7 @@ import engines
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
 from edm_deploy.artifact.reference import Reference, SiteRecord
+from edm_deploy.network.adapter_inputs import SLOT_SCALES, AdapterInputs
 from edm_deploy.numerics.activation_table import per_sample, table_rows
 from edm_deploy.runtime.backend import SiteTestCase
 from edm_deploy.runtime.manifest import Manifest
@@ -117,14 +118,28 @@ def cut_from_trajectory(artifact: Artifact, trajectory: ReferenceTrajectory, scr
     return cut_from_inputs(artifact, inputs, scratch, dtype=dtype)
 
 
-def cut_from_inputs(artifact: Artifact, inputs: Mapping[str, Tensor], scratch: Path, *, dtype: torch.dtype) -> SiteTestCase:
-    """As `cut_from_trajectory`, from graph inputs by name; samples of the batch may have different timesteps."""
-    reference = Reference(artifact)
-    records = reference.record(inputs)
+def cut_from_inputs(
+    artifact: Artifact,
+    inputs: Mapping[str, Tensor],
+    scratch: Path,
+    *,
+    dtype: torch.dtype,
+    adapters: AdapterInputs | None = None,
+    adapter_values: Mapping[str, Tensor] | None = None,
+) -> SiteTestCase:
+    """As `cut_from_trajectory`, from graph inputs by name; samples of the batch may have different timesteps.
+
+    With `adapters`, every site that has a branch is compared with its sum; `adapter_values` are float32, by input of the branches.
+    """
+    values = dict(adapter_values or {})
+    reference = Reference(artifact, values)
+    records = reference.record({**inputs, **{name: value for name, value in values.items() if name == SLOT_SCALES}})
     if dtype != torch.float32:
         records = reference.at_sites({name: record.x.to(dtype).float() for name, record in records.items()}, inputs["timestep"])
     scratch.mkdir(parents=True, exist_ok=True)
-    return SiteTestCase(artifact=artifact, timestep=inputs["timestep"], records=records, scratch=scratch)
+    return SiteTestCase(
+        artifact=artifact, timestep=inputs["timestep"], records=records, scratch=scratch, adapters=adapters, adapter_values=values
+    )
 
 
 def agreement(cut: SiteTestCase, engine: Manifest, *, device: str | None = None) -> list[SiteAgreement]:

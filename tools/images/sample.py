@@ -66,6 +66,7 @@ def sample_images(
     *,
     source: str | Path | None = None,
     device: str | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
 ) -> Sampled:
     """Sample images from an engine into directory `out`, which is written completely or not at all.
 
@@ -75,15 +76,18 @@ def sample_images(
         request: Number of images, steps, scheduler, seed, prompts, labels, guidance, size; None takes the defaults.
         source: Directory or hub id of the pipeline that provides text encoders and VAE; None as in load_pipeline.
         device: Where the engine runs; None is the default device of its backend.
+        loras: Files of LoRAs for the denoiser, with their weights.
 
     Raises:
-        InputError: The pipeline does not accept part of the request.
+        InputError: The pipeline does not accept part of the request, or the engine not a LoRA.
         ArtifactError, UnsupportedError: As load_pipeline.
     """
     request = request or GenerationRequest()
     check_output(out, kind=IMAGES)
     check_components(engine, source)
     pipe = load_pipeline(engine, scheduler=request.scheduler or default_scheduler(engine), device=device, source=source)
+    for path, weight in loras:
+        denoiser_of(pipe).load_lora(path, weight=weight)
     start = time.perf_counter()
     images = draw(pipe, request)
     seconds = time.perf_counter() - start
@@ -129,9 +133,7 @@ def draw(pipe: Any, request: GenerationRequest) -> list[Image.Image]:
         InputError: The pipeline does not accept part of the request.
         UnsupportedError: The pipeline's denoiser is not an engine.
     """
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    if not isinstance(denoiser, EngineDenoiser):
-        raise UnsupportedError(f"The denoiser of this {type(pipe).__name__} is no engine. Load the pipeline with edm_deploy.load_pipeline.")
+    denoiser = denoiser_of(pipe)
     arguments = PipelineArguments(pipe, denoiser, request)
     for note in arguments.notes():
         log.warning("%s", note)
@@ -145,6 +147,14 @@ def draw(pipe: Any, request: GenerationRequest) -> list[Image.Image]:
         with without_loading_messages():  # a truncated prompt was logged above
             images += pipe(num_inference_steps=request.steps, generator=generator, **keywords).images
     return images[:count]
+
+
+def denoiser_of(pipe: Any) -> EngineDenoiser:
+    """The engine of a pipeline; UnsupportedError where its denoiser is none."""
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    if not isinstance(denoiser, EngineDenoiser):
+        raise UnsupportedError(f"The denoiser of this {type(pipe).__name__} is no engine. Load the pipeline with edm_deploy.load_pipeline.")
+    return denoiser
 
 
 def batch_sizes(count: int, allowed: ShapeRange) -> list[int]:

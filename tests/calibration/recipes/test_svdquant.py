@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import calibration
 from calibration import RunOptions, fit
 from calibration.recipes.mse import Mse
 from calibration.recipes.svdquant import SvdQuant, rank_within
@@ -60,11 +61,15 @@ def test_outliers_cost_a_fraction_of_what_they_cost_without_branch_and_smoothing
     assert error(artifact, source, "dit") < 0.6 * error(plain, source, "dit")
 
 
-@pytest.mark.parametrize(("kind", "rounding"), [("unet2d", "nearest"), ("unet2d", "gptq")])
-def test_with_fine_codes_the_function_is_the_published_one(kind, rounding):
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("unet2d", {"rounding": "nearest"}), ("unet2d", {"rounding": "gptq"}), ("dit", {"rotate": "all"})], ids=str
+)
+def test_with_fine_codes_the_function_is_the_published_one(kind, settings, monkeypatch):
+    monkeypatch.setattr(calibration, "fold_pre_scales", lambda artifact: artifact)  # it traces the network, and has tests of its own
     source = tiny_source(kind)
-    artifact = fit(source, SvdQuant(weight_bits=8, act_bits=16, smoothing=0.5, rounding=rounding, **QUICK), RunOptions())
+    artifact = fit(source, SvdQuant(weight_bits=8, act_bits=16, smoothing=0.5, **QUICK, **settings), RunOptions())
     assert artifact.provenance["smoothed_inputs"] > 0 and artifact.structure.branches
+    assert bool(artifact.structure.rotated) == ("rotate" in settings)
     assert error(artifact, source, kind) < 1e-3  # 8 bits of weight
 
 

@@ -22,15 +22,18 @@ def test_orthogonal_pixels_have_similarity_zero_and_each_with_itself_one():
 def test_relations_are_invariant_to_the_scale_of_the_map_only():
     features = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     term = RelationDistillationLoss("m", weight=100.0)
-    assert float(term({"m": 2 * features}, {"m": features})) == pytest.approx(0, abs=1e-4)
+    assert float(term({"m": 2 * features}, {"m": features})) == pytest.approx(0, abs=1e-3)
     assert float(term({"m": features.flip(1) + 1}, {"m": features})) > 1
 
 
 def test_the_divergence_is_that_of_the_student_from_the_teacher():
     student, teacher = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
     shares = log_relations(teacher).exp()
-    expected = (shares * (log_relations(teacher) - log_relations(student))).sum() / 2  # a mean over the two pixels
-    assert float(RelationDistillationLoss("m", weight=1.0)({"m": student}, {"m": teacher})) == pytest.approx(float(expected))
+    expected = (shares * (log_relations(teacher) - log_relations(student))).sum()  # over both pixels
+    term = RelationDistillationLoss("m", weight=1.0)
+    assert float(term({"m": student}, {"m": teacher})) == pytest.approx(float(expected))
+    twice = {"m": student.repeat(3, 1, 1)}, {"m": teacher.repeat(3, 1, 1)}
+    assert float(term(*twice)) == pytest.approx(float(expected))  # a mean over the samples
 
 
 def test_relations_have_a_gradient_through_the_student():

@@ -4,9 +4,10 @@ import inspect
 import re
 
 import pytest
+import torch
 
 from calibration import recipes
-from edm_deploy import registry
+from edm_deploy import Artifact, registry
 from edm_deploy_tools.commands.quantize import calibrate, finetune
 
 
@@ -29,6 +30,33 @@ def test_finetune_writes_an_artifact_of_four_bits(run, chain, tmp_path):
     assert ran.code == 0, ran.err
     assert "W4A4" in ran.out
     assert (tmp_path / "tuned" / "artifact.json").is_file()
+
+
+def test_finetune_continues_from_an_artifact(run, chain, tmp_path):
+    small = ("--set", "steps=1", "--set", "batch=2", "--set", "calibration_samples=2", "--set", "rank=2")
+    ran = run("finetune", chain.model, "--from", chain.artifact, "--out", tmp_path / "tuned", *small)
+    assert ran.code == 0, ran.err
+    before, after = (Artifact.load(path) for path in (chain.artifact, tmp_path / "tuned"))
+    assert torch.equal(after.timesteps, before.timesteps)  # not the 100 rows of the recipe's default
+    assert {name: site.scheme for name, site in after.sites.items()} == {name: site.scheme for name, site in before.sites.items()}
+    assert [step["digest"] for step in after.provenance["started_from"]] == [before.digest]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{model}", "--from", "{artifact}", "--rows", 7), r"rows is 7, and the artifact to start from has \d+, which does not change"),
+        (("{model}", "--from", "{artifact}", "--set", "weight_bits=3"), "weight_bits is 3, and the artifact to start from has"),
+        (("{artifact}", "--from", "{artifact}"), "is an artifact, and --from names"),
+        (("{model}", "--from", "{model}"), "artifact.json"),
+    ],
+)
+def test_an_artifact_that_cannot_be_started_from_is_one_line_and_code_2(run, chain, tmp_path, arguments, message):
+    filled = [str(argument).format(model=chain.model, artifact=chain.artifact) for argument in arguments]
+    ran = run("finetune", *filled, "--out", tmp_path / "tuned")
+    assert ran.code == 2
+    assert re.search(message, ran.complaint), ran.complaint
+    assert not (tmp_path / "tuned").exists()
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def test_a_comparison_writes_figures_a_table_and_a_page_and_keeps_what_is_comple
         assert cell["noise_error"] > 0
         assert cell["frechet"] >= 0
         assert len(cell["noise_error_by_step"]) == 2
+        assert 0 <= cell["int4_share"] < cell["integer_share"]  # first and last layer are W8A8
         assert cell["integer_share"] == 1.0  # every layer of this model is quantized
         assert (cell["seconds"], cell["peak_bytes"]) == (1.5, 10**6)
     assert tuned["steps_done"] >= 1

@@ -8,7 +8,7 @@ from edm_deploy_tools.comparison.report import comparison_html, comparison_markd
 def cell(recipe, error, *, scheme="W4A4", seed=0, **more):
     figures = {"noise_error": error, "noise_error_by_step": [error, 2 * error], "psnr_db": 20 - error, "frechet": 0.5}
     figures |= {"weighted_error": error / 10, "weighted_error_by_step": [error / 10, 0.0], "psnr_db_by_seed": [20 - error]}
-    figures |= {"seconds": 60.0, "peak_bytes": 1_000_000_000, "bytes": 4_000_000, "integer_share": 0.98}
+    figures |= {"seconds": 60.0, "peak_bytes": 1_000_000_000, "bytes": 4_000_000, "integer_share": 0.98, "int4_share": 0.5}
     identity = {"settings": {"rows": 2}, "passes": {}, "budget_seconds": 30.0}
     return (
         {"recipe": recipe, "scheme": scheme, "seed": seed, "trains": True, "folder": f"cells/{recipe}-{seed}", "identity": identity}
