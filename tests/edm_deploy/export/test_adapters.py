@@ -46,7 +46,12 @@ def test_a_damaged_description_is_refused(exported, tmp_path):
     import shutil
 
     path = tmp_path / "onnx"
-    for change, message in ((("rank", 0), "rank"), (("rank", "x"), "rank"), (("layers", {"a": [-1]}), "layers")):
+    for change, message in (
+        (("rank", 0), "rank"),
+        (("rank", "x"), "rank"),
+        (("layers", {"a": [-1]}), "layers"),
+        (("layers", {"a": [2, 2]}), "layers has 'a'"),
+    ):
         shutil.copytree(exported[1], path, dirs_exist_ok=True)
         content = json.loads((path / "manifest.json").read_text())
         content["adapters"][change[0]] = change[1]
