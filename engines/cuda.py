@@ -252,6 +252,11 @@ def _graph(
     params |= {f"{name}.weight": site.weight for name, site in sites.items() if site.kind is None}
     program = exported_program(family, manifest.config, dtype, input_dtype=manifest.torch_dtype, structure=structure)
     rewritten = rewriting.rewrite_layers(program, sites, params, tensors[ROWS], dtype)
+    for name, shape in manifest.adapters.layers.items() if manifest.adapters else ():
+        if shape != tuple(layers[name].weight.shape):
+            raise ArtifactError(
+                f"adapters.layers[{name!r}] is {list(shape)}, the layer's weight {list(layers[name].weight.shape)}. Build the engine again."
+            )
     branches = {} if manifest.adapters is None else add_adapters(rewritten, layers, manifest.adapters)
     if fused:
         fusions.fuse(rewritten)

@@ -232,6 +232,9 @@ class Manifest:
             problem = Correction.from_json(self.correction).problem(self.num_train_timesteps, channels)
             if problem:
                 raise ArtifactError(f"correction: {problem}.")
+        for name, shape in self.adapters.layers.items() if self.adapters else ():
+            if name not in self.sites or len(shape) not in (2, 4):
+                raise ArtifactError(f"adapters.layers has {name!r} with shape {list(shape)}, expected a site with two or four sizes.")
         if self.folded:
             convert(self.folded, FoldedDescription, path="folded")
         if self.kind == "onnx":

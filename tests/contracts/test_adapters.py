@@ -63,7 +63,7 @@ def _nothing_stays_loaded(request):
         request.getfixturevalue("denoiser").unload_lora()
 
 
-@pytest.mark.parametrize("name", RUNS_HERE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.extended] if name == "openvino" else []) for name in RUNS_HERE])
 def test_at_every_site_the_branch_is_that_of_the_reference(name, subject):
     generator = torch.Generator().manual_seed(0)
     values = {

@@ -194,6 +194,8 @@ def describe_manifest(path: Path, kind: Literal["onnx", "engine"]) -> Descriptio
         "size": size_words(bytes_of(path)),
         "artifact": manifest.artifact,
     }
+    if manifest.adapters:
+        facts["lora"] = f"rank {manifest.adapters.rank} in {len(manifest.adapters.layers)} layers"
     if kind == "engine":
         facts["backend"] = manifest.backend
         facts["profile"] = ", ".join(f"{dim} {sizes.min}:{sizes.opt}:{sizes.max}" for dim, sizes in manifest.profile.items())

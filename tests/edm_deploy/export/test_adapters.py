@@ -14,8 +14,8 @@ from tests.conftest import artifact_by_hand
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    artifact = artifact_by_hand("sd3")
-    adapters = adapters_of(artifact, rank=3, pattern="transformer_blocks.0|proj_out")
+    artifact = artifact_by_hand("unet2d")
+    adapters = adapters_of(artifact, rank=3, pattern="attentions|conv_out")
     path = tmp_path_factory.mktemp("adapters") / "onnx"
     return onnx_from_artifact(artifact, path, dtype="fp16", adapters=adapters), path
 
@@ -33,7 +33,7 @@ def test_its_weights_are_inputs_of_the_graphs_type_and_its_manifest_states_them(
 
 
 def test_a_graph_without_adapters_is_as_before_and_so_is_its_manifest(exported, tmp_path):
-    onnx_from_artifact(artifact_by_hand("sd3"), tmp_path / "onnx", dtype="fp16")
+    onnx_from_artifact(artifact_by_hand("unet2d"), tmp_path / "onnx", dtype="fp16")
     manifest = Manifest.read(tmp_path / "onnx", kind="onnx")
     assert manifest.adapters is None
     assert not [value.name for value in onnx.load(tmp_path / "onnx" / "model.onnx").graph.input if value.name.startswith("lora")]
@@ -46,7 +46,12 @@ def test_a_damaged_description_is_refused(exported, tmp_path):
     import shutil
 
     path = tmp_path / "onnx"
-    for change, message in ((("rank", 0), "rank"), (("rank", "x"), "rank"), (("layers", {"a": [-1]}), "layers")):
+    for change, message in (
+        (("rank", 0), "rank"),
+        (("rank", "x"), "rank"),
+        (("layers", {"a": [-1]}), "layers"),
+        (("layers", {"a": [2, 2]}), "layers has 'a'"),
+    ):
         shutil.copytree(exported[1], path, dirs_exist_ok=True)
         content = json.loads((path / "manifest.json").read_text())
         content["adapters"][change[0]] = change[1]

@@ -1,5 +1,6 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from safetensors.torch import save_file
 
 from edm_deploy import load_denoiser
 from edm_deploy.adapters.site_weights import adapters_of
+from edm_deploy.artifact.timestep_routing import mask_from_intervals
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.export.onnx import onnx_from_artifact
 from edm_deploy.runtime.backend import BuildOptions
@@ -168,3 +170,17 @@ def test_an_engine_without_rank_slots_says_how_to_get_them(onnx_w4a4, tmp_path):
         pytest.raises(InputError, match=r"built without rank slots .* export the graph again with export --lora-rank 64"),
     ):
         denoiser.load_lora({})
+
+
+@pytest.mark.extended
+def test_both_engines_of_relaxed_timesteps_take_the_adapters(tmp_path):
+    artifact = replace(artifact_by_hand("unet2d", 8, 4), relaxed=mask_from_intervals([(0, 499)], 1000))
+    adapters = adapters_of(artifact, rank=2)
+    onnx_from_artifact(artifact, tmp_path / "onnx", adapters=adapters)
+    build_engine(tmp_path / "onnx", tmp_path / "engine", backend="ort")
+    inputs = tiny_inputs("unet2d", batch=4)  # timesteps 0, 333, 666, 999
+    with load_denoiser(tmp_path / "engine") as denoiser:
+        before = denoiser.run(inputs)
+        denoiser.load_lora(peft_tensors(adapters.layers, rank=2), weight=[1.0, 0.0, 0.0, 1.0])
+        found = denoiser.run(inputs)
+        assert [torch.equal(one, other) for one, other in zip(found, before, strict=True)] == [False, True, True, False]
