@@ -18,7 +18,8 @@ from edm_deploy.storage.cache import cached_json
 Predict = Callable[[Tensor, Tensor], Tensor]  # sample float32 [B, ...] and timestep float32 [B] -> prediction float32 [B, ...]
 BITS = 5  # of the weights whose rounding perturbs a prediction: an error of about the size that a good W4A4 model has
 POINTS = 6  # steps from which a perturbed walk continues to the end; between them the effect is interpolated
-SAMPLES = 8  # trajectories
+SAMPLES = 8  # trajectories,
+FORWARD_BATCH = 4  # of one forward pass, which takes less memory than a training step
 
 
 def cached_step_weights(
@@ -48,7 +49,11 @@ def cached_step_weights(
         conditioning = conditioner.of(drawn)
 
         def predict(sample: Tensor, timestep: Tensor) -> Tensor:
-            return conditioning.combine(run(conditioning.inputs(sample, timestep)))
+            parts = []
+            for members in torch.split(torch.arange(SAMPLES), FORWARD_BATCH):
+                part = conditioning.of_members(members)
+                parts.append(part.combine(run(part.inputs(sample[members], timestep[members]))))
+            return torch.cat(parts)
 
         return [float(weight) for weight in step_weights(model, predict, schedule, noise)]
 

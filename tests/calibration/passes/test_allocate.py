@@ -20,11 +20,11 @@ from edm_deploy.pipelines.guidance import Conditioner
 from tests.calibration.tiny import tiny_source
 
 QUICK = MinMax(weight_bits=4, act_bits=4, rows=3, calibration_samples=2)
-TRAINED = EfficientDM(rows=3, calibration_samples=2, steps=4, batch=2, rank=2)
+TRAINED = EfficientDM(rows=2, calibration_samples=2, steps=3, batch=2, rank=2)
 
 
 def allocate(**settings):
-    return Allocate(rows=3, samples=3, **settings)
+    return Allocate(rows=2, samples=2, **settings)
 
 
 def work_of(artifact):
@@ -122,10 +122,10 @@ def test_recipes_without_anything_to_allocate_are_refused(recipe, budget, messag
 def test_a_resumed_run_keeps_the_allocation_of_its_checkpoint_without_measuring_it_again(tmp_path, monkeypatch):
     whole = fit(tiny_source(), TRAINED, RunOptions(), passes=[allocate(budget="int4=0.5")])
     assert len(whole.provenance["allocation"]) > 0
-    checkpoint = RunOptions(checkpoint=tmp_path / "c", checkpoint_every=2)
+    checkpoint = RunOptions(checkpoint=tmp_path / "c", checkpoint_every=1)
 
     def stop(progress):
-        if progress.stage == "finetune" and progress.step == 2:
+        if progress.stage == "finetune" and progress.step == 1:
             import signal
 
             signal.raise_signal(signal.SIGINT)

@@ -6,6 +6,7 @@ import torch
 from calibration import RunOptions, fit
 from calibration.passes.pcr import Pcr
 from calibration.recipes.mpq_dm import MPQDM
+from calibration.recipes.mse import Mse
 from calibration.recipes.qdiff import QDiff
 from calibration.recipes.svdquant import SvdQuant
 from calibration.student.from_artifact import spec_of, structure_of, student_from_artifact, with_params
@@ -23,25 +24,31 @@ RECIPES = {
     "qdiff": QDiff(rows=3, calibration_samples=2, steps=4, batch=2, rounding_rate=0.1, act_bits=4),
     # Float branches, and GPTQ; at the noisiest timesteps inputs have 8 bits.
     "svdquant": SvdQuant(rows=3, calibration_samples=2, rank=2),
+    # Rotated inputs of a transformer, some of them folded.
+    "mse": Mse(weight_bits=4, act_bits=4, rows=3, calibration_samples=2, rotate="all"),
 }
+KINDS = {"mse": "pixart"}
 PASSES = {"svdquant": [Pcr(relax_from=0.0, relax_to=0.5)]}
 
 
 @pytest.fixture(scope="module")
 def made():
-    return {name: fit(tiny_source(), recipe, RunOptions(), passes=PASSES.get(name, ())) for name, recipe in RECIPES.items()}
+    return {
+        name: fit(tiny_source(KINDS.get(name, "unet2d")), recipe, RunOptions(), passes=PASSES.get(name, ()))
+        for name, recipe in RECIPES.items()
+    }
 
 
-def started(artifact):
-    source = with_params(restructured(tiny_source(), structure_of(artifact)), artifact)
+def started(artifact, kind="unet2d"):
+    source = with_params(restructured(tiny_source(kind), structure_of(artifact)), artifact)
     return student_from_artifact(artifact, source, CPU), source
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_first_forward_pass_is_that_of_the_artifact(name, made):
-    artifact = made[name]
-    inputs = tiny_inputs("unet2d", batch=3) | {"timestep": artifact.timesteps.float()}  # a student relaxes whole rows, a runtime timesteps
-    student, source = started(artifact)
+    artifact, kind = made[name], KINDS.get(name, "unet2d")
+    inputs = tiny_inputs(kind, batch=3) | {"timestep": artifact.timesteps.float()}  # a student relaxes whole rows, a runtime timesteps
+    student, source = started(artifact, kind)
     again = artifact_from_student(student, source, {})
     assert again.structure == artifact.structure
     assert (again.relaxed is None) == (artifact.relaxed is None) == (name != "svdquant")
@@ -57,7 +64,10 @@ def test_the_first_forward_pass_is_that_of_the_artifact(name, made):
         torch.testing.assert_close(found.activation.scale, expected.activation.scale, rtol=1e-6, atol=0)
     assert again.params.keys() == artifact.params.keys()
     assert all(torch.equal(value, artifact.params[key]) for key, value in again.params.items())
-    expected, exact = reference_with_correction(artifact)(inputs), tiny_source().family_object.forward(tiny_source().model, inputs)
+    family, model = source.family_object, tiny_source(kind).model
+    expected, exact = (
+        family.prediction(source.config, found) for found in (reference_with_correction(artifact)(inputs), family.forward(model, inputs))
+    )
     with torch.no_grad():
         found = student(inputs)
     assert float((found - expected).norm()) < 0.01 * float((expected - exact).norm())
