@@ -37,17 +37,21 @@ class MPQDM(EfficientDM):
 
     Deviations from the released code: the relation term has a gradient (there, both feature maps are detached, so it trained nothing); it is used in
     every step, over samples of mixed timesteps, instead of in every second step as a mean over two neighbouring timesteps; weights stay symmetric;
-    smoothing uses all timesteps, not one batch; relations are those of an average-pooled map of at most 256 pixels. At 2 and at 8 bits no channel can have one bit less and another one bit more, so all keep theirs.
+    smoothing uses all timesteps, not one batch; relations are those of an average-pooled map of at most 256 pixels. At 2 and at 8 bits
+    no channel can have one bit less and another one bit more, so all keep theirs.
 
     Of version 2 the memory-based relation queue is missing: relations are compared within a batch only. Its binary residual was implemented from the paper's
-    description, and its formula is not verified against code, of which none is released. It is not a second convolution here: both terms are on one grid of int8 codes (`calibration/training/binary_residual.py`), so a
-    layer with it is an INT8 layer. Leave it at 0 to use 4-bit kernels.
+    description, and its formula is not verified against code, of which none is released. It is not a second convolution here:
+    both terms are on one grid of int8 codes (`calibration/training/binary_residual.py`), so a layer with it is an INT8 layer. Leave it at 0 to use 4-bit
+    kernels.
 
     Attributes:
         smoothing: Power of `max|X_c| / max|W_c|` that inputs are divided by. Source: 0.5, SmoothQuant's. 0 is no smoothing.
         mixed_share: Share of each layer's output channels that get one bit more, and as many one bit less, if that lowers the error of its output.
             Source: 0.1.
-        relation_weight: Weight of the divergence of pixel relations. Source: 100.
+        relation_weight: Weight of the divergence of pixel relations, summed over the pixels of a sample. Source: 100. At W4A4 on the reference model, 120 steps
+            of the preset demo-mpq-dm, 16 images of each of the seeds 123, 1 and 2, the PSNR is 25.1, 28.6, 27.6 dB at 100 and 25.3, 28.4, 27.5 dB at 0,
+            a mean of 27.1 dB in both cases.
         residual_share: Share of each layer's output channels, those with the heaviest tails, that get a binary residual (version 2). Source: salient
             channels, number not stated. 0 is version 1.
         update_init: Initial rows of the low-rank update's A: `zero` as in EfficientDM; `error` along the leading right singular vectors of the weight's

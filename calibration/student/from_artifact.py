@@ -27,7 +27,9 @@ def structure_of(artifact: Artifact) -> NetworkRewrite:
 
 
 def with_params(source: Source, artifact: Artifact) -> Source:
-    """The source with the artifact's biases, norms and other float parameters, without branches. The source itself is not changed, and shares all equal tensors.
+    """The source with the artifact's biases, norms and other float parameters, without branches.
+
+    The source itself is not changed, and shares all equal tensors with the result.
 
     Args:
         source: Restructured by `structure_of(artifact)`.

@@ -1,3 +1,4 @@
+import functools
 from dataclasses import replace
 
 import pytest
@@ -31,12 +32,9 @@ KINDS = {"mse": "pixart"}
 PASSES = {"svdquant": [Pcr(relax_from=0.0, relax_to=0.5)]}
 
 
-@pytest.fixture(scope="module")
-def made():
-    return {
-        name: fit(tiny_source(KINDS.get(name, "unet2d")), recipe, RunOptions(), passes=PASSES.get(name, ()))
-        for name, recipe in RECIPES.items()
-    }
+@functools.cache
+def made(name):
+    return fit(tiny_source(KINDS.get(name, "unet2d")), RECIPES[name], RunOptions(), passes=PASSES.get(name, ()))
 
 
 def started(artifact, kind="unet2d"):
@@ -44,9 +42,9 @@ def started(artifact, kind="unet2d"):
     return student_from_artifact(artifact, source, CPU), source
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_first_forward_pass_is_that_of_the_artifact(name, made):
-    artifact, kind = made[name], KINDS.get(name, "unet2d")
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.extended] if name == "svdquant" else []) for name in RECIPES])
+def test_the_first_forward_pass_is_that_of_the_artifact(name):
+    artifact, kind = made(name), KINDS.get(name, "unet2d")
     inputs = tiny_inputs(kind, batch=3) | {"timestep": artifact.timesteps.float()}  # a student relaxes whole rows, a runtime timesteps
     student, source = started(artifact, kind)
     again = artifact_from_student(student, source, {})
@@ -73,8 +71,8 @@ def test_the_first_forward_pass_is_that_of_the_artifact(name, made):
     assert float((found - expected).norm()) < 0.01 * float((expected - exact).norm())
 
 
-def test_the_float_weight_behind_a_code_is_the_source_s_unless_the_code_is_another(made):
-    artifact = made["qdiff"]
+def test_the_float_weight_behind_a_code_is_the_source_s_unless_the_code_is_another():
+    artifact = made("qdiff")
     student, source = started(artifact)
     kept = decided = 0
     for name, layer in student.layers.items():
@@ -86,9 +84,9 @@ def test_the_float_weight_behind_a_code_is_the_source_s_unless_the_code_is_anoth
     assert kept > decided > 0
 
 
-def test_the_source_is_not_changed(made):
+def test_the_source_is_not_changed():
     source, before = tiny_source(), tiny_source().model.state_dict()
-    found = with_params(restructured(source, structure_of(made["mpq-dm"])), made["mpq-dm"])
+    found = with_params(restructured(source, structure_of(made("mpq-dm"))), made("mpq-dm"))
     assert all(torch.equal(value, before[key]) for key, value in source.model.state_dict().items())
     assert any(not torch.equal(value, before[key]) for key, value in found.model.state_dict().items() if key in before)
 
@@ -107,8 +105,8 @@ def test_bounds_tell_a_symmetric_range_from_an_asymmetric_one():
     assert spec_of("a", replace(site, activation=None)).act_bits is None
 
 
-def test_an_artifact_with_a_layer_in_floating_point_is_refused(made):
-    artifact = made["qdiff"]
+def test_an_artifact_with_a_layer_in_floating_point_is_refused():
+    artifact = made("qdiff")
     name = "mid_block.attentions.0.to_q"
     sites = {key: site for key, site in artifact.sites.items() if key != name}
     with pytest.raises(InputError, match=r"keeps 'mid_block\.attentions\.0\.to_q' in floating point"):
