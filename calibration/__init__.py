@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from calibration.base_pass import Pass, PassContext, SitePricer, check_passes, measuring_run
-from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.data.prompts import prompts_of
 from calibration.data.trajectory_pool import Trajectories
 from calibration.observers.rotation import rotate_inputs
@@ -29,6 +28,7 @@ from calibration.student.to_artifact import artifact_from_student
 from edm_deploy import Artifact
 from edm_deploy.artifact.fold_pre_scales import fold_pre_scales
 from edm_deploy.errors import InputError
+from edm_deploy.pipelines.noise_schedules import calibrated_timesteps
 from edm_deploy.pipelines.prompt_encoding import check_takes_prompts, conditioner_of
 from edm_deploy.pipelines.source import Source
 

@@ -32,7 +32,7 @@ class Mutant:
 
 CODES, TABLE, LAYOUT = (f"edm_deploy/numerics/{name}.py" for name in ("codes", "activation_table", "kernel_layout"))
 REFERENCE, CORRECTION, ROUTING = (f"edm_deploy/artifact/{name}.py" for name in ("reference", "timestep_correction", "timestep_routing"))
-GUIDANCE, SCHEDULES = "edm_deploy/pipelines/guidance.py", "calibration/data/noise_schedules.py"
+GUIDANCE, SCHEDULES = "edm_deploy/pipelines/guidance.py", "edm_deploy/pipelines/noise_schedules.py"
 LAYERS, FAKE_QUANT = "calibration/student/layers.py", "calibration/student/fake_quant.py"
 ADAROUND, RESIDUAL = "calibration/reconstruction/adaround.py", "calibration/training/binary_residual.py"
 CPU_OPS, PACKED = "engines/kernels/cpu_ops.py", "engines/torch_graph/packed_layer.py"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibration.data.noise_schedules import schedule_of
 from edm_deploy.pipelines.guidance import Conditioner, Conditioning
+from edm_deploy.pipelines.noise_schedules import schedule_of
 from edm_deploy.pipelines.source import Source
 
 FORWARD_BATCH = 32  # samples per forward pass without gradients

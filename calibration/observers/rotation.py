@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.data.trajectory_pool import Trajectories
 from calibration.observers.observers import Observer
 from calibration.recipe import Recipe
@@ -24,6 +23,7 @@ from edm_deploy.network.restructure import NetworkRewrite, restructure
 from edm_deploy.network.rotation import largest_block, rotate, rotate_weight
 from edm_deploy.numerics.codes import dequantize_weight, quantize_weight
 from edm_deploy.pipelines.guidance import Conditioner
+from edm_deploy.pipelines.noise_schedules import calibrated_timesteps
 from edm_deploy.pipelines.source import Source
 
 LEAST_BLOCK = 4  # smaller ones spread nothing

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from calibration.base_pass import Pass, PassContext, needs_quantized_inputs, needs_rows
-from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.data.observation import ActivationSamples
 from calibration.data.trajectory_pool import FORWARD_BATCH, Trajectories
 from calibration.observers.kmeans import cluster, memberships, segment
@@ -30,6 +29,7 @@ from calibration.student.teacher import Teacher
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import InputError
 from edm_deploy.network.restructure import site_input
+from edm_deploy.pipelines.noise_schedules import calibrated_timesteps
 
 
 @dataclass(frozen=True, kw_only=True)

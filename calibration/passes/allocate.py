@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from calibration.base_pass import Pass, PassContext, SitePrice, needs_quantized_inputs
-from calibration.data.noise_schedules import calibrated_timesteps
-from calibration.data.step_weights import cached_step_weights
 from calibration.data.trajectory_pool import Trajectories
 from calibration.observers.bit_budget import INT4_BITS, RAISED_BITS, Budget, choose, costs_of
 from calibration.observers.sensitivity import Sensitivity, groups_to_raise, sensitivities
@@ -21,6 +19,8 @@ from calibration.student.quantization_spec import LayerSpec
 from calibration.student.teacher import Teacher
 from edm_deploy.errors import InputError
 from edm_deploy.network.layer_costs import model_work
+from edm_deploy.pipelines.noise_schedules import calibrated_timesteps
+from edm_deploy.pipelines.step_weights import cached_step_weights
 
 
 @dataclass(frozen=True, kw_only=True)

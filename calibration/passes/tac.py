@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from calibration.base_pass import Pass, PassContext
-from calibration.data.noise_schedules import Schedule, calibrated_timesteps, schedule_of
 from calibration.data.trajectory_pool import FORWARD_BATCH
 from calibration.run.setting_checks import at_least, within
 from calibration.student.student import Student
@@ -24,6 +23,7 @@ from calibration.student.teacher import Teacher
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.timestep_correction import Correction, channel_axis
 from edm_deploy.numerics.activation_table import nearest_rows
+from edm_deploy.pipelines.noise_schedules import Schedule, calibrated_timesteps, schedule_of
 
 log = logging.getLogger(__name__)
 Predict = Callable[[Tensor, Tensor], Tensor]  # sample float32 [B, ...] and timestep float32 [B] -> prediction float32 [B, ...]

@@ -20,7 +20,7 @@ from calibration.reconstruction.reconstruct import Stage, reconstruct
 from calibration.run.dtypes import DTYPES, ComputeDtype, check_dtype
 from calibration.run.setting_checks import at_least
 from calibration.student.student import Student
-from edm_deploy.network.restructure import representable
+from edm_deploy.network.restructure import block_of, representable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +102,12 @@ class Dilate(Mse):
 def dilate(student: Student) -> None:
     """WD: divide the input of every layer by the largest factor that its weights can be multiplied by within the extremes of every output channel.
 
-    Weight scales are not changed: dilation preserves them by construction. Layers that receive the same input share one dilation.
+    Weight scales are not changed: dilation preserves them by construction. Layers that receive the same input share one dilation. Layers whose input is rotated
+    are left out: a rotation moves the extremes of the output channels.
     """
     for name in scalable(student):
+        if block_of(student.layers[name].layer) is not None:
+            continue
         factors = dilation_factors(stacked_weight(student, name))
         if bool((factors > 1).any()):
             student.set_pre_scale(name, pre_scale_of(factors))

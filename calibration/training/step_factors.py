@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calibration.data.step_weights import cached_step_weights
 from calibration.recipe import TrainingContext
+from edm_deploy.pipelines.step_weights import cached_step_weights
 
 
 def step_factors(context: TrainingContext, power: float) -> Tensor:

@@ -3,11 +3,11 @@
 import torch
 from diffusers import DDIMScheduler
 
-from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.data.trajectory_pool import Trajectories
 from calibration.recipe import Recipe, TrainingContext
 from calibration.run.options import Run, RunOptions
 from calibration.student.teacher import Teacher
+from edm_deploy.pipelines.noise_schedules import calibrated_timesteps
 from edm_deploy.pipelines.source import Source
 from tests.conftest import PIPELINE, TINY, tiny_model
 

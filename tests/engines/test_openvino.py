@@ -133,7 +133,9 @@ def small_session(directory) -> OpenvinoSession:
     rows = {ROW_NAME: torch.arange(1000, dtype=torch.int32) // 500, "scale": torch.tensor([2.0, 3.0]).reshape(2, 1, 1, 1)}
     save_file(rows, directory / TABLES_NAME)
     profile = {"batch": ShapeRange(1, 4, 16)}
-    manifest = types.SimpleNamespace(outputs=("prediction",), profile=profile, build={"options": {"precision": "fp32", "threads": 1}})
+    manifest = types.SimpleNamespace(
+        adapters=None, outputs=("prediction",), profile=profile, build={"options": {"precision": "fp32", "threads": 1}}
+    )
     return OpenvinoSession(ov, directory, manifest, torch.device("cpu"))
 
 

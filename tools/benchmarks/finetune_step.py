@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.data.trajectory_pool import Trajectories
 from calibration.recipe import TrainingContext
 from calibration.recipes.efficientdm import EfficientDM
@@ -25,6 +24,7 @@ from calibration.run.options import Run, RunOptions
 from calibration.student.teacher import Teacher
 from calibration.training.distillation import Training
 from edm_deploy.errors import EdmDeployError
+from edm_deploy.pipelines.noise_schedules import calibrated_timesteps
 from edm_deploy.pipelines.source import Source, load_source
 from edm_deploy_tools.benchmarks.engines import check_counts, conditions
 from edm_deploy_tools.common.console import Row

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration.data.noise_schedules import schedule_of
-from calibration.data.step_weights import cached_step_weights
 from edm_deploy.errors import InputError
 from edm_deploy.network.graph_names import SCALE_INPUT
 from edm_deploy.numerics.seeds import check_seed
 from edm_deploy.pipelines.guidance import Conditioner, Conditioning
+from edm_deploy.pipelines.noise_schedules import schedule_of
 from edm_deploy.pipelines.prompt_encoding import check_takes_prompts, conditioner_of, takes_prompts
 from edm_deploy.pipelines.prompt_file import read_prompts
 from edm_deploy.pipelines.sampling import Denoise, Step, last_sample, trajectory
 from edm_deploy.pipelines.schedulers import scheduler_named, schedulers_for
 from edm_deploy.pipelines.source import Source
+from edm_deploy.pipelines.step_weights import cached_step_weights
 from edm_deploy_tools.common.assets import ASSETS
 from edm_deploy_tools.evaluation.denoisers import denoise_of_source, timed
 from edm_deploy_tools.images.decoding import Decoder, decoder_of
@@ -216,7 +216,7 @@ def _drawn(source: Source, settings: EvaluationSettings, conditioner: Conditione
 
 
 def _step_weights(source: Source, conditioner: Conditioner, timesteps: Sequence[float]) -> Tensor:
-    """`calibration.data.step_weights` of a model at these timesteps, in their order: float32 [steps]."""
+    """`edm_deploy.pipelines.step_weights` of a model at these timesteps, in their order: float32 [steps]."""
     last = source.num_train_timesteps - 1
     rounded = torch.tensor(timesteps).round().int().clamp(0, last)
     rows, row_of_step = torch.unique(rounded, return_inverse=True)

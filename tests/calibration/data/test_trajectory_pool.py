@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.data.trajectory_pool import Trajectories
+from edm_deploy.pipelines.noise_schedules import calibrated_timesteps
 from tests.calibration.tiny import tiny_source
 
 

@@ -7,6 +7,7 @@ import calibration
 from calibration.observers.channel_scaling import channel_ranges, stacked_weight
 from calibration.observers.rotation import Group, measure, rotatable, rotate_inputs
 from calibration.recipe import TrainingContext
+from calibration.recipes.dilate import dilate
 from calibration.recipes.mse import Mse
 from calibration.recipes.tcaq import Tcaq
 from calibration.run.options import RunOptions
@@ -116,6 +117,14 @@ def test_a_recipe_that_smooths_sees_published_channels():
     assert artifact.structure.rotated == structure.rotated and artifact.params.keys() == {
         key for key in tiny_source("dit").model.state_dict() if key.removesuffix(".weight") not in artifact.sites
     }
+
+
+def test_rotated_layers_are_not_dilated():
+    recipe = Mse(rows=2, rotate="all")
+    source, structure, _ = rotated(recipe, "unet2d")
+    student = recipe.student(source, torch.tensor([0, 500], dtype=torch.int32), CPU, structure=structure)
+    dilate(student)
+    assert student.structure.pre_scaled and not set(student.structure.pre_scaled) & set(structure.rotated)
 
 
 @dataclass(frozen=True, kw_only=True)

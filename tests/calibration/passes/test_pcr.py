@@ -6,7 +6,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from calibration import RunOptions, fit
 from calibration.base_pass import check_passes
-from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.data.trajectory_pool import Trajectories
 from calibration.passes.pcr import Pcr
 from calibration.recipes.minmax import MinMax
@@ -14,6 +13,7 @@ from edm_deploy.artifact.reference import Reference
 from edm_deploy.artifact.relaxed_timesteps import relaxed_graph
 from edm_deploy.artifact.timestep_routing import intervals_from_mask
 from edm_deploy.errors import InputError
+from edm_deploy.pipelines.noise_schedules import calibrated_timesteps
 from tests.calibration.tiny import tiny_source
 
 QUICK = MinMax(weight_bits=4, act_bits=4, rows=5, calibration_samples=2)

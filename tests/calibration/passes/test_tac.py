@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from calibration import RunOptions, fit
-from calibration.data.noise_schedules import DiffusionSchedule
 from calibration.passes.tac import Estimate, Tac, shrunk
 from calibration.recipes.minmax import MinMax
 from edm_deploy.errors import InputError
+from edm_deploy.pipelines.noise_schedules import DiffusionSchedule
 from tests.calibration.tiny import tiny_source
 
 PLAIN = Tac(ridge=0.0, relative=0.0)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from calibration import recipes
-from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.recipes._distilling import DistillationRecipe
 from calibration.recipes.efficientdm import EfficientDM
 from edm_deploy import registry
 from edm_deploy.errors import InputError
+from edm_deploy.pipelines.noise_schedules import calibrated_timesteps
 from tests.calibration.tiny import tiny_source
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from calibration import RunOptions, fit
-from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.recipes.efficientdm import RECIPE
 from calibration.recipes.mse import Mse
 from calibration.run.options import Interrupted
 from edm_deploy.errors import InputError
+from edm_deploy.pipelines.noise_schedules import calibrated_timesteps
 from tests.calibration.tiny import tiny_context, tiny_source
 
 

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from calibration.data.noise_schedules import calibrated_timesteps
 from calibration.data.trajectory_pool import Trajectories
 from calibration.recipes._reconstructing import ReconstructionRecipe, sample_trajectories
 from calibration.recipes.mse import Mse
 from calibration.reconstruction.block_cache import CACHE_BYTES
 from calibration.student.teacher import Teacher
 from edm_deploy.errors import InputError
+from edm_deploy.pipelines.noise_schedules import calibrated_timesteps
 from tests.calibration.tiny import tiny_source
 
 

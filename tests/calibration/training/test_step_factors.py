@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from calibration.data.step_weights import cached_step_weights
 from calibration.recipes.minmax import MinMax
 from calibration.training import step_factors
 from calibration.training.distillation import Training, TrainingSchedule
 from calibration.training.param_group import ParamGroup
+from edm_deploy.pipelines.step_weights import cached_step_weights
 from tests.calibration.tiny import tiny_context
 
 

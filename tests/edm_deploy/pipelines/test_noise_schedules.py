@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from calibration.data.noise_schedules import FlowSchedule, calibrated_timesteps, schedule_of
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.models import family_named
+from edm_deploy.pipelines.noise_schedules import FlowSchedule, calibrated_timesteps, schedule_of
 
 
 def test_rows_are_the_timesteps_of_the_models_pipeline():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from calibration.data.noise_schedules import DiffusionSchedule
-from calibration.data.step_weights import step_weights, weights_rounded
+from edm_deploy.pipelines.noise_schedules import DiffusionSchedule
+from edm_deploy.pipelines.step_weights import step_weights, weights_rounded
 
 ALPHAS = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0], dtype=torch.float64)
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibration.data.noise_schedules import Schedule
 from edm_deploy.numerics.codes import dequantize_weight, quantize_weight, weight_bounds
 from edm_deploy.pipelines.guidance import Conditioner
+from edm_deploy.pipelines.noise_schedules import Schedule
 from edm_deploy.storage.cache import cached_json
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # sample float32 [B, ...] and timestep float32 [B] -> prediction float32 [B, ...]
