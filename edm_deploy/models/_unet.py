@@ -13,18 +13,22 @@ EMBEDDINGS = PlacementRule(r"^(time|class|add)_embedding\.", "w8a8", "few weight
 SHORTCUTS = PlacementRule(
     r"\bconv_shortcut\b", "w8a8", "few weights, and they bypass a block, so that no later layer corrects their rounding error"
 )
+DOWNSAMPLERS = PlacementRule(
+    r"\bdownsamplers\.", "w8a8", "a small part of the work, and everything below them and the skip connections read their output"
+)
 
 
 class UNetFamily(DiffusersFamily):
-    """A diffusers UNet. Sites are every Conv2d and Linear; the first and last convolution, the embeddings and the 1x1 shortcuts are W8A8.
+    """A diffusers UNet. Sites are every Conv2d and Linear; the first and last convolution, the embeddings, shortcuts and downsamplers are W8A8.
 
-    The shortcuts are 4 % of the reference model's multiply-accumulates, 3 % of Stable Diffusion 1.5's and 1 % of SDXL's.
+    On the reference model at W4A4, `mse`, 16 images of each of three seeds, W8A8 shortcuts (4 % of the multiply-accumulates) raise the mean PSNR from 19.1 to
+    24.4 dB, and W8A8 downsamplers (2 %) to 24.8 dB.
 
     Source: EfficientDM, arXiv 2310.03270, section 5.1 (first and last layer and embeddings at 8 bits); its released code, github.com/ThisisBillhe/EfficientDM
-    at 293e212, leaves the shortcuts in floating point.
+    at 293e212, leaves shortcuts and the samplers' convolutions (`op`) in floating point.
     """
 
-    rules = (ENDS, EMBEDDINGS, SHORTCUTS)
+    rules = (ENDS, EMBEDDINGS, SHORTCUTS, DOWNSAMPLERS)
 
     def size_multiple(self, config: Config) -> int:
         return int(2 ** (len(config["block_out_channels"]) - 1))  # every level but the last halves the feature map
