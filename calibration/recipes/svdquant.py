@@ -56,7 +56,7 @@ class SvdQuant(Mse):
         rank: Largest rank of a branch; 0 for no branches. Source: 32.
         largest_share: Largest share of a layer's multiply-accumulates that its branch may add; the rank is lowered accordingly. Source: none, 32 is
             a few hundredths of the width of the published models.
-        smoothing: Power of `max|X_c| / max|W_c|` that inputs are divided by; 0 is no smoothing. -1 searches the power, of this ratio or of `max|X_c|` alone,
+        smoothing: Power of `max|X_c| / max|W_c|` that inputs are divided by; 0 is no smoothing. None searches the power, of this ratio or of `max|X_c|` alone,
             with the least error of each layer's output. Source: a search.
         rounding: How the rest is rounded: to `nearest`, or by `gptq`. Source: GPTQ.
     """
@@ -66,14 +66,14 @@ class SvdQuant(Mse):
     act_bits: int = 4
     rank: int = 32
     largest_share: float = 0.25
-    smoothing: float = -1.0
+    smoothing: float | None = None
     rounding: Rounding = "gptq"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("rank", self.rank, 0)
         within("largest_share", self.largest_share, 0.0, 1.0)
-        if self.smoothing != -1:
+        if self.smoothing is not None:
             within("smoothing", self.smoothing, 0.0, 1.0)
         if self.rounding not in get_args(Rounding):
             raise InputError(f"rounding is {self.rounding!r}; expected {' or '.join(get_args(Rounding))}. Set another rounding.")
@@ -141,7 +141,7 @@ class SvdQuant(Mse):
     def smoothings(self, inputs: InputStatistics, weight: Tensor) -> list[Tensor | None]:
         """The pre-scales to try, float32 [Cin] each; None is none."""
         amax = inputs.ranges.amax()
-        if self.smoothing != -1:
+        if self.smoothing is not None:
             return [representable(1 / smoothing_scales(amax, weight, self.smoothing))] if self.smoothing else [None]
         by_input = [smoothing_scales(amax, amax.new_ones(1, len(amax), 1), power) for power in POWERS]
         by_both = [smoothing_scales(amax, weight, power) for power in POWERS]

@@ -33,7 +33,7 @@ _KEEP: frozenset[Callable[..., Any]] = frozenset(
 def concatenated_inputs(family: Family, config: Config, *, through: bool) -> dict[str, tuple[int, ...]]:
     """For each site whose input is a concatenation along its channels, the channels of each part.
 
-    One forward pass on the meta device, independent of layer names. Sites that are kept at 8 bit are left out.
+    One forward pass on the meta device, independent of layer names. Of the sites that are kept at 8 bit, shortcuts are included.
 
     Args:
         family: Family of the model.
@@ -53,7 +53,7 @@ def concatenated_inputs(family: Family, config: Config, *, through: bool) -> dic
         return hook
 
     for name, layer in family.sites(model).items():
-        if family.placement(name) == "quantize":
+        if family.placement(name) == "quantize" or family.group(name) == "skip":
             layer.register_forward_pre_hook(record(name))
     with tracer, torch.no_grad():
         family.forward(model, meta_inputs(family, config))

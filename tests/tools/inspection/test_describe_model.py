@@ -17,7 +17,7 @@ def sd15():
 def test_an_architecture_is_described_by_its_name(sd15):
     assert kind_of("sd15") == "model"
     assert sd15.facts["parameters"] == "859,520,964"
-    assert sd15.facts["sites"].startswith("282: 278 quantized, 4 kept at W8A8")
+    assert sd15.facts["sites"].startswith("282: 261 quantized, 21 kept at W8A8")
     assert sd15.facts["sample"] == "4x64x64"
 
 
@@ -34,13 +34,13 @@ def test_work_and_sizes_are_those_of_stable_diffusion(sd15):
 
 
 def test_what_is_kept_has_its_reason(sd15):
-    assert sum(row["layers"] for row in sd15.tables["Kept"]) == 4
+    assert sum(row["layers"] for row in sd15.tables["Kept"]) == 21
     assert all(row["kept"] == "W8A8" and row["because"] for row in sd15.tables["Kept"])
 
 
 def test_each_backend_has_a_plan_for_each_scheme(sd15):
     rows = {(row["scheme"], row["backend"]): row["plan"] for row in sd15.tables["Expected engine"]}
-    assert rows["W4A4", "cuda"] == "278 sites stored W4A4, executed as INT4; 4 sites stored W8A8, executed as INT8"
+    assert rows["W4A4", "cuda"] == "261 sites stored W4A4, executed as INT4; 21 sites stored W8A8, executed as INT8"
     assert "282 sites stored W8A8, executed as INT8" in rows["W8A8", "trt-rtx"]
 
 
