@@ -110,8 +110,8 @@ MUTANTS = {
     "a flow goes back to noise": mutant(SCHEDULES, "(then - now) * prediction", "(now - then) * prediction"),
     "the last rate is not the smallest": mutant(
         "calibration/training/distillation.py",
-        "* (1 - share) if self.warmup else 1 - share",
-        "* (1 - share) if self.warmup else share",
+        'fall = 1 - share if self.decay == "linear"',
+        'fall = share if self.decay == "linear"',
         "calibration/training/test_distillation.py::test_rates_rise_and_fall_linearly",
     ),
     # the student

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def calibrate(
     model: opt.Model,
     out: opt.Out,
-    recipe: Annotated[str, typer.Option(help="Calibration method: minmax, percentile, mse or static.")] = "mse",
+    recipe: Annotated[str, typer.Option(help="Calibration method: minmax, percentile, mse, svdquant or static.")] = "mse",
     weight_bits: opt.WeightBits = None,
     act_bits: opt.ActBits = None,
     rows: opt.Rows = None,

@@ -62,7 +62,7 @@ def open_fake(streams, tmp_path):
     """Opens a session on FakeContext, whose tensors are on the CPU."""
     path = tmp_path / tensorrt_backend.ENGINE_NAME
     path.write_bytes(b"engine")
-    manifest = types.SimpleNamespace(inputs=[types.SimpleNamespace(name="x")], outputs=("y",))
+    manifest = types.SimpleNamespace(graph_inputs=[types.SimpleNamespace(name="x")], outputs=("y",))
     return lambda module: NvinferSession(module, path, manifest, torch.device("cpu"))
 
 
