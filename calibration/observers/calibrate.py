@@ -16,7 +16,7 @@ from calibration.recipe import Recipe, TrainingContext
 from calibration.run.options import Interrupted
 from calibration.run.parallel_map import parallel_map
 from calibration.run.progress import ProgressMeter
-from calibration.student.layers import ActivationQuantizer, StudentLayer
+from calibration.student.layers import StudentLayer
 from calibration.student.module_outputs import input_hooks
 from calibration.student.student import Student
 from edm_deploy.network.restructure import site_input
@@ -59,8 +59,8 @@ def calibrate(context: TrainingContext, recipe: Recipe) -> None:
     observed: Mapping[str, nn.Module] = student.layers if run.student_leads else {name: sites[name] for name in student.layers}
     tables = _ObservedTables(student, recipe, trajectories.rows)
     means = {name: InputMean() for name in observed} if recipe.corrects_bias else {}
-    hooks = [(observed[name], _of_input(student.layers[name], observer)) for name, observer in tables.observers.items()]
-    hooks += [(observed[name], _of_input(student.layers[name], mean)) for name, mean in means.items()]
+    hooks = [(observed[name], input_hook(student.layers[name], observer)) for name, observer in tables.observers.items()]
+    hooks += [(observed[name], input_hook(student.layers[name], mean)) for name, mean in means.items()]
     if run.student_leads:
         hooks += [(student.layers[name], tables.set_when_reached(name)) for name in tables.observers]
     with ProgressMeter(run, "calibrate", trajectories.device) as meter:
@@ -124,10 +124,11 @@ class _ObservedTables:
             observed = {name: self.pooled[name] + subset if name in self.pooled else subset for name, subset in subsets.items()}
         self.latest |= observed
         ranges = parallel_map(
-            lambda name: [self.recipe.activation_range(observed[name], table.spec) for table in self._tables(name)], observed
+            lambda name: [self.recipe.activation_range(observed[name], table.spec) for table in self.student.quantizers[name].tables],
+            observed,
         )
         for name, found in zip(observed, ranges, strict=True):
-            for table, range_ in zip(self._tables(name), found, strict=True):
+            for table, range_ in zip(self.student.quantizers[name].tables, found, strict=True):
                 table.set_row(slice(None) if self.recipe.static else self.row, range_)
 
     def set_when_reached(self, name: str) -> Hook:
@@ -140,11 +141,7 @@ class _ObservedTables:
         for observer in self.observers.values():
             observer.clear()
 
-    def _tables(self, name: str) -> list[ActivationQuantizer]:
-        quantizer = self.student.quantizers[name]
-        return [quantizer] if quantizer.relaxed is None else [quantizer, quantizer.relaxed]
 
-
-def _of_input(layer: StudentLayer, collector: Observer | InputMean) -> Hook:
+def input_hook(layer: StudentLayer, collector: Observer | InputMean) -> Hook:
     """A hook that calls `collector` on a layer's input as the student's layer quantizes it: multiplied by its pre-scale, rotated."""
     return lambda _, args: collector(layer.layer, (site_input(layer.layer, args[0]),))

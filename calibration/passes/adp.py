@@ -8,7 +8,7 @@ input channel and timestep, which no integer kernel can factor; the paper's grou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from calibration.base_pass import Pass, PassContext, needs_quantized_inputs, needs_rows
 from calibration.data.observation import ActivationSamples
 from calibration.data.trajectory_pool import FORWARD_BATCH, Trajectories
+from calibration.observers.calibrate import input_hook
 from calibration.observers.kmeans import cluster, memberships, segment
 from calibration.observers.observers import MinMaxObserver, Observer
 from calibration.recipe import Recipe
@@ -28,7 +29,6 @@ from calibration.student.student import Student
 from calibration.student.teacher import Teacher
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import InputError
-from edm_deploy.network.restructure import site_input
 from edm_deploy.pipelines.noise_schedules import calibrated_timesteps
 
 
@@ -156,10 +156,7 @@ def search_ranges(student: Student, context: PassContext, groups: Tensor) -> Non
         conditioner=context.conditioner,
     )
 
-    def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda layer, args: observers[name](layer, (site_input(student.layers[name].layer, args[0]),))
-
-    with input_hooks((layers[name], observe(name)) for name in observers):
+    with input_hooks((layers[name], input_hook(student.layers[name], observer)) for name, observer in observers.items()):
         for row, batches in trajectories.traverse_schedule(FORWARD_BATCH):
             for batch in batches:
                 trajectories.advance(batch, batch.conditioning.combine(teacher(batch.inputs)))
@@ -169,12 +166,7 @@ def search_ranges(student: Student, context: PassContext, groups: Tensor) -> Non
                 # Equal shares of every row, and as many values as of one row alone.
                 found = observer.pop().subsample(members, generator)
                 pooled[name, group] = pooled[name, group] + found if (name, group) in pooled else found
-    searched = [
-        (table, name, group)
-        for name, group in pooled
-        for table in (student.quantizers[name], student.quantizers[name].relaxed)
-        if table is not None
-    ]
+    searched = [(table, name, group) for name, group in pooled for table in student.quantizers[name].tables]
     ranges = parallel_map(lambda entry: recipe.activation_range(pooled[entry[1:]], entry[0].spec), searched)
     for (table, _, group), found_range in zip(searched, ranges, strict=True):
         for row in torch.nonzero(groups == group)[:, 0].tolist():

@@ -8,7 +8,6 @@ baselines (github.com/OptiSys-ZJU/segquant at 125659c).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,9 +23,9 @@ from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.timestep_correction import Correction, channel_axis
 from edm_deploy.numerics.activation_table import nearest_rows
 from edm_deploy.pipelines.noise_schedules import Schedule, calibrated_timesteps, schedule_of
+from edm_deploy.pipelines.sampling import Denoise
 
 log = logging.getLogger(__name__)
-Predict = Callable[[Tensor, Tensor], Tensor]  # sample float32 [B, ...] and timestep float32 [B] -> prediction float32 [B, ...]
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,11 @@ class Tac(Pass):
         generator = torch.Generator().manual_seed(context.recipe.seed + 1)  # other samples than those the ranges were observed on
         shape = context.source.family_object.latent_shape(context.source.config)
         noise = torch.randn(self.samples, *shape, generator=generator).to(context.device)
-        conditioning = {name: value.to(context.device) for name, value in context.conditioner.draw(self.samples, generator).items()}
+        drawn = {name: value.to(context.device) for name, value in context.conditioner.draw(self.samples, generator).items()}
+        conditioning = context.conditioner.of(drawn)
         student.compute_dtype = torch.float32
         # A new teacher: the recipe's may compute in bfloat16 by now.
-        teacher, quantized = (_predict(model, context, conditioning) for model in (Teacher(context.source, context.device), student))
+        teacher, quantized = (conditioning.denoiser(model, FORWARD_BATCH) for model in (Teacher(context.source, context.device), student))
         found = self.estimate(teacher, quantized, schedule_of(context.source.scheduler, timesteps), noise)
         applied, gain = found.helps or not self.held_out, float(found.gains.mean()) if len(found.gains) else 0.0
         note = {"tac": {"error_removed": round(gain, 4), "applied": applied}}
@@ -119,7 +119,7 @@ class Tac(Pass):
         return replace(artifact, correction=Correction(row_of_timestep=rows, scale=found.scale, input_bias=found.input_bias))
 
     @torch.no_grad()
-    def estimate(self, teacher: Predict, student: Predict, schedule: Schedule, noise: Tensor) -> Estimate:
+    def estimate(self, teacher: Denoise, student: Denoise, schedule: Schedule, noise: Tensor) -> Estimate:
         """The correction, shrunk by its sampling error, and its gain.
 
         All networks sample from the same noise, deterministically; the corrected student as in deployment, corrected at every timestep passed so far.
@@ -203,19 +203,6 @@ def shrunk(values: Tensor, *, mean: Tensor | None = None) -> Tensor:
         return torch.zeros_like(mean)
     square = mean.square()
     return torch.where(square > 0, mean * (1 - values.var(0) / len(values) / square).clamp(min=0), 0.0)
-
-
-def _predict(model: Teacher | Student, context: PassContext, values: dict[str, Tensor]) -> Predict:
-    """A network's combined prediction, in batches."""
-
-    def predict(sample: Tensor, timestep: Tensor) -> Tensor:
-        parts = []
-        for indices in torch.split(torch.arange(len(sample)), FORWARD_BATCH):
-            conditioning = context.conditioner.of({name: value[indices] for name, value in values.items()})
-            parts.append(conditioning.combine(model(conditioning.inputs(sample[indices], timestep[indices])).float()))
-        return torch.cat(parts)
-
-    return predict
 
 
 def _means(values: Tensor) -> Tensor:

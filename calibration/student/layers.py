@@ -76,6 +76,11 @@ class ActivationQuantizer(nn.Module):
         if self.relaxed is not None:
             self.relaxed.set_samples(rows, None)
 
+    @property
+    def tables(self) -> list[ActivationQuantizer]:
+        """The quantizer itself, and the one for relaxed rows if there is one."""
+        return [self] if self.relaxed is None else [self, self.relaxed]
+
     def clear_cache(self) -> None:
         """Drop the cached input and result, which would otherwise be kept until the next forward pass."""
         self._cache = None

@@ -7,11 +7,12 @@ The branch reads the layer's input before the quantizer, in the graph's floating
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
+from edm_deploy.export.node_writer import NodeWriter
 from edm_deploy.export.trace import SiteNodes
 from edm_deploy.network.adapter_inputs import SLOT_SCALES, AdapterInputs, down_input, up_input
 from edm_deploy.network.graph_names import adapted, branch_start
@@ -30,12 +31,11 @@ def insert_adapters(model: ir.Model, sites: Mapping[str, SiteNodes], adapters: A
         writer.insert(name, sites[name])
 
 
-class _BranchWriter:
+class _BranchWriter(NodeWriter):
     """Insert branches into one graph. Holds the inputs, and the slots' weights in the shapes that layers of other ranks need."""
 
     def __init__(self, graph: ir.Graph, adapters: AdapterInputs) -> None:
-        self.graph = graph
-        self.dtype = graph.inputs[0].dtype or ir.DataType.FLOAT
+        super().__init__(graph, graph.inputs[0].dtype or ir.DataType.FLOAT)
         self.inputs = {
             declared.name: ir.Value(name=declared.name, shape=ir.Shape(declared.dims), type=ir.TensorType(self.dtype))
             for declared in adapters.inputs
@@ -50,22 +50,22 @@ class _BranchWriter:
         conv = nodes.node.op_type == "Conv"
         x, down, up = nodes.x, self.inputs[down_input(name)], self.inputs[up_input(name)]
         if x.dtype not in (None, self.dtype):
-            x = self._node(at, "Cast", [x], f"{name}/lora_x", like=x, to=int(self.dtype))
+            x = self.node(at, "Cast", [x], f"{name}/lora_x", like=x, to=int(self.dtype))
         if not conv:
-            down, up = (self._node(at, "Transpose", [weight], f"{weight.name}_t", perm=[1, 0]) for weight in (down, up))
-        low = self._node(at, "Conv" if conv else "MatMul", [x, down], branch_start(name))
+            down, up = (self.node(at, "Transpose", [weight], f"{weight.name}_t", perm=[1, 0]) for weight in (down, up))
+        low = self.node(at, "Conv" if conv else "MatMul", [x, down], branch_start(name))
         if conv and (producer := low.producer()) is not None:
             geometry = {key: value for key, value in nodes.node.attributes.items() if key != "kernel_shape"}
             producer.attributes.update(geometry)
         rank = len(x.shape) if x.shape is not None else 4 if conv else 3
-        low = self._node(at, "Mul", [low, self._scale(rank, conv=conv)], f"{name}/lora_scaled")
-        value = self._node(at, "Conv" if conv else "MatMul", [low, up], f"{name}/lora_up", like=nodes.y)
+        low = self.node(at, "Mul", [low, self._scale(rank, conv=conv)], f"{name}/lora_scaled")
+        value = self.node(at, "Conv" if conv else "MatMul", [low, up], f"{name}/lora_up", like=nodes.y)
         self._add(nodes, value, adapted(name))
 
     def _add(self, nodes: SiteNodes, value: ir.Value, name: str) -> None:
         """Replace the site's output by its sum with `value`."""
         old = nodes.y
-        total = self._node(nodes.dead[-1], "Add", [value, value], name, like=old)
+        total = self.node(nodes.dead[-1], "Add", [value, value], name, like=old)
         if old.is_graph_output():
             total.name, old.name = old.name, f"{old.name}.site"
             total.shape, total.type = old.shape, old.type
@@ -81,25 +81,7 @@ class _BranchWriter:
             scale = self.inputs[SLOT_SCALES]
             if axes:
                 label = "_".join(map(str, axes))
-                constant = ir.tensor(np.array(axes, dtype=np.int64), name=f"lora.axes_{label}")
-                where = ir.Value(name=constant.name, shape=ir.Shape([len(axes)]), type=ir.TensorType(constant.dtype), const_value=constant)
-                self.graph.initializers.add(where)
-                scale = self._node(self.first_node, "Unsqueeze", [scale, where], f"{SLOT_SCALES}_{label}")
+                where = self.constant(f"lora.axes_{label}", np.array(axes, dtype=np.int64))
+                scale = self.node(self.first_node, "Unsqueeze", [scale, where], f"{SLOT_SCALES}_{label}")
             self.scales[axes] = scale
         return self.scales[axes]
-
-    def _node(
-        self,
-        before: ir.Node,
-        op: str,
-        inputs: Sequence[ir.Value],
-        name: str,
-        like: ir.Value | None = None,
-        **attributes: int | Sequence[int],
-    ) -> ir.Value:
-        node = ir.node(op, inputs, attributes=attributes, name=name)
-        (value,) = node.outputs
-        value.name, value.type = name, ir.TensorType(self.dtype)
-        value.shape = None if like is None else like.shape
-        self.graph.insert_before(before, node)
-        return value

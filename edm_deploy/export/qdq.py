@@ -9,8 +9,8 @@ The scale is applied outside of Q/DQ, whose scales must be constant in TensorRT;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
+from edm_deploy.export.node_writer import NodeWriter
 from edm_deploy.export.trace import SiteNodes
 from edm_deploy.network.family import TIMESTEP
 from edm_deploy.network.graph_names import ROW_NAME, TableColumn, biased, layer_node, lookup, rescaled
@@ -45,11 +46,11 @@ def insert_qdq(model: ir.Model, artifact: Artifact, sites: Mapping[str, SiteNode
     return {name: writer.rewrite(name, artifact.sites[name], nodes, storage) for name, nodes in sites.items()}
 
 
-class GraphWriter:
-    """Insert nodes into one graph. Holds the values that sites share: the row of each sample, and quantized inputs."""
+class GraphWriter(NodeWriter):
+    """Insert nodes into one graph: float32, the type within a quantized layer, except codes and rows, whose callers set theirs. Holds the values that sites share: the row of each sample, and quantized inputs."""
 
     def __init__(self, graph: ir.Graph, artifact: Artifact) -> None:
-        self.graph = graph
+        super().__init__(graph, ir.DataType.FLOAT)
         self.artifact = artifact
         self.row: ir.Value | None = None  # set by write_row_lookup
         self.first_node = graph[0]
@@ -57,38 +58,6 @@ class GraphWriter:
         self.quantized: dict[ir.Value, list[tuple[ActivationTable, ir.Value]]] = {}
         self.one = self.constant("quant.one", np.float32(1))
         self.zero = self.constant("quant.zero", np.int8(0))
-
-    def constant(self, name: str, array: np.ndarray[Any, Any] | np.generic) -> ir.Value:
-        """An initialiser of this name, which is created on first use."""
-        if name in self.graph.initializers:
-            return self.graph.initializers[name]
-        return self.initializer(ir.tensor(np.asarray(array), name=name))
-
-    def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """Add a tensor as an initialiser of the same name."""
-        shape = ir.Shape(tensor.shape)  # type: ignore[arg-type]  # an initialiser's shape is all numbers
-        value = ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.graph.initializers.add(value)
-        return value
-
-    def node(
-        self,
-        before: ir.Node,
-        op: str,
-        inputs: Sequence[ir.Value],
-        output: str,
-        like: ir.Value | None = None,
-        **attributes: int | float | Sequence[int],
-    ) -> ir.Value:
-        """Insert a node before another; returns its output, with the shape of `like`."""
-        node = ir.node(op, inputs, attributes=attributes, name=output)
-        value = node.outputs[0]
-        value.name = output
-        value.type = ir.TensorType(ir.DataType.FLOAT)  # the type within a quantized layer, except codes and rows, whose callers set theirs
-        if like is not None:
-            value.shape = like.shape
-        self.graph.insert_before(before, node)
-        return value
 
     def write_row_lookup(self) -> None:
         """Insert `row` [B], each sample's table row, from its timestep, rounded to the nearest integer and clipped to the schedule."""

@@ -11,6 +11,8 @@ import re
 import torch
 from torch import Tensor, nn
 
+from edm_deploy.network.layer_like import layer_like
+
 BASE, BRANCH = "base", "branch"
 _BRANCH_LAYER = re.compile(rf"\.{BRANCH}\.(down|up)$")
 
@@ -27,23 +29,11 @@ class LowRankBranch(nn.Module):
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, rank: int) -> None:
         super().__init__()
-        self.down: nn.Conv2d | nn.Linear
+        self.down = layer_like(layer, layer.weight.shape[1], rank, bias=False)
+        outputs = len(layer.weight)
         self.up: nn.Conv2d | nn.Linear
         with torch.device("meta"):
-            if isinstance(layer, nn.Linear):
-                self.down, self.up = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=False)
-            else:
-                self.down = nn.Conv2d(
-                    layer.in_channels,
-                    rank,
-                    layer.kernel_size,  # type: ignore[arg-type]  # torch types the argument wider than the attribute
-                    layer.stride,  # type: ignore[arg-type]
-                    layer.padding,  # type: ignore[arg-type]
-                    layer.dilation,  # type: ignore[arg-type]
-                    bias=False,
-                    padding_mode=layer.padding_mode,
-                )
-                self.up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+            self.up = nn.Linear(rank, outputs, bias=False) if isinstance(layer, nn.Linear) else nn.Conv2d(rank, outputs, 1, bias=False)
         for part in (self.down, self.up):
             zeros = torch.zeros(part.weight.shape, device=layer.weight.device)
             part.weight = nn.Parameter(zeros, requires_grad=layer.weight.requires_grad)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edm_deploy.errors import ArtifactError
+from edm_deploy.network.layer_like import layer_like
 from edm_deploy.network.low_rank_branch import BASE, BRANCH, BranchedLayer, unbranchable
 from edm_deploy.network.rotation import prepare, problem_of, rotate, rotate_weight
 from edm_deploy.storage.json_schema import convert
@@ -90,7 +91,7 @@ class SplitInputLayer(nn.Module):
         self.sizes = tuple(sizes)
         self.axis = 1 if isinstance(layer, nn.Conv2d) else -1
         for index, weight in enumerate(torch.split(layer.weight.detach(), list(self.sizes), dim=1)):
-            part = _like(layer, weight.shape[1], bias=layer.bias is not None and index == 0)
+            part = layer_like(layer, weight.shape[1], len(weight), bias=layer.bias is not None and index == 0)
             part.weight = nn.Parameter(weight.float().contiguous(), requires_grad=layer.weight.requires_grad)
             if part.bias is not None and layer.bias is not None:
                 bias = layer.bias
@@ -222,20 +223,3 @@ def _unsplittable(layer: nn.Conv2d | nn.Linear, sizes: Sequence[int]) -> str | N
     if len(sizes) < 2 or min(sizes) < 1 or sum(sizes) != layer.weight.shape[1]:
         return f"it has {layer.weight.shape[1]} input channels, expected two or more parts that add up to that number"
     return None
-
-
-def _like(layer: nn.Conv2d | nn.Linear, channels: int, *, bias: bool) -> nn.Conv2d | nn.Linear:
-    """A layer of the same geometry with another number of input channels, without data."""
-    with torch.device("meta"):
-        if isinstance(layer, nn.Linear):
-            return nn.Linear(channels, layer.out_features, bias=bias)
-        return nn.Conv2d(
-            channels,
-            layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type]  # torch types the argument wider than the attribute
-            layer.stride,  # type: ignore[arg-type]
-            layer.padding,  # type: ignore[arg-type]
-            layer.dilation,  # type: ignore[arg-type]
-            bias=bias,
-            padding_mode=layer.padding_mode,
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from edm_deploy.errors import InputError
 from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Family
 from edm_deploy.network.graph_names import SCALE_INPUT
+from edm_deploy.pipelines.sampling import Denoise
 
 EXTRA_CHANNELS = "extra_channels"  # key of the conditioning: channels to concatenate to `sample`, such as mask and masked image
 
@@ -65,6 +66,23 @@ class Conditioning:
             return prediction
         unconditional, conditional = prediction.chunk(2)
         return unconditional + self.scale * (conditional - unconditional)
+
+    def denoiser(self, run: Callable[[Mapping[str, Tensor]], Tensor], batch: int) -> Denoise:
+        """The guided prediction of a network for all samples of this conditioning.
+
+        Args:
+            run: The network: its prediction by graph inputs.
+            batch: Samples of one forward pass, whose activations are in memory at once.
+        """
+
+        def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
+            parts = []
+            for members in torch.split(torch.arange(len(sample)), batch):
+                part = self.of_members(members)
+                parts.append(part.combine(run(part.inputs(sample[members], timestep[members]))))
+            return torch.cat(parts)
+
+        return denoise
 
     def _unconditional(self, name: str, value: Tensor) -> Tensor:
         return self.unconditional[name].to(value).expand_as(value) if name in self.unconditional else value

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from edm_deploy.numerics.codes import dequantize_weight, quantize_weight, weight_bounds
 from edm_deploy.pipelines.guidance import Conditioner
 from edm_deploy.pipelines.noise_schedules import Schedule
+from edm_deploy.pipelines.sampling import Denoise
 from edm_deploy.storage.cache import cached_json
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # sample float32 [B, ...] and timestep float32 [B] -> prediction float32 [B, ...]
 BITS = 5  # of the weights whose rounding perturbs a prediction: an error of about the size that a good W4A4 model has
 POINTS = 6  # steps from which a perturbed walk continues to the end; between them the effect is interpolated
 SAMPLES = 8  # trajectories,
@@ -46,15 +46,7 @@ def cached_step_weights(
         generator = torch.Generator().manual_seed(0)  # independent of the run's seed
         noise = torch.randn(SAMPLES, *conditioner.family.latent_shape(conditioner.config), generator=generator).to(device)
         drawn = {name: value.to(device) for name, value in conditioner.draw(SAMPLES, generator).items()}
-        conditioning = conditioner.of(drawn)
-
-        def predict(sample: Tensor, timestep: Tensor) -> Tensor:
-            parts = []
-            for members in torch.split(torch.arange(SAMPLES), FORWARD_BATCH):
-                part = conditioning.of_members(members)
-                parts.append(part.combine(run(part.inputs(sample[members], timestep[members]))))
-            return torch.cat(parts)
-
+        predict = conditioner.of(drawn).denoiser(run, FORWARD_BATCH)
         return [float(weight) for weight in step_weights(model, predict, schedule, noise)]
 
     def valid(found: Any) -> bool:
@@ -70,7 +62,7 @@ def cached_step_weights(
 
 
 @torch.no_grad()
-def step_weights(model: nn.Module, predict: Predict, schedule: Schedule, noise: Tensor) -> Tensor:
+def step_weights(model: nn.Module, predict: Denoise, schedule: Schedule, noise: Tensor) -> Tensor:
     """Squared change of the final sample for each unit of squared error of the prediction at one step, by step.
 
     The prediction of one step is replaced by that of the same model with its weights rounded, and the walk continues with the float model. Rounded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ def denoise_of_source(source: Source, conditioning: Conditioning) -> Denoise:
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         return source.family_object.prediction(source.config, source.family_object.forward(source.model, inputs))
 
-    return _in_batches(run, conditioning)
+    return conditioning.denoiser(run, FORWARD_BATCH)
 
 
 def denoise_of_artifact(artifact: Artifact, conditioning: Conditioning) -> Denoise:
@@ -39,7 +39,7 @@ def denoise_of_artifact(artifact: Artifact, conditioning: Conditioning) -> Denoi
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         return artifact.family_object.prediction(artifact.config, reference(inputs))
 
-    return _in_batches(run, conditioning)
+    return conditioning.denoiser(run, FORWARD_BATCH)
 
 
 def denoise_of_engine(path: Path, conditioning: Conditioning, *, device: str | None = None) -> Denoise:
@@ -68,19 +68,6 @@ def timed(denoise: Denoise, times: list[float]) -> Denoise:
         return prediction
 
     return timing
-
-
-def _in_batches(run: Callable[[Mapping[str, Tensor]], Tensor], conditioning: Conditioning) -> Denoise:
-    """A network's combined prediction, at most `FORWARD_BATCH` samples at a time."""
-
-    def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
-        parts = []
-        for members in torch.split(torch.arange(len(sample)), FORWARD_BATCH):
-            part = conditioning if len(members) == len(sample) else conditioning.of_members(members)
-            parts.append(part.combine(run(part.inputs(sample[members], timestep[members]))))
-        return torch.cat(parts)
-
-    return denoise
 
 
 def _run(denoiser: EngineDenoiser, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -105,7 +105,7 @@ class Report:
         """All figures by name; a figure that is not finite is None, as JSON has no number for it."""
         setup = dataclasses.asdict(self.trajectory.settings) | {
             "guidance": self.trajectory.guidance,
-            "conditioning": self.trajectory.origin,
+            "conditioning": self.trajectory.conditioner.origin,
             "scheduler": self.trajectory.scheduler,
             "eta": 0.0,
             "timesteps": self.trajectory.timesteps,
@@ -222,7 +222,7 @@ def describe_settings(report: Report) -> str:
     """How samples were drawn and what was compared, as sentences without markup."""
     trajectory, settings = report.trajectory, report.trajectory.settings
     scheduler = "DDIM (eta 0)" if trajectory.scheduler == "ddim" else "Euler (flow matching)"
-    conditioning = f", conditioning {trajectory.origin}" if trajectory.conditioning.conditional else ""
+    conditioning = f", conditioning {trajectory.conditioner.origin}" if trajectory.conditioning.conditional else ""
     guidance = "" if trajectory.guidance is None else f", guidance {trajectory.guidance:g}"
     return (
         f"{settings.samples} samples{' of each seed' if len(settings.seeds) > 1 else ''}, {settings.steps} steps of {scheduler}, "

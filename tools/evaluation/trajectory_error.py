@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean, median
 from typing import Any
 
@@ -71,10 +72,9 @@ class ReferenceTrajectory:
         settings: Samples, steps, seeds, guidance, prompts.
         noise: Initial noise, float32 [B, ...], the samples of each seed in turn: [B, C, H, W] except for packed latents.
         conditioning: Conditioning and guidance of the samples.
-        origin: Description of where the conditioning comes from.
+        conditioner: Draws the conditioning; describes where it comes from.
         decoder: Converts samples to images.
         steps: In sampling order; predictions include guidance.
-        step_weights: float32, for each step the squared change of the final sample for a squared error of the prediction.
         final: Final samples, [B, ...].
         images: Decoded final samples, [B, C, H, W].
         seconds: Median wall time of one forward pass of the batch.
@@ -84,10 +84,9 @@ class ReferenceTrajectory:
     settings: EvaluationSettings
     noise: Tensor
     conditioning: Conditioning
-    origin: str
+    conditioner: Conditioner
     decoder: Decoder
     steps: tuple[Step, ...]
-    step_weights: Tensor
     final: Tensor
     images: Tensor
     seconds: float
@@ -104,6 +103,11 @@ class ReferenceTrajectory:
         if SCALE_INPUT in conditional:
             return float(conditional[SCALE_INPUT][0])
         return self.conditioning.scale if self.conditioning.unconditional else None
+
+    @cached_property
+    def step_weights(self) -> Tensor:
+        """For each step the squared change of the final sample for a squared error of the prediction, float32 [steps]; measured on first use."""
+        return _step_weights(self.source, self.conditioner, self.timesteps)
 
     @property
     def timesteps(self) -> list[float]:
@@ -170,10 +174,9 @@ def reference_trajectory(source: Source, settings: EvaluationSettings) -> Refere
         settings=settings,
         noise=noise,
         conditioning=conditioning,
-        origin=conditioner.origin,
+        conditioner=conditioner,
         decoder=decoder,
         steps=steps,
-        step_weights=_step_weights(source, conditioner, [step.timestep for step in steps]),
         final=final,
         images=decoder.images(final),
         seconds=median(times),
