@@ -21,7 +21,7 @@ DEFINED = {
     "seeds. Rows are ranked by it",
     "weighted error": "squared error of the prediction at each step along the float model's trajectory, times the measured effect of an error at this step on "
     "the final sample, summed over the steps; in parentheses the rank by it",
-    "noise error": "||e_q - e||^2 / ||e||^2 of the prediction along the float model's trajectory, over all samples, mean over the steps",
+    "noise error": "||e_q - e||^2 / ||e||^2 of the prediction along the float model's trajectory, over the first 64 samples, mean over the steps",
     "Frechet": "squared Frechet distance between the features of the float model's and the quantized model's final images",
     "time": "wall time of the process that quantized the model: start-up, loading, calibration, training, saving",
     "memory": "peak resident memory of that process",

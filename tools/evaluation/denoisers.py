@@ -62,7 +62,7 @@ def denoise_of_engine(
     allowed = denoiser.manifest.profile.get("batch", ShapeRange(1, 1, 1 << 30))
 
     def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
-        inputs = conditioning.inputs(sample, timestep)
+        inputs = conditioning.of_members(torch.arange(len(sample))).inputs(sample, timestep)
         count, pieces, start = len(inputs[SAMPLE]), [], 0
         for size in batch_sizes(count, allowed):
             pieces.append(_run(denoiser, {name: _rows(value, start, size) for name, value in inputs.items()}))
