@@ -12,6 +12,10 @@ EXTRAS = {
     "pyarrow": "train",
     "transformers": "pipelines",
     "sentencepiece": "pipelines",
+    "fastapi": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
 }  # top-level module -> extra of pyproject.toml
 
 

@@ -16,6 +16,7 @@ from edm_deploy.adapters.fuse import merge_loras
 from edm_deploy.errors import InputError
 from edm_deploy.network.graph_names import SCALE_INPUT
 from edm_deploy.numerics.seeds import check_seed
+from edm_deploy.pipelines.decoding import Decoder, decibels, decoder_of
 from edm_deploy.pipelines.guidance import Conditioner, Conditioning
 from edm_deploy.pipelines.noise_schedules import schedule_of
 from edm_deploy.pipelines.prompt_encoding import check_takes_prompts, conditioner_of, takes_prompts
@@ -27,7 +28,6 @@ from edm_deploy.pipelines.step_weights import cached_step_weights
 from edm_deploy_tools.common.assets import ASSETS
 from edm_deploy_tools.common.loras import read_loras
 from edm_deploy_tools.evaluation.denoisers import denoise_of_source, timed
-from edm_deploy_tools.images.decoding import Decoder, decibels, decoder_of
 
 MOST_SAMPLES = 64  # of an error of the prediction: an average over all elements, which needs fewer samples than those of images
 RESAMPLES = 1000  # of a bootstrap interval
