@@ -36,10 +36,12 @@ class Processes:
     Attributes:
         rank: Number of this process, 0 to `size - 1`. Process 0 reports progress and writes files.
         size: Number of processes.
+        local_size: Number of processes on this machine.
     """
 
     rank: int = 0
     size: int = 1
+    local_size: int = 1
 
     @property
     def writes(self) -> bool:
@@ -84,6 +86,9 @@ class Processes:
         """`function()`, called in process 0 before it is called in the others: for what writes a file that the others read."""
         return function()
 
+    def close(self) -> None:
+        """Leave the others, when nothing is to be combined any more."""
+
     def check_same(self, digest: Callable[[], str]) -> None:
         """Raises InputError if the processes ended with different results; `digest` is called only if there are several."""
 
@@ -110,6 +115,7 @@ class JoinedProcesses(Processes):
             ) from err
         torch.set_num_threads(threads)  # accelerate sets its own
         self.rank, self.size = state.process_index, state.num_processes
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or state.num_processes)
         self.device = state.device
 
     def add(self, tensors: Sequence[Tensor]) -> None:
@@ -181,6 +187,10 @@ class JoinedProcesses(Processes):
         self.any(False)
         return function()
 
+    def close(self) -> None:
+        """As in the base class."""
+        distributed.destroy_process_group()
+
     def check_same(self, digest: Callable[[], str]) -> None:
         """As in the base class."""
         own = digest()
@@ -195,16 +205,26 @@ END: Any = object()  # of an iterator
 SINGLE = Processes()
 
 
-def joined(device: str) -> Processes:
+def joined(device: str, requested: int | None = None) -> Processes:
     """The processes that this one was started with: by `edm-deploy finetune --processes`, `accelerate launch` or `torchrun`; SINGLE if alone.
 
     Args:
         device: Device of the run, `cpu` or `cuda`.
+        requested: Number of processes that the user asked for; None is any.
 
     Raises:
+        InputError: More processes than GPUs, or not as many as requested.
         ProcessLostError: The others cannot be reached.
     """
-    return JoinedProcesses(cpu=device == "cpu") if int(os.environ.get(WORLD_SIZE) or 1) > 1 else SINGLE
+    started = int(os.environ.get(WORLD_SIZE) or 1)
+    if requested not in (None, started):
+        raise InputError(f"--processes is {requested}, but this command was started as one of {started} processes. Leave --processes out.")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if device != "cpu" and local > torch.cuda.device_count():
+        raise InputError(
+            f"{local} processes on {torch.cuda.device_count()} GPUs, expected one for each. Set --processes to the number of GPUs."
+        )
+    return JoinedProcesses(cpu=device == "cpu") if started > 1 else SINGLE
 
 
 def check_divides(processes: Processes, batch: int, accumulation: int) -> None:
@@ -232,7 +252,7 @@ def _connected(call: Callable[[], Result]) -> Result:
     try:
         return call()
     except RuntimeError as err:  # DistBackendError of NCCL and DistNetworkError are such; gloo raises the class itself
-        raise ProcessLostError("Another process of this run ended, so that this one cannot go on. Run the same command again.") from err
+        raise ProcessLostError("This run lost a process; nothing was saved. Run the same command again.") from err
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

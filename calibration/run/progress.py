@@ -71,7 +71,10 @@ class ProgressMeter:
 
 def lost_after(position: str, run: Run) -> ProcessLostError:
     """The exception that ends a training after `position` because another of its processes ended."""
-    return ProcessLostError(f"Another process of this run ended after {position}; {saved_words(run)}")
+    if run.options.processes.writes or run.options.checkpoint is None:
+        return ProcessLostError(f"This run lost a process after {position}; {saved_words(run)}")
+    saved = f"its last checkpoint, if there is one, is in {run.options.checkpoint}. Run the same command with --resume to continue."
+    return ProcessLostError(f"This run lost a process after {position}; {saved}")
 
 
 def saved_words(run: Run) -> str:
