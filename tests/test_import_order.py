@@ -51,6 +51,7 @@ ORDER = {
         ("__init__",),
         ("common", "images"),
         ("inspection", "benchmarks"),
+        ("generation",),
         ("evaluation",),
         ("comparison",),
         (
@@ -82,7 +83,8 @@ ONLY_HERE = {  # third-party package -> the only places that may import it
     "typer": ("tools/",),
     "rich": ("tools/",),
     "PIL": ("tools/", "edm_deploy/pipelines/"),
-    "pyarrow": ("tools/images/dataset.py",),
+    "pyarrow": ("tools/images/dataset.py", "tools/images/shards.py"),
+    "ray": ("tools/common/ray_cluster.py", "tools/generation/on_ray.py"),
 }
 MOST_FILES = 14  # on one level, `__init__.py` apart
 MOST_LINES = 300
