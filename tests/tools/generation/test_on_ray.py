@@ -90,11 +90,11 @@ def test_a_killed_driver_is_continued_and_its_cluster_ends_with_it(chain, whole,
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (out.is_dir() and len(shard_files(out)) >= 2):
         time.sleep(0.002)
-    others = psutil.Process(process.pid).children(recursive=True)
-    assert any(WORKER in " ".join(other.cmdline()) for other in others)
+    workers = [other for other in psutil.Process(process.pid).children(recursive=True) if WORKER in " ".join(other.cmdline())]
+    assert workers
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(others, timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert alive == []
     assert generate_images(plan(chain), out).made < 24
     assert files(out) == whole
