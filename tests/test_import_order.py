@@ -26,7 +26,7 @@ ORDER = {
         ("adapters",),
         ("pipelines",),
         ("runtime",),
-        ("export", "__init__"),
+        ("export", "serving", "__init__"),
     ),
     "calibration": (
         ("run", "data"),
@@ -52,7 +52,7 @@ ORDER = {
         ("common", "images"),
         ("inspection", "benchmarks"),
         ("generation",),
-        ("evaluation",),
+        ("evaluation", "serving"),
         ("comparison",),
         (
             "bench_kernels",
@@ -84,7 +84,11 @@ ONLY_HERE = {  # third-party package -> the only places that may import it
     "rich": ("tools/",),
     "PIL": ("tools/", "edm_deploy/pipelines/"),
     "pyarrow": ("tools/images/dataset.py", "tools/images/shards.py"),
-    "ray": ("tools/common/ray_cluster.py", "tools/generation/on_ray.py"),
+    "ray": ("tools/common/ray_cluster.py", "tools/generation/on_ray.py", "tools/serving/ray_"),
+    "fastapi": ("tools/serving/app.py",),
+    "starlette": ("tools/serving/",),
+    "uvicorn": ("tools/serving/server.py",),
+    "prometheus_client": ("tools/serving/metrics.py",),
 }
 MOST_FILES = 14  # on one level, `__init__.py` apart
 MOST_LINES = 300

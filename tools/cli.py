@@ -19,6 +19,7 @@ from edm_deploy_tools.commands.generate import generate
 from edm_deploy_tools.commands.inspect_path import inspect
 from edm_deploy_tools.commands.quantize import calibrate, finetune
 from edm_deploy_tools.commands.sample import sample
+from edm_deploy_tools.commands.serve import serve
 from edm_deploy_tools.common import console, run_app
 from edm_deploy_tools.common import options as opt
 
@@ -52,6 +53,7 @@ COMMANDS = (  # in the order of `--help`, each with its example
     (build_engine, "build-engine ddpm-w4a4-onnx --out engine --backend trt-rtx --gpu rtx3090 --batch 1:16:32"),
     (sample, 'sample engine --out images --prompt "a red bicycle" --guidance 6 --scheduler dpm-solver++'),
     (generate, "generate engine --num-images 10000 --out generated --workers 2 --steps 50"),
+    (serve, "serve engine --port 8000 --slots 8"),
     (evaluate, "evaluate ddpm-w4a4 engine --out report --reference google/ddpm-cifar10-32"),
     (bench, "bench engine-ort engine-openvino --against torch,torch-bf16 --batch 16"),
     (inspect, "inspect ddpm-w4a4 --gpu rtx3090"),

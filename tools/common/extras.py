@@ -13,6 +13,10 @@ EXTRAS = {
     "ray": "ray",
     "transformers": "pipelines",
     "sentencepiece": "pipelines",
+    "fastapi": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
 }  # top-level module -> extra of pyproject.toml
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from edm_deploy.errors import InputError
 from edm_deploy.network.graph_names import SCALE_INPUT
 from edm_deploy.numerics.seeds import check_seed
+from edm_deploy.pipelines.decoding import Decoder, decoder_of
 from edm_deploy.pipelines.guidance import Conditioner, Conditioning
 from edm_deploy.pipelines.noise_schedules import schedule_of
 from edm_deploy.pipelines.prompt_encoding import check_takes_prompts, conditioner_of, takes_prompts
@@ -24,7 +25,6 @@ from edm_deploy.pipelines.source import Source
 from edm_deploy.pipelines.step_weights import cached_step_weights
 from edm_deploy_tools.common.assets import ASSETS
 from edm_deploy_tools.evaluation.denoisers import denoise_of_source, timed
-from edm_deploy_tools.images.decoding import Decoder, decoder_of
 
 DETERMINISTIC = ("ddim", "flow-euler")  # schedulers without randomness: the same noise always gives the same image
 PROMPTS = ASSETS / "prompts" / "evaluation.txt"  # disjoint from the prompts that models are calibrated with

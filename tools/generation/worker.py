@@ -17,12 +17,13 @@ from edm_deploy.errors import ArtifactError, EdmDeployError, InputError, Unsuppo
 from edm_deploy.numerics.seeds import derived_seed
 from edm_deploy.pipelines.prompt_encoding import truncated_prompts
 from edm_deploy.pipelines.rebuild import without_loading_messages
+from edm_deploy.pipelines.schedulers import default_scheduler
 from edm_deploy.runtime.load import load_pipeline
 from edm_deploy.storage.directories import sha256_of
 from edm_deploy_tools.common.machine import versions
 from edm_deploy_tools.generation.plan import GenerationPlan, engine_digest
 from edm_deploy_tools.images.pipeline_arguments import PipelineArguments
-from edm_deploy_tools.images.sample import check_components, default_scheduler, denoiser_of
+from edm_deploy_tools.images.sample import check_components, denoiser_of
 from edm_deploy_tools.images.shards import ImageRecord, ShardRange, write_shard
 
 

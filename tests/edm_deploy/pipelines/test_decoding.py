@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from edm_deploy.errors import ArtifactError
+from edm_deploy.pipelines.decoding import Decoder, decoder_of
 from edm_deploy.pipelines.source import load_source
-from edm_deploy_tools.images.decoding import Decoder, decoder_of
 from tests.conftest import tiny_model
 from tests.tiny_pipelines import saved
 

@@ -1,8 +1,9 @@
-"""Convert final samples to images: pixels, latents decoded by the pipeline's VAE, or the latents themselves."""
+"""Convert final samples to images and back: pixels, latents decoded by the pipeline's VAE, or the latents themselves."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,27 @@ class Decoder:
         # One at a time: at full size the decoder has the largest activations of the pipeline.
         return torch.cat([self.vae.decode(self._scaled(one)).sample.float() for one in latents.split(1)])  # type: ignore[no-untyped-call]  # untyped in torch
 
+    @torch.no_grad()
+    def sample_of(self, images: Tensor) -> Tensor:
+        """The samples that `images` converts to these images, float32 [B, ...]: of an encoder's distribution the mode.
+
+        Args:
+            images: float32 [B, C, H, W] in [-1, 1].
+        """
+        if self.vae is None:
+            return images
+        encoded = [self.vae.encode(one) for one in images.split(1)]  # type: ignore[no-untyped-call]  # untyped in torch
+        latents = torch.cat([each.latent_dist.mode() if hasattr(each, "latent_dist") else each.latents for each in encoded])
+        return self._unscaled(latents.float())
+
+    @property
+    def pixels_per_sample(self) -> int:
+        """Height of an image over the height of its sample."""
+        if self.vae is None:
+            return 1
+        config = self.vae.config
+        return int(2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1))
+
     def psnr(self, actual: Tensor, expected: Tensor) -> float:
         """Peak signal-to-noise ratio of images in dB, 10 log10(peak^2 / mse); the peak is 2, or the range of the expected latents."""
         if self.kind == "latents":
@@ -75,12 +97,33 @@ class Decoder:
 
     def _scaled(self, latents: Tensor) -> Tensor:
         """Latents in the decoder's units; in sampling their variance is about 1."""
-        config = self.vae.config
-        scaled = latents / float(config.get("scaling_factor") or 1.0)
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:
-            return scaled * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
-        return scaled + float(config.get("shift_factor") or 0.0)
+        scaled = latents / self._factor
+        if (spread := self._spread(latents)) is not None:
+            mean, std = spread
+            return scaled * std + mean
+        return scaled + self._shift
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """The inverse of `_scaled`."""
+        if (spread := self._spread(latents)) is not None:
+            mean, std = spread
+            return (latents - mean) / std * self._factor
+        return (latents - self._shift) * self._factor
+
+    @property
+    def _factor(self) -> float:
+        return float(self.vae.config.get("scaling_factor") or 1.0)
+
+    @property
+    def _shift(self) -> float:
+        return float(self.vae.config.get("shift_factor") or 0.0)
+
+    def _spread(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation of the decoder's latents, [1, C, 1, 1] each, where the VAE states them."""
+        mean, std = self.vae.config.get("latents_mean"), self.vae.config.get("latents_std")
+        if mean is None or std is None:
+            return None
+        return torch.tensor(mean).view(1, -1, 1, 1).to(like.device), torch.tensor(std).view(1, -1, 1, 1).to(like.device)
 
 
 def decoder_of(source: Source) -> Decoder:
@@ -89,10 +132,24 @@ def decoder_of(source: Source) -> Decoder:
     Raises:
         ArtifactError: The VAE cannot be read.
     """
-    family, config = source.family_object, source.config
-    named = source.pipeline.get(INDEX_FILE, {}).get(VAE)
-    if named and source.directory is not None and (source.directory / VAE).is_dir():
-        return Decoder(kind="decoded", family=family, config=config, vae=_vae(source.directory / VAE, str(named[1])))
+    return decoder_at(source.directory, source.pipeline.get(INDEX_FILE, {}), source.family_object, source.config)
+
+
+def decoder_at(directory: Path | None, index: Mapping[str, Any], family: Family, config: Config) -> Decoder:
+    """The decoder of a model's samples, with the VAE of a pipeline if there is one.
+
+    Args:
+        directory: Directory of the pipeline's components; None where there is none.
+        index: The pipeline's model_index.json.
+        family: Family of the model.
+        config: Config of the model.
+
+    Raises:
+        ArtifactError: The VAE cannot be read.
+    """
+    named = index.get(VAE)
+    if named and directory is not None and (directory / VAE).is_dir():
+        return Decoder(kind="decoded", family=family, config=config, vae=_vae(directory / VAE, str(named[1])))
     channels = family.latent_shape(config)[0]
     return Decoder(kind="pixels" if not named and channels in PIXEL_CHANNELS else "latents", family=family, config=config)
 
