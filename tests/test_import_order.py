@@ -51,6 +51,7 @@ ORDER = {
         ("__init__",),
         ("common", "images"),
         ("inspection", "benchmarks"),
+        ("generation",),
         ("evaluation", "serving"),
         ("comparison",),
         (
@@ -85,7 +86,8 @@ ONLY_HERE = {  # third-party package -> the only places that may import it
     "typer": ("tools/",),
     "rich": ("tools/",),
     "PIL": ("tools/", "edm_deploy/pipelines/"),
-    "pyarrow": ("tools/images/dataset.py",),
+    "pyarrow": ("tools/images/dataset.py", "tools/images/shards.py"),
+    "ray": ("tools/common/ray_cluster.py", "tools/generation/on_ray.py", "tools/serving/ray_"),
     "fastapi": ("tools/serving/app.py",),
     "starlette": ("tools/serving/",),
     "uvicorn": ("tools/serving/server.py",),

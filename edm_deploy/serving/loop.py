@@ -64,7 +64,7 @@ class _Image:
 
 
 class Loop:
-    """Computes jobs until it is closed. Prompts and pictures are encoded and images are decoded in a second thread, while the engine runs.
+    """Computes jobs until it is closed. Prompts and pictures are encoded in a second thread, and images decoded in a third, while the engine runs.
 
     Args:
         model: The model; the loop is the only caller of its engine, and closes it.
@@ -80,7 +80,8 @@ class Loop:
         self._waited: dict[Hashable, int] = {}
         self._counters = Counters(slots=model.slots)
         self._failures = 0
-        self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{model.card.name}-beside")
+        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{model.card.name}-encoder")
+        self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{model.card.name}-decoder")
         self._thread = threading.Thread(target=self._run, name=f"{model.card.name}-loop", daemon=True)
         self._thread.start()
 
@@ -91,7 +92,7 @@ class Loop:
             if self._closed or self.failure:
                 raise UnavailableError(self.failure or "The replica is closed.")
             self._jobs[request.id] = job
-            self._beside.submit(self._prepare, job)
+            self._encoder.submit(self._prepare, job)
         return job
 
     def end(self, request_id: str, reason: BaseException) -> bool:
@@ -136,7 +137,8 @@ class Loop:
         self._thread.join()
         for job in self.jobs:
             self.end(job.request.id, UnavailableError("The server has been stopped before this request was finished. Send it again later."))
-        self._beside.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._encoder, self._decoder):
+            threads.shutdown(wait=True, cancel_futures=True)
         self.model.close()
 
     def _prepare(self, job: Job) -> None:
@@ -226,14 +228,14 @@ class Loop:
         if sample.done:
             with self._changed:
                 self._images = [other for other in self._images if other is not image]
-            self._beside.submit(self._finish, image, sample.latents)
+            self._decoder.submit(self._finish, image, sample.latents)
             return
         image.key = self.model.key(job.request, image.prepared, sample.timestep)
         due = (image.previews + 1) * steps // (job.request.previews + 1)
         if image.previews < job.request.previews and sample.position >= due:
             if not image.decoding:  # else decoding is slower than sampling, and this preview is left out
                 image.decoding = True
-                self._beside.submit(self._preview, image, image.previews, sample.estimate())
+                self._decoder.submit(self._preview, image, image.previews, sample.estimate())
             image.previews += 1
 
     def _preview(self, image: _Image, number: int, estimate: torch.Tensor) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edm_deploy.errors import InputError
 from edm_deploy.network.family import SAMPLE, TIMESTEP
 from edm_deploy.pipelines.sampling import is_flow, set_steps
 
@@ -29,7 +28,7 @@ class Schedule:
         strength: Share of the steps that are computed, above 0 to 1.
 
     Raises:
-        InputError: The scheduler has no such number of steps, or cannot start within them.
+        InputError: The scheduler has no such number of steps.
     """
 
     def __init__(self, scheduler: Any, steps: int, sigmas: Sequence[float] | None = None, *, strength: float = 1.0) -> None:
@@ -37,11 +36,7 @@ class Schedule:
         set_steps(self._template, steps, sigmas)
         order = int(getattr(scheduler, "order", 1))  # timesteps of one inference step
         begin = (steps - min(max(1, int(steps * strength)), steps)) * order
-        if begin and not hasattr(scheduler, "set_begin_index"):
-            raise InputError(
-                f"{type(scheduler).__name__} cannot start within its schedule. Choose another scheduler, or start without a picture."
-            )
-        if begin:
+        if begin and hasattr(self._template, "set_begin_index"):  # others, such as DDIM, read the position from the timestep
             self._template.set_begin_index(begin)
         self.timesteps = self._template.timesteps[begin:]
         self.values = [float(timestep) for timestep in self.timesteps.to(torch.float32)]
