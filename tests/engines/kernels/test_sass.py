@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from engines.kernels.build import nvrtc_compiler
+from engines.kernels.compilers import nvrtc_compiler
 from engines.kernels.launch import entry_points
 from engines.kernels.tiles import TILES
 from tests.engines.kernels.helpers.sass import MULTIPROCESSORS, kernels, table
