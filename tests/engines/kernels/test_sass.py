@@ -54,6 +54,14 @@ def test_results_leave_16_bytes_at_a_time(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_memory_bound_kernels_load_16_bytes_at_a_time(arch):
+    """Statistics: the chunk's first pixel and four more in flight. A norm before rounding: x, two halves of gamma and of beta."""
+    for name, kernel in kernels(arch).items():
+        if name.startswith("group_stats_partial") or (name.startswith("quantize_last") and "norm" in name):
+            assert kernel.count("LDG.E.128") >= 5, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_nothing_spills(arch):
     runs = kernels(arch) if arch in INT4 else {n: k for n, k in kernels(arch).items() if not n.startswith(("conv_s4_", "conv_u4_"))}
     assert {name: (kernel.stack, kernel.spills) for name, kernel in runs.items() if kernel.stack or kernel.spills} == {}
