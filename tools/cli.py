@@ -15,6 +15,7 @@ from edm_deploy_tools.commands.build_engine import build_engine
 from edm_deploy_tools.commands.compare import compare
 from edm_deploy_tools.commands.evaluate import evaluate
 from edm_deploy_tools.commands.export import export
+from edm_deploy_tools.commands.generate import generate
 from edm_deploy_tools.commands.inspect_path import inspect
 from edm_deploy_tools.commands.quantize import calibrate, finetune
 from edm_deploy_tools.commands.sample import sample
@@ -51,6 +52,7 @@ COMMANDS = (  # in the order of `--help`, each with its example
     (export, "export ddpm-w4a4 --out ddpm-w4a4-onnx --weight-storage int4"),
     (build_engine, "build-engine ddpm-w4a4-onnx --out engine --backend trt-rtx --gpu rtx3090 --batch 1:16:32"),
     (sample, 'sample engine --out images --prompt "a red bicycle" --guidance 6 --scheduler dpm-solver++'),
+    (generate, "generate engine --num-images 10000 --out generated --workers 2 --steps 50"),
     (serve, "serve engine --port 8000 --slots 8"),
     (evaluate, "evaluate ddpm-w4a4 engine --out report --reference google/ddpm-cifar10-32"),
     (bench, "bench engine-ort engine-openvino --against torch,torch-bf16 --batch 16"),

@@ -10,6 +10,7 @@ EXTRAS = {
     "onnx_ir": "tools",
     "onnxscript": "tools",
     "pyarrow": "train",
+    "ray": "ray",
     "transformers": "pipelines",
     "sentencepiece": "pipelines",
     "fastapi": "serve",
