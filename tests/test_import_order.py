@@ -61,6 +61,7 @@ ORDER = {
             "convert_inception",
             "families",
             "roofline",
+            "serving_overhead",
             "soak",
             "train_features",
             "train_reference",
