@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calibration.run.dtypes import ComputeDtype, check_dtype
+from calibration.run.dtypes import TeacherDtype, check_teacher_dtype
 from calibration.run.processes import SINGLE, Processes
 from calibration.run.setting_checks import at_least
 from calibration.run.time_budget import Budget
@@ -49,7 +49,8 @@ class RunOptions:
 
     Attributes:
         device: Device of student and teacher.
-        teacher_dtype: Dtype of the teacher's weights and activations during training.
+        teacher_dtype: Dtype of the teacher's weights and activations during training; `bf16-autocast` keeps the weights in float32, and computes matrix
+            products and convolutions in bfloat16 (torch.autocast).
         checkpoint: Directory for checkpoints; None writes none.
         resume: Whether to resume from `checkpoint`.
         checkpoint_seconds: Wall time between checkpoints; the first is counted from the start of the run. Block reconstruction writes one after the
@@ -65,7 +66,7 @@ class RunOptions:
     """
 
     device: str = "cpu"
-    teacher_dtype: ComputeDtype = "bf16"
+    teacher_dtype: TeacherDtype = "bf16"
     checkpoint: Path | None = None
     resume: bool = False
     checkpoint_seconds: float = 600.0
@@ -79,7 +80,7 @@ class RunOptions:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        check_dtype("teacher_dtype", self.teacher_dtype)
+        check_teacher_dtype(self.teacher_dtype)
         if not 0 < self.checkpoint_seconds < math.inf:
             raise InputError(
                 f"checkpoint_seconds is {self.checkpoint_seconds}; expected above 0 and finite. Set another checkpoint_seconds."

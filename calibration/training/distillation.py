@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from calibration.data.trajectory_pool import Batch
 from calibration.recipe import TrainingContext
 from calibration.run.checkpoint import CheckpointTimer, TrainingState, restore, resume_training, save_training
-from calibration.run.dtypes import DTYPES
 from calibration.run.processes import ProcessLostError
 from calibration.run.progress import ProgressMeter, lost_after
 from calibration.run.time_budget import Budget
 from calibration.student.module_outputs import capture_outputs
+from calibration.training.activation_checkpoints import checkpoint_activations
 from calibration.training.divergence import check_finite, warn_if_risen
 from calibration.training.losses import AuxiliaryLoss
 from calibration.training.param_group import ParamGroup
@@ -246,7 +246,9 @@ def distill(
     run, processes = context.run, context.run.options.processes
     # Before the teacher changes its dtype; a checkpoint holds the factors of its run.
     factors = processes.first(step_factors(context, 0.0 if run.options.resume else schedule.step_weighting) if processes.writes else None)
-    context.teacher.set_dtype(DTYPES[run.options.teacher_dtype])
+    context.teacher.set_dtype(run.options.teacher_dtype)
+    if run.options.checkpointing:
+        checkpoint_activations(context.student)
     training = Training(context, groups, schedule, terms, factors)
     done, budget, timer, every = 0, None, CheckpointTimer(run), run.options.checkpoint_every
     if (state := resume_training(run)) is not None:

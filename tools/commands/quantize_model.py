@@ -157,3 +157,18 @@ def run_options(*, teacher_dtype: str | None = None, **options: Any) -> RunOptio
     if teacher_dtype is not None:
         options["teacher_dtype"] = teacher_dtype
     return RunOptions(**options)
+
+
+def compute_dtypes(mixed_precision: str | None, teacher_dtype: str | None, overrides: Sequence[str]) -> tuple[str | None, str | None]:
+    """The recipe's setting `compute` and the teacher's dtype for `--mixed-precision`; None leaves each as it is.
+
+    Raises:
+        InputError: Another option decides one of them too.
+    """
+    if mixed_precision is None:
+        return None, teacher_dtype
+    others = ["--teacher-dtype"] if teacher_dtype is not None else []
+    others += [f"--set {text}" for text in overrides if text.partition("=")[0].strip() == "compute"]
+    if others:
+        raise InputError(f"--mixed-precision {mixed_precision} and {others[0]} decide the same. Leave one of them out.")
+    return ("bf16", "bf16-autocast") if mixed_precision == "bf16" else ("fp32", "fp32")

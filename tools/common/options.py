@@ -30,6 +30,13 @@ class TeacherType(StrEnum):
     BF16 = "bf16"
 
 
+class Precision(StrEnum):
+    """Arithmetic of the float parts of teacher and student."""
+
+    NO = "no"
+    BF16 = "bf16"
+
+
 class Storage(StrEnum):
     """Storage type of weight codes in a graph."""
 
@@ -178,6 +185,13 @@ Accumulation = Annotated[
 Checkpointing = Annotated[
     bool,
     typer.Option("--gradient-checkpointing", help="Compute the student's activations again in the backward pass: slower, in less memory."),
+]
+MixedPrecision = Annotated[
+    Precision | None,
+    typer.Option(
+        "--mixed-precision",
+        help="Float parts of teacher and student under bfloat16 autocast, or all in float32 (no). Default: the recipe's compute and --teacher-dtype.",
+    ),
 ]
 For = Annotated[
     str | None, typer.Option("--for", metavar="BACKEND", help="Check first that this backend supports the request; for example openvino.")
