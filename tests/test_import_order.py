@@ -50,7 +50,7 @@ ORDER = {
     "tools": (
         ("__init__",),
         ("common", "images"),
-        ("inspection", "benchmarks"),
+        ("inspection", "benchmarks", "triton"),
         ("evaluation",),
         ("comparison",),
         (
@@ -81,7 +81,6 @@ ONLY_HERE = {  # third-party package -> the only places that may import it
     "diffusers": ("edm_deploy/models/", "edm_deploy/pipelines/", "tools/"),
     "accelerate": ("calibration/run/processes.py",),
     "tensorboard": ("tools/common/tensorboard_report.py",),
-    "tritonclient": ("tools/triton/",),
     "typer": ("tools/",),
     "rich": ("tools/",),
     "PIL": ("tools/", "edm_deploy/pipelines/"),

@@ -10,6 +10,8 @@ EXTRAS = {
     "onnx_ir": "tools",
     "onnxscript": "tools",
     "pyarrow": "train",
+    "accelerate": "parallel",
+    "tensorboard": "parallel",
     "transformers": "pipelines",
     "sentencepiece": "pipelines",
 }  # top-level module -> extra of pyproject.toml

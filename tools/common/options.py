@@ -55,6 +55,7 @@ class Format(StrEnum):
     """Format that an artifact is exported to."""
 
     ONNX = "onnx"
+    TRITON = "triton"
 
 
 class Int4Sites(StrEnum):
