@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from calibration.base_pass import Pass, PassContext, SitePricer, check_passes, measuring_run
+from calibration.data.preview import Preview
 from calibration.data.prompts import prompts_of
 from calibration.data.trajectory_pool import Trajectories
 from calibration.observers.rotation import rotate_inputs
@@ -125,6 +126,7 @@ def fit(
         on_progress=show,
         student_leads=any(each.student_leads for each in passes),
         after_calibration=after_calibration,
+        preview=None if options.report is None else Preview(source, conditioner, device=device, seed=recipe.seed).sample,
         from_artifact=start is not None,
         budget=budget,
     )

@@ -80,7 +80,7 @@ ONLY_HERE = {  # third-party package -> the only places that may import it
     "onnxscript": ("edm_deploy/export/",),
     "diffusers": ("edm_deploy/models/", "edm_deploy/pipelines/", "tools/"),
     "accelerate": ("calibration/run/processes.py",),
-    "tensorboard": ("tools/common/tensorboard_report.py",),
+    "tensorboard": ("tools/images/tensorboard_report.py",),
     "typer": ("tools/",),
     "rich": ("tools/",),
     "PIL": ("tools/", "edm_deploy/pipelines/"),

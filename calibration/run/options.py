@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from calibration.run.dtypes import TeacherDtype, check_teacher_dtype
 from calibration.run.processes import SINGLE, Processes
+from calibration.run.reports import Network, Report
 from calibration.run.setting_checks import at_least
 from calibration.run.time_budget import Budget
 from edm_deploy.errors import EdmDeployError, InputError
@@ -61,6 +64,7 @@ class RunOptions:
         processes: The processes that the run is divided among.
         accumulation: Parts of a process's share of a training batch that run one after the other, before the optimizer's step.
         checkpointing: Whether the student's activations are computed again in the backward pass instead of kept.
+        report: Receives the losses of the training and samples of student and teacher; None reports nothing.
         budget_seconds: Wall time of calibration and training together. Training then stops by the clock instead of after a number of steps, and the
             run is not reproducible bit for bit. None trains for the recipe's number of steps.
     """
@@ -78,6 +82,7 @@ class RunOptions:
     processes: Processes = SINGLE
     accumulation: int = 1
     checkpointing: bool = False
+    report: Report | None = None
 
     def __post_init__(self) -> None:
         check_teacher_dtype(self.teacher_dtype)
@@ -104,6 +109,7 @@ class Run:
         on_progress: Called after each step.
         student_leads: Whether the student, not the teacher, leads the trajectories that ranges are observed on.
         after_calibration: Called after all ranges are set and before training; None if there is nothing to do.
+        preview: Final samples of a network from fixed noise, for the report.
         from_artifact: Whether the student was made from an artifact, with its ranges and scales.
         budget: Wall time, counted from the start of the run; None if training has a fixed number of steps.
         started: Start of the run, as `time.perf_counter` counts.
@@ -115,6 +121,7 @@ class Run:
     on_progress: Callable[[Progress], None]
     student_leads: bool = False
     after_calibration: Callable[[], None] | None = None
+    preview: Callable[[Network], Tensor] | None = None
     from_artifact: bool = False
     budget: Budget | None = None
     started: float = field(default_factory=time.perf_counter)

@@ -17,6 +17,7 @@ from calibration.recipe import TrainingContext
 from calibration.run.checkpoint import CheckpointTimer, TrainingState, restore, resume_training, save_training
 from calibration.run.processes import ProcessLostError
 from calibration.run.progress import ProgressMeter, lost_after
+from calibration.run.reports import Reporter
 from calibration.run.time_budget import Budget
 from calibration.student.module_outputs import capture_outputs
 from calibration.training.activation_checkpoints import checkpoint_activations
@@ -257,6 +258,7 @@ def distill(
     elif run.budget is not None:
         run.budget.check_left("calibration")
         budget = run.budget.part()
+    reporter = Reporter(run.options.report, run.preview, context.student, context.teacher, schedule.steps)
     last: deque[float] = deque(maxlen=max(1, min(MOST_LAST, schedule.steps // 10)))
 
     def position(step: int) -> str:
@@ -276,6 +278,7 @@ def distill(
                 total = schedule.steps if budget is None else done + round(budget.left() * meter.rate(done))
                 meter.report(done, total, loss=loss)
                 finished, interrupted = done_share() >= 1, processes.any(meter.interrupted)
+                reporter.after(done, {"loss": loss, "rate_factor": schedule.factor(share)}, finished=finished)
                 if interrupted or finished or timer.is_due() or (every is not None and done % every == 0):
                     save_training(run, training.state(done, budget), position=position(done), finished=finished)
                 if interrupted and not finished:

@@ -95,6 +95,7 @@ def finetune(
     accumulation: opt.Accumulation = 1,
     checkpointing: opt.Checkpointing = False,
     mixed_precision: opt.MixedPrecision = None,
+    report_to: opt.ReportTo = None,
 ) -> None:
     """Quantize MODEL and fine-tune it against the float model, without data. Default W4A4. Ctrl-C saves a checkpoint for --resume.
 
@@ -149,6 +150,7 @@ def finetune(
             backend=backend,
             low_memory=low_memory,
             force=force,
+            report=None if report_to is None else out.with_name(f"{out.name}.{report_to.value}"),
         )
     )
 

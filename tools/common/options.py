@@ -37,6 +37,12 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
+class ReportFormat(StrEnum):
+    """Where the course of a training is written."""
+
+    TENSORBOARD = "tensorboard"
+
+
 class Storage(StrEnum):
     """Storage type of weight codes in a graph."""
 
@@ -193,6 +199,10 @@ MixedPrecision = Annotated[
         "--mixed-precision",
         help="Float parts of teacher and student under bfloat16 autocast, or all in float32 (no). Default: the recipe's compute and --teacher-dtype.",
     ),
+]
+ReportTo = Annotated[
+    ReportFormat | None,
+    typer.Option("--report-to", help="Write losses, and pictures of student and teacher, to DIR.tensorboard next to --out while training."),
 ]
 For = Annotated[
     str | None, typer.Option("--for", metavar="BACKEND", help="Check first that this backend supports the request; for example openvino.")
