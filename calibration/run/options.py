@@ -64,6 +64,7 @@ class RunOptions:
         processes: The processes that the run is divided among.
         accumulation: Parts of a process's share of a training batch that run one after the other, before the optimizer's step.
         checkpointing: Whether the student's activations are computed again in the backward pass instead of kept.
+        sharding: Whether frozen float weights are divided among the processes, which must be several.
         report: Receives the losses of the training and samples of student and teacher; None reports nothing.
         budget_seconds: Wall time of calibration and training together. Training then stops by the clock instead of after a number of steps, and the
             run is not reproducible bit for bit. None trains for the recipe's number of steps.
@@ -82,6 +83,7 @@ class RunOptions:
     processes: Processes = SINGLE
     accumulation: int = 1
     checkpointing: bool = False
+    sharding: bool = False
     report: Report | None = None
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,7 @@ from calibration.training.activation_checkpoints import checkpoint_activations
 from calibration.training.divergence import check_finite, warn_if_risen
 from calibration.training.losses import AuxiliaryLoss
 from calibration.training.param_group import ParamGroup
+from calibration.training.sharded_weights import sharded
 from calibration.training.step_factors import step_factors
 
 MOST_LAST = 100  # losses at the end that are compared with the first
@@ -133,6 +134,10 @@ class Training:
             self.outputs = student, teacher
             yield
         self.outputs = {}, {}
+
+    def weights_sharded(self) -> AbstractContextManager[None]:
+        """Divide frozen weights among the processes; after a state was loaded."""
+        return sharded(self.student, self.teacher, list(self.trained.values()), self.processes, self.trajectories.device)
 
     def step(self, share: float, steps: float | None = None) -> float:
         """Take one training step; returns the loss, a mean over the batch of summed squared errors. Arguments as those of `TrainingSchedule.factor`."""
@@ -267,7 +272,8 @@ def distill(
     def done_share() -> float:
         return done / schedule.steps if budget is None else processes.first(budget.share())  # by one clock
 
-    with ProgressMeter(run, "finetune", context.trajectories.device, first_step=done) as meter, training.outputs_captured():
+    weights = training.weights_sharded() if run.options.sharding else nullcontext()
+    with ProgressMeter(run, "finetune", context.trajectories.device, first_step=done) as meter, training.outputs_captured(), weights:
         try:
             while (share := done_share()) < 1:
                 loss = training.step(share, done / share if budget is not None and done >= FIRST_STEPS else None)

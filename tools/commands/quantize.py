@@ -94,6 +94,7 @@ def finetune(
     processes: opt.Processes = None,
     accumulation: opt.Accumulation = 1,
     checkpointing: opt.Checkpointing = False,
+    sharding: opt.Sharding = False,
     mixed_precision: opt.MixedPrecision = None,
     report_to: opt.ReportTo = None,
 ) -> None:
@@ -131,6 +132,7 @@ def finetune(
         processes=joined(device.value, requested=processes),
         accumulation=accumulation,
         checkpointing=checkpointing,
+        sharding=sharding,
         teacher_dtype=teacher,
         fold_time=fold_time,
         prompts=prompts,

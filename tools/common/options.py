@@ -193,6 +193,10 @@ Checkpointing = Annotated[
     bool,
     typer.Option("--gradient-checkpointing", help="Compute the student's activations again in the backward pass: slower, in less memory."),
 ]
+Sharding = Annotated[
+    bool,
+    typer.Option("--shard-weights", help="Divide frozen float weights among the processes, which gather each layer's as it runs (FSDP2)."),
+]
 MixedPrecision = Annotated[
     Precision | None,
     typer.Option(
