@@ -50,7 +50,7 @@ ORDER = {
     "tools": (
         ("__init__",),
         ("common", "images"),
-        ("inspection", "benchmarks"),
+        ("inspection", "benchmarks", "triton"),
         ("generation",),
         ("evaluation", "serving"),
         ("comparison",),
@@ -81,8 +81,7 @@ ONLY_HERE = {  # third-party package -> the only places that may import it
     "onnxscript": ("edm_deploy/export/",),
     "diffusers": ("edm_deploy/models/", "edm_deploy/pipelines/", "tools/"),
     "accelerate": ("calibration/run/processes.py",),
-    "tensorboard": ("tools/common/tensorboard_report.py",),
-    "tritonclient": ("tools/triton/",),
+    "tensorboard": ("tools/images/tensorboard_report.py",),
     "typer": ("tools/",),
     "rich": ("tools/",),
     "PIL": ("tools/", "edm_deploy/pipelines/"),
