@@ -58,6 +58,7 @@ class ServedModel:
         slots: Rows of each call; None is 8, or the largest batch of the engine's profile if that is less.
         source: Directory or hub id of the pipeline that provides text encoders and VAE; None as in `load_pipeline`.
         device: Device of the engine; None selects the backend's default.
+        threads: CPU threads of the engine; None keeps the number that it was built with.
 
     Raises:
         ArtifactError, UnsupportedError: As `load_pipeline`; or the model takes an input that no request has.
@@ -65,10 +66,17 @@ class ServedModel:
     """
 
     def __init__(
-        self, directory: Path, *, name: str, slots: int | None = None, source: str | Path | None = None, device: str | None = None
+        self,
+        directory: Path,
+        *,
+        name: str,
+        slots: int | None = None,
+        source: str | Path | None = None,
+        device: str | None = None,
+        threads: int | None = None,
     ) -> None:
         self.directory = directory
-        self.denoiser = load_denoiser(directory, device=device)
+        self.denoiser = load_denoiser(directory, device=device, threads=threads)
         self.family, self.manifest = self.denoiser.family, self.denoiser.manifest
         self.config: Config = self.manifest.config
         self.slots = self._slots(slots)
