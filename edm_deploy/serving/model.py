@@ -157,14 +157,15 @@ class ServedModel:
         return prepared.shape, shapes, int(table_rows(self._engine_of_timestep, torch.tensor([timestep])))
 
     @torch.no_grad()
-    def predict(self, samples: Sequence[Sample]) -> list[Tensor]:
+    def predict(self, samples: Sequence[Sample], *, size: int | None = None) -> list[Tensor]:
         """One call of the engine: the prediction of each sample's rows, float32 [R, ...] each.
 
         Args:
             samples: Of one key, and of `slots` rows at most together.
+            size: Rows of the call, at least those of the samples; None is `slots`.
         """
         rows = [row for sample in samples for row in sample.inputs()]
-        filled = [*rows, *[rows[-1]] * (self.slots - len(rows))]
+        filled = [*rows, *[rows[-1]] * ((size or self.slots) - len(rows))]
         inputs = {name: torch.cat([row[name] for row in filled]) for name in rows[0]}
         inputs[TIMESTEP.name] = inputs[TIMESTEP.name].to(self.denoiser.device)
         output = self.family.prediction(self.config, self.denoiser.run(inputs)).float()

@@ -9,7 +9,7 @@ def test_a_set_is_made_continued_and_reported(run, chain, tmp_path):
     assert ran.code == 0, ran.err
     assert "5 images in 3 shards" in ran.out
     assert "generate 5/5" in ran.err
-    next((tmp_path / "out").glob("*.parquet")).unlink()
+    min((tmp_path / "out").glob("*.parquet")).unlink()
     ran = run("generate", chain.engine, *options, "--json")
     assert {**json.loads(ran.out), "seconds": 0} == {"out": str(tmp_path / "out"), "images": 5, "made": 2, "shards": 3, "seconds": 0}
 
