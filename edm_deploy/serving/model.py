@@ -133,7 +133,7 @@ class ServedModel:
         sized = self.sized(request)
         clean = None
         if request.picture is not None:
-            pixels = torch.from_numpy(np.ascontiguousarray(request.picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+            pixels = torch.tensor(request.picture).permute(2, 0, 1)[None].float() / 127.5 - 1
             channels = self.family.latent_shape(self.config)[0] if self.decoder.vae is None else 3
             pixels = pixels.mean(1, keepdim=True) if channels == 1 else pixels.expand(-1, 3, -1, -1)
             clean = self.decoder.sample_of(pixels.to(self.denoiser.device)).contiguous()
