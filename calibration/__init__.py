@@ -19,6 +19,7 @@ from calibration.recipe import Recipe, TrainingContext
 from calibration.run.checkpoint import check_not_overwritten, saved_identity
 from calibration.run.memory import peak_memory
 from calibration.run.options import Interrupted, Progress, Run, RunOptions
+from calibration.run.processes import check_divides
 from calibration.run.time_budget import Budget
 from calibration.start import CHAIN, chain_with, check_start
 from calibration.student.from_artifact import structure_of, student_from_artifact, with_params
@@ -70,6 +71,7 @@ def fit(
     began = time.perf_counter()
     budget = None if options.budget_seconds is None else Budget(options.budget_seconds)
     check_passes(passes, recipe)
+    check_parts(recipe, options)
     device = torch.device(options.device)
     if options.prompts is not None:
         check_takes_prompts(source)
@@ -133,9 +135,12 @@ def fit(
     scaled = len(artifact.structure.pre_scaled)
     artifact = fold_pre_scales(artifact)
     artifact.validate()
+    options.processes.check_same(lambda: artifact.digest)
     provenance = {
         **configuration,
         **run.notes,
+        **({"processes": options.processes.size} if options.processes.size > 1 else {}),
+        **({"gradient_accumulation_steps": options.accumulation} if options.accumulation > 1 else {}),
         **({"rotations": rotations} if rotations else {}),
         **({"folded_pre_scales": f"{scaled - len(artifact.structure.pre_scaled)} of {scaled}"} if scaled else {}),
         "guidance": conditioner.scale,
@@ -163,6 +168,20 @@ def _configuration(
         **({"budget_seconds": options.budget_seconds} if options.budget_seconds is not None else {}),
         **({"passes": {each.name: each.settings() for each in passes}} if passes else {}),
     }
+
+
+def check_parts(recipe: Recipe, options: RunOptions) -> None:
+    """Refuse processes and accumulation steps that do not divide the batch, and options of training where they do not apply.
+
+    Raises:
+        InputError: The message names the option.
+    """
+    for chosen, name in ((options.accumulation > 1, "--gradient-accumulation-steps"), (options.checkpointing, "--gradient-checkpointing")):
+        if chosen and not recipe.distills:
+            reason = "reconstructs one block at a time" if recipe.trains else "does not train"
+            raise InputError(f"{name}: recipe {recipe.name!r} {reason}, so that it does not apply. Leave it out.")
+    if recipe.trains:
+        check_divides(options.processes, recipe.settings()["batch"], options.accumulation)
 
 
 def row_timesteps(context: PassContext, passes: Sequence[Pass]) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.run.dtypes import ComputeDtype, check_dtype
+from calibration.run.processes import SINGLE, Processes
 from calibration.run.setting_checks import at_least
 from calibration.run.time_budget import Budget
 from edm_deploy.errors import EdmDeployError, InputError
@@ -56,6 +57,9 @@ class RunOptions:
         checkpoint_every: Training steps between checkpoints, in addition; None writes no others. Not in block reconstruction.
         fold_time: Whether layers that depend on the timestep alone stay in floating point, so that exporters replace their output by a table.
         prompts: File of prompts for text-conditional models; None is the built-in list.
+        processes: The processes that the run is divided among.
+        accumulation: Parts of a process's share of a training batch that run one after the other, before the optimizer's step.
+        checkpointing: Whether the student's activations are computed again in the backward pass instead of kept.
         budget_seconds: Wall time of calibration and training together. Training then stops by the clock instead of after a number of steps, and the
             run is not reproducible bit for bit. None trains for the recipe's number of steps.
     """
@@ -70,6 +74,9 @@ class RunOptions:
     fold_time: bool = False
     prompts: Path | None = None
     budget_seconds: float | None = None
+    processes: Processes = SINGLE
+    accumulation: int = 1
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         check_dtype("teacher_dtype", self.teacher_dtype)
@@ -81,6 +88,7 @@ class RunOptions:
             at_least("checkpoint_every", self.checkpoint_every, 1)
         if self.budget_seconds is not None and not self.budget_seconds > 0:
             raise InputError(f"budget_seconds is {self.budget_seconds}; expected above 0. Set another budget.")
+        at_least("gradient_accumulation_steps", self.accumulation, 1)
         if self.resume and self.checkpoint is None:
             raise InputError("resume is set but there is no checkpoint directory to resume from. Name one, or start anew without --resume.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,12 @@ from edm_deploy.storage.variants import variant_of
 ImageKind = Literal["pixels", "decoded", "latents"]
 VAE = "vae"
 PIXEL_CHANNELS = (1, 3)
-SMALLEST_MSE = 1e-12  # relative to a peak of 2: keeps the PSNR of identical images finite, 126 dB
+SMALLEST_MSE = 0.25e-12  # in units of the squared peak: keeps the PSNR of identical images finite, 126 dB
+
+
+def decibels(mean_squared_errors: Tensor) -> Tensor:
+    """PSNR in dB, 10 log10(peak^2 / mse), of mean squared errors of any shape in units of the squared peak."""
+    return -10 * mean_squared_errors.clamp(min=SMALLEST_MSE).log10()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +83,17 @@ class Decoder:
         config = self.vae.config
         return int(2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1))
 
-    def psnr(self, actual: Tensor, expected: Tensor) -> float:
-        """Peak signal-to-noise ratio of images in dB, 10 log10(peak^2 / mse); the peak is 2, or the range of the expected latents."""
+    def squared_errors(self, actual: Tensor, expected: Tensor) -> Tensor:
+        """Mean squared error of each image, float64 [B], in units of the squared peak; the peak is 2, or the range of the expected latents."""
         if self.kind == "latents":
             peak = max(float(expected.max() - expected.min()), torch.finfo(torch.float32).tiny)
         else:
             peak, actual, expected = 2.0, actual.clamp(-1, 1), expected.clamp(-1, 1)
-        mse = float((actual.double() - expected.double()).pow(2).mean()) * (2 / peak) ** 2
-        return -10 * math.log10(max(mse, SMALLEST_MSE) / 4)
+        return (actual.double() - expected.double()).pow(2).flatten(1).mean(1) / peak**2
+
+    def psnr(self, actual: Tensor, expected: Tensor) -> float:
+        """Peak signal-to-noise ratio of images in dB: that of their mean squared error."""
+        return float(decibels(self.squared_errors(actual, expected).mean()))
 
     def visible(self, images: Tensor, expected: Tensor) -> Tensor:
         """Images for display, in [-1, 1]; of latents the first three channels, normalized by the range of the expected ones."""

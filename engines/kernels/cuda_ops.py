@@ -8,7 +8,7 @@ from torch import Tensor
 from edm_deploy.numerics.kernel_layout import CHUNK, code_bytes
 from engines.kernels import driver
 from engines.kernels.cpu_ops import pixels
-from engines.kernels.launch import TYPES, ConvParams, QuantizeParams, StatsParams, conv_launches, quantize_launch, stats_launch
+from engines.kernels.launch import TYPES, ConvParams, QuantizeParams, StatsParams, chunk_of, conv_launches, quantize_launch, stats_launches
 from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, Table
 from engines.kernels.tiles import choose_tile
 
@@ -47,14 +47,25 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tenso
 
 
 def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """As `cpu_ops.group_stats`, summed in float32 in two passes."""
+    """As `cpu_ops.group_stats`, summed in float32 about the first pixel of each chunk."""
     values = pixels(x).contiguous()
     batch, height, width, channels = values.shape
+    chunk = chunk_of(height * width)
     mean, rstd = (torch.empty((batch, groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    partial = torch.empty((batch, -(-height * width // chunk), channels, 2), dtype=torch.float32, device=x.device)
     params = StatsParams(
-        x=values.data_ptr(), mean=mean.data_ptr(), rstd=rstd.data_ptr(), N=batch, HW=height * width, C=channels, groups=groups, eps=eps
+        x=values.data_ptr(),
+        partial=partial.data_ptr(),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        N=batch,
+        HW=height * width,
+        C=channels,
+        groups=groups,
+        chunk=chunk,
+        eps=eps,
     )
-    driver.launch([stats_launch(params, type_name=TYPE_NAMES[x.dtype])], x.device)
+    driver.launch(stats_launches(params, type_name=TYPE_NAMES[x.dtype]), x.device)
     return mean, rstd
 
 

@@ -44,12 +44,17 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Images that --metrics compares with. Default: the float model's samples from the same noise."),
     ] = None,
+    lora: opt.Loras = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Measure the error of artifacts and engines against the float model; writes report.json and report.html."""
+    """Measure the error of artifacts and engines against the float model; writes report.json and report.html.
+
+    With --lora the float model has the same LoRAs.
+    """
     from edm_deploy.errors import InputError
     from edm_deploy.pipelines.prompt_file import read_prompts
+    from edm_deploy_tools.common.loras import file_and_weight
     from edm_deploy_tools.evaluation.evaluate import evaluate_paths
     from edm_deploy_tools.evaluation.image_metrics import MetricRequest, metric_names
     from edm_deploy_tools.evaluation.results import describe_settings, headline
@@ -57,7 +62,14 @@ def evaluate(
 
     opt.check_new(out, overwrite)
     texts = () if prompts is None else read_prompts(prompts)
-    settings = EvaluationSettings(samples=samples, steps=steps, seeds=opt.evaluation_seeds(seed), guidance=guidance, prompts=texts)
+    settings = EvaluationSettings(
+        samples=samples,
+        steps=steps,
+        seeds=opt.evaluation_seeds(seed),
+        guidance=guidance,
+        prompts=texts,
+        loras=tuple(map(file_and_weight, lora or ())),
+    )
     request = None
     if metrics is not None:
         request = MetricRequest(names=metric_names(metrics), inception=inception, images=images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from calibration.base_pass import Pass, check_passes
 from calibration.recipe import Recipe
 from calibration.run.checkpoint import check_not_overwritten, holds_checkpoint
 from calibration.run.memory import needed_memory
-from calibration.run.options import RunOptions
+from calibration.run.options import Progress, RunOptions
 from edm_deploy.artifact.artifact import ARTIFACT, JSON_NAME, Artifact
 from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.network.meta_model import meta_model
@@ -62,6 +63,22 @@ def quantize(request: QuantizeRequest) -> Artifact:
         ArtifactError, InputError, UnsupportedError: As load_source, calibration.fit and Artifact.save.
     """
     recipe, options, out = request.recipe, request.options, request.out
+    options.processes.after_first(lambda: _check(request))  # which may complete what a killed run left
+    source = load_source(request.model, low_memory=request.low_memory)
+    with progress() if options.processes.writes else nullcontext(_unseen) as show:
+        artifact = calibration.fit(
+            source, recipe, options, passes=request.passes, start=request.start, on_progress=show, prices=site_prices
+        )
+    if options.processes.writes:
+        artifact.save(out)
+        if options.checkpoint is not None:
+            shutil.rmtree(options.checkpoint, ignore_errors=True)
+    options.processes.close()
+    return artifact
+
+
+def _check(request: QuantizeRequest) -> None:
+    recipe, options, out = request.recipe, request.options, request.out
     check_passes(request.passes, recipe)
     if request.backend is not None:
         check_scheme(capabilities_of(request.backend), recipe.weight_bits, recipe.act_bits)
@@ -73,15 +90,10 @@ def quantize(request: QuantizeRequest) -> Artifact:
     check_output(out, kind=ARTIFACT, needed_bytes=parameters * recipe.weight_bits // 8)
     if not request.force:
         _check_memory(request, parameters)
-    source = load_source(request.model, low_memory=request.low_memory)
-    with progress() as show:
-        artifact = calibration.fit(
-            source, recipe, options, passes=request.passes, start=request.start, on_progress=show, prices=site_prices
-        )
-    artifact.save(out)
-    if options.checkpoint is not None:
-        shutil.rmtree(options.checkpoint, ignore_errors=True)
-    return artifact
+
+
+def _unseen(progress: Progress) -> None:
+    """Progress of another process than the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +141,7 @@ def _check_memory(request: QuantizeRequest, parameters: int) -> None:
     recipe, low_memory = request.recipe, request.low_memory
     rotates = recipe.rotate != "off"
     needed = needed_memory(parameters, trains=recipe.trains, low_memory=low_memory, rotates=rotates, cached=recipe.cached_bytes)
+    needed *= request.options.processes.local_size
     available = psutil.virtual_memory().available
     if needed > available:
         remedy = (

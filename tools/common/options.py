@@ -163,6 +163,22 @@ Budget = Annotated[
 CheckpointEvery = Annotated[
     str, typer.Option("--checkpoint-every", metavar="TIME", help="Wall time between checkpoints of training, such as 30s, 10m or 1h.")
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes", metavar="N", min=1, help="Divide the work among N processes of this machine: on the CPU, or one for each GPU."
+    ),
+]
+Accumulation = Annotated[
+    int,
+    typer.Option(
+        "--gradient-accumulation-steps", metavar="K", min=1, help="Run each process's share of a batch in K parts, one after the other."
+    ),
+]
+Checkpointing = Annotated[
+    bool,
+    typer.Option("--gradient-checkpointing", help="Compute the student's activations again in the backward pass: slower, in less memory."),
+]
 For = Annotated[
     str | None, typer.Option("--for", metavar="BACKEND", help="Check first that this backend supports the request; for example openvino.")
 ]

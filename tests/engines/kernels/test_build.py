@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from edm_deploy.errors import UnsupportedError
-from engines.kernels import build
+from engines.kernels import build, compilers
 from engines.kernels.build import Compiler, Cubin, cubin
 
 SMALL = {
@@ -107,13 +107,13 @@ def test_a_directory_that_cannot_be_written_is_reported_once(compilations, tmp_p
 KILLED = """
 import os, signal, subprocess, sys
 from pathlib import Path
-from engines.kernels import build
+from engines.kernels import build, compilers
 def write(*args, **kwargs):
     build._write_sealed(build.cache_directory() / "kernels.cubin", b"code")
 subprocess.run = write
 os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 build._fallback("/nowhere", "no reason")
-build.compiled({"kernels.cu": b""}, "kernels.cu", "sm_86", build.Compiler("nvcc", (12, 9)))
+compilers.compiled({"kernels.cu": b""}, "kernels.cu", "sm_86", build.Compiler("nvcc", (12, 9)))
 """
 
 
@@ -129,7 +129,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(compilations, own_cache, 
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho code > out\n")
     nvcc.chmod(0o755)
-    assert build._by_nvcc(SMALL, "kernels.cu", "sm_86", Compiler(str(nvcc), (12, 9))) == b"code\n"
+    assert compilers._by_nvcc(SMALL, "kernels.cu", "sm_86", Compiler(str(nvcc), (12, 9))) == b"code\n"
     assert list(scratch.iterdir()) == []
     kept = cubin("sm_86").path
     assert list(own_cache.iterdir()) == [kept]
@@ -204,6 +204,28 @@ def test_an_unknown_gpu_is_refused_with_the_known_ones():
         build.compiled(SMALL, "kernels.cu", "sm_20", build.nvrtc_compiler())
 
 
+@needs_nvrtc
+def test_ptx_bears_the_version_of_cuda_12_0(own_cache):
+    """A driver refuses PTX of a newer version than its own, and ptxas checks every instruction against the label."""
+    code = build.compiled(SMALL, "kernels.cu", "compute_80", build.nvrtc_compiler())
+    assert b"\n.version 8.0\n" in code
+    assert b"\n.target sm_80\n" in code
+    assert not code.endswith(b"\0")
+
+
+def test_ptx_loses_what_cuda_12_0_does_not_assemble(monkeypatch):
+    """ptxas 12.9 refuses this pragma under the label 8.0; without it, it assembles the kernels for sm_80, 86, 89, 90 and 120."""
+    ptx = b'// NVRTC\n.version 9.3\n.target sm_80\n\t.pragma "used_bytes_mask 240";\n\tld.v2.u32 {%r1, %r2}, [%rd1];\n\0'
+    monkeypatch.setattr(compilers, "_by_nvrtc", lambda *_: ptx)
+    code = compilers.compiled({}, "kernels.cu", "compute_80", Compiler("nvrtc", (13, 5)))
+    assert code == b"// NVRTC\n.version 8.0\n.target sm_80\n\tld.v2.u32 {%r1, %r2}, [%rd1];\n"
+
+
+def test_ptx_is_cached_beside_the_cubins(compilations):
+    assert [cubin(arch).path.suffix for arch in ("sm_80", "compute_80")] == [".cubin", ".ptx"]
+    assert compilations == ["sm_80", "compute_80"]
+
+
 def test_the_kernels_find_all_their_headers():
     files = build.source_files()
     named = {line.split('"')[1] for content in files.values() for line in content.decode().splitlines() if line.startswith("#include")}
@@ -240,7 +262,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
         def nvrtcVersion():  # noqa: N802  # NVRTC's name
             raise RuntimeError('Failure finding "libnvrtc.so"\nand more')
 
-    monkeypatch.setattr(build, "_nvrtc", lambda: Nvrtc)
+    monkeypatch.setattr(compilers, "_nvrtc", lambda: Nvrtc)
     with pytest.raises(
         UnsupportedError, match=r"cannot be loaded \(Failure finding \"libnvrtc.so\"\). Run pip install 'edm-deploy\[cuda\]'"
     ):
