@@ -30,5 +30,5 @@ def test_the_overhead_has_the_engine_the_loop_and_the_server(chain):
     "wrong", [{"requests": 1}, {"rounds": 0}, {"loads": (0.0,)}, {"loads": (3.0,)}, {"steps": (5, 4)}, {"steps": (0, 4)}]
 )
 def test_settings_out_of_range_are_refused(wrong):
-    with pytest.raises(InputError, match="expected 1 <= FEWEST <= MOST|bench-serve needs"):
+    with pytest.raises(InputError, match=r"expected 1 <= FEWEST <= MOST|bench-serve needs"):
         BenchSettings(**wrong)
