@@ -62,6 +62,8 @@ ORDER = {
             "families",
             "roofline",
             "soak",
+            "soak_generate",
+            "soak_server",
             "train_features",
             "train_reference",
         ),

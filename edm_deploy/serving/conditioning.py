@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.network.family import SAMPLE, TIMESTEP, Config, Family
 from edm_deploy.network.graph_names import SCALE_INPUT
 from edm_deploy.pipelines.prompt_encoding import EMBEDDER_WEIGHTS, class_table, truncated_prompts
-from edm_deploy.pipelines.rebuild import text_pipeline, without_loading_messages
+from edm_deploy.pipelines.rebuild import text_pipeline
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.serving.interface import ImageRequest
 from edm_deploy.serving.sample import Row
@@ -63,6 +65,7 @@ class Conditioning:
         has_table = home is not None and (home / EMBEDDER_WEIGHTS).is_file()
         self._table = class_table(home / EMBEDDER_WEIGHTS) if home is not None and has_table else None
         self._text: Any = text_pipeline(home) if texts and home is not None and not has_table else None
+        self._tokenizers = _tokenizers_of(self._text)
         self._refuse(texts)
 
     @property
@@ -101,11 +104,8 @@ class Conditioning:
         if request.negative_prompt and self.rows(request) == 1:
             raise InputError("negative_prompt needs classifier-free guidance, which is off. Leave it out, or raise guidance above 1.")
         if self._text is not None:
-            with without_loading_messages():
-                for prompt, count, longest in truncated_prompts(self._text, [request.prompt or "", request.negative_prompt or ""]):
-                    raise InputError(
-                        f"The prompt {prompt[:40] + '...'!r} has {count} tokens; the text encoder takes {longest}. Shorten it."
-                    )
+            for prompt, count, longest in truncated_prompts(self._tokenizers, [request.prompt or "", request.negative_prompt or ""]):
+                raise InputError(f"The prompt {prompt[:40] + '...'!r} has {count} tokens; the text encoder takes {longest}. Shorten it.")
 
     @torch.no_grad()
     def encode(self, request: ImageRequest, sized: Config) -> Encoded:
@@ -164,10 +164,9 @@ class Conditioning:
     def _encoded_text(self, request: ImageRequest) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         if self._text is None:
             return {}, {}
-        with without_loading_messages():
-            conditional, unconditional = self.family.encode_prompts(self.config, self._text, [request.prompt or ""])
-            if request.negative_prompt:
-                unconditional, _ = self.family.encode_prompts(self.config, self._text, [request.negative_prompt])
+        conditional, unconditional = self.family.encode_prompts(self.config, self._text, [request.prompt or ""])
+        if request.negative_prompt:
+            unconditional, _ = self.family.encode_prompts(self.config, self._text, [request.negative_prompt])
         return conditional, unconditional
 
     def _converted(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -184,3 +183,13 @@ class Conditioning:
             raise UnsupportedError(f"This {name} takes a mask or a picture as further channels (inpainting), which no request has here.")
         if LABELS in self._names and self.classes is None:
             raise UnsupportedError(f"This {name} takes an embedding as class_labels, which no request has here.")
+
+
+def _tokenizers_of(pipeline: Any) -> Any:
+    """The tokenizers of a text pipeline, copied, as `truncated_prompts` takes them: one tokenizer in two threads at once raises an error."""
+    if pipeline is None:
+        return None
+    tokenizers = {
+        name: copy.deepcopy(part) for name, part in pipeline.components.items() if name.startswith("tokenizer") and part is not None
+    }
+    return SimpleNamespace(components=tokenizers, encode_prompt=pipeline.encode_prompt)

@@ -58,22 +58,21 @@ class RequestLog:
     """One JSON object a line for each request.
 
     Attributes:
-        stream: Where to; None writes nothing.
+        stream: Where to; None is the process's stderr.
     """
 
-    stream: TextIO | None = sys.stderr
+    stream: TextIO | None = None
 
     def write(self, **fields: Any) -> None:
         """Write a line with the time, UTC. A log that cannot be written (a full disk) ends no request."""
-        if self.stream is None:
-            return
+        stream = self.stream or sys.stderr
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             **{key: value for key, value in fields.items() if value is not None},
         }
         try:
-            self.stream.write(json.dumps(line) + "\n")
-            self.stream.flush()
+            stream.write(json.dumps(line) + "\n")
+            stream.flush()
         except OSError:
             return
 

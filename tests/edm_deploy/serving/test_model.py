@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from edm_deploy import load_pipeline
+from edm_deploy.artifact.timestep_routing import mask_from_intervals
 from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.export.onnx import onnx_from_artifact
+from edm_deploy.runtime.backend import BuildOptions
+from edm_deploy.runtime.manifest import ShapeRange
 from edm_deploy.serving.interface import ImageRequest
 from edm_deploy.serving.model import ServedModel
+from engines import build_engine
+from tests.conftest import artifact_by_hand
 from tests.edm_deploy.serving.conftest import SLOTS
 
 SCHEDULERS = ("ddim", "ddpm", "euler", "dpm-solver++", "unipc")
@@ -185,3 +191,24 @@ def test_the_card_says_what_a_model_takes(model, text_model):
     assert model.card.schedulers[0] == "ddim"
     assert text_model.card.size == (16, 16) and text_model.card.takes_prompt and text_model.card.guidance == 7.5
     assert text_model.card.slots == SLOTS
+
+
+def test_samples_of_the_second_engine_get_calls_of_their_own(tmp_path):
+    """Else the two engines would receive parts of a call, of sizes that neighbours decide, and a backend chooses kernels by size."""
+    artifact = replace(artifact_by_hand(), relaxed=mask_from_intervals([(0, 499)], 1000))
+    onnx_from_artifact(artifact, tmp_path / "onnx")
+    build_engine(
+        tmp_path / "onnx", tmp_path / "engine", backend="ort", options=BuildOptions(profile={"batch": ShapeRange(1, SLOTS, SLOTS)})
+    )
+    served = ServedModel(tmp_path / "engine", name="relaxed", slots=SLOTS)
+    request = ImageRequest(id="a", steps=4)
+    prepared = served.prepare(request)
+    assert len({served.key(request, prepared, timestep) for timestep in (999.0, 500.0)}) == 1
+    assert served.key(request, prepared, 499.0) == served.key(request, prepared, 0.0) != served.key(request, prepared, 500.0)
+    batches = []
+    for session in served.denoiser._sessions:
+        run = session.run
+        session.run = lambda inputs, run=run: (batches.append(len(inputs["sample"])), run(inputs))[1]
+    pixels_of(served, request)
+    assert batches == [SLOTS] * 4
+    served.close()

@@ -1,6 +1,6 @@
 import itertools
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edm_deploy.serving.selection import AGEING, Candidate, order_of, select
@@ -8,6 +8,7 @@ from edm_deploy.serving.selection import AGEING, Candidate, order_of, select
 CANDIDATES = st.lists(st.builds(Candidate, st.integers(0, 20), st.integers(1, 2), st.sampled_from("abc")), max_size=20)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(CANDIDATES, st.integers(2, 8), st.dictionaries(st.sampled_from("abc"), st.integers(0, 30)))
 def test_a_call_has_samples_of_one_key_that_fit_the_oldest_first(candidates, slots, waited):
     chosen = select(candidates, slots, waited)

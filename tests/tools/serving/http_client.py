@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import queue
 import threading
@@ -76,7 +77,7 @@ def serving(services: Mapping[str, ImageService], *, drain: float = 5, **setting
     """A server of these models, which it does not close."""
     ready: queue.Queue[str] = queue.Queue()
     with bound_socket("127.0.0.1", 0) as bound:
-        server = HttpServer(services, bound, AppSettings(**{"log": RequestLog(None)} | settings), drain=drain, started=ready.put)
+        server = HttpServer(services, bound, AppSettings(**{"log": RequestLog(io.StringIO())} | settings), drain=drain, started=ready.put)
         thread = threading.Thread(target=server.serve_until_stopped, daemon=True)
         thread.start()
         try:
