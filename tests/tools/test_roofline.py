@@ -126,3 +126,16 @@ def test_inspect_adds_expected_times(run, chain):
     assert "Expected step on GeForce RTX 3090, batch 2" in ran.out
     content = json.loads(run("inspect", chain.artifact, "--gpu", "rtx3090", "--json").out)
     assert {"kind", "facts", "tables", "rooflines"} <= set(content)
+
+
+def test_the_command_traces_a_model_and_counts_every_kernel_of_a_step(capfd, chain):
+    from edm_deploy_tools.common import run_app
+
+    assert run_app.run(app, "roofline", [str(chain.model), "--batch", "1,8", "--step", "--json"]) == 0
+    content = json.loads(capfd.readouterr().out)
+    assert "Expected, not measured" in content["note"]
+    one, eight = content["steps"]["1"], content["steps"]["8"]
+    assert [row["graph"] for row in one] == [row["graph"] for row in eight]
+    assert all(more["step ms"] > less["step ms"] for less, more in zip(one, eight, strict=True))
+    assert run_app.run(app, "roofline", [str(chain.engine), "--step"]) == 2
+    assert "--step" in capfd.readouterr().err
