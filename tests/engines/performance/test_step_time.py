@@ -6,13 +6,12 @@ from torch import fx, nn
 from torch.nn import functional
 
 from edm_deploy.models import family_named, name_of_family
-from edm_deploy_tools.benchmarks.traced_step import TracedModel, code_formats, step_rows
+from edm_deploy_tools.benchmarks.traced_step import TracedModel
 from edm_deploy_tools.inspection.architectures import architecture
 from engines.performance.gpus import TABLE, Gpu, gpu_named, launch_seconds
 from engines.performance.roofline import Matmul, expected, others
 from engines.performance.step_time import SOFTMAX_CYCLES, attention_seconds, step_time
-from tests.conftest import tiny_model
-from tests.engines.rewritten import drafted, program_of, site_of
+from tests.engines.rewritten import drafted, site_of
 
 MEASURED = tomllib.loads((TABLE.parent / "measured.toml").read_text())
 GPU = gpu_named("rtx3090")
@@ -116,16 +115,6 @@ def test_attention_is_as_far_from_each_measured_point_as_the_file_says(point):
     assert error == pytest.approx(point["error"], abs=0.015)
 
 
-def test_a_traced_model_gives_a_row_for_each_way_to_run_it():
-    family, config, _ = tiny_model("unet2d")
-    rows = step_rows(TracedModel(family=family, config=config, program=program_of("unet2d")), GPU, 2)
-    assert [row["graph"] for row in rows][:3] == ["float16, compiled", "ours", "ours, rest compiled"]
-    assert all(row["step ms"] > 0 for row in rows)
-    assert rows[2]["kernels"] < rows[1]["kernels"]
-    assert rows[1]["norms ms"] == 0, "every group norm is fused"
-    assert rows[3]["attention ms"] < rows[1]["attention ms"]
-
-
 @pytest.mark.extended  # a trace of a thousand layers
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
 def test_the_model_is_as_far_from_published_steps_as_the_file_says(model):
@@ -142,9 +131,3 @@ def test_on_the_card_that_predictions_are_for_published_steps_are_met_within_a_t
     errors = [point["error"] for point in MEASURED["step"] if point["gpu"] == "rtx3090"]
     assert len(errors) == 3
     assert max(map(abs, errors)) <= 0.10
-
-
-def test_without_int4_tensor_cores_all_sites_are_eight_bits():
-    family, config, _ = tiny_model("unet2d")
-    assert set(code_formats(family, config, four_bits=False).values()) == {"s8"}
-    assert set(code_formats(family, config).values()) == {"s4", "s8"}
