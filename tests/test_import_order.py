@@ -54,6 +54,7 @@ ORDER = {
         ("evaluation",),
         ("comparison",),
         (
+            "bench_gpu",
             "bench_kernels",
             "bench_outliers",
             "bench_scale",
