@@ -55,6 +55,7 @@ ORDER = {
         ("evaluation", "serving"),
         ("comparison",),
         (
+            "bench_gpu",
             "bench_kernels",
             "bench_outliers",
             "bench_scale",
