@@ -56,6 +56,7 @@ ORDER = {
         (
             "bench_kernels",
             "bench_outliers",
+            "bench_processes",
             "bench_scale",
             "convert_inception",
             "families",
