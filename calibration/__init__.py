@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from calibration.base_pass import Pass, PassContext, SitePricer, check_passes, measuring_run
+from calibration.data.preview import Preview
 from calibration.data.prompts import prompts_of
 from calibration.data.trajectory_pool import Trajectories
 from calibration.observers.rotation import rotate_inputs
@@ -19,6 +20,7 @@ from calibration.recipe import Recipe, TrainingContext
 from calibration.run.checkpoint import check_not_overwritten, saved_identity
 from calibration.run.memory import peak_memory
 from calibration.run.options import Interrupted, Progress, Run, RunOptions
+from calibration.run.processes import check_divides
 from calibration.run.time_budget import Budget
 from calibration.start import CHAIN, chain_with, check_start
 from calibration.student.from_artifact import structure_of, student_from_artifact, with_params
@@ -70,6 +72,7 @@ def fit(
     began = time.perf_counter()
     budget = None if options.budget_seconds is None else Budget(options.budget_seconds)
     check_passes(passes, recipe)
+    check_parts(recipe, options)
     device = torch.device(options.device)
     if options.prompts is not None:
         check_takes_prompts(source)
@@ -123,6 +126,7 @@ def fit(
         on_progress=show,
         student_leads=any(each.student_leads for each in passes),
         after_calibration=after_calibration,
+        preview=None if options.report is None else Preview(source, conditioner, device=device, seed=recipe.seed).sample,
         from_artifact=start is not None,
         budget=budget,
     )
@@ -133,9 +137,12 @@ def fit(
     scaled = len(artifact.structure.pre_scaled)
     artifact = fold_pre_scales(artifact)
     artifact.validate()
+    options.processes.check_same(lambda: artifact.digest)
     provenance = {
         **configuration,
         **run.notes,
+        **({"processes": options.processes.size} if options.processes.size > 1 else {}),
+        **({"gradient_accumulation_steps": options.accumulation} if options.accumulation > 1 else {}),
         **({"rotations": rotations} if rotations else {}),
         **({"folded_pre_scales": f"{scaled - len(artifact.structure.pre_scaled)} of {scaled}"} if scaled else {}),
         "guidance": conditioner.scale,
@@ -163,6 +170,27 @@ def _configuration(
         **({"budget_seconds": options.budget_seconds} if options.budget_seconds is not None else {}),
         **({"passes": {each.name: each.settings() for each in passes}} if passes else {}),
     }
+
+
+def check_parts(recipe: Recipe, options: RunOptions) -> None:
+    """Refuse processes and accumulation steps that do not divide the batch, and options of training where they do not apply.
+
+    Raises:
+        InputError: The message names the option.
+    """
+    given = {
+        "--gradient-accumulation-steps": options.accumulation > 1,
+        "--gradient-checkpointing": options.checkpointing,
+        "--shard-weights": options.sharding,
+    }
+    for name, chosen in given.items():
+        if chosen and not recipe.distills:
+            reason = "reconstructs one block at a time" if recipe.trains else "does not train"
+            raise InputError(f"{name}: recipe {recipe.name!r} {reason}, so that it does not apply. Leave it out.")
+    if options.sharding and options.processes.size == 1:
+        raise InputError("--shard-weights divides frozen weights among processes, and this run has one. Add --processes, or leave it out.")
+    if recipe.trains:
+        check_divides(options.processes, recipe.settings()["batch"], options.accumulation)
 
 
 def row_timesteps(context: PassContext, passes: Sequence[Pass]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from calibration.data.observation import ActivationSamples
-from calibration.data.trajectory_pool import Trajectories
+from calibration.data.trajectory_pool import Batch, Trajectories
 from calibration.run.options import Run
 from calibration.run.setting_checks import at_least, within
 from calibration.student.quantization_spec import W8A8, LayerSpec, QuantRange
@@ -44,6 +44,12 @@ class TrainingContext:
     trajectories: Trajectories
     run: Run
 
+    def prediction(self, network: Student | Teacher, batch: Batch) -> Tensor:
+        """Prediction of a network for a batch, combined under guidance, float32 [B, ...]. Each process computes its share of the batch and has the whole."""
+        processes = self.run.options.processes
+        own = batch.part(processes.members(len(batch)))
+        return processes.gather(own.conditioning.combine(network(own.inputs).float()), len(batch))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ABC):
@@ -52,6 +58,7 @@ class Recipe(ABC):
     Attributes:
         name: Name on the command line.
         trains: Whether the recipe trains after calibration; such a recipe has the settings `steps` and `batch`.
+        distills: Whether training is `distill`: by gradients of the whole network, which may be accumulated, with activations computed again.
         starts_from_artifact: Whether `fit` accepts a student that an artifact describes, and then trains it without calibrating it: `Run.calibrates`.
         weight_bits: 2 to 8.
         act_bits: 3 to 8, or 16 to leave activations in floating point.
@@ -68,6 +75,7 @@ class Recipe(ABC):
 
     name: ClassVar[str]
     trains: ClassVar[bool] = False
+    distills: ClassVar[bool] = False
     starts_from_artifact: ClassVar[bool] = False
 
     weight_bits: int = 8

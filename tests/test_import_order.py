@@ -26,7 +26,7 @@ ORDER = {
         ("adapters",),
         ("pipelines",),
         ("runtime",),
-        ("export", "__init__"),
+        ("export", "serving", "__init__"),
     ),
     "calibration": (
         ("run", "data"),
@@ -50,8 +50,9 @@ ORDER = {
     "tools": (
         ("__init__",),
         ("common", "images"),
-        ("inspection", "benchmarks"),
-        ("evaluation",),
+        ("inspection", "benchmarks", "triton"),
+        ("generation",),
+        ("evaluation", "serving"),
         ("comparison",),
         (
             "bench_gpu",
@@ -62,6 +63,8 @@ ORDER = {
             "families",
             "roofline",
             "soak",
+            "soak_generate",
+            "soak_server",
             "train_features",
             "train_reference",
         ),
@@ -80,10 +83,17 @@ ONLY_HERE = {  # third-party package -> the only places that may import it
     "onnx_ir": ("edm_deploy/export/",),
     "onnxscript": ("edm_deploy/export/",),
     "diffusers": ("edm_deploy/models/", "edm_deploy/pipelines/", "tools/"),
+    "accelerate": ("calibration/run/processes.py",),
+    "tensorboard": ("tools/images/tensorboard_report.py",),
     "typer": ("tools/",),
     "rich": ("tools/",),
     "PIL": ("tools/", "edm_deploy/pipelines/"),
-    "pyarrow": ("tools/images/dataset.py",),
+    "pyarrow": ("tools/images/dataset.py", "tools/images/shards.py"),
+    "ray": ("tools/common/ray_cluster.py", "tools/generation/on_ray.py", "tools/serving/ray_"),
+    "fastapi": ("tools/serving/app.py",),
+    "starlette": ("tools/serving/",),
+    "uvicorn": ("tools/serving/server.py",),
+    "prometheus_client": ("tools/serving/metrics.py",),
 }
 MOST_FILES = 14  # on one level, `__init__.py` apart
 MOST_LINES = 300

@@ -31,6 +31,16 @@ class Batch:
     timestep: Tensor
     conditioning: Conditioning
 
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def part(self, members: slice) -> Batch:
+        """Some of the samples; the batch itself if these are all."""
+        chosen = torch.arange(len(self))[members]
+        if len(chosen) == len(self):
+            return self
+        return Batch(self.indices[members], self.sample[members], self.timestep[members], self.conditioning.of_members(chosen))
+
     @property
     def inputs(self) -> dict[str, Tensor]:
         """Graph inputs by name: [B, ...] each, or [2 B, ...] under classifier-free guidance."""
@@ -85,6 +95,10 @@ class Trajectories:
         indices = (self.next_index + torch.arange(count)) % self.size
         self.next_index = (self.next_index + count) % self.size
         return self._batch(indices)
+
+    def batch_sizes(self, batch: int) -> set[int]:
+        """Sizes of the batches of `traverse_schedule(batch)`."""
+        return {len(indices) for indices in torch.split(torch.arange(self.size), batch)}
 
     def advance(self, batch: Batch, prediction: Tensor) -> None:
         """Move the samples of a batch one timestep further; finished samples restart from noise.

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from calibration.data.observation import ActivationSamples
+from calibration.data.observation import ActivationSamples, Share
 from calibration.data.trajectory_pool import FORWARD_BATCH, Batch
-from calibration.observers.observers import InputMean, Observer
+from calibration.observers.observers import InputMean, Observer, merged
 from calibration.observers.stagger import stagger
 from calibration.recipe import Recipe, TrainingContext
 from calibration.run.options import Interrupted
-from calibration.run.parallel_map import parallel_map
+from calibration.run.processes import Processes, check_shares
 from calibration.run.progress import ProgressMeter
 from calibration.student.layers import StudentLayer
 from calibration.student.module_outputs import input_hooks
@@ -55,9 +55,11 @@ def calibrate(context: TrainingContext, recipe: Recipe) -> None:
         Interrupted: SIGINT or SIGTERM; there is no state worth saving yet.
     """
     student, teacher, trajectories, run = context.student, context.teacher, context.trajectories, context.run
+    processes = run.options.processes
+    check_shares(processes, trajectories.batch_sizes(FORWARD_BATCH), what="calibration_samples")
     sites: Mapping[str, nn.Module] = teacher.family.sites(teacher.model)
     observed: Mapping[str, nn.Module] = student.layers if run.student_leads else {name: sites[name] for name in student.layers}
-    tables = _ObservedTables(student, recipe, trajectories.rows)
+    tables = _ObservedTables(student, recipe, trajectories.rows, processes)
     means = {name: InputMean() for name in observed} if recipe.corrects_bias else {}
     hooks = [(observed[name], input_hook(student.layers[name], observer)) for name, observer in tables.observers.items()]
     hooks += [(observed[name], input_hook(student.layers[name], mean)) for name, mean in means.items()]
@@ -67,31 +69,35 @@ def calibrate(context: TrainingContext, recipe: Recipe) -> None:
         for done, (row, batches) in enumerate(trajectories.traverse_schedule(FORWARD_BATCH), start=1):
             tables.row = row
             with input_hooks(hooks):
-                predictions = [_step(context, batch) for batch in batches]
+                predictions = [_step(context, batch, [*tables.observers.values(), *means.values()]) for batch in batches]
             if not run.student_leads:
                 tables.set_ranges(tables.observers)
             elif len(batches) > 1:  # the first batches ran with ranges that the later ones changed
-                predictions = [student(batch.inputs) for batch in batches]
+                predictions = [context.prediction(student, batch) for batch in batches]
             if run.student_leads:
                 for batch, prediction in zip(batches, predictions, strict=True):
-                    trajectories.advance(batch, batch.conditioning.combine(prediction.float()))
+                    trajectories.advance(batch, prediction)
             tables.forget()
             meter.report(done, trajectories.rows)
-            if meter.interrupted:
+            if processes.any(meter.interrupted):
                 raise Interrupted("Interrupted while calibrating; nothing was written. Run the same command again.")
     for name, mean in means.items():
-        student.layers[name].correct_bias(mean.value())
+        student.layers[name].correct_bias(mean.value(processes))
     if run.after_calibration is not None:
         run.after_calibration()
 
 
-def _step(context: TrainingContext, batch: Batch) -> Tensor:
+def _step(context: TrainingContext, batch: Batch, observers: Sequence[Observer | InputMean]) -> Tensor:
     """Prediction of the network that leads. The teacher's advances its samples at once, which draws their noise in the order of the batches."""
-    if context.run.student_leads:
-        led: Tensor = context.student(batch.inputs)
-        return led
-    prediction: Tensor = context.teacher(batch.inputs)
-    context.trajectories.advance(batch, batch.conditioning.combine(prediction))
+    processes, network = context.run.options.processes, context.student if context.run.student_leads else context.teacher
+    if processes.size > 1:
+        members = processes.members(len(batch))
+        share = Share(members.start, members.stop - members.start, len(batch), 2 if batch.conditioning.guided else 1)
+        for observer in observers:
+            observer.share = share
+    prediction = context.prediction(network, batch)
+    if not context.run.student_leads:
+        context.trajectories.advance(batch, prediction)
     return prediction
 
 
@@ -102,14 +108,15 @@ class _ObservedTables:
         student: Its tables are set.
         recipe: Computes ranges; a static one pools the observations of all rows.
         rows: Number of rows.
+        processes: Those that the observations are divided among, and the search of ranges.
 
     Attributes:
         observers: By the name of each quantizer.
         row: The row that is being observed.
     """
 
-    def __init__(self, student: Student, recipe: Recipe, rows: int) -> None:
-        self.student, self.recipe, self.rows = student, recipe, rows
+    def __init__(self, student: Student, recipe: Recipe, rows: int, processes: Processes) -> None:
+        self.student, self.recipe, self.rows, self.processes = student, recipe, rows, processes
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.observers = {name: Observer(self.generator) for name in student.quantizers}
         self.pooled: dict[str, ActivationSamples] = {}
@@ -118,12 +125,12 @@ class _ObservedTables:
 
     def set_ranges(self, names: Iterable[str]) -> None:
         """Set the tables of some quantizers at this row, or at all rows for a static recipe, from what was observed."""
-        observed = {name: self.observers[name].samples() for name in names}
+        observed = dict(merged({name: self.observers[name].samples() for name in names}, self.processes))
         if self.recipe.static:
             subsets = {name: samples.subsample(self.rows, self.generator) for name, samples in observed.items()}
             observed = {name: self.pooled[name] + subset if name in self.pooled else subset for name, subset in subsets.items()}
         self.latest |= observed
-        ranges = parallel_map(
+        ranges = self.processes.map(
             lambda name: [self.recipe.activation_range(observed[name], table.spec) for table in self.student.quantizers[name].tables],
             observed,
         )

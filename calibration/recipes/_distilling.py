@@ -38,6 +38,7 @@ class DistillationRecipe(Mse):
     """
 
     trains = True
+    distills = True
     starts_from_artifact = True
     weight_bits: int = 4
     act_bits: int = 4

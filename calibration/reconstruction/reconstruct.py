@@ -21,7 +21,6 @@ from calibration.reconstruction.block_optimizers import BlockOptimizer, quantize
 from calibration.reconstruction.blocks import Partition, blocks_of
 from calibration.reconstruction.time_allocation import TimeAllocation, training_steps
 from calibration.run.checkpoint import CheckpointTimer, TrainingState, add_prefix, restore, resume_training, save_training, strip_prefix
-from calibration.run.dtypes import DTYPES
 from calibration.run.progress import ProgressMeter
 from calibration.student.student import Student, activations_unquantized
 from calibration.training.divergence import check_finite
@@ -73,7 +72,7 @@ def reconstruct(context: TrainingContext, partition: Partition, stages: Sequence
         InputError: The budget is already used up, or a loss is not finite.
     """
     run = context.run
-    context.teacher.set_dtype(DTYPES[run.options.teacher_dtype])
+    context.teacher.set_dtype(run.options.teacher_dtype)
     work, timer = _Reconstruction(context, partition, stages, seed), CheckpointTimer(run)
     done = work.resume(state) if (state := resume_training(run)) is not None else work.begin()
     with ProgressMeter(run, "reconstruct", context.trajectories.device, first_step=work.steps) as meter:

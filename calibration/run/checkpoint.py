@@ -65,7 +65,7 @@ class CheckpointTimer:
 
 
 def save_training(run: Run, state: TrainingState, *, position: str, finished: bool) -> None:
-    """Replace the checkpoint of a run by `state` and the numbers in its notes. Does nothing if the run has no checkpoint directory.
+    """Replace the checkpoint of a run by `state` and the numbers in its notes. Does nothing if the run has no checkpoint directory, or in a process that does not write.
 
     Args:
         run: Its identity is saved too.
@@ -76,7 +76,7 @@ def save_training(run: Run, state: TrainingState, *, position: str, finished: bo
     Raises:
         ArtifactError: The directory contains other files, or cannot be written; the previous checkpoint is kept.
     """
-    if run.options.checkpoint is None:
+    if run.options.checkpoint is None or not run.options.processes.writes:
         return
     tensors = add_prefix(PARAMETERS, state.parameters) | add_prefix(TRAJECTORIES, state.trajectories) | dict(state.method)
     # float64 stores a Python float exactly; integers become int64.

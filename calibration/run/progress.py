@@ -10,6 +10,7 @@ import torch
 from calibration.run.interrupt_flag import InterruptFlag
 from calibration.run.memory import peak_memory
 from calibration.run.options import Interrupted, Progress, Run
+from calibration.run.processes import ProcessLostError
 
 
 class ProgressMeter:
@@ -65,7 +66,20 @@ class ProgressMeter:
 
     def interruption(self, position: str) -> Interrupted:
         """The exception that ends an interrupted training after `position`; it states where the checkpoint is and how to resume."""
-        checkpoint = self._run.options.checkpoint
-        if checkpoint is None:
-            return Interrupted(f"Interrupted after {position}; nothing was saved, because the run has no checkpoint directory.")
-        return Interrupted(f"Interrupted after {position}; the state is in {checkpoint}. Run the same command with --resume to continue.")
+        return Interrupted(f"Interrupted after {position}; {saved_words(self._run)}")
+
+
+def lost_after(position: str, run: Run) -> ProcessLostError:
+    """The exception that ends a training after `position` because another of its processes ended."""
+    if run.options.processes.writes or run.options.checkpoint is None:
+        return ProcessLostError(f"This run lost a process after {position}; {saved_words(run)}")
+    saved = f"its last checkpoint, if there is one, is in {run.options.checkpoint}. Run the same command with --resume to continue."
+    return ProcessLostError(f"This run lost a process after {position}; {saved}")
+
+
+def saved_words(run: Run) -> str:
+    """Where the state of an ended run is, and how to resume it."""
+    checkpoint = run.options.checkpoint
+    if checkpoint is None:
+        return "nothing was saved, because the run has no checkpoint directory."
+    return f"the state is in {checkpoint}. Run the same command with --resume to continue."

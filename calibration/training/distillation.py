@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from calibration.data.trajectory_pool import Batch
 from calibration.recipe import TrainingContext
 from calibration.run.checkpoint import CheckpointTimer, TrainingState, restore, resume_training, save_training
-from calibration.run.dtypes import DTYPES
-from calibration.run.progress import ProgressMeter
+from calibration.run.processes import ProcessLostError
+from calibration.run.progress import ProgressMeter, lost_after
+from calibration.run.reports import Reporter
 from calibration.run.time_budget import Budget
 from calibration.student.module_outputs import capture_outputs
+from calibration.training.activation_checkpoints import checkpoint_activations
 from calibration.training.divergence import check_finite, warn_if_risen
 from calibration.training.losses import AuxiliaryLoss
 from calibration.training.param_group import ParamGroup
+from calibration.training.sharded_weights import sharded
 from calibration.training.step_factors import step_factors
 
 MOST_LAST = 100  # losses at the end that are compared with the first
@@ -72,6 +75,21 @@ class TrainingSchedule:
         return min(self.ema, (1 + step) / (10 + step))
 
 
+@dataclass(frozen=True)
+class Part:
+    """Samples of a training batch that run through the student together.
+
+    Attributes:
+        batch: The samples.
+        target: float32 [B, ...], the teacher's prediction, combined under guidance.
+        outputs: Outputs of the teacher's modules that the auxiliary losses compare, by name.
+    """
+
+    batch: Batch
+    target: Tensor
+    outputs: Mapping[str, Tensor]
+
+
 class Training:
     """State of a training run between two steps: parameters, optimizer, trajectory pool.
 
@@ -93,6 +111,7 @@ class Training:
     ) -> None:
         self.student, self.teacher, self.trajectories = context.student, context.teacher, context.trajectories
         self.schedule, self.terms = schedule, terms
+        self.processes, self.accumulation = context.run.options.processes, context.run.options.accumulation
         self.step_factors = torch.ones(self.trajectories.rows) if step_factors is None else step_factors
         self.outputs: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
         trained_groups = [group for group in groups if group.parameters and group.rate > 0]
@@ -116,14 +135,19 @@ class Training:
             yield
         self.outputs = {}, {}
 
+    def weights_sharded(self) -> AbstractContextManager[None]:
+        """Divide frozen weights among the processes; after a state was loaded."""
+        return sharded(self.student, self.teacher, list(self.trained.values()), self.processes, self.trajectories.device)
+
     def step(self, share: float, steps: float | None = None) -> float:
         """Take one training step; returns the loss, a mean over the batch of summed squared errors. Arguments as those of `TrainingSchedule.factor`."""
+        first = self.trajectories.next_index
         batch = self.trajectories.next_batch(self.schedule.batch)
-        factors = self.step_factors[self.trajectories.position[batch.indices]].to(batch.sample.device)
-        target = batch.conditioning.combine(self.teacher(batch.inputs))
-        loss = self._loss(batch, target, factors)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        try:
+            loss, target = self._backward(batch)
+        except ProcessLostError:
+            self.trajectories.next_index = first  # nothing else has changed: the state is that before this step
+            raise
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.schedule.factor(share, steps)
         self.optimizer.step()
@@ -131,7 +155,38 @@ class Training:
         for name, average in self.averages.items():
             average.lerp_(self.trained[name].detach(), 1 - self.schedule.average_decay(self.done))
         self.trajectories.advance(batch, target)
-        return float(loss.detach())
+        return loss
+
+    def _backward(self, batch: Batch) -> tuple[float, Tensor]:
+        """Compute the gradients of the mean loss of a batch, each process those of its share, part by part; returns the loss, and the whole batch's target."""
+        own = batch.part(self.processes.members(len(batch)))
+        parts = [
+            self._part(own.part(slice(start, start + size)))
+            for size in [len(own) // self.accumulation]
+            for start in range(0, len(own), size)
+        ]
+        statistics = self._statistics(parts)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for part in parts:
+            loss = self._loss(part, statistics) / len(parts)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            losses.append(loss.detach())
+        self.processes.average_gradients(self.trained.values())
+        total = torch.stack(losses).sum()
+        self.processes.add([total])
+        target = self.processes.gather(torch.cat([part.target for part in parts]), len(batch))
+        return float(total) / self.processes.size, target
+
+    def _part(self, batch: Batch) -> Part:
+        target = batch.conditioning.combine(self.teacher(batch.inputs))
+        return Part(batch, target, dict(self.outputs[1]))
+
+    def _statistics(self, parts: Sequence[Part]) -> list[Tensor]:
+        """Those of each auxiliary loss, averaged over the parts of all processes: a ratio of two means is not a mean of ratios."""
+        found = [torch.stack([term.statistics(part.outputs) for part in parts]).mean(0) for term in self.terms]
+        self.processes.add(found)
+        return [each / self.processes.size for each in found]
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -169,13 +224,16 @@ class Training:
     def _checkpoint_parameters(self) -> dict[str, nn.Parameter]:
         return self.student.checkpoint_parameters() | self.trained  # float weights only where they are trained
 
-    def _loss(self, batch: Batch, target: Tensor, factors: Tensor) -> Tensor:
+    def _loss(self, part: Part, statistics: Sequence[Tensor]) -> Tensor:
+        batch, target = part.batch, part.target
+        factors = self.step_factors[self.trajectories.position[batch.indices]].to(batch.sample.device)
         # Source: EfficientDM, arXiv 2310.03270: under guidance the loss is on the combined prediction, which sampling uses.
         prediction = batch.conditioning.combine(self.student(batch.inputs).float())
         errors = (prediction - target).square().flatten(1).sum(1)
         power = target.square().flatten(1).mean(1)
         mean: Tensor = (factors * errors / power.pow(self.schedule.relative)).mean()
-        return sum((term(*self.outputs) for term in self.terms), start=mean)
+        terms = zip(self.terms, statistics, strict=True)
+        return sum((term(self.outputs[0], part.outputs, values) for term, values in terms), start=mean)
 
 
 def distill(
@@ -188,12 +246,15 @@ def distill(
     Raises:
         InputError: Calibration used up the budget, or the loss is not finite.
         Interrupted: SIGINT, SIGTERM or SIGHUP; the current step was finished and a checkpoint written, if the run has a checkpoint directory.
+        ProcessLostError: Another process of the run ended; process 0 has written a checkpoint of the last step that all finished.
         ArtifactError: The checkpoint to resume is missing, damaged or from a different run.
     """
-    run = context.run
+    run, processes = context.run, context.run.options.processes
     # Before the teacher changes its dtype; a checkpoint holds the factors of its run.
-    factors = step_factors(context, 0.0 if run.options.resume else schedule.step_weighting)
-    context.teacher.set_dtype(DTYPES[run.options.teacher_dtype])
+    factors = processes.first(step_factors(context, 0.0 if run.options.resume else schedule.step_weighting) if processes.writes else None)
+    context.teacher.set_dtype(run.options.teacher_dtype)
+    if run.options.checkpointing:
+        checkpoint_activations(context.student)
     training = Training(context, groups, schedule, terms, factors)
     done, budget, timer, every = 0, None, CheckpointTimer(run), run.options.checkpoint_every
     if (state := resume_training(run)) is not None:
@@ -202,25 +263,35 @@ def distill(
     elif run.budget is not None:
         run.budget.check_left("calibration")
         budget = run.budget.part()
+    reporter = Reporter(run.options.report, run.preview, context.student, context.teacher, schedule.steps)
     last: deque[float] = deque(maxlen=max(1, min(MOST_LAST, schedule.steps // 10)))
 
     def position(step: int) -> str:
         return f"step {step} of {schedule.steps}" if budget is None else f"step {step}"
 
-    with ProgressMeter(run, "finetune", context.trajectories.device, first_step=done) as meter, training.outputs_captured():
-        while (share := done / schedule.steps if budget is None else budget.share()) < 1:
-            loss = training.step(share, done / share if budget is not None and done >= FIRST_STEPS else None)
-            done += 1
-            check_finite(loss, position(done))
-            run.notes.setdefault("first_loss", loss)
-            last.append(loss)
-            total = schedule.steps if budget is None else done + round(budget.left() * meter.rate(done))
-            finished = done == total if budget is None else budget.share() >= 1
-            meter.report(done, total, loss=loss)
-            if meter.interrupted or finished or timer.is_due() or (every is not None and done % every == 0):
-                save_training(run, training.state(done, budget), position=position(done), finished=finished)
-            if meter.interrupted and not finished:
-                raise meter.interruption(position(done))
+    def done_share() -> float:
+        return done / schedule.steps if budget is None else processes.first(budget.share())  # by one clock
+
+    weights = training.weights_sharded() if run.options.sharding else nullcontext()
+    with ProgressMeter(run, "finetune", context.trajectories.device, first_step=done) as meter, training.outputs_captured(), weights:
+        try:
+            while (share := done_share()) < 1:
+                loss = training.step(share, done / share if budget is not None and done >= FIRST_STEPS else None)
+                done += 1
+                check_finite(loss, position(done))
+                run.notes.setdefault("first_loss", loss)
+                last.append(loss)
+                total = schedule.steps if budget is None else done + round(budget.left() * meter.rate(done))
+                meter.report(done, total, loss=loss)
+                finished, interrupted = done_share() >= 1, processes.any(meter.interrupted)
+                reporter.after(done, {"loss": loss, "rate_factor": schedule.factor(share)}, finished=finished)
+                if interrupted or finished or timer.is_due() or (every is not None and done % every == 0):
+                    save_training(run, training.state(done, budget), position=position(done), finished=finished)
+                if interrupted and not finished:
+                    raise meter.interruption(position(done))
+        except ProcessLostError as err:
+            save_training(run, training.state(done, budget), position=position(done), finished=False)
+            raise lost_after(position(done), run) from err
     training.finish()
     warn_if_risen(run.notes.get("first_loss", math.inf), last)
     if budget is not None:

@@ -18,8 +18,11 @@ class AuxiliaryLoss(Protocol):
     def modules(self) -> Sequence[str]:
         """Names of the modules whose outputs are compared."""
 
-    def __call__(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
-        """A scalar, from outputs by module name: [B, ...] each, the teacher's without gradients."""
+    def statistics(self, teacher: Mapping[str, Tensor]) -> Tensor:
+        """What the term depends on besides a mean over samples: float32 [S], each a mean over the batch. The term gets them averaged over all parts of a batch."""
+
+    def __call__(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], statistics: Tensor | None = None) -> Tensor:
+        """A scalar, a mean over the batch, from outputs by module name: [B, ...] each, the teacher's without gradients."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,15 @@ class LayerOutputLoss:
     modules: Sequence[str]
     weight: float
 
-    def __call__(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+    def statistics(self, teacher: Mapping[str, Tensor]) -> Tensor:
+        """Mean square of each layer's output."""
+        return torch.stack([teacher[name].float().square().mean() for name in self.modules])
+
+    def __call__(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], statistics: Tensor | None = None) -> Tensor:
         """The loss, a scalar."""
         parts = []
-        for name in self.modules:
-            target = teacher[name].float()
-            parts.append((student[name].float() - target).square().mean() / target.square().mean().clamp(min=1e-12))
+        for name, power in zip(self.modules, self.statistics(teacher) if statistics is None else statistics, strict=True):
+            parts.append((student[name].float() - teacher[name].float()).square().mean() / power.clamp(min=1e-12))
         return self.weight * torch.stack(parts).sum()
 
 
@@ -67,7 +73,11 @@ class RelationDistillationLoss:
         """The module, as a tuple."""
         return (self.module,)
 
-    def __call__(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+    def statistics(self, teacher: Mapping[str, Tensor]) -> Tensor:
+        """None."""
+        return torch.zeros(0)
+
+    def __call__(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], statistics: Tensor | None = None) -> Tensor:
         """The loss, a scalar."""
         log_student, log_teacher = (log_relations(pixels_of(outputs[self.module].float(), self.pixels)) for outputs in (student, teacher))
         divergence = functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from edm_deploy_tools.common import console
 from edm_deploy_tools.common import options as opt
+from edm_deploy_tools.common.process_launcher import launches, run_processes
 
 if TYPE_CHECKING:
     from edm_deploy_tools.commands.quantize_model import QuantizeRequest
@@ -58,6 +60,7 @@ def calibrate(
 
 # typer reads the options of a command from its signature, so both commands list those that they share.
 def finetune(
+    context: typer.Context,
     model: opt.Model,
     out: opt.Out,
     start: Annotated[
@@ -88,22 +91,35 @@ def finetune(
     overwrite: opt.Overwrite = False,
     checkpoint_every: opt.CheckpointEvery = "10m",
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")] = False,
+    processes: opt.Processes = None,
+    accumulation: opt.Accumulation = 1,
+    checkpointing: opt.Checkpointing = False,
+    sharding: opt.Sharding = False,
+    mixed_precision: opt.MixedPrecision = None,
+    report_to: opt.ReportTo = None,
 ) -> None:
     """Quantize MODEL and fine-tune it against the float model, without data. Default W4A4. Ctrl-C saves a checkpoint for --resume.
 
     With --from ARTIFACT, or with an artifact as MODEL, training continues from that artifact: its codes, tables, biases, structure and bits.
     """
+    if launches(processes):
+        assert processes is not None
+        run_processes(processes, [sys.executable, "-m", "edm_deploy_tools", *context.obj])
+        return
+
+    from calibration.run.processes import joined
     from calibration.run.time_budget import seconds_of
     from calibration.start import recipe_taking
-    from edm_deploy_tools.commands.quantize_model import QuantizeRequest, checkpoint_of, run_options, start_of
+    from edm_deploy_tools.commands.quantize_model import QuantizeRequest, checkpoint_of, compute_dtypes, run_options, start_of
     from edm_deploy_tools.common.recipe_settings import RecipeChoice
 
     opt.check_new(out, overwrite)
+    compute, teacher = compute_dtypes(opt.value(mixed_precision), opt.value(teacher_dtype), settings or ())
     choice = RecipeChoice(
         recipe=recipe,
         preset=preset,
         config=config,
-        flags={"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed},
+        flags={"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed, "compute": compute},
         overrides=settings or (),
         passes=passes or (),
     )
@@ -113,7 +129,11 @@ def finetune(
         chosen = recipe_taking(chosen, started.artifact, sorted(choice.chosen()))
     options = run_options(
         device=device.value,
-        teacher_dtype=opt.value(teacher_dtype),
+        processes=joined(device.value, requested=processes),
+        accumulation=accumulation,
+        checkpointing=checkpointing,
+        sharding=sharding,
+        teacher_dtype=teacher,
         fold_time=fold_time,
         prompts=prompts,
         checkpoint=checkpoint_of(out),
@@ -132,6 +152,7 @@ def finetune(
             backend=backend,
             low_memory=low_memory,
             force=force,
+            report=None if report_to is None else out.with_name(f"{out.name}.{report_to.value}"),
         )
     )
 
@@ -140,6 +161,8 @@ def _quantize(request: QuantizeRequest) -> None:
     from edm_deploy_tools.commands.quantize_model import quantize
 
     artifact = quantize(request)
+    if not request.options.processes.writes:
+        return
     console.wrote(request.out, f"artifact, {artifact.scheme}, {len(artifact.sites)} sites, {len(artifact.timesteps)} rows")
     if artifact.folded:
         console.say(

@@ -30,6 +30,19 @@ class TeacherType(StrEnum):
     BF16 = "bf16"
 
 
+class Precision(StrEnum):
+    """Arithmetic of the float parts of teacher and student."""
+
+    NO = "no"
+    BF16 = "bf16"
+
+
+class ReportFormat(StrEnum):
+    """Where the course of a training is written."""
+
+    TENSORBOARD = "tensorboard"
+
+
 class Storage(StrEnum):
     """Storage type of weight codes in a graph."""
 
@@ -48,6 +61,7 @@ class Format(StrEnum):
     """Format that an artifact is exported to."""
 
     ONNX = "onnx"
+    TRITON = "triton"
 
 
 class Int4Sites(StrEnum):
@@ -162,6 +176,37 @@ Budget = Annotated[
 ]
 CheckpointEvery = Annotated[
     str, typer.Option("--checkpoint-every", metavar="TIME", help="Wall time between checkpoints of training, such as 30s, 10m or 1h.")
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes", metavar="N", min=1, help="Divide the work among N processes of this machine: on the CPU, or one for each GPU."
+    ),
+]
+Accumulation = Annotated[
+    int,
+    typer.Option(
+        "--gradient-accumulation-steps", metavar="K", min=1, help="Run each process's share of a batch in K parts, one after the other."
+    ),
+]
+Checkpointing = Annotated[
+    bool,
+    typer.Option("--gradient-checkpointing", help="Compute the student's activations again in the backward pass: slower, in less memory."),
+]
+Sharding = Annotated[
+    bool,
+    typer.Option("--shard-weights", help="Divide frozen float weights among the processes, which gather each layer's as it runs (FSDP2)."),
+]
+MixedPrecision = Annotated[
+    Precision | None,
+    typer.Option(
+        "--mixed-precision",
+        help="Float parts of teacher and student under bfloat16 autocast, or all in float32 (no). Default: the recipe's compute and --teacher-dtype.",
+    ),
+]
+ReportTo = Annotated[
+    ReportFormat | None,
+    typer.Option("--report-to", help="Write losses, and pictures of student and teacher, to DIR.tensorboard next to --out while training."),
 ]
 For = Annotated[
     str | None, typer.Option("--for", metavar="BACKEND", help="Check first that this backend supports the request; for example openvino.")

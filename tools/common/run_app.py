@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,7 +15,11 @@ import typer
 from edm_deploy_tools.common.extras import missing_package
 
 TRACEBACK_VARIABLE = "EDM_DEPLOY_TRACEBACK"  # if set, an unexpected error shows its traceback
+ERROR_FILE = (
+    "EDM_DEPLOY_ERROR_FILE"  # if set, the line of error goes to this file: `process_launcher` reports one for all processes of a run
+)
 USER_ERROR = 2
+PROCESS_LOST = 3  # another process of the run has ended: that one has the reason
 INTERRUPTED = 130  # the shell's code for Ctrl-C, 128 + SIGINT; typer returns it outside its standalone mode
 CLOSED_STDOUT = 1  # as click and rich exit when the reader of a pipe has gone
 NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # in torch's RuntimeError and OutOfMemoryError
@@ -26,6 +31,14 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TQDM_DISABLE": "1",
 }
+
+
+class CommandFailed(Exception):  # noqa: N818  # no error of this process
+    """What a command started has failed, with this exit code and for this reason."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 def app_with(**settings: Any) -> typer.Typer:
@@ -46,13 +59,16 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
     _quiet()
     usage_error: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")  # type: ignore[assignment]  # typer exports no other name
     try:
-        code = app(args=list(arguments) if arguments is not None else None, prog_name=name, standalone_mode=False)
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        code = app(args=given, prog_name=name, standalone_mode=False, obj=given)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         return _fail("Interrupted.", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter reports a failed flush when it exits
         return CLOSED_STDOUT
+    except CommandFailed as failed:
+        return _fail(str(failed), failed.code)
     except usage_error as err:
         # Without arguments typer has printed the help, and the message is empty.
         message = err.format_message()  # type: ignore[attr-defined]  # a method of ClickException
@@ -60,7 +76,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
     except Exception as err:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        return _fail(_words(err), INTERRUPTED if _is_interruption(err) else USER_ERROR)
+        return _fail(_words(err), _code(err))
     return _fail("Interrupted.", INTERRUPTED) if code == INTERRUPTED else int(code or 0)
 
 
@@ -91,14 +107,21 @@ def _words(err: Exception) -> str:
     return f"{type(err).__name__}: {err} - a fault of edm-deploy; please report it with the output of {TRACEBACK_VARIABLE}=1."
 
 
-def _is_interruption(err: Exception) -> bool:
-    """Whether `err` is a run that Ctrl-C ended; only a command that has imported calibration can raise it."""
-    options = sys.modules.get("calibration.run.options")
-    return options is not None and isinstance(err, options.Interrupted)
+def _code(err: Exception) -> int:
+    """Exit code of an error; a run that Ctrl-C or a lost process ended can only be raised by a command that has imported calibration."""
+    for module, name, code in (("options", "Interrupted", INTERRUPTED), ("processes", "ProcessLostError", PROCESS_LOST)):
+        loaded = sys.modules.get(f"calibration.run.{module}")
+        if loaded is not None and isinstance(err, getattr(loaded, name)):
+            return code
+    return USER_ERROR
 
 
 def _fail(message: str, code: int = USER_ERROR) -> int:
-    sys.stderr.write("Error: " + " ".join(message.split()) + "\n")
+    line = " ".join(message.split())
+    if path := os.environ.get(ERROR_FILE):
+        Path(path).write_text(line)
+    else:
+        sys.stderr.write(f"Error: {line}\n")
     return code
 
 

@@ -2,13 +2,20 @@ from __future__ import annotations
 
 import inspect
 import re
+import signal
+import subprocess
+import sys
 
+import psutil
 import pytest
 import torch
 
 from calibration import recipes
+from calibration.data import preview
 from edm_deploy import Artifact, registry
+from edm_deploy_tools.cli import main
 from edm_deploy_tools.commands.quantize import calibrate, finetune
+from tests.processes import in_processes
 
 
 @pytest.mark.parametrize(("command", "training"), [(calibrate, False), (finetune, True)])
@@ -75,3 +82,46 @@ def test_a_budget_that_no_allocation_meets_is_one_line_with_the_nearest_that_one
     assert ran.code == 2
     assert message in ran.complaint
     assert not (tmp_path / "a").exists()
+
+
+SMALL = ("--rows", "2", "--set", "steps=400", "--set", "batch=2", "--set", "calibration_samples=2", "--set", "rank=2")
+
+
+def test_two_processes_write_one_artifact(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr(preview, "STEPS", 2)
+    command = ["finetune", str(chain.model), "--out", str(tmp_path / "tuned"), *SMALL, "--set", "steps=2", "--processes", "2"]
+    command += ["--gradient-checkpointing", "--mixed-precision", "bf16", "--report-to", "tensorboard"]
+    assert in_processes(2, lambda processes: main(command), tmp_path) == [0, 0]
+    artifact = Artifact.load(tmp_path / "tuned")
+    assert artifact.provenance["processes"] == 2
+    assert (artifact.provenance["teacher_dtype"], artifact.provenance["settings"]["compute"]) == ("bf16-autocast", "bf16")
+    assert len(list((tmp_path / "tuned.tensorboard").iterdir())) == 1  # of process 0
+    assert not (tmp_path / "tuned.checkpoint").exists()
+
+
+@pytest.mark.extended
+def test_a_killed_process_ends_the_run_with_a_checkpoint_that_one_process_resumes(chain, tmp_path):
+    command = [sys.executable, "-m", "edm_deploy_tools", "finetune", str(chain.model), "--out", str(tmp_path / "tuned"), *SMALL]
+    run = subprocess.Popen([*command, "--processes", "2"], stderr=subprocess.PIPE, text=True)
+    while not (line := run.stderr.readline()).startswith("finetune"):
+        assert line, "the run ended before it trained"
+    for child in psutil.Process(run.pid).children():
+        if child.environ()["RANK"] == "1":
+            child.kill()
+    error = run.stderr.read().splitlines()[-1]
+    assert run.wait() == 2
+    assert re.search(r"^Error: Process 1 of 2 was ended by SIGKILL\. This run lost a process after step \d+ of 400; the state is in", error)
+    assert (
+        main([*command[3:], "--resume", "--set", "steps=401"]) == 2
+    )  # the settings are those of the run, whatever the number of processes
+    resumed = subprocess.Popen([*command, "--resume"], stderr=subprocess.PIPE, text=True)
+    assert not resumed.stderr.readline().startswith("calibrate")
+    resumed.send_signal(signal.SIGINT)
+    assert re.search(r"Interrupted after step \d+ of 400", resumed.stderr.read())
+    assert resumed.wait() == 130
+
+
+def test_processes_that_another_launcher_started_must_be_as_many(run, chain, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran = run("finetune", chain.model, "--out", tmp_path / "tuned", "--processes", 3)
+    assert "--processes is 3, but this command was started as one of 2 processes. Leave --processes out." in ran.complaint
