@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from edm_deploy_tools.commands.bench import bench
+from edm_deploy_tools.commands.bench_serve import bench_serve
 from edm_deploy_tools.commands.build_engine import build_engine
 from edm_deploy_tools.commands.compare import compare
 from edm_deploy_tools.commands.evaluate import evaluate
@@ -56,6 +57,7 @@ COMMANDS = (  # in the order of `--help`, each with its example
     (serve, "serve engine --port 8000 --slots 8"),
     (evaluate, "evaluate ddpm-w4a4 engine --out report --reference google/ddpm-cifar10-32"),
     (bench, "bench engine-ort engine-openvino --against torch,torch-bf16 --batch 16"),
+    (bench_serve, "bench-serve engine-openvino --slots 8 --requests 200 --rounds 3"),
     (inspect, "inspect ddpm-w4a4 --gpu rtx3090"),
 )
 for function, example in COMMANDS:

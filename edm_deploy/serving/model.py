@@ -59,6 +59,7 @@ class ServedModel:
         slots: Rows of each call; None is 8, or the largest batch of the engine's profile if that is less.
         source: Directory or hub id of the pipeline that provides text encoders and VAE; None as in `load_pipeline`.
         device: Device of the engine; None selects the backend's default.
+        threads: CPU threads of the engine; None keeps the number that it was built with.
 
     Raises:
         ArtifactError, UnsupportedError: As `load_pipeline`; or the model takes an input that no request has.
@@ -66,10 +67,17 @@ class ServedModel:
     """
 
     def __init__(
-        self, directory: Path, *, name: str, slots: int | None = None, source: str | Path | None = None, device: str | None = None
+        self,
+        directory: Path,
+        *,
+        name: str,
+        slots: int | None = None,
+        source: str | Path | None = None,
+        device: str | None = None,
+        threads: int | None = None,
     ) -> None:
         self.directory = directory
-        self.denoiser = load_denoiser(directory, device=device)
+        self.denoiser = load_denoiser(directory, device=device, threads=threads)
         self.family, self.manifest = self.denoiser.family, self.denoiser.manifest
         self.config: Config = self.manifest.config
         self.slots = self._slots(slots)
@@ -156,14 +164,15 @@ class ServedModel:
         return prepared.shape, shapes, int(table_rows(self._engine_of_timestep, torch.tensor([timestep])))
 
     @torch.no_grad()
-    def predict(self, samples: Sequence[Sample]) -> list[Tensor]:
+    def predict(self, samples: Sequence[Sample], *, size: int | None = None) -> list[Tensor]:
         """One call of the engine: the prediction of each sample's rows, float32 [R, ...] each.
 
         Args:
             samples: Of one key, and of `slots` rows at most together.
+            size: Rows of the call, at least those of the samples; None is `slots`.
         """
         rows = [row for sample in samples for row in sample.inputs()]
-        filled = [*rows, *[rows[-1]] * (self.slots - len(rows))]
+        filled = [*rows, *[rows[-1]] * ((size or self.slots) - len(rows))]
         inputs = {name: torch.cat([row[name] for row in filled]) for name in rows[0]}
         inputs[TIMESTEP.name] = inputs[TIMESTEP.name].to(self.denoiser.device)
         output = self.family.prediction(self.config, self.denoiser.run(inputs)).float()

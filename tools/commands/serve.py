@@ -43,6 +43,24 @@ def serve(
             help="Pipeline that provides text encoders and VAE, if the engines' directories do not. Default: the model that was quantized.",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", metavar="ADDRESS", help="Deploy on Ray Serve: HOST:PORT, ray://HOST:PORT, auto, or local to start a cluster here."
+        ),
+    ] = None,
+    replicas: Annotated[
+        str,
+        typer.Option(
+            "--replicas", metavar="N|MIN:MAX", help="Replicas with the engines each, on Ray; between two numbers as the queue needs."
+        ),
+    ] = "1",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of each replica's engines. Default: as they were built; 1 on Ray.")
+    ] = None,
+    together: Annotated[
+        int, typer.Option("--engines-per-replica", metavar="N", min=1, help="On Ray: engines that a replica holds at once; others wait.")
+    ] = 3,
     lora: opt.Loras = None,
     device: opt.EngineDevice = None,
 ) -> None:
@@ -57,8 +75,22 @@ def serve(
     settings = AppSettings(keys=read_keys(api_keys))
     limits = Limits(queue=queue, images=max_images, steps=max_steps, prompt=max_prompt)
     loras = [file_and_weight(text) for text in lora or ()]
+    if ray is not None or replicas != "1":
+        from edm_deploy_tools.serving.ray_command import Deployed, run_on_ray
+
+        options = {"slots": slots, "source": source, "device": opt.value(device), "threads": threads or 1, "together": together}
+        run_on_ray(
+            named,
+            Deployed(address=ray or "local", replicas=replicas, host=host, port=port),
+            limits=limits,
+            keys=settings.keys,
+            drain=drain,
+            loras=loras,
+            **options,
+        )
+        return
     with bound_socket(host, port) as bound:
-        replicas = open_replicas(named, limits, slots=slots, source=source, device=opt.value(device), loras=loras)
+        replicas = open_replicas(named, limits, slots=slots, source=source, device=opt.value(device), loras=loras, threads=threads)
 
         def started(url: str) -> None:
             models = ", ".join(f"{name} ({replica.model.slots} slots)" for name, replica in replicas.items())

@@ -116,7 +116,6 @@ def _followed(images: ImageSet, rows: Iterable[dict[str, Any]], kept: int, progr
     total, count, truncated = images.plan.request.count, kept, 0
     workers: set[int] = set()
     start = time.monotonic()
-    progress(Progress(stage="generate", step=kept, total=total))
     for row in rows:
         if row["error"]:
             raise EdmDeployError(str(row["error"]))

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from edm_deploy.errors import ArtifactError, EdmDeployError, InputError, UnsupportedError
+from edm_deploy.errors import ArtifactError, EdmDeployError, InputError
 from edm_deploy.numerics.seeds import derived_seed
 from edm_deploy.pipelines.prompt_encoding import truncated_prompts
 from edm_deploy.pipelines.rebuild import without_loading_messages
 from edm_deploy.pipelines.schedulers import default_scheduler
 from edm_deploy.runtime.load import load_pipeline
 from edm_deploy.storage.directories import sha256_of
-from edm_deploy_tools.common.machine import versions
+from edm_deploy_tools.common.machine import check_versions, versions
 from edm_deploy_tools.generation.plan import GenerationPlan, engine_digest
 from edm_deploy_tools.images.pipeline_arguments import PipelineArguments
 from edm_deploy_tools.images.sample import check_components, denoiser_of
@@ -47,7 +47,7 @@ class ShardWorker:
         self.problem: str | None = None
         torch.set_num_threads(plan.threads)
         try:
-            check_versions(expected or {}, versions())
+            check_versions(expected or {}, versions(), where=f"The worker on {platform.node()}")
             self._open()
         except EdmDeployError as err:
             self.problem = str(err)
@@ -159,17 +159,3 @@ def png_of(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format="PNG")
     return stream.getvalue()
-
-
-def check_versions(expected: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Refuse a worker whose packages are not those of the process that started the run: its images could differ.
-
-    Raises:
-        UnsupportedError: A package has another version.
-    """
-    for name, version in expected.items():
-        if found.get(name) != version:
-            has = found.get(name) or "none"
-            raise UnsupportedError(
-                f"The worker on {platform.node()} has {name} {has}, this process {version}. Install the same versions on every machine."
-            )

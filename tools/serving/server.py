@@ -70,6 +70,7 @@ def open_replicas(
     source: str | None = None,
     device: str | None = None,
     loras: Sequence[tuple[Path, float]] = (),
+    threads: int | None = None,
 ) -> dict[str, Replica]:
     """Open engines and call each once, so that the first request is as fast as the others.
 
@@ -80,6 +81,7 @@ def open_replicas(
         source: As `ServedModel`.
         device: As `ServedModel`.
         loras: Files of LoRAs that every engine has, with their weights.
+        threads: As `ServedModel`.
 
     Raises:
         InputError, ArtifactError, UnsupportedError: As `ServedModel`; none stays open.
@@ -87,7 +89,7 @@ def open_replicas(
     with contextlib.ExitStack() as stack:
         replicas = {}
         for name, directory in engines.items():
-            model = ServedModel(directory, name=name, slots=slots, source=source, device=device)
+            model = ServedModel(directory, name=name, slots=slots, source=source, device=device, threads=threads)
             stack.callback(model.close)
             for path, weight in loras:
                 model.denoiser.load_lora(path, weight=weight)
