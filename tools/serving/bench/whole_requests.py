@@ -13,7 +13,7 @@ import torch
 from edm_deploy.serving.counters import Counters
 from edm_deploy.serving.interface import Accepted, Event, Finished, ImageRequest, Stats
 from edm_deploy.serving.model import ServedModel
-from edm_deploy.serving.sample import Sample
+from edm_deploy.serving.sample import Sample, advance
 
 
 class WholeRequests:
@@ -89,8 +89,7 @@ class WholeRequests:
             rows = sum(len(sample.rows) for sample in samples)
             predictions = self.model.predict(samples, size=rows if self.shrinks else None)
             seconds = time.perf_counter() - start
-            for sample, prediction in zip(samples, predictions, strict=True):
-                sample.advance(prediction)
+            advance(samples, predictions)
             with self._changed:
                 self._counters.add_call(rows, time.perf_counter() - start, seconds)
             for request, emit, sample in running:
