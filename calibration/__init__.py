@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from calibration.base_pass import Pass, PassContext, SitePricer, check_passes, measuring_run
+from calibration.data.preview import Preview
 from calibration.data.prompts import prompts_of
 from calibration.data.trajectory_pool import Trajectories
 from calibration.observers.rotation import rotate_inputs
@@ -125,6 +126,7 @@ def fit(
         on_progress=show,
         student_leads=any(each.student_leads for each in passes),
         after_calibration=after_calibration,
+        preview=None if options.report is None else Preview(source, conditioner, device=device, seed=recipe.seed).sample,
         from_artifact=start is not None,
         budget=budget,
     )
@@ -176,10 +178,17 @@ def check_parts(recipe: Recipe, options: RunOptions) -> None:
     Raises:
         InputError: The message names the option.
     """
-    for chosen, name in ((options.accumulation > 1, "--gradient-accumulation-steps"), (options.checkpointing, "--gradient-checkpointing")):
+    given = {
+        "--gradient-accumulation-steps": options.accumulation > 1,
+        "--gradient-checkpointing": options.checkpointing,
+        "--shard-weights": options.sharding,
+    }
+    for name, chosen in given.items():
         if chosen and not recipe.distills:
             reason = "reconstructs one block at a time" if recipe.trains else "does not train"
             raise InputError(f"{name}: recipe {recipe.name!r} {reason}, so that it does not apply. Leave it out.")
+    if options.sharding and options.processes.size == 1:
+        raise InputError("--shard-weights divides frozen weights among processes, and this run has one. Add --processes, or leave it out.")
     if recipe.trains:
         check_divides(options.processes, recipe.settings()["batch"], options.accumulation)
 

@@ -94,6 +94,13 @@ class OpenvinoBackend(GraphBackend):
 BACKEND = OpenvinoBackend()
 
 
+def save_graph(graph: Path, xml: Path) -> None:
+    """Write an ONNX graph, with its tables inside and dynamic sizes, as OpenVINO's `model.xml` and `model.bin`, for servers that look nothing up themselves."""
+    ov = _openvino()
+    with _refusals(ov):
+        ov.save_model(ov.Core().read_model(graph), xml, compress_to_fp16=False)
+
+
 class OpenvinoSession(Session):
     """OpenVINO on torch tensors. Dynamic shapes run slower, so a static model is compiled for each set of input shapes.
 

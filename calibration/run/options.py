@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calibration.run.dtypes import ComputeDtype, check_dtype
+from torch import Tensor
+
+from calibration.run.dtypes import TeacherDtype, check_teacher_dtype
 from calibration.run.processes import SINGLE, Processes
+from calibration.run.reports import Network, Report
 from calibration.run.setting_checks import at_least
 from calibration.run.time_budget import Budget
 from edm_deploy.errors import EdmDeployError, InputError
@@ -49,7 +52,8 @@ class RunOptions:
 
     Attributes:
         device: Device of student and teacher.
-        teacher_dtype: Dtype of the teacher's weights and activations during training.
+        teacher_dtype: Dtype of the teacher's weights and activations during training; `bf16-autocast` keeps the weights in float32, and computes matrix
+            products and convolutions in bfloat16 (torch.autocast).
         checkpoint: Directory for checkpoints; None writes none.
         resume: Whether to resume from `checkpoint`.
         checkpoint_seconds: Wall time between checkpoints; the first is counted from the start of the run. Block reconstruction writes one after the
@@ -60,12 +64,14 @@ class RunOptions:
         processes: The processes that the run is divided among.
         accumulation: Parts of a process's share of a training batch that run one after the other, before the optimizer's step.
         checkpointing: Whether the student's activations are computed again in the backward pass instead of kept.
+        sharding: Whether frozen float weights are divided among the processes, which must be several.
+        report: Receives the losses of the training and samples of student and teacher; None reports nothing.
         budget_seconds: Wall time of calibration and training together. Training then stops by the clock instead of after a number of steps, and the
             run is not reproducible bit for bit. None trains for the recipe's number of steps.
     """
 
     device: str = "cpu"
-    teacher_dtype: ComputeDtype = "bf16"
+    teacher_dtype: TeacherDtype = "bf16"
     checkpoint: Path | None = None
     resume: bool = False
     checkpoint_seconds: float = 600.0
@@ -77,9 +83,11 @@ class RunOptions:
     processes: Processes = SINGLE
     accumulation: int = 1
     checkpointing: bool = False
+    sharding: bool = False
+    report: Report | None = None
 
     def __post_init__(self) -> None:
-        check_dtype("teacher_dtype", self.teacher_dtype)
+        check_teacher_dtype(self.teacher_dtype)
         if not 0 < self.checkpoint_seconds < math.inf:
             raise InputError(
                 f"checkpoint_seconds is {self.checkpoint_seconds}; expected above 0 and finite. Set another checkpoint_seconds."
@@ -103,6 +111,7 @@ class Run:
         on_progress: Called after each step.
         student_leads: Whether the student, not the teacher, leads the trajectories that ranges are observed on.
         after_calibration: Called after all ranges are set and before training; None if there is nothing to do.
+        preview: Final samples of a network from fixed noise, for the report.
         from_artifact: Whether the student was made from an artifact, with its ranges and scales.
         budget: Wall time, counted from the start of the run; None if training has a fixed number of steps.
         started: Start of the run, as `time.perf_counter` counts.
@@ -114,6 +123,7 @@ class Run:
     on_progress: Callable[[Progress], None]
     student_leads: bool = False
     after_calibration: Callable[[], None] | None = None
+    preview: Callable[[Network], Tensor] | None = None
     from_artifact: bool = False
     budget: Budget | None = None
     started: float = field(default_factory=time.perf_counter)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calibration.run.dtypes import DTYPES, TeacherDtype
 from edm_deploy.errors import ArtifactError
+from edm_deploy.network.family import SAMPLE
 from edm_deploy.network.low_rank_branch import BranchedLayer
 from edm_deploy.network.restructure import NetworkRewrite, restructure
 from edm_deploy.pipelines.source import Source
@@ -32,18 +34,20 @@ class Teacher(nn.Module):
         for layer in self.model.modules():
             if isinstance(layer, BranchedLayer):
                 layer.branch = None  # it is 0
-        self.dtype = torch.float32
+        self.dtype, self.autocast = torch.float32, False
 
-    def set_dtype(self, dtype: torch.dtype) -> None:
-        """Compute in `dtype` from now on; in float32 the weights remain those of the source."""
-        self.dtype = dtype
-        if dtype != torch.float32:
-            cast(self.model, dtype)
+    def set_dtype(self, name: TeacherDtype) -> None:
+        """Compute in this dtype from now on; in float32, and under autocast, the weights remain those of the source."""
+        self.autocast = name == "bf16-autocast"
+        self.dtype = torch.float32 if self.autocast else DTYPES[name]
+        if self.dtype != torch.float32:
+            cast(self.model, self.dtype)
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Prediction, float32 [B, ...]."""
-        return self.family.prediction(self.config, self.family.forward(self.model, cast_inputs(inputs, self.dtype))).float()
+        with torch.autocast(inputs[SAMPLE].device.type, torch.bfloat16, enabled=self.autocast):
+            return self.family.prediction(self.config, self.family.forward(self.model, cast_inputs(inputs, self.dtype))).float()
 
 
 def check_finite_weights(source: Source) -> None:

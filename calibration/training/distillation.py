@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from calibration.data.trajectory_pool import Batch
 from calibration.recipe import TrainingContext
 from calibration.run.checkpoint import CheckpointTimer, TrainingState, restore, resume_training, save_training
-from calibration.run.dtypes import DTYPES
 from calibration.run.processes import ProcessLostError
 from calibration.run.progress import ProgressMeter, lost_after
+from calibration.run.reports import Reporter
 from calibration.run.time_budget import Budget
 from calibration.student.module_outputs import capture_outputs
+from calibration.training.activation_checkpoints import checkpoint_activations
 from calibration.training.divergence import check_finite, warn_if_risen
 from calibration.training.losses import AuxiliaryLoss
 from calibration.training.param_group import ParamGroup
+from calibration.training.sharded_weights import sharded
 from calibration.training.step_factors import step_factors
 
 MOST_LAST = 100  # losses at the end that are compared with the first
@@ -132,6 +134,10 @@ class Training:
             self.outputs = student, teacher
             yield
         self.outputs = {}, {}
+
+    def weights_sharded(self) -> AbstractContextManager[None]:
+        """Divide frozen weights among the processes; after a state was loaded."""
+        return sharded(self.student, self.teacher, list(self.trained.values()), self.processes, self.trajectories.device)
 
     def step(self, share: float, steps: float | None = None) -> float:
         """Take one training step; returns the loss, a mean over the batch of summed squared errors. Arguments as those of `TrainingSchedule.factor`."""
@@ -246,7 +252,9 @@ def distill(
     run, processes = context.run, context.run.options.processes
     # Before the teacher changes its dtype; a checkpoint holds the factors of its run.
     factors = processes.first(step_factors(context, 0.0 if run.options.resume else schedule.step_weighting) if processes.writes else None)
-    context.teacher.set_dtype(DTYPES[run.options.teacher_dtype])
+    context.teacher.set_dtype(run.options.teacher_dtype)
+    if run.options.checkpointing:
+        checkpoint_activations(context.student)
     training = Training(context, groups, schedule, terms, factors)
     done, budget, timer, every = 0, None, CheckpointTimer(run), run.options.checkpoint_every
     if (state := resume_training(run)) is not None:
@@ -255,6 +263,7 @@ def distill(
     elif run.budget is not None:
         run.budget.check_left("calibration")
         budget = run.budget.part()
+    reporter = Reporter(run.options.report, run.preview, context.student, context.teacher, schedule.steps)
     last: deque[float] = deque(maxlen=max(1, min(MOST_LAST, schedule.steps // 10)))
 
     def position(step: int) -> str:
@@ -263,7 +272,8 @@ def distill(
     def done_share() -> float:
         return done / schedule.steps if budget is None else processes.first(budget.share())  # by one clock
 
-    with ProgressMeter(run, "finetune", context.trajectories.device, first_step=done) as meter, training.outputs_captured():
+    weights = training.weights_sharded() if run.options.sharding else nullcontext()
+    with ProgressMeter(run, "finetune", context.trajectories.device, first_step=done) as meter, training.outputs_captured(), weights:
         try:
             while (share := done_share()) < 1:
                 loss = training.step(share, done / share if budget is not None and done >= FIRST_STEPS else None)
@@ -274,6 +284,7 @@ def distill(
                 total = schedule.steps if budget is None else done + round(budget.left() * meter.rate(done))
                 meter.report(done, total, loss=loss)
                 finished, interrupted = done_share() >= 1, processes.any(meter.interrupted)
+                reporter.after(done, {"loss": loss, "rate_factor": schedule.factor(share)}, finished=finished)
                 if interrupted or finished or timer.is_due() or (every is not None and done % every == 0):
                     save_training(run, training.state(done, budget), position=position(done), finished=finished)
                 if interrupted and not finished:

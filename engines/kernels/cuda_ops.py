@@ -10,7 +10,7 @@ from engines.kernels import driver
 from engines.kernels.cpu_ops import pixels
 from engines.kernels.launch import TYPES, ConvParams, QuantizeParams, StatsParams, chunk_of, conv_launches, quantize_launch, stats_launches
 from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, Table
-from engines.kernels.tiles import choose_tile
+from engines.kernels.tiles import Tile, choose_tile
 
 TYPE_NAMES = dict(zip(FLOATS, TYPES, strict=True))
 
@@ -69,10 +69,10 @@ def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     return mean, rstd
 
 
-def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype) -> Tensor:
-    """As `cpu_ops.convolve`."""
+def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tuple[Tile, int] | None = None) -> Tensor:
+    """As `cpu_ops.convolve`; `on` is the tile and the number of splits, which `choose_tile` chooses otherwise."""
     device, M, K = operands.codes.device, shape.M, shape.K
-    tile, splits = choose_tile(M, K, shape.R * shape.S * shape.Cb, driver.multiprocessors(device))
+    tile, splits = on or choose_tile(M, K, shape.R * shape.S * shape.Cb, driver.multiprocessors(device))
     out = torch.empty((shape.N, shape.P, shape.Q, K), dtype=dtype, device=device)
     partial = torch.empty((splits, M, K), dtype=torch.int32, device=device) if splits > 1 else None
     # Referenced until the launch: the allocator reuses freed memory, in stream order.

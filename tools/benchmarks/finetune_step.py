@@ -18,7 +18,6 @@ import torch
 from calibration.data.trajectory_pool import Trajectories
 from calibration.recipe import TrainingContext
 from calibration.recipes.efficientdm import EfficientDM
-from calibration.run.dtypes import DTYPES
 from calibration.run.memory import peak_memory
 from calibration.run.options import Run, RunOptions
 from calibration.student.teacher import Teacher
@@ -180,7 +179,7 @@ def finetune_step(source: Source, recipe: EfficientDM, batch: int, device: str) 
     student = recipe.student(source, calibrated_timesteps(source.scheduler, recipe.rows), torch.device(device))
     context = TrainingContext(student, teacher, trajectories, Run(options=options, identity={}, on_progress=lambda _: None))
     recipe.prepare(context)
-    teacher.set_dtype(DTYPES[options.teacher_dtype])
+    teacher.set_dtype(options.teacher_dtype)
     training = Training(context, recipe.groups(student), recipe.schedule)
     return lambda: training.step(0)
 

@@ -28,9 +28,20 @@ def export(
     lora_rank: opt.LoraRank = None,
     lora_layers: opt.LoraLayers = None,
     lora: opt.Loras = None,
+    name: Annotated[
+        str, typer.Option("--name", metavar="NAME", help="For triton: name of the denoiser's model; the pipeline's is NAME_pipeline.")
+    ] = "denoiser",
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Export ARTIFACT as a standard ONNX graph (opset 21) that contains the activation tables. --lora adds a LoRA for good."""
+    """Export ARTIFACT as a standard ONNX graph (opset 21) that contains the activation tables. --lora adds a LoRA for good.
+
+    With --format triton: a model repository of NVIDIA Triton Inference Server, from an artifact, an ONNX directory or an engine; --for is the backend.
+    """
+    if file_format is opt.Format.TRITON:
+        given = {"--dtype": dtype is not opt.FloatType.FP32, "--weight-storage": weight_storage is not opt.Storage.INT8}
+        given |= {"--int4": int4 is not opt.Int4.QDQ, "--lora-rank": lora_rank, "--lora-layers": lora_layers, "--lora": lora}
+        export_triton(artifact, out, name, backend, [option for option, chosen in given.items() if chosen], overwrite)
+        return
     from edm_deploy.export.onnx import onnx_from_artifact
     from edm_deploy.runtime.capabilities import capabilities_of, check_plugins, check_storage
     from edm_deploy_tools.benchmarks.float_engine import artifact_or_float
@@ -62,3 +73,20 @@ def export(
         console.say(f"{len(manifest.folded['layers'])} layers that depend on the timestep alone {result}.")
     if plugins := len(manifest.plugin_sites):
         console.say(f"{plugins} sites are INT4 plugin nodes, the others Q/DQ: this graph is for build-engine --backend trt only.")
+
+
+def export_triton(source: Path, out: Path, name: str, backend: str | None, given: list[str], overwrite: bool) -> None:
+    """Write a Triton model repository; options of the graph belong to the export that comes before."""
+    from edm_deploy.errors import InputError
+    from edm_deploy_tools.triton.repository import write_repository
+
+    if given:
+        raise InputError(
+            f"{given[0]} decides the graph, and --format triton takes a graph as it is. Export to ONNX with it, then that directory."
+        )
+    opt.check_new(out, overwrite)
+    written = write_repository(source, out, name=name, backend=backend)
+    models = " and ".join(filter(None, (written.denoiser, written.pipeline)))
+    console.wrote(out, f"Triton model repository with {models}")
+    if written.reason:
+        console.say(f"Note: no model of the denoiser alone: {written.reason}. {written.pipeline} runs it as our runtime does.")

@@ -94,6 +94,9 @@ def finetune(
     processes: opt.Processes = None,
     accumulation: opt.Accumulation = 1,
     checkpointing: opt.Checkpointing = False,
+    sharding: opt.Sharding = False,
+    mixed_precision: opt.MixedPrecision = None,
+    report_to: opt.ReportTo = None,
 ) -> None:
     """Quantize MODEL and fine-tune it against the float model, without data. Default W4A4. Ctrl-C saves a checkpoint for --resume.
 
@@ -107,15 +110,16 @@ def finetune(
     from calibration.run.processes import joined
     from calibration.run.time_budget import seconds_of
     from calibration.start import recipe_taking
-    from edm_deploy_tools.commands.quantize_model import QuantizeRequest, checkpoint_of, run_options, start_of
+    from edm_deploy_tools.commands.quantize_model import QuantizeRequest, checkpoint_of, compute_dtypes, run_options, start_of
     from edm_deploy_tools.common.recipe_settings import RecipeChoice
 
     opt.check_new(out, overwrite)
+    compute, teacher = compute_dtypes(opt.value(mixed_precision), opt.value(teacher_dtype), settings or ())
     choice = RecipeChoice(
         recipe=recipe,
         preset=preset,
         config=config,
-        flags={"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed},
+        flags={"weight_bits": weight_bits, "act_bits": act_bits, "rows": rows, "seed": seed, "compute": compute},
         overrides=settings or (),
         passes=passes or (),
     )
@@ -128,7 +132,8 @@ def finetune(
         processes=joined(device.value, requested=processes),
         accumulation=accumulation,
         checkpointing=checkpointing,
-        teacher_dtype=opt.value(teacher_dtype),
+        sharding=sharding,
+        teacher_dtype=teacher,
         fold_time=fold_time,
         prompts=prompts,
         checkpoint=checkpoint_of(out),
@@ -147,6 +152,7 @@ def finetune(
             backend=backend,
             low_memory=low_memory,
             force=force,
+            report=None if report_to is None else out.with_name(f"{out.name}.{report_to.value}"),
         )
     )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
+from torch import Tensor
 
 import calibration
 from calibration.base_pass import Pass, check_passes
@@ -26,6 +27,7 @@ from edm_deploy.runtime.capabilities import capabilities_of, check_scheme
 from edm_deploy.storage.leftovers import INSIDE
 from edm_deploy.storage.output_directory import check_output, replaces_contents
 from edm_deploy_tools.common.console import progress
+from edm_deploy_tools.images.tensorboard_report import TensorboardReport
 from edm_deploy_tools.inspection.site_prices import site_prices
 
 
@@ -42,6 +44,7 @@ class QuantizeRequest:
         passes: Passes that the recipe is composed with, in this order.
         backend: Backend that must be able to execute the scheme; None checks nothing.
         low_memory: Whether float weights stay in their files until a layer runs.
+        report: Folder for TensorBoard; None writes no report.
         force: Whether to start although the estimate exceeds the available memory.
     """
 
@@ -54,6 +57,7 @@ class QuantizeRequest:
     backend: str | None = None
     low_memory: bool = False
     force: bool = False
+    report: Path | None = None
 
 
 def quantize(request: QuantizeRequest) -> Artifact:
@@ -65,10 +69,18 @@ def quantize(request: QuantizeRequest) -> Artifact:
     recipe, options, out = request.recipe, request.options, request.out
     options.processes.after_first(lambda: _check(request))  # which may complete what a killed run left
     source = load_source(request.model, low_memory=request.low_memory)
-    with progress() if options.processes.writes else nullcontext(_unseen) as show:
+    if request.report is not None:
+        if not recipe.distills:
+            raise InputError(
+                f"--report-to: recipe {recipe.name!r} does not train the whole network, so that there is nothing to report. Leave it out."
+            )
+        options = replace(options, report=TensorboardReport(request.report, source) if options.processes.writes else _Unseen())
+    with progress() if options.processes.writes else nullcontext(_Unseen()) as show:
         artifact = calibration.fit(
             source, recipe, options, passes=request.passes, start=request.start, on_progress=show, prices=site_prices
         )
+    if isinstance(options.report, TensorboardReport):
+        options.report.close()
     if options.processes.writes:
         artifact.save(out)
         if options.checkpoint is not None:
@@ -92,8 +104,17 @@ def _check(request: QuantizeRequest) -> None:
         _check_memory(request, parameters)
 
 
-def _unseen(progress: Progress) -> None:
-    """Progress of another process than the first."""
+class _Unseen:
+    """Progress and report of another process than the first."""
+
+    def __call__(self, progress: Progress) -> None:
+        pass
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def samples(self, step: int, student: Tensor, teacher: Tensor) -> None:
+        pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,3 +178,18 @@ def run_options(*, teacher_dtype: str | None = None, **options: Any) -> RunOptio
     if teacher_dtype is not None:
         options["teacher_dtype"] = teacher_dtype
     return RunOptions(**options)
+
+
+def compute_dtypes(mixed_precision: str | None, teacher_dtype: str | None, overrides: Sequence[str]) -> tuple[str | None, str | None]:
+    """The recipe's setting `compute` and the teacher's dtype for `--mixed-precision`; None leaves each as it is.
+
+    Raises:
+        InputError: Another option decides one of them too.
+    """
+    if mixed_precision is None:
+        return None, teacher_dtype
+    others = ["--teacher-dtype"] if teacher_dtype is not None else []
+    others += [f"--set {text}" for text in overrides if text.partition("=")[0].strip() == "compute"]
+    if others:
+        raise InputError(f"--mixed-precision {mixed_precision} and {others[0]} decide the same. Leave one of them out.")
+    return ("bf16", "bf16-autocast") if mixed_precision == "bf16" else ("fp32", "fp32")

@@ -11,6 +11,8 @@ EXTRAS = {
     "onnxscript": "tools",
     "pyarrow": "train",
     "ray": "ray",
+    "accelerate": "parallel",
+    "tensorboard": "parallel",
     "transformers": "pipelines",
     "sentencepiece": "pipelines",
     "fastapi": "serve",

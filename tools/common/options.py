@@ -30,6 +30,19 @@ class TeacherType(StrEnum):
     BF16 = "bf16"
 
 
+class Precision(StrEnum):
+    """Arithmetic of the float parts of teacher and student."""
+
+    NO = "no"
+    BF16 = "bf16"
+
+
+class ReportFormat(StrEnum):
+    """Where the course of a training is written."""
+
+    TENSORBOARD = "tensorboard"
+
+
 class Storage(StrEnum):
     """Storage type of weight codes in a graph."""
 
@@ -48,6 +61,14 @@ class Format(StrEnum):
     """Format that an artifact is exported to."""
 
     ONNX = "onnx"
+    TRITON = "triton"
+
+
+class RestOfGraph(StrEnum):
+    """How the cuda backend runs what is between quantized layers."""
+
+    EAGER = "eager"
+    INDUCTOR = "inductor"
 
 
 class Int4Sites(StrEnum):
@@ -179,6 +200,21 @@ Checkpointing = Annotated[
     bool,
     typer.Option("--gradient-checkpointing", help="Compute the student's activations again in the backward pass: slower, in less memory."),
 ]
+Sharding = Annotated[
+    bool,
+    typer.Option("--shard-weights", help="Divide frozen float weights among the processes, which gather each layer's as it runs (FSDP2)."),
+]
+MixedPrecision = Annotated[
+    Precision | None,
+    typer.Option(
+        "--mixed-precision",
+        help="Float parts of teacher and student under bfloat16 autocast, or all in float32 (no). Default: the recipe's compute and --teacher-dtype.",
+    ),
+]
+ReportTo = Annotated[
+    ReportFormat | None,
+    typer.Option("--report-to", help="Write losses, and pictures of student and teacher, to DIR.tensorboard next to --out while training."),
+]
 For = Annotated[
     str | None, typer.Option("--for", metavar="BACKEND", help="Check first that this backend supports the request; for example openvino.")
 ]
@@ -223,6 +259,13 @@ Int4Where = Annotated[
     typer.Option(
         "--int4-where",
         help="For cuda: fits computes each site whose codes fit 4 bits in INT4; faster uses INT8 where INT4 is not expected to be faster on --gpu.",
+    ),
+]
+Rest = Annotated[
+    RestOfGraph | None,
+    typer.Option(
+        "--rest",
+        help="For cuda: inductor compiles what is between quantized layers by torch.compile, when the engine is opened. Default: eager.",
     ),
 ]
 LowMemory = Annotated[

@@ -15,7 +15,7 @@ def test_a_budget_of_nothing_is_refused():
 
 
 def test_an_unknown_dtype_of_the_teacher_is_refused():
-    with pytest.raises(InputError, match="teacher_dtype is 'fp16'; expected fp32 or bf16"):
+    with pytest.raises(InputError, match="teacher_dtype is 'fp16'; expected bf16, fp32, bf16-autocast"):
         RunOptions(teacher_dtype="fp16")
 
 

@@ -36,7 +36,7 @@ def test_the_source_is_not_changed():
     source = tiny_source()
     before = source.digest()
     Mse(weight_bits=2, act_bits=3).student(source, TIMESTEPS, CPU)
-    Teacher(source, CPU).set_dtype(torch.bfloat16)
+    Teacher(source, CPU).set_dtype("bf16")
     assert source.digest() == before
 
 

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from calibration.recipes.mse import Mse
@@ -37,12 +38,14 @@ def test_a_parameter_replaced_in_one_model_stays_in_the_other():
     assert bool((model.weight != 0).any())
 
 
-def test_a_bfloat16_teacher_predicts_in_float32_near_the_float32_one():
+@pytest.mark.parametrize(("dtype", "weights"), [("bf16", torch.bfloat16), ("bf16-autocast", torch.float32)])
+def test_a_bfloat16_teacher_predicts_in_float32_near_the_float32_one(dtype, weights):
     source, inputs = tiny_source(), tiny_inputs("unet2d")
     teacher = Teacher(source, CPU)
     expected = teacher(inputs)
-    teacher.set_dtype(torch.bfloat16)
+    teacher.set_dtype(dtype)
     prediction = teacher(inputs)
+    assert next(teacher.parameters()).dtype == weights
     assert prediction.dtype == torch.float32
     error = float((prediction - expected).square().mean() / expected.square().mean())
     assert 0 < error < 0.01  # 8 bits of mantissa in each of some thirty layers; a wrong timestep alone errs by more

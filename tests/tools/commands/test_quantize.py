@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from calibration import recipes
+from calibration.data import preview
 from edm_deploy import Artifact, registry
 from edm_deploy_tools.cli import main
 from edm_deploy_tools.commands.quantize import calibrate, finetune
@@ -86,11 +87,15 @@ def test_a_budget_that_no_allocation_meets_is_one_line_with_the_nearest_that_one
 SMALL = ("--rows", "2", "--set", "steps=400", "--set", "batch=2", "--set", "calibration_samples=2", "--set", "rank=2")
 
 
-def test_two_processes_write_one_artifact(chain, tmp_path):
+def test_two_processes_write_one_artifact(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr(preview, "STEPS", 2)
     command = ["finetune", str(chain.model), "--out", str(tmp_path / "tuned"), *SMALL, "--set", "steps=2", "--processes", "2"]
+    command += ["--gradient-checkpointing", "--mixed-precision", "bf16", "--report-to", "tensorboard"]
     assert in_processes(2, lambda processes: main(command), tmp_path) == [0, 0]
     artifact = Artifact.load(tmp_path / "tuned")
     assert artifact.provenance["processes"] == 2
+    assert (artifact.provenance["teacher_dtype"], artifact.provenance["settings"]["compute"]) == ("bf16-autocast", "bf16")
+    assert len(list((tmp_path / "tuned.tensorboard").iterdir())) == 1  # of process 0
     assert not (tmp_path / "tuned.checkpoint").exists()
 
 

@@ -8,7 +8,7 @@ from calibration.run.options import RunOptions
 from edm_deploy.artifact.artifact import ARTIFACT
 from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
 from edm_deploy.storage.output_directory import check_output
-from edm_deploy_tools.commands.quantize_model import QuantizeRequest, run_options
+from edm_deploy_tools.commands.quantize_model import QuantizeRequest, compute_dtypes, run_options
 from edm_deploy_tools.commands.quantize_model import quantize as run_quantize
 from edm_deploy_tools.common.recipe_settings import recipe_with
 
@@ -74,3 +74,12 @@ def test_low_memory_gives_the_same_artifact_even_where_memory_is_short(tmp_path,
     recipe = recipe_with("mse", flags={"rows": 2}, overrides=["calibration_samples=2"])
     low = quantize(str(chain.model), tmp_path / "low", recipe, RunOptions(), low_memory=True, force=True)
     assert low.digest == quantize(str(chain.model), tmp_path / "usual", recipe, RunOptions()).digest
+
+
+def test_mixed_precision_decides_the_arithmetic_of_student_and_teacher():
+    assert compute_dtypes(None, "fp32", ["compute=bf16"]) == (None, "fp32")
+    assert compute_dtypes("bf16", None, ["steps=2"]) == ("bf16", "bf16-autocast")
+    assert compute_dtypes("no", None, []) == ("fp32", "fp32")
+    for teacher, overrides, other in (("bf16", [], "--teacher-dtype"), (None, ["compute=fp32"], "--set compute=fp32")):
+        with pytest.raises(InputError, match=f"--mixed-precision bf16 and {other} decide the same"):
+            compute_dtypes("bf16", teacher, overrides)
