@@ -34,6 +34,8 @@ SMALLEST = {
     "compare": {"--rows": "2", "--samples": "2", "--steps": "2", "--budget": "1s", "--bits": "W4A4"},
     "evaluate": {"--samples": "2", "--steps": "2"},
     "sample": {"--num-images": "2", "--steps": "2"},
+    "generate": {"--num-images": "4", "--steps": "2"},
+    "bench-serve": {"--requests": "2", "--rounds": "1", "--steps": "1:2", "--overhead-seconds": "0"},
     "bench": {"--batch": "2", "--rounds": "2"},
 }
 # Sizes that a model of a few thousand parameters has in place of those of a real one; replaced where they are written.

@@ -26,7 +26,7 @@ ORDER = {
         ("adapters",),
         ("pipelines",),
         ("runtime",),
-        ("export", "__init__"),
+        ("export", "serving", "__init__"),
     ),
     "calibration": (
         ("run", "data"),
@@ -51,9 +51,11 @@ ORDER = {
         ("__init__",),
         ("common", "images"),
         ("inspection", "benchmarks", "triton"),
-        ("evaluation",),
+        ("generation",),
+        ("evaluation", "serving"),
         ("comparison",),
         (
+            "bench_gpu",
             "bench_kernels",
             "bench_outliers",
             "bench_processes",
@@ -62,6 +64,8 @@ ORDER = {
             "families",
             "roofline",
             "soak",
+            "soak_generate",
+            "soak_server",
             "train_features",
             "train_reference",
         ),
@@ -85,7 +89,12 @@ ONLY_HERE = {  # third-party package -> the only places that may import it
     "typer": ("tools/",),
     "rich": ("tools/",),
     "PIL": ("tools/", "edm_deploy/pipelines/"),
-    "pyarrow": ("tools/images/dataset.py",),
+    "pyarrow": ("tools/images/dataset.py", "tools/images/shards.py"),
+    "ray": ("tools/common/ray_cluster.py", "tools/generation/on_ray.py", "tools/serving/ray_"),
+    "fastapi": ("tools/serving/app.py",),
+    "starlette": ("tools/serving/",),
+    "uvicorn": ("tools/serving/server.py",),
+    "prometheus_client": ("tools/serving/metrics.py",),
 }
 MOST_FILES = 14  # on one level, `__init__.py` apart
 MOST_LINES = 300

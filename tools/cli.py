@@ -11,13 +11,16 @@ from typing import Annotated
 import typer
 
 from edm_deploy_tools.commands.bench import bench
+from edm_deploy_tools.commands.bench_serve import bench_serve
 from edm_deploy_tools.commands.build_engine import build_engine
 from edm_deploy_tools.commands.compare import compare
 from edm_deploy_tools.commands.evaluate import evaluate
 from edm_deploy_tools.commands.export import export
+from edm_deploy_tools.commands.generate import generate
 from edm_deploy_tools.commands.inspect_path import inspect
 from edm_deploy_tools.commands.quantize import calibrate, finetune
 from edm_deploy_tools.commands.sample import sample
+from edm_deploy_tools.commands.serve import serve
 from edm_deploy_tools.common import console, run_app
 from edm_deploy_tools.common import options as opt
 
@@ -50,8 +53,11 @@ COMMANDS = (  # in the order of `--help`, each with its example
     (export, "export ddpm-w4a4 --out ddpm-w4a4-onnx --weight-storage int4"),
     (build_engine, "build-engine ddpm-w4a4-onnx --out engine --backend trt-rtx --gpu rtx3090 --batch 1:16:32"),
     (sample, 'sample engine --out images --prompt "a red bicycle" --guidance 6 --scheduler dpm-solver++'),
+    (generate, "generate engine --num-images 10000 --out generated --workers 2 --steps 50"),
+    (serve, "serve engine --port 8000 --slots 8"),
     (evaluate, "evaluate ddpm-w4a4 engine --out report --reference google/ddpm-cifar10-32"),
     (bench, "bench engine-ort engine-openvino --against torch,torch-bf16 --batch 16"),
+    (bench_serve, "bench-serve engine-openvino --slots 8 --requests 200 --rounds 3"),
     (inspect, "inspect ddpm-w4a4 --gpu rtx3090"),
 )
 for function, example in COMMANDS:

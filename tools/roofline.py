@@ -19,6 +19,7 @@ from edm_deploy.errors import InputError
 from edm_deploy.network.family import Family
 from edm_deploy.network.layer_costs import ModelWork, SiteWork, model_work
 from edm_deploy.runtime.capabilities import code_format as codes_of
+from edm_deploy_tools.benchmarks.traced_step import STEP_NOTE, TracedModel, step_rows
 from edm_deploy_tools.common import console, run_app
 from edm_deploy_tools.common.console import Row
 from edm_deploy_tools.inspection.describe import kind_of
@@ -27,7 +28,7 @@ from engines.performance.gpus import Gpu, gpu_named
 from engines.performance.roofline import MAIN_LOOP, Expected, Matmul, Precision, expected, faster_as_int8, others
 
 NOTE = (
-    "Expected, not measured. Only layers, their branches and the matmuls of attention: norms, additions and data movement add to this. "
+    "Expected, not measured. Only layers, their branches and the matmuls of attention: norms, additions and data movement add to this (--step). "
     "Assumes kernels as efficient as CUTLASS's; engines/profiles/measured.toml has the errors of this model."
 )
 
@@ -224,11 +225,15 @@ def rooflines_of(path_or_name: str, gpu: str, batches: str, *, fused: bool = Fal
         InputError: `batches` contains something else than whole numbers.
         ArtifactError, UnsupportedError: As `layers_of` and `gpu_named`.
     """
-    if not all(part.strip().isdigit() for part in batches.split(",")):
-        raise InputError(f"--batch {batches}: expected whole numbers separated by commas, for example 1,8.")
-    device = gpu_named(gpu)
+    sizes, device = _batches(batches), gpu_named(gpu)
     layers = layers_of(path_or_name)
-    return [roofline(layers, device, int(part), fused=fused) for part in batches.split(",")]
+    return [roofline(layers, device, batch, fused=fused) for batch in sizes]
+
+
+def _batches(batches: str) -> list[int]:
+    if not all(part.strip().isdigit() and int(part) for part in batches.split(",")):
+        raise InputError(f"--batch {batches}: expected whole numbers from 1 on, separated by commas, for example 1,8.")
+    return [int(part) for part in batches.split(",")]
 
 
 def _quantized(family: Family, work: ModelWork) -> frozenset[str]:
@@ -237,6 +242,27 @@ def _quantized(family: Family, work: ModelWork) -> frozenset[str]:
 
 def _sites_only(work: ModelWork, names: Mapping[str, Any]) -> ModelWork:
     return replace(work, sites={name: site for name, site in work.sites.items() if name in names})
+
+
+def show_step(path_or_name: str, gpu: str, batches: str, *, as_json: bool) -> None:
+    """Trace a model and print the expected time of whole steps, every kernel counted.
+
+    Raises:
+        InputError: The path is no float model, or `batches` contains something else than whole numbers.
+        UnsupportedError: As `gpu_named`.
+    """
+    device, sizes = gpu_named(gpu), _batches(batches)
+    if kind_of(path_or_name) != "model":
+        raise InputError(f"--step: {path_or_name} is an {kind_of(path_or_name)} directory; expected a model or an architecture's name.")
+    pipeline = pipeline_config_of(path_or_name)
+    model = TracedModel.of(pipeline.family_object, pipeline.config)
+    tables = {batch: step_rows(model, device, batch) for batch in sizes}
+    if as_json:
+        console.print_json({"expected": True, "model": pipeline.name, "GPU": device.name, "note": STEP_NOTE, "steps": tables})
+        return
+    console.print_facts({"model": pipeline.name, "GPU": f"{device.title} ({device.sm})", "note": STEP_NOTE})
+    for batch, rows in tables.items():
+        console.print_table(f"Expected step on {device.title}, batch {batch}", rows)
 
 
 app = run_app.app_with()
@@ -251,9 +277,16 @@ def command(
     fused: Annotated[
         bool, typer.Option("--fused", help="Assume that quantization is part of the preceding kernel and takes no time.")
     ] = False,
+    step: Annotated[
+        bool,
+        typer.Option("--step", help="Trace the model, and count every kernel of a whole step: norms, quantizers, attention, the rest."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
 ) -> None:
     """Print expected times of a model's layers on a GPU. Example: python -m edm_deploy_tools.roofline sd15 --gpu rtx3090 --batch 1,8."""
+    if step:
+        show_step(model, gpu, batch, as_json=as_json)
+        return
     rooflines = rooflines_of(model, gpu, batch, fused=fused)
     if as_json:
         console.print_json({"rooflines": [to_json(one) for one in rooflines]})

@@ -1,4 +1,4 @@
-"""Add LoRAs to an artifact for good: each becomes the float branch of its layers (`structure.branches`), which every backend computes without inputs."""
+"""Add LoRAs for good: to an artifact as the float branches of its layers (`structure.branches`), which every backend computes without inputs; to a float model's weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edm_deploy.adapters.lora import LayerUpdate, Lora
 from edm_deploy.adapters.lycoris import low_rank
@@ -35,6 +35,15 @@ def with_loras(artifact: Artifact, loras: Sequence[tuple[Lora, float]]) -> Artif
             artifact = _with_update(artifact, layer, LayerUpdate(update.down, update.up * weight))
     names = [f"{lora.name}:{weight:g}" for lora, weight in loras]
     return replace(artifact, provenance={**artifact.provenance, "loras": [*artifact.provenance.get("loras", []), *names]})
+
+
+@torch.no_grad()
+def merge_loras(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> None:
+    """Add LoRAs, each times its weight, to the weights of a published float network, in place; the layers concerned are float32 afterwards."""
+    for lora, weight in loras:
+        for name, update in lora.layers.items():
+            layer = model.get_submodule(name)
+            layer.weight = nn.Parameter(layer.get_parameter("weight").float() + weight * update.delta(), requires_grad=False)
 
 
 def _with_update(artifact: Artifact, layer: str, update: LayerUpdate) -> Artifact:

@@ -41,7 +41,7 @@ def conditioner_of(source: Source, *, scale: float | None = None, prompts: Seque
     """
     family, config, home = source.family_object, source.config, source.directory
     if home is not None and (home / EMBEDDER_WEIGHTS).is_file():
-        table = _class_table(home / EMBEDDER_WEIGHTS)
+        table = class_table(home / EMBEDDER_WEIGHTS)
         tokens = family.text_inputs[0]
         return Conditioner(
             family,
@@ -126,8 +126,12 @@ def truncated_prompts(pipeline: Any, prompts: Sequence[str]) -> list[tuple[str, 
     return [entry for entry in counted if entry[1] > longest]
 
 
-def _class_table(path: Path) -> Tensor:
-    """The embedder's table, float32 [classes + 1, width]; the last row is the token for no label."""
+def class_table(path: Path) -> Tensor:
+    """A class embedder's table, float32 [classes + 1, width]; the last row is the token for no label.
+
+    Raises:
+        ArtifactError: The file holds none.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as stream:
             table: Tensor = stream.get_tensor("embedding.weight").float()

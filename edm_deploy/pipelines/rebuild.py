@@ -58,7 +58,7 @@ def pipeline_from_directory(
     refuse_no_steps(chosen)
     if not other_components(index, component):
         return UnconditionalPipeline(denoiser, chosen)
-    home = _home(directory, index, component, source)
+    home = home_of_components(directory, index, component, source)
     dtype = denoiser.dtype if denoiser.device.type == "cuda" else torch.float32
     class_name = str(index["_class_name"])
     if class_name in CUSTOM:
@@ -94,6 +94,14 @@ def index_with_components(directory: Path, family: Family, config: Config, sourc
             + _remedy(directory, component)
         )
     return index
+
+
+def pipeline_guidance(index: Mapping[str, Any]) -> float | None:
+    """The default guidance scale of the pipeline that a model_index.json names; None where it has none."""
+    name = str(index.get("_class_name"))
+    pipeline_class = CUSTOM.get(name) or getattr(diffusers, name, None)
+    parameter = inspect.signature(pipeline_class.__call__).parameters.get("guidance_scale") if pipeline_class else None
+    return float(parameter.default) if parameter is not None and isinstance(parameter.default, int | float) else None
 
 
 def text_pipeline(directory: Path) -> DiffusionPipeline | None:
@@ -143,8 +151,18 @@ def load_components(directory: Path, class_name: str, components: Mapping[str, A
         ) from err
 
 
-def _home(directory: Path, index: Mapping[str, Any], component: str, source: str | Path | None) -> Path:
-    """The directory of the other components: the engine's, or the source pipeline's."""
+def home_of_components(directory: Path, index: Mapping[str, Any], component: str, source: str | Path | None) -> Path:
+    """The directory of the pipeline's other components: `source`, the engine's, or the pipeline that the model was quantized from.
+
+    Args:
+        directory: An engine's directory.
+        index: What `index_with_components` returned.
+        component: The denoiser's name in the pipeline.
+        source: As in `pipeline_from_directory`.
+
+    Raises:
+        UnsupportedError: A component is in none of these places.
+    """
     others = other_components(index, component)
     location = source or (directory if all((directory / name).is_dir() for name in others) else index.get(SOURCE_KEY))
     remedy = _remedy(directory, component)

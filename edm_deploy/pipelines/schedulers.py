@@ -6,12 +6,15 @@ import functools
 import inspect
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
 
 from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.pipelines.model_index import COMPONENTS
 from edm_deploy.registry import suggestion
+from edm_deploy.storage.directories import INDEX_FILE, SCHEDULER_FILE, other_components, read_pipeline_files
 
 SCHEDULERS: Mapping[str, str] = {
     "ddim": "DDIMScheduler",
@@ -59,6 +62,14 @@ def schedulers_for(config: Mapping[str, Any]) -> list[str]:
 def is_flow_config(config: Mapping[str, Any]) -> bool:
     """Whether a scheduler's config is of a flow (sigmas from 1 to 0) rather than of a diffusion."""
     return str(config.get("_class_name", "")).startswith("FlowMatch") or ("shift" in config and "beta_schedule" not in config)
+
+
+def default_scheduler(engine: Path) -> str | None:
+    """`ddim` for pixel-space diffusion models, whose own scheduler is usually DDPM with a thousand steps; None, the pipeline's own, for others."""
+    files = read_pipeline_files(engine)
+    index = files.get(INDEX_FILE, {})
+    latent = any(other_components(index, component) for component in COMPONENTS if component in index)
+    return None if latent or is_flow_config(files.get(SCHEDULER_FILE, {})) else "ddim"
 
 
 def scheduler_from_config(class_name: str, config: Mapping[str, Any]) -> Any:

@@ -52,13 +52,14 @@ class InputChecks:
         return inputs
 
     def _timesteps(self, value: Any, batch: int) -> Tensor:
-        timesteps = timestep_tensor(value).to(self.device).reshape(-1)
+        timesteps = timestep_tensor(value).reshape(-1)
+        # Before they are moved: reading values that a GPU holds waits for the step before.
         outside = (timesteps.round() < 0) | (timesteps.round() > self.last_timestep) | ~timesteps.isfinite()
         if bool(outside.any()):
             raise InputError(f"timestep {float(timesteps[outside][0]):g} is outside the schedule; expected 0 to {self.last_timestep}.")
         if len(timesteps) not in (1, batch):
             raise InputError(f"{len(timesteps)} timesteps for a batch of {batch}; expected one, or one for each sample.")
-        return timesteps.expand(batch)
+        return timesteps.to(self.device, non_blocking=True).expand(batch)
 
     def _check_type(self, declared: ModelInput, value: Any) -> None:
         name = declared.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from edm_deploy import registry
 from edm_deploy.adapters.site_weights import FACTORS_NAME, check_factors
 from edm_deploy.artifact.relaxed_timesteps import FOLDER
-from edm_deploy.errors import ArtifactError
+from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.models import family_named
 from edm_deploy.network.graph_names import OUTPUT
 from edm_deploy.runtime.backend import Backend, Session
@@ -43,17 +44,41 @@ def _open(directory: Path, manifest: Manifest, device: str | torch.device | None
     return backend.open(directory, manifest, torch.device(device or backend.device))
 
 
-def load_denoiser(path: Path | str, *, device: str | torch.device | None = None) -> EngineDenoiser:
+def with_threads(manifest: Manifest, threads: int | None) -> Manifest:
+    """The manifest of an engine that is opened with this number of CPU threads in place of the one that it was built with; None keeps that.
+
+    A backend without the option `threads`, such as those of GPUs, has none to set: its manifest is returned unchanged.
+
+    Raises:
+        InputError: Fewer than one thread.
+    """
+    if threads is None:
+        return manifest
+    if threads < 1:
+        raise InputError(f"{threads} threads: expected 1 or more. Pass another number of threads.")
+    options = manifest.build.get("options", {})
+    if "threads" not in options:
+        return manifest
+    return replace(manifest, build={**manifest.build, "options": {**options, "threads": threads}})
+
+
+def load_denoiser(path: Path | str, *, device: str | torch.device | None = None, threads: int | None = None) -> EngineDenoiser:
     """Open an engine as a drop-in for the diffusers model that it was made from, for use as `pipe.unet` or `pipe.transformer`.
+
+    Args:
+        path: Directory that `edm-deploy build-engine` wrote.
+        device: Device of its inputs; None selects the backend's default.
+        threads: CPU threads of the engine; None keeps the number that it was built with.
 
     Raises:
         ArtifactError, UnsupportedError: As `open_session`.
+        InputError: Fewer than one thread.
     """
     directories = [Path(path)]
-    manifests = [Manifest.read(path, kind="engine")]
+    manifests = [with_threads(Manifest.read(path, kind="engine"), threads)]
     if manifests[0].relaxed:
         directories.append(Path(path) / FOLDER)
-        manifests.append(Manifest.read(directories[1], kind="engine"))
+        manifests.append(with_threads(Manifest.read(directories[1], kind="engine"), threads))
     for directory, manifest in zip(directories, manifests, strict=True):
         _check_denoiser(directory, manifest, like=manifests[0])
     factors = {}
@@ -91,6 +116,7 @@ def load_pipeline(
     device: str | torch.device | None = None,
     scheduler: str | None = None,
     source: str | Path | None = None,
+    threads: int | None = None,
 ) -> Any:  # a DiffusionPipeline
     """Open a diffusers pipeline whose denoiser is the engine: `load_pipeline("engine/")(num_inference_steps=20).images`.
 
@@ -100,6 +126,7 @@ def load_pipeline(
         scheduler: `ddim`, `ddpm`, `dpm-solver++`, `euler` or `unipc`; None keeps the source pipeline's.
         source: Directory or hub id of the pipeline that the model came from, whose text encoders and VAE are used; None looks in the
             engine's directory, then in the source that the model was quantized from.
+        threads: As `load_denoiser`.
 
     Raises:
         ArtifactError, UnsupportedError: As `open_session`; or the scheduler is unknown, or a component of the pipeline is not found.
@@ -107,5 +134,5 @@ def load_pipeline(
     # Imported here: diffusers' pipelines are slow to import, and a denoiser alone needs none.
     from edm_deploy.pipelines.rebuild import pipeline_from_directory
 
-    denoiser = load_denoiser(path, device=device)
+    denoiser = load_denoiser(path, device=device, threads=threads)
     return pipeline_from_directory(Path(path), denoiser.family.component, denoiser, scheduler=scheduler, source=source)

@@ -12,58 +12,36 @@ import atexit
 import contextlib
 import functools
 import hashlib
-import importlib
 import logging
 import os
-import re
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from edm_deploy.errors import EdmDeployError, UnsupportedError
+from edm_deploy.errors import EdmDeployError
 from edm_deploy.storage.leftovers import remove_leftovers, reserve, scratch_directory
+from engines.kernels.compilers import FLAGS, PTX_VERSION, Compiler, compiled, nvcc_compiler, nvrtc_compiler, virtual
 
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "cuda"
 MAIN = "kernels.cu"
-FLAGS = ("-std=c++17",)  # the same for NVRTC and nvcc
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90")
-INSTALL = "pip install 'edm-deploy[cuda]'"
 UNFINISHED = ".unfinished-"  # prefix of the directories in the cache in which a cubin is written
 SEAL = b"edm-deploy sha256 "  # follows a cached cubin, before its checksum; tools that read the cubin ignore what follows it
 
 
 @dataclass(frozen=True)
-class Compiler:
-    """A CUDA compiler.
-
-    Attributes:
-        name: `nvrtc`, or the path of an nvcc.
-        version: (major, minor) of its CUDA release.
-    """
-
-    name: str
-    version: tuple[int, int]
-
-    def __str__(self) -> str:
-        return f"{Path(self.name).name} {self.version[0]}.{self.version[1]}"
-
-
-@dataclass(frozen=True)
 class Cubin:
-    """The kernels compiled for one GPU.
+    """The kernels compiled for one GPU, or as PTX, which the driver compiles for any.
 
     Attributes:
         path: Location in the cache.
         code: Content that the driver loads.
-        arch: `sm_86`.
-        compiler: The compiler; the driver's major version must not be older.
+        arch: `sm_86`; `compute_80` for PTX.
+        compiler: The compiler. A cubin needs a driver of its major version, PTX one of CUDA 12.0.
     """
 
     path: Path
@@ -76,17 +54,16 @@ def cubin(arch: str, nvcc: str | None = None, *, main: str = MAIN) -> Cubin:
     """The kernels for `arch`, from the cache or compiled now.
 
     Args:
-        arch: `sm_86`.
+        arch: `sm_86`, or `compute_80` for PTX.
         nvcc: Path or name of nvcc; None selects EDM_DEPLOY_NVCC where it is set, else NVRTC.
         main: File in `cuda/` that is compiled.
 
     Raises:
         UnsupportedError: There is no compiler, it does not support `arch`, or it refuses the source.
     """
-    with_nvcc = nvcc or os.environ.get("EDM_DEPLOY_NVCC")
-    compiler = nvcc_compiler(with_nvcc) if with_nvcc else nvrtc_compiler()
+    compiler = compiler_in_use(nvcc)
     files = source_files()
-    name = f"{Path(main).stem}-{arch}-{_key(files, main, arch, compiler)}.cubin"
+    name = f"{Path(main).stem}-{arch}-{_key(files, main, arch, compiler)}.{'ptx' if virtual(arch) else 'cubin'}"
     cached = cache_directory() / name
     if (code := _read(cached)) is None:
         code = compiled(files, main, arch, compiler)
@@ -94,50 +71,19 @@ def cubin(arch: str, nvcc: str | None = None, *, main: str = MAIN) -> Cubin:
     return Cubin(cached, code, arch, compiler)
 
 
+def compiler_in_use(nvcc: str | None = None) -> Compiler:
+    """The compiler that `cubin` calls.
+
+    Raises:
+        UnsupportedError: There is none.
+    """
+    with_nvcc = nvcc or os.environ.get("EDM_DEPLOY_NVCC")
+    return nvcc_compiler(with_nvcc) if with_nvcc else nvrtc_compiler()
+
+
 def source_files() -> dict[str, bytes]:
     """The kernels' source by file name."""
     return {path.name: path.read_bytes() for path in sorted(SOURCE.iterdir()) if path.suffix in (".cu", ".cuh", ".h")}
-
-
-def nvrtc_compiler() -> Compiler:
-    """NVRTC.
-
-    Raises:
-        UnsupportedError: It is not installed.
-    """
-    nvrtc = _nvrtc()
-    try:
-        _, major, minor = nvrtc.nvrtcVersion()
-    except RuntimeError as err:  # cuda-bindings is installed, the library it binds is not
-        raise UnsupportedError(f"NVRTC, which compiles the kernels, cannot be loaded ({_first_line(err)}). Run {INSTALL}.") from err
-    return Compiler("nvrtc", (major, minor))
-
-
-def nvcc_compiler(nvcc: str) -> Compiler:
-    """An nvcc by its path or name.
-
-    Raises:
-        UnsupportedError: There is none, or it does not run.
-    """
-    path = shutil.which(nvcc)
-    if path is None:
-        raise UnsupportedError(
-            f"No nvcc at {nvcc!r}. Name the one of a CUDA toolkit, or leave it out: NVRTC from {INSTALL} compiles as well."
-        )
-    output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    version = re.search(r"release (\d+)\.(\d+)", output)
-    if version is None:
-        raise UnsupportedError(f"{path} --version names no release, so it is no nvcc. Name the one of a CUDA toolkit.")
-    return Compiler(path, (int(version[1]), int(version[2])))
-
-
-def compiled(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) -> bytes:
-    """Compile `files[main]` for `arch`: a cubin, or PTX where `arch` is virtual, as `compute_80`.
-
-    Raises:
-        UnsupportedError: The compiler does not support `arch`, or refuses the source; the message contains its first error.
-    """
-    return _by_nvrtc(files, main, arch, compiler) if compiler.name == "nvrtc" else _by_nvcc(files, main, arch, compiler)
 
 
 def cache_directory() -> Path:
@@ -148,7 +94,7 @@ def cache_directory() -> Path:
 
 
 def _key(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) -> str:
-    digest = hashlib.sha256(repr((main, arch, str(compiler), FLAGS)).encode())
+    digest = hashlib.sha256(repr((main, arch, str(compiler), FLAGS, *([PTX_VERSION] if virtual(arch) else []))).encode())
     for name, content in files.items():
         digest.update(f"{name} {len(content)} ".encode() + content)
     return digest.hexdigest()[:32]
@@ -199,73 +145,6 @@ def _fallback(directory: str, reason: str) -> Path:
 
 _until_exit = contextlib.ExitStack()
 atexit.register(_until_exit.close)
-
-
-def _by_nvrtc(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) -> bytes:
-    nvrtc = _nvrtc()
-    known = [f"sm_{number}" for number in nvrtc.nvrtcGetSupportedArchs()[1]]
-    if arch.replace("compute_", "sm_") not in known:
-        raise UnsupportedError(f"{compiler} cannot compile for {arch}; it can for {', '.join(known)}.")
-    headers = {name: content for name, content in files.items() if name != main}
-    program = _nvrtc_ok(
-        nvrtc,
-        nvrtc.nvrtcCreateProgram(files[main], main.encode(), len(headers), list(headers.values()), [name.encode() for name in headers]),
-    )
-    try:
-        options = [flag.encode() for flag in (*FLAGS, f"-arch={arch}")]
-        status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
-        if int(status):
-            output = b" " * _nvrtc_ok(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))
-            nvrtc.nvrtcGetProgramLog(program, output)
-            raise _refused(compiler, arch, output.decode(errors="replace"))
-        size, read = (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX) if _virtual(arch) else (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
-        code: bytes = b" " * _nvrtc_ok(nvrtc, size(program))
-        _nvrtc_ok(nvrtc, read(program, code))
-        return code
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
-
-
-def _by_nvcc(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) -> bytes:
-    with scratch_directory("nvcc") as scratch:
-        for name, content in files.items():
-            (scratch / name).write_bytes(content)
-        command = [compiler.name, *FLAGS, "-ptx" if _virtual(arch) else "-cubin", f"-arch={arch}", "-o", "out", main]
-        ran = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
-        if ran.returncode:
-            raise _refused(compiler, arch, ran.stderr + ran.stdout)
-        return (scratch / "out").read_bytes()
-
-
-def _virtual(arch: str) -> bool:
-    """Whether `arch` is a virtual architecture, compiled to PTX."""
-    return arch.startswith("compute_")
-
-
-def _refused(compiler: Compiler, arch: str, output: str) -> UnsupportedError:
-    lines = [line.strip() for line in output.replace("\0", "").splitlines() if line.strip()]
-    first = next((line for line in lines if "error" in line.lower() or "fatal" in line.lower()), lines[0] if lines else "it gave no reason")
-    return UnsupportedError(f"{compiler} cannot compile the kernels for {arch}: {first}")
-
-
-def _nvrtc() -> Any:  # the vendor's package carries no types
-    try:
-        return importlib.import_module("cuda.bindings.nvrtc")
-    except (ImportError, OSError) as err:
-        raise UnsupportedError(
-            f"The kernels are compiled by NVRTC, and cuda-bindings cannot be imported here ({err}). Run {INSTALL}."
-        ) from err
-
-
-def _nvrtc_ok(nvrtc: Any, result: tuple[Any, ...]) -> Any:
-    status, *values = result
-    if int(status):
-        raise UnsupportedError(f"NVRTC failed: {nvrtc.nvrtcGetErrorString(status)[1].decode()}. Install it again: {INSTALL}.")
-    return values[0] if values else None
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

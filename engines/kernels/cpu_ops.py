@@ -58,13 +58,14 @@ def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     return mean.float(), (variance + eps).rsqrt().float()
 
 
-def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype) -> Tensor:
+def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: object = None) -> Tensor:
     """`float(sum) * (act_scale[row] * weight_scale) + bias + residual`, each step rounded to float32, then to `dtype`.
 
     Args:
         operands: Of kind `u4` the sum is of (n - qmin) * w, and qmin * weight_sum is added to it. The residual is [M, K].
         shape: The sizes.
         dtype: float16 or bfloat16.
+        on: A GPU's tile and number of splits, which do not change the result.
 
     Returns:
         [N, P, Q, K], contiguous.

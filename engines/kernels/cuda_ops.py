@@ -8,9 +8,9 @@ from torch import Tensor
 from edm_deploy.numerics.kernel_layout import CHUNK, code_bytes
 from engines.kernels import driver
 from engines.kernels.cpu_ops import pixels
-from engines.kernels.launch import TYPES, ConvParams, QuantizeParams, StatsParams, conv_launches, quantize_launch, stats_launch
+from engines.kernels.launch import TYPES, ConvParams, QuantizeParams, StatsParams, chunk_of, conv_launches, quantize_launch, stats_launches
 from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, Table
-from engines.kernels.tiles import choose_tile
+from engines.kernels.tiles import Tile, choose_tile
 
 TYPE_NAMES = dict(zip(FLOATS, TYPES, strict=True))
 
@@ -47,21 +47,32 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tenso
 
 
 def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """As `cpu_ops.group_stats`, summed in float32 in two passes."""
+    """As `cpu_ops.group_stats`, summed in float32 about the first pixel of each chunk."""
     values = pixels(x).contiguous()
     batch, height, width, channels = values.shape
+    chunk = chunk_of(height * width)
     mean, rstd = (torch.empty((batch, groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    partial = torch.empty((batch, -(-height * width // chunk), channels, 2), dtype=torch.float32, device=x.device)
     params = StatsParams(
-        x=values.data_ptr(), mean=mean.data_ptr(), rstd=rstd.data_ptr(), N=batch, HW=height * width, C=channels, groups=groups, eps=eps
+        x=values.data_ptr(),
+        partial=partial.data_ptr(),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        N=batch,
+        HW=height * width,
+        C=channels,
+        groups=groups,
+        chunk=chunk,
+        eps=eps,
     )
-    driver.launch([stats_launch(params, type_name=TYPE_NAMES[x.dtype])], x.device)
+    driver.launch(stats_launches(params, type_name=TYPE_NAMES[x.dtype]), x.device)
     return mean, rstd
 
 
-def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype) -> Tensor:
-    """As `cpu_ops.convolve`."""
+def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tuple[Tile, int] | None = None) -> Tensor:
+    """As `cpu_ops.convolve`; `on` is the tile and the number of splits, which `choose_tile` chooses otherwise."""
     device, M, K = operands.codes.device, shape.M, shape.K
-    tile, splits = choose_tile(M, K, shape.R * shape.S * shape.Cb, driver.multiprocessors(device))
+    tile, splits = on or choose_tile(M, K, shape.R * shape.S * shape.Cb, driver.multiprocessors(device))
     out = torch.empty((shape.N, shape.P, shape.Q, K), dtype=dtype, device=device)
     partial = torch.empty((splits, M, K), dtype=torch.int32, device=device) if splits > 1 else None
     # Referenced until the launch: the allocator reuses freed memory, in stream order.

@@ -6,24 +6,30 @@ seconds the first time and must not happen during the capture of a CUDA graph; `
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from edm_deploy.errors import UnsupportedError
 from engines.kernels import build
+from engines.kernels.compilers import INSTALL, Compiler
 from engines.kernels.launch import Launch
 
 log = logging.getLogger(__name__)
 
 LEAST_CAPABILITY = (8, 0)  # cp.async and mma of 4-bit integers
-FREE_SHARED_BYTES = 48 * 1024  # dynamic shared memory of a block; more must be requested per kernel
+OLDEST_DRIVER = (12, 0)  # CUDA release of compilers.PTX_VERSION
+PTX_ARCH = "compute_{}{}".format(*LEAST_CAPABILITY)
+# Errors after which CUDA computes nothing more in this process. Source: CUDA Driver API, CUresult, "the process must be terminated and relaunched".
+STICKY = frozenset({214, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721})
 ELSEWHERE = "Use --backend ort, openvino or trt."
 
 
@@ -51,7 +57,8 @@ def launch(launches: Sequence[Launch], device: torch.device) -> None:
     """Launch kernels in order on the device's current stream. Does not wait for them.
 
     Raises:
-        UnsupportedError: As `prepare`, or the driver refuses a kernel; errors during a kernel's execution are raised later, by torch.
+        UnsupportedError: As `prepare`, or the driver refuses a kernel.
+        RuntimeError: An earlier kernel, ours or another's, has failed while it ran; the process can no longer use CUDA. torch raises the same.
     """
     index = _index(device)
     with torch.cuda.device(index):
@@ -90,6 +97,7 @@ class Driver:
     def __init__(self, api: Any) -> None:
         self._api = api
         self._modules: dict[int, _Module] = {}
+        self._loading = threading.Lock()
         try:
             self._call("cuInit", 0, doing="The NVIDIA driver cannot start", remedy=ELSEWHERE)
         except RuntimeError as err:  # the library itself is missing
@@ -97,63 +105,89 @@ class Driver:
 
     def module(self, index: int) -> _Module:
         """The kernels on GPU number `index`, loaded at the first call."""
-        if index not in self._modules:
-            self._modules[index] = self._load(index)
-        return self._modules[index]
+        with self._loading:
+            if index not in self._modules:
+                self._modules[index] = self._load(index)
+            return self._modules[index]
 
     def launch(self, launches: Sequence[Launch], index: int, stream: int) -> None:
-        """Launch kernels on a stream of torch's current device."""
+        """Launch kernels on a stream of GPU number `index`."""
         module = self.module(index)
-        self._make_current(module.context)
-        for one in launches:
-            function = module.function(one.entry, one.shared_bytes)
-            # The driver takes an array of addresses, one per argument, and copies the arguments before it returns.
-            arguments = (ctypes.c_void_p * 1)(ctypes.addressof(one.params))
-            self._call(
-                "cuLaunchKernel",
-                function,
-                *one.grid,
-                one.threads,
-                1,
-                1,
-                one.shared_bytes,
-                stream,
-                ctypes.addressof(arguments),
-                0,
-                doing=f"Kernel {one.entry} with grid {list(one.grid)} cannot be started",
-            )
+        with self._current(module.context):
+            for one in launches:
+                function = module.function(one.entry, one.shared_bytes)
+                # The driver takes an array of addresses, one per argument, and copies the arguments before it returns.
+                arguments = (ctypes.c_void_p * 1)(ctypes.addressof(one.params))
+                self._call(
+                    "cuLaunchKernel",
+                    function,
+                    *one.grid,
+                    one.threads,
+                    1,
+                    1,
+                    one.shared_bytes,
+                    stream,
+                    ctypes.addressof(arguments),
+                    0,
+                    doing=f"Kernel {one.entry} with grid {list(one.grid)} cannot be started",
+                )
 
     def _load(self, index: int) -> _Module:
+        arch = self._arch_for(arch_of(torch.cuda.get_device_capability(index)), build.compiler_in_use())
         device = self._call("cuDeviceGet", index, doing=f"GPU {index} cannot be opened")
         context = self._call("cuDevicePrimaryCtxRetain", device, doing=f"GPU {index} cannot be opened")
-        self._make_current(context)
         start = time.perf_counter()
-        built = build.cubin(arch_of(torch.cuda.get_device_capability(index)))
-        self._check_version(built.compiler)
-        handle = self._call("cuModuleLoadData", built.code, doing=f"The kernels for {built.arch}, {built.path}, cannot be loaded")
+        built = build.cubin(arch)
+        with self._current(context):
+            handle = self._call("cuModuleLoadData", built.code, doing=f"The kernels for {built.arch}, {built.path}, cannot be loaded")
         log.info("Kernels for %s by %s loaded in %.1f s from %s.", built.arch, built.compiler, time.perf_counter() - start, built.path)
         return _Module(self, handle, context)
 
-    def _check_version(self, compiler: build.Compiler) -> None:
-        """A driver runs code of any compiler of its major version or an older one (CUDA's minor version compatibility)."""
-        version = self._call("cuDriverGetVersion", doing="The NVIDIA driver does not say its version")
-        major, minor = version // 1000, version % 1000 // 10
-        if major < compiler.version[0]:
-            raise UnsupportedError(
-                f"The NVIDIA driver supports CUDA {major}.{minor}; kernels compiled by {compiler} need a driver for {compiler.version[0]}.0 or later. "
-                f"Update the driver, or pip install 'nvidia-cuda-nvrtc<{major + 1}'."
-            )
+    def _arch_for(self, arch: str, compiler: Compiler) -> str:
+        """What to compile for: the GPU itself, or PTX where the driver is older than the compiler. Called before anything is compiled.
 
-    def _make_current(self, context: Any) -> None:
-        current = self._call("cuCtxGetCurrent", doing="The current CUDA context is unknown")
-        if int(current) != int(context):
-            self._call("cuCtxSetCurrent", context, doing="The GPU's context cannot be made the current one")
+        A driver runs a cubin of any compiler of its major version or an older one (CUDA's minor version compatibility).
+        """
+        number = self._call("cuDriverGetVersion", doing="The NVIDIA driver does not say its version")
+        version = number // 1000, number % 1000 // 10
+        words = "The NVIDIA driver supports CUDA {}.{}".format(*version)
+        if version < OLDEST_DRIVER:
+            raise UnsupportedError(
+                f"{words}; the kernels need a driver for CUDA {OLDEST_DRIVER[0]}.{OLDEST_DRIVER[1]} or later. Update the driver."
+            )
+        if version[0] >= compiler.version[0]:
+            return arch
+        log.warning(
+            "%s, and the kernels are compiled by %s: the driver translates them for %s from PTX, which takes a minute the first time. "
+            "pip install 'edm-deploy[cuda12]' in place of 'edm-deploy[cuda]' compiles them for it.",
+            words,
+            compiler,
+            arch,
+        )
+        return PTX_ARCH
+
+    @contextlib.contextmanager
+    def _current(self, context: Any) -> Iterator[None]:
+        """Make a context the thread's current one, and leave the one that was found."""
+        if int(self._call("cuCtxGetCurrent", doing="The current CUDA context is unknown")) == int(context):
+            yield
+            return
+        self._call("cuCtxPushCurrent", context, doing="The GPU's context cannot be made the current one")
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent", doing="The CUDA context that was current cannot be restored")
 
     def _call(self, name: str, *arguments: Any, doing: str, remedy: str = "") -> Any:
         status, *values = getattr(self._api, name)(*arguments)
         if int(status):
             words = self._api.cuGetErrorName(status)[1], self._api.cuGetErrorString(status)[1]
             reason = ": ".join(word.decode() if isinstance(word, bytes) else str(word) for word in words)
+            if int(status) in STICKY:
+                raise RuntimeError(
+                    f"CUDA has failed in this process ({reason}), in a kernel that was started earlier, of this or another library. "
+                    "Start the process again; with CUDA_LAUNCH_BLOCKING=1 the call that fails is the one that raises."
+                )
             raise UnsupportedError(f"{doing} ({reason}). {remedy}".rstrip())
         return values[0] if values else None
 
@@ -174,9 +208,9 @@ class _Module:
             function = call("cuModuleGetFunction", self._handle, entry.encode(), doing=f"The kernels have no {entry}")
             attributes = api.CUfunction_attribute
             wanted = {}
-            if shared_bytes > FREE_SHARED_BYTES:
-                wanted[attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = shared_bytes
             if shared_bytes:
+                # Needed above 48 KB, of which a GPU may count its own reserve as well (1 KB on sm_90): always set.
+                wanted[attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = shared_bytes
                 # Percent of the L1 cache that becomes shared memory: two blocks of the largest tile need 98 of an RTX 3090's 100 KB.
                 wanted[attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT] = 100
             for attribute, value in wanted.items():
@@ -190,7 +224,7 @@ def _driver() -> Driver:
     try:
         api = importlib.import_module("cuda.bindings.driver")
     except (ImportError, OSError) as err:
-        raise UnsupportedError(f"cuda-bindings, which starts the kernels, cannot be imported here ({err}). Run {build.INSTALL}.") from err
+        raise UnsupportedError(f"cuda-bindings, which starts the kernels, cannot be imported here ({err}). Run {INSTALL}.") from err
     return Driver(api)
 
 

@@ -15,6 +15,8 @@ from engines.kernels.tiles import TILES, Tile
 THREADS = 256  # of every kernel but the convolutions
 TURN = 64  # pixels, and channels, of the tile that a block of quantize_first transposes
 OCTET = 8  # channels per thread
+STATS_OCTETS = 64  # octets of channels per block of group_stats_partial
+LEAST_CHUNK, MOST_CHUNKS = 16, 128  # pixels of a chunk; chunks of a sample
 LARGEST_GRID = (2**31 - 1, 65535, 65535)  # blocks along x, y, z; the kernels stride over what a smaller grid leaves
 TYPES = ("f16", "bf16")  # operands.FLOATS, as entry points name them
 
@@ -32,7 +34,7 @@ class QuantizeParams(ctypes.Structure):
 class StatsParams(ctypes.Structure):
     """Mirror of the C++ struct of the same name."""
 
-    _fields_ = [*_fields("x mean rstd", "N HW C groups"), ("eps", ctypes.c_float)]
+    _fields_ = [*_fields("x partial mean rstd", "N HW C groups chunk"), ("eps", ctypes.c_float)]
 
 
 class ConvParams(ctypes.Structure):
@@ -85,9 +87,23 @@ def quantize_launch(params: QuantizeParams, *, type_name: str, bits: int, channe
     return Launch(entry, _clipped(*grid), THREADS, 0, params)
 
 
-def stats_launch(params: StatsParams, *, type_name: str) -> Launch:
-    """Statistics of a group norm; x is channels last."""
-    return Launch(f"group_stats_{type_name}", _clipped(params.groups, params.N, 1), THREADS, 0, params)
+def chunk_of(pixels: int) -> int:
+    """Pixels per block of `group_stats_partial`: enough blocks for every multiprocessor, few enough that merging their results costs little."""
+    return max(LEAST_CHUNK, _ceil(pixels, MOST_CHUNKS))
+
+
+def stats_launches(params: StatsParams, *, type_name: str) -> list[Launch]:
+    """Statistics of a group norm: of chunks of pixels, then of groups.
+
+    Args:
+        params: All fields set; x is channels last, and `partial` has 2 * N * ceil(HW / chunk) * C floats.
+        type_name: `f16` or `bf16`, of x.
+    """
+    chunks, bundles = _ceil(params.HW, params.chunk), _ceil(_ceil(params.C, OCTET), STATS_OCTETS)
+    return [
+        Launch(f"group_stats_partial_{type_name}", _clipped(chunks, bundles, params.N), THREADS, 0, params),
+        Launch("group_stats_merge", _clipped(params.groups, params.N, 1), THREADS, 0, params),
+    ]
 
 
 def conv_launches(params: ConvParams, *, kind: str, tile: Tile, type_name: str) -> list[Launch]:
@@ -116,8 +132,8 @@ def entry_points() -> list[str]:
         names += [f"reduce_{kind}_{type_name}" for kind in CODE_FORMATS]
         names += [f"quantize_last_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in ("plain", "silu", "norm", "norm_silu")]
         names += [f"quantize_first_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in ("plain", "silu")]
-        names.append(f"group_stats_{type_name}")
-    return names
+        names.append(f"group_stats_partial_{type_name}")
+    return [*names, "group_stats_merge"]
 
 
 def _clipped(x: int, y: int, z: int) -> tuple[int, int, int]:

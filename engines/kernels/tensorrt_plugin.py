@@ -10,18 +10,17 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.export.plugin_schema import CONV, NAMESPACE, QUANTIZE, Plugin
 from edm_deploy.numerics.kernel_layout import CHUNK, code_bytes
-from engines.kernels.build import compiled, nvrtc_compiler, source_files
+from engines.kernels.build import source_files
+from engines.kernels.compilers import compiled, nvrtc_compiler
 from engines.kernels.launch import OCTET, THREADS, TURN
 from engines.kernels.tiles import TILES, Tile
 
-PTX_VERSION = b".version 8.0"  # CUDA 12's. NVRTC writes its own newest, which older drivers refuse; an instruction that needs more than 8.0 would not assemble
 ARCH = "compute_80"  # of the PTX, which the driver compiles for the GPU that the engine runs on, with 4-bit tensor cores where it has them
 MOST_BLOCKS = 65535  # along y and z of a grid; the kernels stride over what a smaller grid leaves
 OLDEST = "10.9"
@@ -161,7 +160,4 @@ def _ptx(name: str, **macros: str) -> bytes:
 def _compiled_once(name: str, macros: tuple[tuple[str, str], ...]) -> bytes:
     """The PTX, compiled once per kernel: a model has hundreds of nodes and a dozen kernels."""
     main = "plugin_entry.cu"
-    ptx = compiled(source_files() | {main: entry_source(name, dict(macros))}, main, ARCH, nvrtc_compiler())
-    return re.sub(
-        rb"^\.version \d+\.\d+", PTX_VERSION, ptx.rstrip(b"\0"), count=1, flags=re.MULTILINE
-    )  # NVRTC terminates it with a zero byte
+    return compiled(source_files() | {main: entry_source(name, dict(macros))}, main, ARCH, nvrtc_compiler())

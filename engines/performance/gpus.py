@@ -16,6 +16,9 @@ from engines.kernels.driver import LEAST_CAPABILITY, arch_of
 
 FIRST_WITHOUT_INT4 = 90  # compute capability, times ten
 TABLE = Path(__file__).parent.parent / "profiles" / "gpus.toml"
+# Words of a product's full name, as the driver writes it, that say nothing about its compute capability: NVIDIA A100-SXM4-80GB, NVIDIA H100 80GB HBM3.
+FORM = re.compile(r"nvidia|geforce|tesla|generation|blackwell|(workstation|server)|edition|max|q|\d+gb|sxm\d?|pcie|hbm\d\w?|nvl")
+PART = ("laptop", "gpu")  # a laptop's card has the capability of the desktop's, and fewer multiprocessors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ def capability(name: str) -> str:
     """
     by_sm: dict[str, list[str]] = _table()["capability"]
     by_name = {gpu: sm for sm, gpus in by_sm.items() for gpu in gpus}
-    plain = _plain(name)
+    plain = _plain(name, without=PART)
     number = re.fullmatch(r"(?:sm)?(\d+)\.?(\d)", plain)
     if number and (sm := f"sm_{number[1]}{number[2]}") in by_sm:
         return sm
@@ -109,6 +112,8 @@ def gpu_named(name: str) -> Gpu:
         UnsupportedError: profiles/gpus.toml has no figures for it; the message lists the GPUs that have.
     """
     table, plain = _table()["gpu"], _plain(name)
+    if "pcie" in name.lower() and f"{plain}pcie" in table:
+        plain += "pcie"
     if plain not in table:
         raise UnsupportedError(
             f"The figures of GPU {name.strip()!r} are not known.{suggestion(plain, table)} Known: {', '.join(table)}. Add them to {TABLE.name} to have expected times."
@@ -117,7 +122,7 @@ def gpu_named(name: str) -> Gpu:
     return Gpu(
         name=plain,
         title=facts["title"],
-        sm=capability(plain),
+        sm=capability(name),
         sms=facts["sms"],
         clock=facts["clock_mhz"] * 1e6,
         dram=facts["dram_gbps"] * 1e9 * facts["dram_share"],
@@ -137,8 +142,10 @@ def launch_seconds(*, graph: bool) -> float:
     return float(_table()["launch"]["graph_us" if graph else "stream_us"]) * 1e-6
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"nvidia|geforce|[\s_-]", "", name.lower())
+def _plain(name: str, without: tuple[str, ...] = ()) -> str:
+    """`rtx3090` of every way to write it."""
+    words = [word for word in re.split(r"[\s_-]+", name.lower()) if not FORM.fullmatch(word) and word not in without]
+    return re.sub("nvidia|geforce", "", "".join(words))
 
 
 @cache

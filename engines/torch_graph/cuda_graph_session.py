@@ -128,7 +128,8 @@ class CudaSession(Session):
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        # thread_local: in mode global, an allocation of any other thread of the process ends the capture.
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             outputs = self._eager(static)
         return Captured(graph, static, outputs)
 

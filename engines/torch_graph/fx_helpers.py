@@ -1,13 +1,18 @@
-"""Helpers for graphs from torch's tracer: remove nodes that compute nothing, read dtypes and shapes from fake tensors."""
+"""Helpers for graphs from torch's tracer: remove nodes that compute nothing, merge equal ones, read dtypes and shapes from fake tensors."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 aten: Any = torch.ops.aten
+
+
+PURE = (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)  # of sizes, and of an operator's several results
 
 
 def clean(graph: fx.Graph, device: torch.device) -> None:
@@ -33,11 +38,42 @@ def _does_nothing(node: Any) -> bool:
         return False
     if node.target is aten.dropout.default:
         return not node.args[2]
+    # It changes strides only. The rewritten graph is channels last, and its views are reshapes, so no operator depends on them.
+    if node.target is aten.contiguous.default:
+        return True
     if node.target is aten.to.dtype:
         return len(node.args) == 2 and value_of(node.args[0]).dtype == node.args[1]
     if node.target in (aten.div.Tensor, aten.mul.Tensor):  # diffusers divides by output_scale_factor, which is 1 for most models
         return node.args[1] == 1 and value_of(node.args[0]).is_floating_point()
     return False
+
+
+def merge_equal(graph: fx.Graph) -> None:
+    """Compute once what several nodes compute from the same inputs, such as the SiLU of the time embedding in front of every block's projection."""
+    first: dict[Hashable, Any] = {}
+    nodes: list[Any] = list(graph.nodes)
+    for node in nodes:
+        if node.op != "call_function" or not _is_pure(node.target):
+            continue
+        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        if (kept := first.setdefault(key, node)) is not node:
+            node.replace_all_uses_with(kept)
+            graph.erase_node(node)
+
+
+def _is_pure(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return target in PURE
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags and bool(target._schema.returns)
+
+
+def _frozen(value: Any) -> Hashable:
+    """An argument of a node as a dictionary's key. 1, 1.0 and True are different arguments."""
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, _frozen(item)) for name, item in value.items())
+    return value if isinstance(value, fx.Node) else (type(value), repr(value))
 
 
 def value_of(node: Any) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from edm_deploy.artifact.quantized_layer import QuantizedLayer
 from edm_deploy.numerics.activation_table import reciprocal
 from edm_deploy.numerics.codes import dequantize_weight
-from edm_deploy.numerics.kernel_layout import CodeFormat, bits_of, code_bytes, pack_weight, unpack_codes, weight_sum, zero_codes
+from edm_deploy.numerics.kernel_layout import CHUNK, CodeFormat, bits_of, code_bytes, pack_weight, unpack_codes, weight_sum, zero_codes
 from engines.common.graph_checks import Expected, check_tensors
 
 LEAVES = ("weight", "weight_scale", "weight_sum", "act_scale", "act_qmin", "act_qmax")  # a layer's tensors in an engine's file
@@ -97,6 +97,8 @@ def layer_from_tensors(
         )
     if bits_of(packed) != bits_of(kind):
         weight = widened(weight, weight_shape[1])
+    # Kernels copy 16 bytes at a time. A tensor of a file may start anywhere: it is moved once, here, not in every call.
+    weight = weight if weight.data_ptr() % CHUNK == 0 else weight.clone()
     return PackedLayer(kind=kind, weight=weight, weight_scale=weight_scale, weight_sum=own["weight_sum"], bias=bias, **table)
 
 

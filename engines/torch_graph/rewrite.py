@@ -23,7 +23,7 @@ from edm_deploy.network.float_program import MODEL
 from edm_deploy.numerics.activation_table import per_sample
 from edm_deploy.numerics.kernel_layout import bits_of
 from engines.kernels import ops
-from engines.torch_graph.fx_helpers import aten, clean, value_of
+from engines.torch_graph.fx_helpers import aten, clean, merge_equal, value_of
 from engines.torch_graph.packed_layer import PackedLayer, tensor_name
 
 kernels: Any = torch.ops.edm_deploy
@@ -96,6 +96,7 @@ def rewrite_layers(
     graph.output(graph.graph_copy(module.graph, {}))
     result = GraphRewrite(graph=graph, tensors={}, dtype=dtype)
     clean(graph, row_of_timestep.device)
+    merge_equal(graph)
     floats = {name for name, site in sites.items() if site.kind is None}
     _give_values(result, program, module, params, {name for name in sites if name not in floats})
     rows = _write_rows(result, row_of_timestep)

@@ -8,6 +8,8 @@ import pytest
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy_tools.roofline import app, layers_of, roofline, rooflines_of, site_rows, to_json, total_rows
 from engines.performance.gpus import gpu_named
+from tests.conftest import tiny_model
+from tests.engines.rewritten import program_of
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +128,20 @@ def test_inspect_adds_expected_times(run, chain):
     assert "Expected step on GeForce RTX 3090, batch 2" in ran.out
     content = json.loads(run("inspect", chain.artifact, "--gpu", "rtx3090", "--json").out)
     assert {"kind", "facts", "tables", "rooflines"} <= set(content)
+
+
+def test_the_command_counts_every_kernel_of_a_step(capfd, chain, monkeypatch):
+    from edm_deploy_tools.benchmarks.traced_step import TracedModel
+    from edm_deploy_tools.common import run_app
+
+    family, config, _ = tiny_model("unet2d")
+    tiny = TracedModel(family=family, config=config, program=program_of("unet2d"))
+    monkeypatch.setattr(TracedModel, "of", lambda family, config: tiny)
+    assert run_app.run(app, "roofline", [str(chain.model), "--batch", "1,64", "--step", "--json"]) == 0
+    content = json.loads(capfd.readouterr().out)
+    assert "Expected, not measured" in content["note"]
+    one, many = content["steps"]["1"], content["steps"]["64"]
+    assert [row["graph"] for row in one] == [row["graph"] for row in many]
+    assert all(more["step ms"] >= less["step ms"] > 0 for less, more in zip(one, many, strict=True))
+    assert run_app.run(app, "roofline", [str(chain.engine), "--step"]) == 2
+    assert "--step" in capfd.readouterr().err

@@ -133,7 +133,7 @@ def graph_seconds(calls: Sequence[Call], replays: int) -> float:
     torch.cuda.synchronize()
     count = len(calls) * math.ceil(CALLS / len(calls))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for index in range(count):
             calls[index % len(calls)]()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * replays)]  # type: ignore[no-untyped-call]

@@ -52,7 +52,13 @@ class Layer:
         return f"conv {self.R}x{self.R} {self.C}->{self.K}, {self.H}x{self.W}" + (f" stride {self.stride}" if self.stride > 1 else "")
 
 
-BATCHES = {"reference": (2, 8, 16), "ldm4-imagenet": (2, 8, 16), "sd15": (2, 8, 16), "sdxl": (2,)}  # batch sizes of the measurements
+BATCHES = {
+    "reference": (2, 8, 16),
+    "ldm4-imagenet": (2, 8, 16),
+    "sd15": (2, 8, 16),
+    "sdxl": (2,),
+    "flux1-schnell": (1,),
+}  # batch sizes of the measurements
 LAYERS: dict[str, tuple[Layer, ...]] = {
     # 96 % of the model's multiply-accumulates.
     "reference": (
@@ -159,5 +165,18 @@ LAYERS: dict[str, tuple[Layer, ...]] = {
         Layer("linear", 2048, 1280, 77, 1, 1, 1, 120),
         Layer("conv", 640, 640, 64, 64, 3, 2, 1),
         Layer("linear", 1280, 1280, 1, 1, 1, 1, 9),
+    ),
+    # 99 % of the model's multiply-accumulates.
+    "flux1-schnell": (
+        Layer("linear", 15360, 3072, 4608, 1, 1, 1, 38),
+        Layer("linear", 3072, 12288, 4608, 1, 1, 1, 38),
+        Layer("linear", 3072, 3072, 4608, 1, 1, 1, 114),
+        Layer("linear", 3072, 3072, 4096, 1, 1, 1, 76),
+        Layer("linear", 3072, 12288, 4096, 1, 1, 1, 19),
+        Layer("linear", 12288, 3072, 4096, 1, 1, 1, 19),
+        Layer("linear", 3072, 3072, 512, 1, 1, 1, 76),
+        Layer("linear", 3072, 12288, 512, 1, 1, 1, 19),
+        Layer("linear", 12288, 3072, 512, 1, 1, 1, 19),
+        Layer("linear", 3072, 18432, 1, 1, 1, 1, 38),
     ),
 }

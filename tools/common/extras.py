@@ -10,10 +10,15 @@ EXTRAS = {
     "onnx_ir": "tools",
     "onnxscript": "tools",
     "pyarrow": "train",
+    "ray": "ray",
     "accelerate": "parallel",
     "tensorboard": "parallel",
     "transformers": "pipelines",
     "sentencepiece": "pipelines",
+    "fastapi": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
 }  # top-level module -> extra of pyproject.toml
 
 

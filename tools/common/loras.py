@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edm_deploy.adapters.fuse import with_loras
+from edm_deploy.adapters.lora import Lora
 from edm_deploy.adapters.read_lora import LoraTarget, read_lora
 from edm_deploy.adapters.site_weights import adapters_of
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.network.adapter_inputs import MAX_RANK, AdapterInputs
+from edm_deploy.pipelines.source import Source
 from edm_deploy.runtime.lora_methods import LARGEST_WEIGHT
 from edm_deploy.storage.leftovers import scratch_directory
 from edm_deploy_tools.common import console
@@ -57,12 +59,21 @@ def fused(artifact: Artifact, given: Sequence[str]) -> Artifact:
     """
     if not given:
         return artifact
-    target = LoraTarget(artifact.family_object, artifact.config, MAX_RANK)
-    loras = [(read_lora(path, target), weight) for path, weight in map(file_and_weight, given)]
+    loras = read_loras(artifact, [file_and_weight(text) for text in given])
     for lora, _ in loras:
         for note in lora.notes:
             console.say(f"Note: {lora.name}: {note}")
     return with_loras(artifact, loras)
+
+
+def read_loras(model: Artifact | Source, files: Sequence[tuple[Path, float]]) -> list[tuple[Lora, float]]:
+    """Read LoRAs of a model's published network, each with its weight.
+
+    Raises:
+        ArtifactError, InputError: A file is damaged, or of another model; see `read_lora`.
+    """
+    target = LoraTarget(model.family_object, model.config, MAX_RANK)
+    return [(read_lora(path, target), weight) for path, weight in files]
 
 
 @contextlib.contextmanager

@@ -6,11 +6,14 @@ import datetime
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+from edm_deploy.errors import UnsupportedError
 
 PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt")
 
@@ -53,3 +56,20 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return installed
+
+
+def check_versions(expected: Mapping[str, str], found: Mapping[str, str], *, where: str) -> None:
+    """Refuse a process whose packages are not those of the process that started the work: its images could differ.
+
+    Args:
+        expected: Versions by package, as `versions` returns them.
+        found: Those of the other process.
+        where: The other process, as the beginning of a sentence.
+
+    Raises:
+        UnsupportedError: A package has another version.
+    """
+    for name, version in expected.items():
+        if found.get(name) != version:
+            has = found.get(name) or "none"
+            raise UnsupportedError(f"{where} has {name} {has}, this process {version}. Install the same versions on every machine.")

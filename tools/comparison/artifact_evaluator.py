@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,30 @@ from torch import Tensor, nn
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.artifact.relaxed_timesteps import quantized_graph, relaxed_graph
 from edm_deploy.errors import ArtifactError
+from edm_deploy.export.onnx import onnx_from_artifact
 from edm_deploy.network.layer_costs import model_work, site_work
 from edm_deploy.network.meta_model import meta_inputs, meta_model
 from edm_deploy.numerics.codes import WEIGHT_ONLY_BITS
 from edm_deploy.numerics.seeds import LARGEST_SEED
+from edm_deploy.pipelines.sampling import Denoise
+from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.capabilities import capabilities_of
+from edm_deploy.runtime.manifest import ShapeRange
 from edm_deploy.storage.directories import read_json, write_json
+from edm_deploy.storage.leftovers import scratch_directory
 from edm_deploy.storage.output_directory import DirectoryKind, new_directory
+from edm_deploy_tools.common.build_options import build
 from edm_deploy_tools.common.console import Notify, bytes_of
-from edm_deploy_tools.evaluation.denoisers import denoise_of_artifact
+from edm_deploy_tools.evaluation.denoisers import denoise_of_artifact, denoise_of_engine
 from edm_deploy_tools.evaluation.feature_network import features_of
 from edm_deploy_tools.evaluation.frechet import frechet_distance
 from edm_deploy_tools.evaluation.trajectory_error import ReferenceTrajectory, reference_trajectory, trajectory_error
 from edm_deploy_tools.inspection.work_by_step import shares
+from engines import backend_named
 
 ARTIFACT, MEASURED = "artifact", "measured"  # directories in that of an experiment
 FIGURES, IMAGES = "figures.json", "images.safetensors"
+ENGINE_BATCH = ShapeRange(1, 16, 16)  # samples of one call of an engine
 MEASUREMENT = DirectoryKind("a measurement", FIGURES, (IMAGES,))
 
 
@@ -40,13 +49,14 @@ class ArtifactEvaluator:
 
     Args:
         reference: The trajectories.
+        backend: Backend whose engines are evaluated, in float32 outside the quantized layers; None is the reference executor.
 
     Attributes:
         frechet_floor: Frechet distance of two sets of the float model's samples with different noise: the resolution at this number of samples.
     """
 
-    def __init__(self, reference: ReferenceTrajectory) -> None:
-        self.reference = reference
+    def __init__(self, reference: ReferenceTrajectory, *, backend: str | None = None) -> None:
+        self.reference, self.backend = reference, backend
         self.images = self._visible(reference.images)
         self.features = features_of(self.images)
         settings = dataclasses.replace(reference.settings, seeds=tuple(_unused(reference.settings.seeds)))
@@ -62,13 +72,15 @@ class ArtifactEvaluator:
             if (
                 cached["setup"] == settings
                 and cached["artifact"] == artifact.digest
-                and "int4_share" in cached
+                and cached["engine"] == self.backend
+                and "psnr_interval" in cached
                 and (directory / MEASURED / IMAGES).is_file()
             ):
                 return cached
         except (ArtifactError, KeyError):
             pass
-        error = trajectory_error(denoise_of_artifact(artifact, self.reference.conditioning), self.reference)
+        with self._denoiser(artifact, directory / ARTIFACT) as denoise:
+            error = trajectory_error(denoise, self.reference)
         images = self._visible(error.images)
         if not bool(images.isfinite().all()):
             notify("  failed: samples are not finite")
@@ -76,12 +88,14 @@ class ArtifactEvaluator:
         figures = {
             "setup": settings,
             "artifact": artifact.digest,
+            "engine": self.backend,
             "noise_error": error.noise_error,
             "noise_error_by_step": list(error.noise_errors),
             "weighted_error": error.weighted_error,
             "weighted_error_by_step": list(error.weighted_errors),
             "psnr_db": error.psnr,
             "psnr_db_by_seed": list(error.psnrs),
+            "psnr_interval": list(error.psnr_interval),
             "frechet": frechet_distance(features_of(images), self.features),
             "bytes": bytes_of(directory / ARTIFACT),
             "integer_share": integer_share(artifact, self.reference.timesteps),
@@ -96,6 +110,21 @@ class ArtifactEvaluator:
             f"  PSNR {error.psnr:.1f} dB, weighted error {error.weighted_error:.3g}, noise error {error.noise_error:.4f}, Frechet {figures['frechet']:.3g}"
         )
         return figures
+
+    @contextmanager
+    def _denoiser(self, artifact: Artifact, path: Path) -> Iterator[Denoise]:
+        """The artifact in the reference executor, or in an engine that exists as long as this context."""
+        conditioning = self.reference.conditioning
+        if self.backend is None:
+            yield denoise_of_artifact(artifact, conditioning)
+            return
+        with scratch_directory("compare") as scratch:
+            content, engine = path, Path(scratch) / "engine"
+            if backend_named(self.backend).builds_from == "onnx":
+                content = Path(scratch) / "onnx"
+                onnx_from_artifact(artifact, content)
+            build(content, engine, backend=self.backend, options=BuildOptions(profile={"batch": ENGINE_BATCH}))
+            yield denoise_of_engine(engine, conditioning)
 
     def _visible(self, images: Tensor) -> Tensor:
         return self.reference.decoder.visible(images, self.reference.images).clamp(-1, 1)

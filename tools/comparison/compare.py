@@ -55,6 +55,7 @@ class ComparisonRequest:
         rows: Rows of the activation tables.
         seeds: Runs of each recipe that trains.
         backend: Backend that must support every scheme; None checks nothing.
+        engine: Backend whose engines are evaluated; None evaluates with the reference executor.
         prompts: Prompt file for calibrating a text-conditional model; None is the built-in list.
         settings: Samples that the models are evaluated on.
     """
@@ -66,6 +67,7 @@ class ComparisonRequest:
     rows: int = 20
     seeds: int = 1
     backend: str | None = None
+    engine: str | None = None
     prompts: Path | None = None
     settings: EvaluationSettings = dataclasses.field(default_factory=lambda: EvaluationSettings(samples=64))
 
@@ -91,7 +93,7 @@ def compare_recipes(model: str, out: Path, request: ComparisonRequest, *, notify
         UnsupportedError, InputError, ArtifactError: The request is invalid; all checks come before anything is quantized.
     """
     check_output(out, kind=COMPARISON)
-    target = capabilities_of(request.backend) if request.backend else None
+    targets = [capabilities_of(name) for name in (request.backend, request.engine) if name]
     settings = request.settings
     if settings.samples < 2:
         raise InputError(f"--samples {settings.samples}: a Frechet distance needs at least 2. Increase --samples.")
@@ -104,10 +106,10 @@ def compare_recipes(model: str, out: Path, request: ComparisonRequest, *, notify
     digest = source.digest()
     notify(f"float model: {settings.trajectories} samples in {settings.steps} steps, twice")
     reference = reference_trajectory(source, settings)
-    check_experiments(experiments, source, target, forward_seconds=reference.seconds, batch=settings.trajectories)
+    check_experiments(experiments, source, targets, forward_seconds=reference.seconds, batch=settings.trajectories)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / MARKER, {"model": model, "model_sha256": digest, "asked": request.to_json()})
-    evaluator = ArtifactEvaluator(reference)
+    evaluator = ArtifactEvaluator(reference, backend=request.engine)
     figures: dict[Path, dict[str, Any]] = {}
     for number, experiment in enumerate(experiments, start=1):
         seed = f", seed {experiment.seed}" if experiment.seed else ""

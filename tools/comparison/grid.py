@@ -206,14 +206,14 @@ def experiments_of(
 
 
 def check_experiments(
-    experiments: Sequence[Experiment], source: Source, target: BackendCapabilities | None, *, forward_seconds: float, batch: int
+    experiments: Sequence[Experiment], source: Source, targets: Sequence[BackendCapabilities], *, forward_seconds: float, batch: int
 ) -> None:
     """Refuse experiments that are impossible with this model, before any of them runs.
 
     Args:
         experiments: All experiments.
         source: The float model.
-        target: Backend that must support every scheme, or None.
+        targets: Backends that must support every scheme.
         forward_seconds: Wall time of one forward pass of the float model.
         batch: Samples in that forward pass.
 
@@ -222,7 +222,7 @@ def check_experiments(
         InputError: The budget is shorter than the forward passes of calibration.
     """
     for experiment in experiments:
-        if target is not None:
+        for target in targets:
             check_scheme(target, experiment.weight_bits, experiment.act_bits)
         try:
             experiment.recipe.structure(source)

@@ -17,10 +17,11 @@ from edm_deploy_tools.evaluation.report import STYLE, definitions, grid_uri, htm
 LEFT = ("#", "recipe")  # columns that are aligned left
 DEFINED = {
     "PSNR": "PSNR of the final images in dB, each model on its own trajectory from the same noise; the peak is 2. Mean over the seeds of the "
-    "recipe and of the samples, and the lowest and highest of them; rows are ranked by it",
+    "recipe and of the samples; ± half the width of its 95 % interval over the images, by bootstrap; in parentheses the lowest and highest of the "
+    "seeds. Rows are ranked by it",
     "weighted error": "squared error of the prediction at each step along the float model's trajectory, times the measured effect of an error at this step on "
     "the final sample, summed over the steps; in parentheses the rank by it",
-    "noise error": "||e_q - e||^2 / ||e||^2 of the prediction along the float model's trajectory, over all samples, mean over the steps",
+    "noise error": "||e_q - e||^2 / ||e||^2 of the prediction along the float model's trajectory, over the first 64 samples, mean over the steps",
     "Frechet": "squared Frechet distance between the features of the float model's and the quantized model's final images",
     "time": "wall time of the process that quantized the model: start-up, loading, calibration, training, saving",
     "memory": "peak resident memory of that process",
@@ -64,6 +65,7 @@ def ranked_rows(results: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]
             row[name] = [fmean(step) for step in zip(*(cell[name] for cell in good), strict=True)]
         psnrs = [psnr for cell in good for psnr in cell["psnr_db_by_seed"]]
         row["spread"] = [min(psnrs), max(psnrs)]
+        row["half_width"] = fmean((high - low) / 2 for low, high in (cell["psnr_interval"] for cell in good))
         row["seeds"] = len(good)
         rows.append(row)
     by_weighted = sorted(row["weighted_error"] for row in rows if "failed" not in row)
@@ -92,7 +94,7 @@ def table_of(results: Mapping[str, Any], scheme: str) -> list[Row]:
             {
                 "#": place,
                 "recipe": name,
-                "PSNR, dB": f"{row['psnr_db']:.1f}" + (f" ({low:.1f} to {high:.1f})" if low < high else ""),
+                "PSNR, dB": f"{row['psnr_db']:.1f} ± {row['half_width']:.1f}" + (f" ({low:.1f} to {high:.1f})" if low < high else ""),
                 "weighted error": f"{row['weighted_error']:.3g} ({row['weighted_rank']})",
                 "noise error": f"{row['noise_error']:.4f}",
                 "Frechet": f"{row['frechet']:.3g}",
@@ -118,10 +120,14 @@ def describe_conditions(results: Mapping[str, Any]) -> str:
     return (
         f"{Path(results['model']['name']).name}, {request['rows']} table rows, {time_words(request['budget'])} of calibration and training for each recipe that "
         f"trains{f', mean of {seeds} seeds' if seeds > 1 else ''}. Evaluated on {settings['samples'] * len(settings['seeds'])} samples in {settings['steps']} steps of "
-        f"{results['walk']['scheduler']} from {_seeds(settings['seeds'])}, by the reference executor. {machine['cpu']}, {machine['cores']} cores, "
+        f"{results['walk']['scheduler']} from {_seeds(settings['seeds'])}, {_executor(request.get('engine'))}. {machine['cpu']}, {machine['cores']} cores, "
         f"torch {results['versions']['torch']}, {results['date'][:10]}. The Frechet distance of two "
         f"sets of {settings['samples'] * len(settings['seeds'])} samples of the float model, from different noise, is {results['frechet_floor']:.3g}."
     )
+
+
+def _executor(backend: str | None) -> str:
+    return "by the reference executor" if backend is None else f"in engines of {backend}, with float32 outside the quantized layers"
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -136,6 +142,7 @@ def command_of(results: Mapping[str, Any]) -> str:
     words += [f"--budget {request['budget']:g}s", f"--rows {request['rows']}", f"--seeds {request['seeds']}"]
     words += [f"--samples {settings['samples']}", f"--steps {settings['steps']}", *(f"--seed {seed}" for seed in settings["seeds"])]
     words += [f"--preset {recipe}={preset}" for recipe, preset in request["presets"].items()]
+    words += [f"--engine {request['engine']}"] if request.get("engine") else []
     return " ".join([*words, "--out DIR"])
 
 

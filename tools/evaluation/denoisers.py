@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -42,13 +42,27 @@ def denoise_of_artifact(artifact: Artifact, conditioning: Conditioning) -> Denoi
     return conditioning.denoiser(run, FORWARD_BATCH)
 
 
-def denoise_of_engine(path: Path, conditioning: Conditioning, *, device: str | None = None) -> Denoise:
-    """An engine on `device`, or on the default device of its backend; a batch outside its profile is split into batches inside it."""
+def denoise_of_engine(
+    path: Path, conditioning: Conditioning, *, device: str | None = None, loras: Sequence[tuple[Path, float]] = ()
+) -> Denoise:
+    """An engine on `device`, or on the default device of its backend; a batch outside its profile is split into batches inside it.
+
+    Args:
+        path: Directory of the engine.
+        conditioning: Conditioning and guidance of the samples.
+        device: Where it runs.
+        loras: Files of LoRAs with their weights, loaded into the engine's rank slots.
+
+    Raises:
+        InputError: The engine does not take a LoRA.
+    """
     denoiser = load_denoiser(path, device=device)
+    for file, weight in loras:
+        denoiser.load_lora(file, weight=weight)
     allowed = denoiser.manifest.profile.get("batch", ShapeRange(1, 1, 1 << 30))
 
     def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
-        inputs = conditioning.inputs(sample, timestep)
+        inputs = conditioning.of_members(torch.arange(len(sample))).inputs(sample, timestep)
         count, pieces, start = len(inputs[SAMPLE]), [], 0
         for size in batch_sizes(count, allowed):
             pieces.append(_run(denoiser, {name: _rows(value, start, size) for name, value in inputs.items()}))

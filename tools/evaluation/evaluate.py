@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import engines
+from edm_deploy.adapters.fuse import with_loras
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError, UnsupportedError
 from edm_deploy.pipelines.source import Source, load_source
@@ -19,6 +20,7 @@ from edm_deploy.storage.directories import write_json
 from edm_deploy.storage.leftovers import scratch_directory
 from edm_deploy.storage.output_directory import DirectoryKind, check_output, new_directory
 from edm_deploy_tools.common.console import Notify, silent
+from edm_deploy_tools.common.loras import read_loras
 from edm_deploy_tools.common.machine import machine, versions
 from edm_deploy_tools.evaluation.denoisers import denoise_of_artifact, denoise_of_engine
 from edm_deploy_tools.evaluation.image_metrics import ImageMetrics, MetricRequest
@@ -63,7 +65,7 @@ def evaluate_paths(
 
     Raises:
         ArtifactError: A path is neither an artifact nor an engine, or the float model is not found.
-        InputError: Prompts or a guidance scale for a model that takes none.
+        InputError: Prompts or a guidance scale for a model that takes none, or a LoRA that does not belong to it or has no rank slots in an engine.
         UnsupportedError: An engine cannot run on this machine.
     """
     check_output(out, kind=REPORT)
@@ -147,7 +149,10 @@ def evaluate_targets(
 def evaluate_artifact(target: EvaluationTarget, trajectory: ReferenceTrajectory) -> Result:
     """Evaluate an artifact in the reference executor, with statistics of each site."""
     assert target.artifact is not None  # the caller chose an artifact
-    error = trajectory_error(denoise_of_artifact(target.artifact, trajectory.conditioning), trajectory)
+    artifact, loras = target.artifact, trajectory.settings.loras
+    if loras:
+        artifact = with_loras(artifact, read_loras(artifact, loras))
+    error = trajectory_error(denoise_of_artifact(artifact, trajectory.conditioning), trajectory)
     return Result(target=target, error=error, statistics=tuple(site_statistics(target.artifact, trajectory)))
 
 
@@ -170,7 +175,8 @@ class SiteTestCases:
 def evaluate_engine(target: EvaluationTarget, trajectory: ReferenceTrajectory, cases: SiteTestCases, device: str | None) -> Result:
     """Evaluate an engine, with its agreement site by site if its artifact is known."""
     assert target.engine is not None  # the caller chose an engine
-    error = trajectory_error(denoise_of_engine(target.path, trajectory.conditioning, device=device), trajectory)
+    denoise = denoise_of_engine(target.path, trajectory.conditioning, device=device, loras=trajectory.settings.loras)
+    error = trajectory_error(denoise, trajectory)
     if target.artifact is None:
         note = "Agreement with the reference was not measured: give the artifact that the engine was built from as well."
         return Result(target=target, error=error, notes=(note,))

@@ -110,6 +110,7 @@ class Report:
             "eta": 0.0,
             "timesteps": self.trajectory.timesteps,
             "step_weights": self.trajectory.step_weights.tolist(),
+            "loras": [{"file": str(file), "weight": weight} for file, weight in self.trajectory.settings.loras],
             "compared": self.trajectory.decoder.kind,
         }
         parameters = sum(value.numel() for value in self.reference.model.parameters())
@@ -224,8 +225,9 @@ def describe_settings(report: Report) -> str:
     scheduler = "DDIM (eta 0)" if trajectory.scheduler == "ddim" else "Euler (flow matching)"
     conditioning = f", conditioning {trajectory.conditioner.origin}" if trajectory.conditioning.conditional else ""
     guidance = "" if trajectory.guidance is None else f", guidance {trajectory.guidance:g}"
+    loras = "".join(f", LoRA {file.name}:{weight:g}" for file, weight in settings.loras)
     return (
         f"{settings.samples} samples{' of each seed' if len(settings.seeds) > 1 else ''}, {settings.steps} steps of {scheduler}, "
-        f"seed{'s' if len(settings.seeds) > 1 else ''} {', '.join(map(str, settings.seeds))}{conditioning}{guidance}. "
+        f"seed{'s' if len(settings.seeds) > 1 else ''} {', '.join(map(str, settings.seeds))}{conditioning}{guidance}{loras}. "
         f"PSNR of {trajectory.decoder.words}."
     )

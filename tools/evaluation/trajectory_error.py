@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from edm_deploy.adapters.fuse import merge_loras
 from edm_deploy.errors import InputError
 from edm_deploy.network.graph_names import SCALE_INPUT
 from edm_deploy.numerics.seeds import check_seed
+from edm_deploy.pipelines.decoding import Decoder, decibels, decoder_of
 from edm_deploy.pipelines.guidance import Conditioner, Conditioning
 from edm_deploy.pipelines.noise_schedules import schedule_of
 from edm_deploy.pipelines.prompt_encoding import check_takes_prompts, conditioner_of, takes_prompts
@@ -23,9 +26,11 @@ from edm_deploy.pipelines.schedulers import scheduler_named, schedulers_for
 from edm_deploy.pipelines.source import Source
 from edm_deploy.pipelines.step_weights import cached_step_weights
 from edm_deploy_tools.common.assets import ASSETS
+from edm_deploy_tools.common.loras import read_loras
 from edm_deploy_tools.evaluation.denoisers import denoise_of_source, timed
-from edm_deploy_tools.images.decoding import Decoder, decoder_of
 
+MOST_SAMPLES = 64  # of an error of the prediction: an average over all elements, which needs fewer samples than those of images
+RESAMPLES = 1000  # of a bootstrap interval
 DETERMINISTIC = ("ddim", "flow-euler")  # schedulers without randomness: the same noise always gives the same image
 PROMPTS = ASSETS / "prompts" / "evaluation.txt"  # disjoint from the prompts that models are calibrated with
 
@@ -40,6 +45,7 @@ class EvaluationSettings:
         seeds: Of the initial noise and of the conditioning, one or more.
         guidance: Scale of classifier-free or embedded guidance; None is the usual scale of the model.
         prompts: For a text-conditional model, assigned to samples cyclically; if empty, those of assets/prompts/evaluation.txt.
+        loras: Files of LoRAs with their weights, which the float model and the evaluated ones have alike.
     """
 
     samples: int = 16
@@ -47,6 +53,7 @@ class EvaluationSettings:
     seeds: tuple[int, ...] = (123,)
     guidance: float | None = None
     prompts: tuple[str, ...] = ()
+    loras: tuple[tuple[Path, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("samples", "steps"):
@@ -68,7 +75,7 @@ class ReferenceTrajectory:
     """Sampling trajectories of the float model.
 
     Attributes:
-        source: The float model.
+        source: The float model, with the LoRAs of the settings.
         settings: Samples, steps, seeds, guidance, prompts.
         noise: Initial noise, float32 [B, ...], the samples of each seed in turn: [B, C, H, W] except for packed latents.
         conditioning: Conditioning and guidance of the samples.
@@ -120,10 +127,11 @@ class TrajectoryError:
     """Error of a denoiser with respect to the float model.
 
     Attributes:
-        noise_errors: ||e_q - e_f||^2 / ||e_f||^2 over the batch, for each step of the float model's trajectory.
+        noise_errors: ||e_q - e_f||^2 / ||e_f||^2 over the first `MOST_SAMPLES` samples, for each step of the float model's trajectory.
         weighted_errors: Mean squared change of the final sample that the error of each step alone is expected to make: `step_weights` times the mean
-            of (e_q - e_f)^2.
+            of (e_q - e_f)^2 over the same samples.
         psnrs: PSNR of the final images in dB for each seed, each model on its own trajectory from the same noise; `Decoder.words` describes the images.
+        psnr_interval: 95 % interval of their mean over the seeds, in dB, by resampling the images of each seed.
         final: Final samples of this denoiser.
         images: Decoded final samples, [B, C, H, W].
         seconds: Median wall time of one forward pass of the batch.
@@ -132,6 +140,7 @@ class TrajectoryError:
     noise_errors: tuple[float, ...]
     weighted_errors: tuple[float, ...]
     psnrs: tuple[float, ...]
+    psnr_interval: tuple[float, float]
     final: Tensor
     images: Tensor
     seconds: float
@@ -153,15 +162,16 @@ class TrajectoryError:
 
 
 def reference_trajectory(source: Source, settings: EvaluationSettings) -> ReferenceTrajectory:
-    """Sample the trajectories of the float model.
+    """Sample the trajectories of the float model, to whose weights the LoRAs of the settings are added, in place.
 
     Raises:
-        InputError: Prompts or a guidance scale for a model that takes none.
+        InputError: Prompts or a guidance scale for a model that takes none, or a LoRA of another model.
         ArtifactError: A text encoder or the VAE cannot be read.
     """
     if settings.prompts:
         check_takes_prompts(source)
     prompts = (settings.prompts or read_prompts(PROMPTS))[: settings.samples]
+    merge_loras(source.model, read_loras(source, settings.loras))
     conditioner = conditioner_of(source, scale=settings.guidance, prompts=prompts)
     noise, conditioning = _drawn(source, settings, conditioner)
     times: list[float] = []
@@ -189,23 +199,44 @@ def trajectory_error(denoise: Denoise, reference: ReferenceTrajectory) -> Trajec
     denoise = timed(denoise, times)
     noise_errors, weighted_errors = [], []
     for step, weight in zip(reference.steps, reference.step_weights, strict=True):
-        prediction = denoise(step.sample, torch.full((len(step.sample),), step.timestep))
-        noise_errors.append(relative_error(prediction, step.prediction))
-        weighted_errors.append(float(weight) * float((prediction.double() - step.prediction.double()).square().mean()))
+        sample, expected = step.sample[:MOST_SAMPLES], step.prediction[:MOST_SAMPLES]
+        prediction = denoise(sample, torch.full((len(sample),), step.timestep))
+        noise_errors.append(relative_error(prediction, expected))
+        weighted_errors.append(float(weight) * float((prediction.double() - expected.double()).square().mean()))
     source, steps = reference.source, reference.settings.steps
     final = last_sample(trajectory(denoise, _scheduler(source), reference.noise, steps=steps, sigmas=source.family_object.sigmas(steps)))
     images = reference.decoder.images(final)
+    errors = [
+        reference.decoder.squared_errors(found, expected)
+        for found, expected in zip(*(torch.split(each, reference.settings.samples) for each in (images, reference.images)), strict=True)
+    ]
     return TrajectoryError(
         noise_errors=tuple(noise_errors),
         weighted_errors=tuple(weighted_errors),
-        psnrs=tuple(
-            reference.decoder.psnr(found, expected)
-            for found, expected in zip(*(torch.split(each, reference.settings.samples) for each in (images, reference.images)), strict=True)
-        ),
+        psnrs=tuple(float(decibels(each.mean())) for each in errors),
+        psnr_interval=psnr_interval(torch.stack(errors)),
         final=final,
         images=images,
         seconds=median(times),
     )
+
+
+def psnr_interval(squared_errors: Tensor) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over the seeds of the PSNR, in dB.
+
+    The percentiles of `RESAMPLES` means, each of as many images as there are, drawn with replacement from those of each seed.
+
+    Args:
+        squared_errors: `Decoder.squared_errors` of the images of each seed, float64 [seeds, images].
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3 (the percentile interval).
+    """
+    generator = torch.Generator().manual_seed(0)
+    seeds, images = squared_errors.shape
+    drawn = torch.randint(images, (seeds, RESAMPLES, images), generator=generator)
+    means = squared_errors.unsqueeze(1).expand(-1, RESAMPLES, -1).gather(2, drawn).mean(2)
+    low, high = decibels(means).mean(0).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return float(low), float(high)
 
 
 def _drawn(source: Source, settings: EvaluationSettings, conditioner: Conditioner) -> tuple[Tensor, Conditioning]:

@@ -1,1 +1,1 @@
-"""Images: sampling from an engine, arguments of the pipeline, decoding, datasets."""
+"""Images: sampling from an engine, arguments of the pipeline, datasets."""

@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from edm_deploy.errors import ArtifactError
+from edm_deploy_tools.images.shards import SET_FILE, read_set
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -19,14 +20,17 @@ def load_images(path: Path, *, size: int, label: int | None) -> Tensor:
     """Load images as uint8 [N, 3, size, size].
 
     Args:
-        path: A parquet file with columns `img` (a struct with encoded `bytes`) and `label`, or a folder, searched recursively.
+        path: A parquet file with columns `img` (a struct with encoded `bytes`) and `label`, a folder of shards that `generate` wrote, or another folder,
+            searched recursively.
         size: Height and width in pixels, after a centre crop to a square.
-        label: Class to load from a parquet file; None loads all.
+        label: Class to load from a parquet file or from shards; None loads all.
 
     Raises:
         ArtifactError: The path does not exist, cannot be read, or holds no image.
     """
-    if path.is_dir():
+    if (path / SET_FILE).is_file():
+        images = [_decode(record.png, path) for record in read_set(path) if label is None or record.label == label]
+    elif path.is_dir():
         images = [_read(entry) for entry in sorted(path.rglob("*")) if entry.suffix.lower() in IMAGE_SUFFIXES]
     elif path.suffix == ".parquet" and path.is_file():
         images = [_decode(data, path) for data in _parquet_bytes(path, label)]

@@ -16,15 +16,14 @@ from PIL import Image
 from edm_deploy import models
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.models import family_named
-from edm_deploy.pipelines.model_index import COMPONENTS
 from edm_deploy.pipelines.rebuild import index_with_components, without_loading_messages
-from edm_deploy.pipelines.schedulers import is_flow_config
+from edm_deploy.pipelines.schedulers import default_scheduler
 from edm_deploy.registry import names
 from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.load import load_pipeline
 from edm_deploy.runtime.manifest import NAME as MANIFEST
 from edm_deploy.runtime.manifest import ShapeRange
-from edm_deploy.storage.directories import INDEX_FILE, SCHEDULER_FILE, other_components, read_json, read_pipeline_files
+from edm_deploy.storage.directories import INDEX_FILE, read_json
 from edm_deploy.storage.output_directory import DirectoryKind, check_output, new_directory
 from edm_deploy_tools.images.pipeline_arguments import GenerationRequest, PipelineArguments
 
@@ -114,14 +113,6 @@ def check_components(engine: Path, source: str | Path | None) -> None:
     manifest = read_json(engine / MANIFEST, what="engine")
     if manifest.get("kind") == "engine" and manifest.get("family") in names(models) and (engine / INDEX_FILE).is_file():
         index_with_components(engine, family_named(manifest["family"]), manifest.get("config", {}), source)
-
-
-def default_scheduler(engine: Path) -> str | None:
-    """`ddim` for pixel-space diffusion models, whose own scheduler is usually DDPM with a thousand steps; None, the pipeline's own, for others."""
-    files = read_pipeline_files(engine)
-    index = files.get(INDEX_FILE, {})
-    latent = any(other_components(index, component) for component in COMPONENTS if component in index)
-    return None if latent or is_flow_config(files.get(SCHEDULER_FILE, {})) else "ddim"
 
 
 def draw(pipe: Any, request: GenerationRequest) -> list[Image.Image]:

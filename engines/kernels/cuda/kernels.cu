@@ -55,6 +55,7 @@ TILES(CONVOLUTIONS)
   REDUCTION(S8, s8, TYPE)                                                                                                 \
   OF_TYPE_AND_BITS(TYPE, 4)                                                                                               \
   OF_TYPE_AND_BITS(TYPE, 8)                                                                                               \
-  extern "C" __global__ void __launch_bounds__(THREADS) group_stats_##TYPE(StatsParams p) { group_stats<TYPE>(p); }
+  extern "C" __global__ void __launch_bounds__(THREADS) group_stats_partial_##TYPE(StatsParams p) { group_stats_partial<TYPE>(p); }
 OF_TYPE(f16)
 OF_TYPE(bf16)
+extern "C" __global__ void __launch_bounds__(THREADS) group_stats_merge(StatsParams p) { merge_group_stats(p); }

@@ -34,10 +34,12 @@ struct QuantizeParams {
 // SILU: value = v / (1 + exp(-v)) in float32, relative error below 2^-17 where |v| < 64, and below 2^-20 where v > -8 (below -8 the result is in [-0.003, 0]).
 
 struct StatsParams {
-  const void* x;  // float16 or bfloat16 [N][HW][C]
-  float* mean;    // [N][groups]
-  float* rstd;    // [N][groups] 1 / sqrt(variance + eps), the variance of the group itself (divided by its size)
+  const void* x;   // float16 or bfloat16 [N][HW][C]
+  float* partial;  // [N][ceil(HW / chunk)][C][2] mean of a chunk's pixels, and sum of their squared distances from it: scratch between the two kernels
+  float* mean;     // [N][groups]
+  float* rstd;     // [N][groups] 1 / sqrt(variance + eps), the variance of the group itself (divided by its size)
   int N, HW, C, groups;
+  int chunk;       // pixels per block
   float eps;
 };
 
@@ -65,10 +67,12 @@ struct ConvParams {
 // How the host launches each entry point (grid, threads per block). The only parameter of every kernel is its struct, by value.
 //   quantize_last_*    (ceil(HW * channels / 8 / 256), N)              256   channels = Cb * 8 / bits; both axes stride over what a smaller grid leaves
 //   quantize_first_*   (ceil(HW / 64), ceil(channels / 64), N)         256   likewise
-//   group_stats_*      (groups, N)                                     256   likewise
+//   group_stats_partial_*  (ceil(HW / chunk), ceil(C / 8 / STATS_OCTETS), N)  256   likewise
+//   group_stats_merge  (groups, N)                                     256   likewise
 //   conv_*_BMxBN_*     (ceil(M / BM), ceil(K / BN), splits)            Tile::threads and Tile::shared_bytes of dynamic shared memory (TILES in kernels.cu)
 //   reduce_*           (ceil(M * ceil(K / 8) / 256))                   256   likewise; only conv takes dynamic shared memory
 constexpr int THREADS = 256;  // of every kernel but conv
+constexpr int STATS_OCTETS = 64;  // octets of channels that a block of group_stats_partial takes at most
 
 // Bounds that the host must ensure: M * K < 2^31 and N * HW * channels / 8 < 2^31 for one tensor; 128 * 128 * R * S * C < 2^31, so that no sum overflows;
 // codes, weight, zero, partial start at 16 bytes (out and residual too where K % 8 == 0; otherwise, and for x anywhere, their natural alignment is enough).

@@ -45,11 +45,22 @@ __device__ __forceinline__ void load_values(float (&v)[CHANNELS], const T* x, in
   }
 }
 
+// Eight consecutive float32 of a column with one number per channel, as load_values.
+__device__ __forceinline__ void load_column(float (&v)[CHANNELS], const float* column, int count, bool wide) {
+  if (wide) {
+    const float4 low = reinterpret_cast<const float4*>(column)[0], high = reinterpret_cast<const float4*>(column)[1];
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+  } else {
+#pragma unroll
+    for (int e = 0; e < CHANNELS; ++e) v[e] = e < count ? column[e] : 0.0f;
+  }
+}
+
 // Second half of GroupNorm, on the statistics of group_stats: channels c0 .. c0 + 7 of sample n. They may span several groups.
 __device__ __forceinline__ void normalize(float (&v)[CHANNELS], const QuantizeParams& p, int n, int c0, int count) {
   const int size = p.C / p.groups;
   int group = c0 / size, left = size - (c0 - group * size);
-  float mean = p.mean[n * p.groups + group], rstd = p.rstd[n * p.groups + group];
+  float mean = p.mean[n * p.groups + group], rstd = p.rstd[n * p.groups + group], column[CHANNELS];
 #pragma unroll
   for (int e = 0; e < CHANNELS; ++e) {
     if (e >= count) break;
@@ -59,8 +70,16 @@ __device__ __forceinline__ void normalize(float (&v)[CHANNELS], const QuantizePa
     }
     --left;
     v[e] = __fmul_rn(__fsub_rn(v[e], mean), rstd);
-    if (p.gamma) v[e] = __fmul_rn(v[e], p.gamma[c0 + e]);
-    if (p.beta) v[e] = __fadd_rn(v[e], p.beta[c0 + e]);
+  }
+  if (p.gamma) {
+    load_column(column, p.gamma + c0, count, p.C % CHANNELS == 0 && aligned_16(p.gamma));
+#pragma unroll
+    for (int e = 0; e < CHANNELS; ++e) v[e] = __fmul_rn(v[e], column[e]);
+  }
+  if (p.beta) {
+    load_column(column, p.beta + c0, count, p.C % CHANNELS == 0 && aligned_16(p.beta));
+#pragma unroll
+    for (int e = 0; e < CHANNELS; ++e) v[e] = __fadd_rn(v[e], column[e]);
   }
 }
 

@@ -7,12 +7,12 @@ from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline, StableDiffu
 from edm_deploy import load_pipeline
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.export.onnx import onnx_from_artifact
+from edm_deploy.pipelines.decoding import decoder_of
 from edm_deploy.pipelines.rebuild import text_pipeline
 from edm_deploy.pipelines.source import float_artifact, load_source
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.manifest import ShapeRange
 from edm_deploy.storage.directories import copy_components, read_json
-from edm_deploy_tools.images.decoding import decoder_of
 from engines import build_engine
 from tests.tiny_pipelines import saved, stable_diffusion
 

@@ -1,4 +1,5 @@
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,14 @@ def test_what_a_model_takes_passes_unchanged(kind):
     converted = checks_of(kind).converted(inputs)
     assert list(converted) == list(inputs)
     assert all(torch.equal(converted[name], value) for name, value in inputs.items())
+
+
+def test_a_timestep_of_the_cpu_is_checked_there_before_it_is_moved():
+    """On a GPU, reading a value waits for the step before. Device meta has no values to read."""
+    checks = replace(checks_of("unet2d"), device=torch.device("meta"))
+    assert checks._timesteps(999, 2).device.type == "meta"
+    with pytest.raises(InputError, match="timestep 1000 is outside the schedule"):
+        checks._timesteps(1000, 2)
 
 
 LABELS = {

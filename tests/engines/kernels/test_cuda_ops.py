@@ -70,7 +70,7 @@ def test_statistics_are_those_of_the_cpu(seed, launched):
     drawn = draws.statistics(seed, largest=6)
     for found, expected in zip(cuda_ops.group_stats(*drawn), cpu_ops.group_stats(*drawn), strict=True):
         torch.testing.assert_close(found, expected, rtol=STATS_ERROR, atol=1e-5)
-    assert launched == [f"group_stats_{cuda_ops.TYPE_NAMES[drawn[0].dtype]}"]
+    assert launched == [f"group_stats_partial_{cuda_ops.TYPE_NAMES[drawn[0].dtype]}", "group_stats_merge"]
 
 
 def test_a_contiguous_map_is_read_without_a_copy(launched):

@@ -26,6 +26,7 @@ class Result(enum.IntEnum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_NO_DEVICE = 100
     CUDA_ERROR_NOT_FOUND = 500
+    CUDA_ERROR_ILLEGAL_ADDRESS = 700
     CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES = 701
 
 
@@ -39,7 +40,7 @@ class Api:
     def __init__(self, version: int = 13000, **failing: Result) -> None:
         self.version, self.failing = version, failing
         self.calls: list[tuple] = []
-        self.current = 0
+        self.stack = [7]  # the context of another device is the current one
 
     def __getattr__(self, name: str):
         def call(*arguments):
@@ -55,15 +56,17 @@ class Api:
             return Result.CUDA_SUCCESS, arguments[0].name.encode()
         if name == "cuGetErrorString":
             return Result.CUDA_SUCCESS, b"as CUDA explains it"
-        if name == "cuCtxSetCurrent":
-            self.current = arguments[0]
+        if name == "cuCtxPushCurrent":
+            self.stack.append(arguments[0])
+        if name == "cuCtxPopCurrent":
+            return Result.CUDA_SUCCESS, self.stack.pop()
         if name == "cuLaunchKernel":  # what the kernel would see: the struct behind the first address
             address = ctypes.cast(arguments[9], ctypes.POINTER(ctypes.c_void_p))[0]
             self.seen = StatsParams.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(StatsParams)))
         values = {
             "cuDeviceGet": 0,
             "cuDevicePrimaryCtxRetain": CONTEXT,
-            "cuCtxGetCurrent": self.current,
+            "cuCtxGetCurrent": self.stack[-1],
             "cuDriverGetVersion": self.version,
             "cuModuleLoadData": HANDLE,
             "cuModuleGetFunction": "function",
@@ -84,6 +87,7 @@ def a_gpu(monkeypatch):
         return Cubin(Path("/cache/kernels.cubin"), b"code", arch, Compiler("nvrtc", (13, 5)))
 
     monkeypatch.setattr(build, "cubin", cubin)
+    monkeypatch.setattr(build, "compiler_in_use", lambda: Compiler("nvrtc", (13, 5)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
     driver._driver.cache_clear()
     yield requested
@@ -112,22 +116,31 @@ def test_kernels_are_loaded_once_and_into_torch_s_context():
     one.launch([a_launch()], 0, STREAM)
     assert len(api.called("cuLaunchKernel")) == 3
     assert len(api.called("cuModuleLoadData")) == len(api.called("cuModuleGetFunction")) == 1
-    assert api.called("cuCtxSetCurrent") == [(CONTEXT,)]  # later it was the current one already
     names = [call[0] for call in api.calls]
-    assert names.index("cuCtxSetCurrent") < names.index("cuModuleLoadData")
+    assert names.index("cuCtxPushCurrent") < names.index("cuModuleLoadData") < names.index("cuCtxPopCurrent")
 
 
-def test_more_than_48_kb_of_shared_memory_are_requested():
+def test_the_context_that_was_current_stays_so_even_where_a_launch_fails():
     api = Api()
-    one = Driver(api)
-    one.launch([a_launch(shared_bytes=49152)], 0, STREAM)
-    assert [attribute.name for _, attribute, _ in api.called("cuFuncSetAttribute")] == [
-        "CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT"
-    ]
+    Driver(api).launch([a_launch()], 0, STREAM)
+    assert api.called("cuCtxPushCurrent") == [(CONTEXT,)] * 2  # to load, and to launch
+    assert api.stack == [7]
+    api = Api(cuLaunchKernel=Result.CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES)
+    with pytest.raises(UnsupportedError):
+        Driver(api).launch([a_launch()], 0, STREAM)
+    assert api.stack == [7]
     api = Api()
-    Driver(api).launch([a_launch(shared_bytes=65536)], 0, STREAM)
+    api.stack = [CONTEXT]
+    Driver(api).launch([a_launch()], 0, STREAM)
+    assert api.called("cuCtxPushCurrent") == []
+
+
+@pytest.mark.parametrize("shared_bytes", [24576, 49152, 65536])
+def test_dynamic_shared_memory_is_requested_below_48_kb_too(shared_bytes):
+    api = Api()
+    Driver(api).launch([a_launch(shared_bytes=shared_bytes)], 0, STREAM)
     (function, attribute, size), (_, carveout, percent) = api.called("cuFuncSetAttribute")
-    assert (function, attribute.name, size) == ("function", "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", 65536)
+    assert (function, attribute.name, size) == ("function", "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", shared_bytes)
     assert (carveout.name, percent) == ("CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT", 100)
 
 
@@ -170,14 +183,27 @@ def test_a_driver_without_a_gpu_is_reported():
         Driver(api)
 
 
-def test_an_older_driver_is_refused_with_the_required_version():
-    message = (
-        r"The NVIDIA driver supports CUDA 12.8; kernels compiled by nvrtc 13.5 need a driver for 13.0 or later. "
-        r"Update the driver, or pip install 'nvidia-cuda-nvrtc<13'."
-    )
+@pytest.mark.parametrize(("version", "arch"), [(12000, "compute_80"), (12080, "compute_80"), (13000, "sm_86"), (14010, "sm_86")])
+def test_a_driver_of_an_older_major_version_gets_ptx(a_gpu, version, arch):
+    """Compiled by NVRTC 13.5. Within a major version, an older driver runs a newer compiler's cubin."""
+    Driver(Api(version=version)).module(0)
+    assert a_gpu == [arch]
+
+
+def test_a_driver_below_cuda_12_is_refused_before_anything_is_compiled(a_gpu):
+    message = r"The NVIDIA driver supports CUDA 11.8; the kernels need a driver for CUDA 12.0 or later. Update the driver."
     with pytest.raises(UnsupportedError, match=message):
-        Driver(Api(version=12080)).module(0)
-    Driver(Api(version=13000)).module(0)  # the same major version suffices
+        Driver(Api(version=11080)).module(0)
+    assert a_gpu == []
+
+
+def test_ptx_is_announced_with_the_extra_that_compiles_ahead(monkeypatch):
+    logged: list[str] = []
+    monkeypatch.setattr(driver.log, "warning", lambda message, *values: logged.append(message % values))
+    Driver(Api(version=12040)).module(0)
+    (line,) = logged
+    assert line.startswith("The NVIDIA driver supports CUDA 12.4, and the kernels are compiled by nvrtc 13.5")
+    assert "pip install 'edm-deploy[cuda12]'" in line
 
 
 def test_code_that_does_not_load_is_named():
@@ -194,6 +220,14 @@ def test_a_kernel_that_cannot_start_is_named():
     api = Api(cuModuleGetFunction=Result.CUDA_ERROR_NOT_FOUND)
     with pytest.raises(UnsupportedError, match="The kernels have no group_stats_f16"):
         Driver(api).launch([a_launch()], 0, STREAM)
+
+
+def test_an_error_that_ends_cuda_in_the_process_is_a_runtime_error():
+    """As torch raises it: the kernel that is named is not the one that failed."""
+    with pytest.raises(
+        RuntimeError, match=r"CUDA has failed in this process \(CUDA_ERROR_ILLEGAL_ADDRESS.*started earlier.*CUDA_LAUNCH_BLOCKING=1"
+    ):
+        Driver(Api(cuLaunchKernel=Result.CUDA_ERROR_ILLEGAL_ADDRESS)).launch([a_launch()], 0, STREAM)
 
 
 def test_without_cuda_bindings_the_extra_is_named(monkeypatch):
@@ -226,6 +260,7 @@ from engines.kernels.launch import Launch, StatsParams
 
 torch.cuda.get_device_capability = lambda index: (8, 6)
 elf = b"\\x7fELF" + bytes(60)
+build.compiler_in_use = lambda: build.Compiler("nvrtc", (13, 5))
 build.cubin = lambda arch: build.Cubin(Path("kernels.cubin"), elf, arch, build.Compiler("nvrtc", (13, 5)))
 for entry, width, shared_bytes in (("group_stats_f16", 4, 65536), ("group_stats_f16", 7, 0), ("missing", 4, 0)):
     params = StatsParams(N=3, groups=5, eps=0.5)

@@ -9,13 +9,15 @@ import pytest
 from engines.kernels.build import SOURCE, source_files
 from engines.kernels.launch import (
     LARGEST_GRID,
+    STATS_OCTETS,
     ConvParams,
     QuantizeParams,
     StatsParams,
+    chunk_of,
     conv_launches,
     entry_points,
     quantize_launch,
-    stats_launch,
+    stats_launches,
 )
 from engines.kernels.tiles import TILES
 
@@ -80,9 +82,18 @@ def test_a_grid_never_passes_what_a_gpu_takes():
     assert call.grid == (4, LARGEST_GRID[1], 1)
 
 
-def test_statistics_take_a_block_a_group():
-    call = stats_launch(StatsParams(N=3, groups=32), type_name="f16")
-    assert (call.entry, call.grid, call.threads) == ("group_stats_f16", (32, 3, 1), 256)
+def test_statistics_take_a_block_a_chunk_and_then_a_block_a_group():
+    """SD 1.5 at 64x64: 128 chunks of 32 pixels, 40 octets; at 8x8: 4 chunks of 16 pixels, 160 octets in three bundles."""
+    partial, merge = stats_launches(StatsParams(N=3, HW=4096, C=320, groups=32, chunk=chunk_of(4096)), type_name="f16")
+    assert (partial.entry, partial.grid, partial.threads) == ("group_stats_partial_f16", (128, 1, 3), 256)
+    assert (merge.entry, merge.grid, merge.threads) == ("group_stats_merge", (32, 3, 1), 256)
+    partial, _ = stats_launches(StatsParams(N=2, HW=64, C=1280, groups=32, chunk=chunk_of(64)), type_name="bf16")
+    assert (partial.entry, partial.grid) == ("group_stats_partial_bf16", (4, 3, 2))
+
+
+def test_chunks_grow_with_the_map_so_that_there_are_never_more_than_128():
+    assert [chunk_of(pixels) for pixels in (1, 64, 2048, 2049, 4096, 16384)] == [16, 16, 16, 17, 32, 128]
+    assert int(re.search(r"STATS_OCTETS = (\d+);", source_files()["params.h"].decode())[1]) == STATS_OCTETS
 
 
 def test_a_split_convolution_is_two_kernels():

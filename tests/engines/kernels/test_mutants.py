@@ -125,7 +125,37 @@ MUTANTS = {
         "        __syncthreads();\n#pragma unroll\n        for (int i = 0; i < TURN * TURN / CHANNELS",
         "#pragma unroll\n        for (int i = 0; i < TURN * TURN / CHANNELS",
     ),
-    "the variance is about zero, not the mean": ("norm.cuh", "pass == 0 ? 0.0f : by_group[group];", "0.0f;"),
+    "the variance is about zero, not the chunk's first pixel": ("norm.cuh", "v[e] - shift[e];", "v[e];"),
+    "a chunk's mean leaves out the shift": ("norm.cuh", "shift[e] + sum[e] * inverse;", "sum[e] * inverse;"),
+    "two sets are merged without the distance of their means": (
+        "norm.cuh",
+        "a.squares + b.squares + distance * distance",
+        "a.squares + b.squares + 0.0f * distance",
+    ),
+    "the last lane of a chunk is not merged": ("norm.cuh", "other < lanes; ++other", "other < max(lanes - 1, 1); ++other"),
+    "no barrier before the lanes are merged": (
+        "norm.cuh",
+        "        __syncthreads();\n        for (int item = threadIdx.x; item < min(",
+        "        for (int item = threadIdx.x; item < min(",
+    ),
+    "no barrier before the next chunk": ("norm.cuh", "        __syncthreads();  // the next chunk overwrites these\n", ""),
+    "no barrier before the warps are merged": (
+        "norm.cuh",
+        "      __syncthreads();\n      if (threadIdx.x == 0) {",
+        "      if (threadIdx.x == 0) {",
+    ),
+    "a chunk of a sample is counted as whole though it is cut short": (
+        "norm.cuh",
+        "min(p.chunk, p.HW - chunk * p.chunk)}",
+        "p.chunk}",
+    ),
+    "only the first octets of a wide map are read": ("norm.cuh", "octet0 += gridDim.y * STATS_OCTETS", "octet0 += p.C"),
+    "a norm's scale is that of the first octet": ("quantize.cuh", "load_column(column, p.gamma + c0,", "load_column(column, p.gamma,"),
+    "the upper half of a norm's bias is its lower half again": (
+        "quantize.cuh",
+        "high = reinterpret_cast<const float4*>(column)[1];",
+        "high = reinterpret_cast<const float4*>(column)[0];",
+    ),
 }
 # An index, a bound and a rounding in every run; each takes about two seconds to compile and run.
 IN_EVERY_RUN = (

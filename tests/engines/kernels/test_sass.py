@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from engines.kernels.build import nvrtc_compiler
+from engines.kernels.compilers import nvrtc_compiler
 from engines.kernels.launch import entry_points
 from engines.kernels.tiles import TILES
 from tests.engines.kernels.helpers.sass import MULTIPROCESSORS, kernels, table
@@ -51,6 +51,14 @@ def test_copies_go_past_the_registers_16_bytes_at_a_time(arch):
 def test_results_leave_16_bytes_at_a_time(arch):
     for name, kernel in convolutions(arch).items():
         assert kernel.count("STG.E.128") >= kernel.tile.warp_m // 8, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_memory_bound_kernels_load_16_bytes_at_a_time(arch):
+    """Statistics: the chunk's first pixel and four more in flight. A norm before rounding: x, two halves of gamma and of beta."""
+    for name, kernel in kernels(arch).items():
+        if name.startswith("group_stats_partial") or (name.startswith("quantize_last") and "norm" in name):
+            assert kernel.count("LDG.E.128") >= 5, name
 
 
 @pytest.mark.parametrize("arch", ARCHS)

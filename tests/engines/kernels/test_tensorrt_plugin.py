@@ -14,7 +14,8 @@ from edm_deploy.errors import UnsupportedError
 from edm_deploy.export.plugin_schema import CONV, QUANTIZE
 from edm_deploy.numerics.kernel_layout import code_bytes
 from engines.kernels import tensorrt_plugin
-from engines.kernels.build import compiled, nvrtc_compiler, source_files
+from engines.kernels.build import source_files
+from engines.kernels.compilers import compiled, nvrtc_compiler
 from engines.kernels.launch import ConvParams, QuantizeParams, conv_launches, quantize_launch
 from engines.kernels.tiles import TILES
 from tests.engines.kernels.helpers import tensorrt_double

@@ -1,3 +1,4 @@
+import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -88,3 +89,30 @@ def test_closing_waits_for_the_gpu_and_drops_graphs_and_module(recorded, streams
     assert (len(capturing._captured), capturing._module, capturing._pool) == (0, None, None)
     with pytest.raises(InputError, match="has been closed"):
         capturing.run({"x": torch.ones(1)})
+
+
+def test_an_allocation_of_another_thread_does_not_end_a_capture(monkeypatch):
+    """torch's default, global, would: cudaMalloc anywhere in the process is then an error of the capturing thread."""
+    modes = []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    def graph(captured, pool=None, stream=None, capture_error_mode="global"):
+        modes.append(capture_error_mode)
+        return contextlib.nullcontext()
+
+    for name, fake in {
+        "Stream": lambda device: Stream(),
+        "current_stream": lambda device: Stream(),
+        "stream": contextlib.nullcontext,
+        "graph_pool_handle": lambda: None,
+        "CUDAGraph": object,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    capturing = CudaSession(fx.symbolic_trace(nn.Identity()), ["x"], ["sum"], torch.device("cuda"))
+    monkeypatch.setattr(capturing, "_eager", lambda inputs: {"sum": inputs["x"]})
+    capturing._record({"x": torch.ones(1)})
+    assert modes == ["thread_local"]

@@ -1,17 +1,34 @@
 import torch
 from torch import nn
 
-from engines.torch_graph.fx_helpers import aten, clean, same_shape, value_of
+from engines.torch_graph.fx_helpers import aten, clean, merge_equal, same_shape, value_of
 from tests.engines.rewritten import drafted
 
 
 def test_what_the_tracer_leaves_behind_is_taken_out():
-    model = nn.Sequential(nn.Linear(5, 5), nn.Dropout(0.5).eval(), nn.Flatten(1))
+    class Contiguous(nn.Module):
+        def forward(self, x):
+            return x.transpose(1, 2).contiguous()
+
+    model = nn.Sequential(nn.Linear(5, 5), nn.Dropout(0.5).eval(), Contiguous(), nn.Flatten(1))
     program = torch.export.export(model.eval(), (torch.randn(2, 3, 5),), strict=False)
     graph = program.module(check_guards=False).graph
     clean(graph, torch.device("cpu"))
     targets = {node.target for node in graph.nodes}
-    assert not targets & {aten.dropout.default, aten.view.default, aten._assert_tensor_metadata.default}
+    assert not targets & {aten.dropout.default, aten.view.default, aten.contiguous.default, aten._assert_tensor_metadata.default}
+
+
+def test_equal_nodes_are_merged_and_random_or_different_ones_are_not():
+    class Repeats(nn.Module):
+        def forward(self, x):
+            same = x.relu() + x.relu()
+            drawn = torch.rand_like(x) + torch.rand_like(x)
+            return same + drawn, x * 1, x * 1.0
+
+    graph = torch.export.export(Repeats(), (torch.randn(2, 5),), strict=False).module(check_guards=False).graph
+    merge_equal(graph)
+    counts = {name: sum(getattr(node.target, "__name__", "").startswith(name) for node in graph.nodes) for name in ("relu", "rand", "mul")}
+    assert counts == {"relu": 1, "rand": 2, "mul": 2}
 
 
 def test_a_device_in_the_traced_code_becomes_the_one_it_runs_on():

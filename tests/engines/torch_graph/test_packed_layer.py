@@ -31,6 +31,18 @@ def test_a_weight_widened_to_eight_bits_holds_the_same_codes(channels):
     assert torch.equal(wide, tensors_from_layer("conv", site, "s8")["sites.conv.weight"])
 
 
+def test_a_weight_that_starts_between_16_bytes_is_moved_once():
+    """A view into a file's bytes. The kernels copy 16 bytes at a time."""
+    tensors = tensors_from_layer("conv", site_of(layer()), "u4")
+    weight = tensors[name := tensor_name("conv", "weight")]
+    memory = torch.empty(weight.numel() + 32, dtype=torch.uint8)
+    start = -memory.data_ptr() % 16 + 8
+    tensors[name] = memory[start : start + weight.numel()].view(weight.shape).copy_(weight)
+    found = layer_from_tensors("conv", tensors, packed="u4", kind="u4", weight_shape=(7, 5, 3, 3), bias=None, dtype=torch.float16)
+    assert (tensors[name].data_ptr() % 16, found.weight.data_ptr() % 16) == (8, 0)
+    assert torch.equal(found.weight, weight)
+
+
 def test_a_site_that_runs_widened_stores_signed_codes():
     found = packed_site(site_of(layer(), low=-3), kind="s8")
     assert (found.kind, found.zero.unique().tolist()) == ("s8", [0])

@@ -79,6 +79,25 @@ def test_siblings_that_quantize_alike_share_one_quantize():
     assert result.codes["q"] is result.codes["k"] is not result.codes["v"]
 
 
+class TimeEmbedding(nn.Module):
+    """Two blocks that each apply SiLU to one vector before they project it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(5, 7), nn.Linear(5, 7)
+
+    def forward(self, x):
+        return self.a(nn.functional.silu(x)) + self.b(nn.functional.silu(x))
+
+
+def test_a_value_that_two_blocks_compute_is_computed_and_quantized_once():
+    model, x = TimeEmbedding(), torch.randn(3, 5).half()
+    result = drafted(model, {name: site_of(getattr(model, name)) for name in "ab"}, x)
+    assert (calls(result.graph, "silu"), calls(result.graph, "quantize")) == (1, 1)
+    assert result.codes["a"] is result.codes["b"]
+
+
 def test_a_site_that_no_kernel_computes_keeps_exact_codes():
     torch.manual_seed(0)
     layer = nn.Conv2d(6, 6, 3, padding=1, groups=3)

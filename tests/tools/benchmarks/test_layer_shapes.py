@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from edm_deploy.models import family_named
+from edm_deploy.models import family_named, name_of_family
 from edm_deploy.network.family import SAMPLE
 from edm_deploy.network.meta_model import meta_model
 from edm_deploy_tools.benchmarks.layer_shapes import BATCHES, LAYERS, Layer
@@ -20,7 +20,7 @@ REFERENCE = REFERENCE_MODEL / "unet" / "config.json"
 def layers_of(name: str) -> Counter[Layer]:
     """Every layer of a model for one sample, `uses` left at 1; the model has no weights and computes nothing."""
     config = json.loads(REFERENCE.read_text()) if name == "reference" else dict(architecture(name).config)
-    family = family_named("unet2d" if name == "reference" else "unet2d-condition")
+    family = family_named("unet2d" if name == "reference" else name_of_family(architecture(name).class_name))
     model, found = meta_model(family, config), Counter()
 
     def look(layer: nn.Module, args: tuple, _: torch.Tensor) -> None:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,29 @@ def test_other_misuse_is_one_line_too(run, chain, exported, tmp_path):
     assert "Add --lora-rank" in run("export", chain.artifact, *out, "--lora-layers", ".").complaint
     assert "Give --lora to edm-deploy export" in run("build-engine", chain.onnx, *out, "--backend", "ort", "--lora", style).complaint
     assert not (tmp_path / "x").exists()
+
+
+def test_evaluate_adds_the_loras_to_the_float_model_too(run, chain, exported, tmp_path):
+    errors = {}
+    for lora in ((), ("--lora", f"{exported / 'style.safetensors'}:2")):
+        ran = run(
+            "evaluate",
+            chain.artifact,
+            exported / "engine",
+            "--out",
+            tmp_path / "x",
+            "--samples",
+            2,
+            "--steps",
+            2,
+            "--overwrite",
+            "--json",
+            *lora,
+        )
+        assert ran.code == 0, ran.err
+        content = json.loads(ran.out)
+        errors[lora != ()] = [result["noise_error"] for result in content["results"]]
+        assert [given["weight"] for given in content["setup"]["loras"]] == ([2.0] if lora else [])
+    for plain, with_lora in zip(errors[False], errors[True], strict=True):
+        assert with_lora != plain
+        assert with_lora < 3 * plain  # on one side alone, this LoRA moves the prediction by more than its size

@@ -101,3 +101,15 @@ def test_prompts_for_a_model_that_takes_none_are_refused_before_anything_is_run(
         with pytest.raises(InputError, match=message):
             compare_recipes(str(tiny_model_dir), tmp_path / "compared", request_of(tmp_path, prompts=tmp_path / given))
     assert not (tmp_path / "compared").exists()
+
+
+def test_engines_are_evaluated_instead_of_the_reference_executor(in_process, tiny_model_dir, tmp_path):
+    requests = [request_of(tmp_path, recipes="static", engine=engine) for engine in (None, "ort")]
+    reference, engine = (compare_recipes(str(tiny_model_dir), tmp_path / "compared", request)["cells"][0] for request in requests)
+    assert in_process == ["static"]  # the artifact is kept, its figures are measured again
+    assert (reference["engine"], engine["engine"]) == (None, "ort")
+    assert engine["noise_error"] == pytest.approx(reference["noise_error"], rel=0.3)
+    assert engine["noise_error"] != reference["noise_error"]  # another order of sums
+    text = (tmp_path / "compared" / "table.md").read_text()
+    assert "in engines of ort" in text
+    assert "--engine ort" in text

@@ -95,14 +95,14 @@ def test_presets_are_parsed_by_recipe():
 def test_a_budget_below_the_forward_passes_of_calibration_is_refused():
     # The demo's 80 samples at 4 rows, at a second for 16: 20 s.
     with pytest.raises(InputError, match=r"--budget 15s is too small for efficientdm.*about 20 s"):
-        check_experiments(experiments(budget=15.0), tiny_source(), None, forward_seconds=1.0, batch=16)
-    check_experiments(experiments(budget=25.0), tiny_source(), None, forward_seconds=1.0, batch=16)
+        check_experiments(experiments(budget=15.0), tiny_source(), [], forward_seconds=1.0, batch=16)
+    check_experiments(experiments(budget=25.0), tiny_source(), [], forward_seconds=1.0, batch=16)
 
 
 def test_a_scheme_that_the_backend_does_not_support_is_refused_with_the_nearest():
     target = next(target for target in CAPABILITIES.values() if not target.weight_only)
     with pytest.raises(UnsupportedError, match=r"W4A16 cannot be carried by .*Nearest: W4A8"):
-        check_experiments(experiments("static", bits="W4A16"), tiny_source(), target, forward_seconds=0.1, batch=1)
+        check_experiments(experiments("static", bits="W4A16"), tiny_source(), [target], forward_seconds=0.1, batch=1)
 
 
 def test_a_recipe_that_does_not_support_the_model_is_refused_by_name(monkeypatch):
@@ -113,4 +113,4 @@ def test_a_recipe_that_does_not_support_the_model_is_refused_by_name(monkeypatch
 
     monkeypatch.setattr(Static, "structure", refuse)
     with pytest.raises(UnsupportedError, match="static cannot quantize unet2d: It has no labels"):
-        check_experiments(experiments("static"), tiny_source(), None, forward_seconds=0.1, batch=1)
+        check_experiments(experiments("static"), tiny_source(), [], forward_seconds=0.1, batch=1)

@@ -8,6 +8,7 @@ from edm_deploy_tools.comparison.report import comparison_html, comparison_markd
 def cell(recipe, error, *, scheme="W4A4", seed=0, **more):
     figures = {"noise_error": error, "noise_error_by_step": [error, 2 * error], "psnr_db": 20 - error, "frechet": 0.5}
     figures |= {"weighted_error": error / 10, "weighted_error_by_step": [error / 10, 0.0], "psnr_db_by_seed": [20 - error]}
+    figures |= {"psnr_interval": [19.5 - error, 20.3 - error]}
     figures |= {"seconds": 60.0, "peak_bytes": 1_000_000_000, "bytes": 4_000_000, "integer_share": 0.98, "int4_share": 0.5}
     identity = {"settings": {"rows": 2}, "passes": {}, "budget_seconds": 30.0}
     return (
@@ -53,7 +54,7 @@ def test_schemes_keep_their_order_and_are_ranked_separately():
 
 def test_the_markdown_has_the_spread_over_seeds_and_the_conditions():
     text = comparison_markdown(results(cell("a", 0.1), cell("a", 0.3, seed=1)))
-    assert "| 19.8 (19.7 to 19.9) | 0.02 (1) | 0.2000 |" in text
+    assert "| 19.8 ± 0.4 (19.7 to 19.9) | 0.02 (1) | 0.2000 |" in text
     assert "| 60 s | 1.0 GB | 4.0 MB | 98.0 % |" in text
     assert "16 samples in 2 steps of ddim from seeds 123, 1" in describe_conditions(results())
     assert "from different noise, is 0.25." in describe_conditions(results())

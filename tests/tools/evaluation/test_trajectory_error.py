@@ -16,6 +16,7 @@ from edm_deploy_tools.evaluation.denoisers import denoise_of_artifact, denoise_o
 from edm_deploy_tools.evaluation.trajectory_error import (
     PROMPTS,
     EvaluationSettings,
+    psnr_interval,
     reference_trajectory,
     relative_error,
     trajectory_error,
@@ -58,6 +59,8 @@ def test_each_seed_has_its_own_samples_and_psnr(chain, reference):
     assert not torch.equal(both.noise[3:], reference.noise)
     error = trajectory_error(denoise_of_artifact(Artifact.load(chain.artifact), Conditioning()), both)
     assert len(error.psnrs) == 2
+    low, high = error.psnr_interval
+    assert low < error.psnr < high
     assert error.psnr == pytest.approx(sum(error.psnrs) / 2)
     again = reference.decoder.psnr(error.images[3:], both.images[3:])
     assert error.psnrs[1] == pytest.approx(again)
@@ -142,3 +145,15 @@ def test_prompts_and_guidance_are_refused_by_a_model_that_takes_none(chain):
 def test_calibration_and_evaluation_prompts_are_disjoint():
     assert not set(read_prompts(PROMPTS)) & set(CALIBRATION_PROMPTS)
     assert len(read_prompts(PROMPTS)) == EvaluationSettings().samples
+
+
+def test_the_interval_of_the_psnr_holds_the_mean_of_95_percent_of_repetitions():
+    generator = torch.Generator().manual_seed(3)
+
+    def errors(images):
+        return 0.01 * torch.empty(3, images, dtype=torch.float64).exponential_(generator=generator)
+
+    truth = 20.0  # dB of an error of 0.01
+    inside = sum(low < truth < high for low, high in (psnr_interval(errors(60)) for _ in range(200)))
+    assert 170 <= inside <= 200
+    assert psnr_interval(torch.full((2, 1), 0.01, dtype=torch.float64)) == pytest.approx((20.0, 20.0))

@@ -277,30 +277,38 @@ class Quantization:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """One call of group_stats_*."""
+    """One call of group_stats_partial_* and group_stats_merge."""
 
     dtype: str
     N: int
     HW: int
     C: int
     groups: int
+    chunk: int
     mean: float = 0.0
+    slope: float = 0.0  # of the channels' means, from the first pixel to the last
+    whole: bool = True  # False: a grid smaller than in params.h; the kernels stride over the rest
     seed: int = 0
 
     @property
     def entry(self) -> str:
-        return f"group_stats_{self.dtype}"
+        return f"group_stats_partial_{self.dtype}"
 
     def check(self, emulator: Emulator) -> None:
         g = np.random.default_rng(self.seed)
-        x = to_type((g.standard_normal((self.N, self.HW, self.C)) + self.mean).astype(np.float32), self.dtype)
+        drift = self.slope * np.linspace(0, 1, self.HW)[:, None] * g.choice([-1, 1], self.C)
+        x = to_type((g.standard_normal((self.N, self.HW, self.C)) + self.mean + drift).astype(np.float32), self.dtype)
         mean, rstd = (np.full(self.N * self.groups + GUARD, 7.5, np.float32) for _ in range(2))
-        params = STRUCTS["StatsParams"](x=address(x), mean=address(mean), rstd=address(rstd), eps=1e-5)
-        params.N, params.HW, params.C, params.groups = self.N, self.HW, self.C, self.groups
-        emulator.run(self.entry, params, (1, 1) if g.random() < 0.3 else (self.groups, self.N), 256)
+        chunks = -(-self.HW // self.chunk)
+        partial = np.full(self.N * chunks * self.C * 2 + GUARD, 7.5, np.float32)
+        params = STRUCTS["StatsParams"](x=address(x), partial=address(partial), mean=address(mean), rstd=address(rstd), eps=1e-5)
+        params.N, params.HW, params.C, params.groups, params.chunk = self.N, self.HW, self.C, self.groups, self.chunk
+        emulator.run(self.entry, params, (chunks, -(-self.C // 512), self.N) if self.whole else (1, 1, 1), 256)
+        assert (partial[-GUARD:] == 7.5).all(), "wrote behind the partial statistics"
+        emulator.run("group_stats_merge", params, (self.groups, self.N) if self.whole else (1, 1), 256)
         assert (mean[-GUARD:] == 7.5).all() and (rstd[-GUARD:] == 7.5).all(), "wrote behind the statistics"
         exact = to_float(x, self.dtype).astype(np.float64).reshape(self.N, self.HW, self.groups, -1)
-        # float32 sums of thousands of numbers, a hundred or so a thread: a few units in the last place of the mean, and of the variance about it.
+        # float32 sums of a few dozen numbers a thread, about one of them: a few units in the last place of the mean, and of the variance about it.
         scale = np.abs(exact).mean()
         np.testing.assert_allclose(mean[:-GUARD], exact.mean((1, 3)).ravel(), rtol=0, atol=2e-6 * scale + 1e-7)
         np.testing.assert_allclose(rstd[:-GUARD], 1 / np.sqrt(exact.var((1, 3)).ravel() + 1e-5), rtol=1e-5)
@@ -324,16 +332,27 @@ def quantizations(seed: int) -> list[Quantization]:
 
 
 def statistics(seed: int) -> list[Statistics]:
-    """Groups of one channel to more channels than a block has threads."""
+    """Groups of one channel to all, octets that are whole and that are not, more octets than a block has, fewer pixels than lanes, and a last chunk of one pixel."""
     shapes = ((64, 8), (40, 4), (320, 32), (30, 30), (300, 1), (64, 32), (7, 1), (600, 2))
     g = np.random.default_rng(seed)
-    return [
+    drawn = [
         Statistics(
-            dtype=dtype, N=int(g.integers(1, 3)), HW=int(g.integers(1, 120)), C=C, groups=groups, mean=mean, seed=int(g.integers(1 << 30))
+            dtype=dtype,
+            N=int(g.integers(1, 3)),
+            HW=int(g.integers(1, 120)),
+            C=C,
+            groups=groups,
+            chunk=int(g.integers(1, 60)),
+            mean=mean,
+            slope=slope,
+            whole=bool(g.random() < 0.7),
+            seed=int(g.integers(1 << 30)),
         )
         for C, groups in shapes
-        for dtype, mean in (("f16", 0.0), ("f16", 100.0), ("bf16", -3.0))
+        for dtype, mean, slope in (("f16", 0.0, 9.0), ("f16", 100.0, 0.0), ("bf16", -3.0, 3.0))
     ]
+    wide = [Statistics(dtype="f16", N=2, HW=65, C=520, groups=65, chunk=16, mean=10.0, whole=whole) for whole in (True, False)]
+    return drawn + wide
 
 
 def check_build(library: pathlib.Path, seed: int, count: int) -> None:

@@ -37,6 +37,8 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(8) int2 { int x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 struct Index3 { unsigned x, y, z; };
 
 namespace emulated {
@@ -316,6 +318,7 @@ inline TO same_bits(FROM from) {
   return to;
 }
 inline int __float_as_int(float a) { return same_bits<int>(a); }
+inline float __int_as_float(int a) { return same_bits<float>(a); }
 
 inline byte_t* dynamic_shared() { return emulated::machine.shared; }
 template <int BYTES>

@@ -14,7 +14,8 @@ int cuDriverGetVersion(int* version) { return *version = 13000, 0; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal + 40, 0; }
 int cuDevicePrimaryCtxRetain(void** context, int device) { return *context = reinterpret_cast<void*>(long(device)), 0; }
 int cuCtxGetCurrent(void** context) { return *context = current, 0; }
-int cuCtxSetCurrent(void* context) { return current = context, 0; }
+int cuCtxPushCurrent(void* context) { return current = context, 0; }
+int cuCtxPopCurrent(void** context) { return *context = current, current = nullptr, 0; }
 int cuModuleLoadData(void** module, const void* image) {
   if (std::memcmp(image, "\x7f" "ELF", 4) != 0 || current == nullptr) return 200;  // CUDA_ERROR_INVALID_IMAGE
   return *module = current, 0;

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from edm_deploy.errors import ArtifactError
+from edm_deploy.pipelines.decoding import Decoder, decoder_of
 from edm_deploy.pipelines.source import load_source
-from edm_deploy_tools.images.decoding import Decoder, decoder_of
 from tests.conftest import tiny_model
 from tests.tiny_pipelines import saved
 
@@ -20,13 +20,13 @@ LATENTS = Decoder(kind="latents", family=FAMILY, config=CONFIG)
 
 def test_psnr_of_images_counts_a_range_of_two_and_clamps():
     # Everywhere 0.2 apart: -10 log10(0.04 / 4) = 20 dB. What lies beyond 1 is 1.
-    assert PIXELS.psnr(torch.full((4,), 0.2), torch.zeros(4)) == pytest.approx(20.0, abs=1e-5)
-    assert PIXELS.psnr(torch.full((4,), 7.0), torch.ones(4)) > 120
+    assert PIXELS.psnr(torch.full((1, 4), 0.2), torch.zeros(1, 4)) == pytest.approx(20.0, abs=1e-5)
+    assert PIXELS.psnr(torch.full((1, 4), 7.0), torch.ones(1, 4)) > 120
 
 
 def test_psnr_of_latents_counts_the_range_that_is_there():
     # From -5 to 5, everywhere 1 apart: 10 log10(100 / 1) = 20 dB, and nothing is clamped.
-    expected = torch.tensor([-5.0, 5.0])
+    expected = torch.tensor([[-5.0, 5.0]])
     assert LATENTS.psnr(expected + 1, expected) == pytest.approx(20.0, abs=1e-5)
 
 

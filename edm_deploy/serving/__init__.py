@@ -1,0 +1,1 @@
+"""In-flight batching: samples of many requests share the engine's calls. A library without HTTP."""

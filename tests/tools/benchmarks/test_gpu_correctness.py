@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from edm_deploy_tools.benchmarks import gpu_correctness
+from edm_deploy_tools.benchmarks.gpu_stage import StageRun
+from engines.kernels import cpu_ops, cuda_ops
+from engines.kernels.launch import entry_points
+from tests.engines.kernels.conftest import launched
+
+__all__ = ["launched"]
+RUN = StageRun(device=torch.device("cpu"), small=True)
+
+
+@pytest.mark.extended  # a hundred kernels under the emulator
+def test_the_stage_starts_every_kernel_and_finds_none_wrong(launched, monkeypatch):
+    """cuda_ops on CPU tensors: each launch goes to the emulator."""
+    monkeypatch.setattr(gpu_correctness, "operators_on", lambda device: cuda_ops)
+    found = gpu_correctness.kernels(RUN)
+    assert found.problems == []
+    assert set(launched) == set(entry_points())
+
+
+def test_a_wrong_value_is_named(monkeypatch):
+    class Wrong:
+        quantize, group_stats = staticmethod(cpu_ops.quantize), staticmethod(cpu_ops.group_stats)
+
+        @staticmethod
+        def convolve(operands, shape, dtype, *, on):
+            y = cpu_ops.convolve(operands, shape, dtype)
+            if (operands.kind, on[0].name, on[1]) == ("u4", "64x64", 3):
+                y[0, 0, 0, 0] += 1
+            return y
+
+    monkeypatch.setattr(gpu_correctness, "operators_on", lambda device: Wrong)
+    found = gpu_correctness.kernels(RUN)
+    assert found.problems == [f"conv u4 64x64 {dtype}, 3 splits: 1 of 11664 values differ from the CPU's." for dtype in ("f16", "bf16")]
+    assert found.facts["kernels"] - found.facts["correct"] == 2

@@ -1,0 +1,136 @@
+"""A published architecture's graphs at one batch size, on the meta device: as our session runs it, and in floating point. For expected times of a whole step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from edm_deploy.network.family import Config, Family
+from edm_deploy.network.float_program import exported_program
+from edm_deploy.network.meta_model import meta_inputs, meta_model
+from edm_deploy.numerics.kernel_layout import CodeFormat, bits_of, code_bytes
+from edm_deploy_tools.common.console import Row
+from engines.performance.gpus import Gpu
+from engines.performance.step_time import Attention, step_time
+from engines.torch_graph import fusions
+from engines.torch_graph.packed_layer import PackedLayer
+from engines.torch_graph.rewrite import rewrite_layers
+
+META = torch.device("meta")
+STEP_NOTE = (
+    "Expected, not measured; nothing of the pipeline around the denoiser. engines/profiles/measured.toml compares this model with published times of whole steps: "
+    "within 10 % on an RTX 3090, up to half too fast on an A100."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedModel:
+    """A model's float program, traced once for all graphs that are made of it.
+
+    Attributes:
+        family, config: The model.
+        program: Its float16 program.
+    """
+
+    family: Family
+    config: Config
+    program: ExportedProgram
+
+    @classmethod
+    def of(cls, family: Family, config: Config) -> TracedModel:
+        """Trace a model; it takes a minute for one of a thousand layers."""
+        return cls(family=family, config=config, program=exported_program(family, config, torch.float16))
+
+    def graph(self, kinds: Mapping[str, CodeFormat]) -> fx.GraphModule:
+        """The fused graph with the sites of `kinds` in integers, on the meta device; without sites the float model.
+
+        Args:
+            kinds: Code format of each quantized layer. One table of one row for all, so that layers that read one value share its codes.
+        """
+        model = meta_model(self.family, self.config)
+        layers = self.family.sites(model)
+        sites = {name: _stand_in(layers[name], kind) for name, kind in kinds.items()}
+        params = {name: value for name, value in model.state_dict().items() if name.removesuffix(".weight") not in sites}
+        rows = torch.zeros(1000, dtype=torch.int32, device=META)
+        rewritten = rewrite_layers(self.program, sites, params, rows, torch.float16)
+        fusions.fuse(rewritten)
+        rewritten.tensors = {name: _channels_last(value.to(META)) for name, value in rewritten.tensors.items()}
+        return rewritten.module()
+
+    def inputs(self, batch: int) -> list[Tensor]:
+        """The graph's inputs for `batch` samples at the model's sample size, on the meta device."""
+        one = meta_inputs(self.family, self.config)
+        inputs = []
+        for declared in self.family.inputs(self.config):
+            value = one[declared.name]
+            shape = [batch if dim == "batch" else size for dim, size in zip(declared.dims, value.shape, strict=True)]
+            dtype = declared.dtype(torch.float16)
+            inputs.append(_channels_last(torch.empty(shape, dtype=dtype, device=META)))
+        return inputs
+
+
+def step_rows(model: TracedModel, gpu: Gpu, batch: int) -> list[Row]:
+    """Expected milliseconds of one step, in all and by kind of kernel: in float16 as torch.compile runs it, and of our session.
+
+    Our session runs what is between its operators eagerly, in one CUDA graph. Attention in INT8 and a compiled rest are what further work would bring.
+    """
+    inputs, rows = model.inputs(batch), list[Row]()
+    integers = model.graph(code_formats(model.family, model.config, four_bits=gpu.has_int4))
+    variants: tuple[tuple[str, fx.GraphModule, bool, Attention], ...] = (
+        ("float16, compiled", model.graph({}), True, "float16"),
+        ("ours", integers, False, "float16"),
+        ("ours, rest compiled", integers, True, "float16"),
+        ("ours, attention in INT8", integers, False, "int8"),
+        ("ours, rest compiled, attention in INT8", integers, True, "int8"),
+    )
+    for name, graph, compiled, attention in variants:
+        found = step_time(graph, inputs, gpu, compiled=compiled, attention=attention)
+        first = rows[0]["step ms"] if rows else 1e3 * found.seconds
+        rows.append(
+            {
+                "graph": name,
+                "step ms": round(1e3 * found.seconds, 2),
+                "over float16": round(first / (1e3 * found.seconds), 2),
+                "kernels": found.launches,
+                **{f"{kind} ms": round(1e3 * seconds, 2) for kind, seconds in found.by_kind().items()},
+            }
+        )
+    kinds = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column, 0.0) for column in kinds} for row in rows]
+
+
+def code_formats(family: Family, config: Config, *, four_bits: bool = True) -> dict[str, CodeFormat]:
+    """Code formats of a W4A4 model: `s4` where the family quantizes, `s8` where it keeps 8 bits; all `s8` without `four_bits`."""
+    kinds: dict[str, CodeFormat] = {}
+    for name in family.sites(meta_model(family, config)):
+        placement = family.placement(name)
+        if placement != "float":
+            kinds[name] = "s4" if placement == "quantize" and four_bits else "s8"
+    return kinds
+
+
+def _stand_in(layer: Any, kind: CodeFormat) -> PackedLayer:
+    outputs, channels, *window = layer.weight.shape
+    shape = (outputs, math.prod(window), code_bytes(channels, bits_of(kind)))
+    return PackedLayer(
+        kind=kind,
+        weight=torch.empty(shape, dtype=torch.uint8, device=META),
+        weight_scale=torch.empty(outputs, device=META),
+        weight_sum=torch.empty(outputs, dtype=torch.int32, device=META),
+        bias=None if layer.bias is None else torch.empty(outputs, device=META),
+        act_scale=torch.ones(1),  # tables are compared, so they need values until the graph is made
+        inv_scale=torch.ones(1),
+        qmin=torch.full((1,), -8, dtype=torch.int32),
+        qmax=torch.full((1,), 7, dtype=torch.int32),
+        zero=torch.zeros(1, 16, dtype=torch.uint8),
+    )
+
+
+def _channels_last(value: Tensor) -> Tensor:
+    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 and value.is_floating_point() else value

@@ -1,0 +1,1 @@
+"""The HTTP application that serves images: OpenAI's API, metrics, and a page."""
