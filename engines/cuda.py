@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 ENGINE_NAME = "engine.safetensors"
 PARAMS, ROWS = "params.", "row_of_timestep"  # names in the engine's file; those of a layer are packed_layer.tensor_name
 LAYOUT = 1  # version of the packed weights; incremented when an older file would be misread
+DEFAULT_REST = "eager"  # until a GPU has shown what inductor gains
 DEFAULT_GPU = "sm_86"  # where none is named and this machine has none
 DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -55,7 +56,7 @@ class CudaBackend(ArtifactBackend):
     """
 
     name: ClassVar[str] = "cuda"
-    options: ClassVar[frozenset[str]] = frozenset({"gpu", "precision", "int4_where", "lora_rank", "lora_layers"})
+    options: ClassVar[frozenset[str]] = frozenset({"gpu", "precision", "int4_where", "rest", "lora_rank", "lora_layers"})
     device: ClassVar[str] = "cuda"
 
     def build(self, content: Artifact, manifest: Manifest, options: BuildOptions, out: Path) -> BuildResult:
@@ -76,7 +77,7 @@ class CudaBackend(ArtifactBackend):
         executed = {name: "int8" if plan.executed == "int4" and not has_int4(gpu) else plan.executed for name, plan in plans.items()}
         return BuildResult(
             versions={},
-            options={"gpu": gpu, "precision": precision},
+            options={"gpu": gpu, "precision": precision, "rest": options.rest or DEFAULT_REST},
             executed=executed,
             codes={name: plan.codes for name, plan in plans.items() if plan.codes},
             warnings=(*_warnings(plans, reasons, gpu), *choice.reasons),
@@ -94,6 +95,10 @@ class CudaBackend(ArtifactBackend):
         if device.type == "cuda":
             driver.prepare(device)  # report a missing compiler or an old driver before any weight is read
         module = _graph(manifest, load_tensors(directory / ENGINE_NAME, device=str(device)), kinds)[0].module()
+        if manifest.build["options"].get("rest", DEFAULT_REST) == "inductor":  # engines of earlier versions have no such entry
+            from engines.torch_graph.compiled_rest import compiled_rest
+
+            module = compiled_rest(module, device)
         kept = frozenset(declared.name for declared in manifest.adapters.weights) if manifest.adapters else frozenset[str]()
         return CudaSession(module, [declared.name for declared in manifest.graph_inputs], manifest.outputs, device, kept=kept)
 

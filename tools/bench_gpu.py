@@ -28,20 +28,36 @@ from edm_deploy_tools.common import console, run_app
 from edm_deploy_tools.common.child_process import tied
 from engines.performance.gpus import TABLE, Gpu, gpu_named
 
+ARCHITECTURE, BATCH = "sd15", 2  # of the stage `model`
 # Seconds after which a stage is ended; 600 together.
 LIMITS: Mapping[str, int] = {"versions": 20, "kernels": 90, "sanitizer": 100, "operators": 50, "layers": 110, "model": 180, "training": 50}
 
 
 def run_stage(name: str, run: StageRun) -> StageResult:
     """Run one stage in this process."""
-    if name in ("model", "training"):
-        from edm_deploy_tools.benchmarks import gpu_model  # imports diffusers
+    if name == "model":
+        return _model(run)
+    if name == "training":
+        from edm_deploy_tools.benchmarks.gpu_model import training  # imports diffusers
 
-        stages: dict[str, Callable[[StageRun], StageResult]] = {"model": gpu_model.model, "training": gpu_model.training}
-    else:
-        stages = {each: getattr(gpu_kernels, each) for each in ("versions", "sanitizer", "operators", "layers")}
-        stages["kernels"] = gpu_correctness.kernels
+        return training(run)
+    if name == "kernels":
+        return gpu_correctness.kernels(run)
+    stages: dict[str, Callable[[StageRun], StageResult]] = {
+        each: getattr(gpu_kernels, each) for each in ("versions", "sanitizer", "operators", "layers")
+    }
     return stages[name](run)
+
+
+def _model(run: StageRun) -> StageResult:
+    """One step of SD 1.5 at 512x512 with guidance, random weights."""
+    from edm_deploy.models import family_named, name_of_family
+    from edm_deploy_tools.benchmarks.gpu_model import whole_model
+    from edm_deploy_tools.benchmarks.traced_step import TracedModel
+    from edm_deploy_tools.inspection.architectures import architecture
+
+    chosen = architecture(ARCHITECTURE)
+    return whole_model(run, TracedModel.of(family_named(name_of_family(chosen.class_name)), chosen.config), BATCH)
 
 
 def bench(out: Path, stages: list[str], arguments: list[str]) -> dict[str, dict[str, Any]]:

@@ -102,6 +102,7 @@ class BuildOptions:
         workspace_mib: Maximum scratch memory at build and run time, in MiB.
         threads: CPU threads of the engine.
         int4_where: `faster` runs a site whose codes fit 4 bits in INT8 where that is expected to be no slower; `fits` always runs it in INT4.
+        rest: `inductor` compiles what is between a torch graph's quantized layers by torch.compile when the engine is opened; `eager` runs it as it is.
         lora_rank: Rank slots of the adapter branches of an engine that is built from an artifact; None for none.
         lora_layers: Regular expression of the published layers that have a branch.
         allow_float_sites: Whether to accept a build in which a quantized site is not computed in integers, on backends that otherwise refuse it.
@@ -115,6 +116,7 @@ class BuildOptions:
     workspace_mib: int | None = None
     threads: int | None = None
     int4_where: Literal["fits", "faster"] | None = None
+    rest: Literal["eager", "inductor"] | None = None
     lora_rank: int | None = None
     lora_layers: str | None = None
     allow_float_sites: bool = False

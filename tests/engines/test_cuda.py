@@ -62,6 +62,29 @@ def test_an_engine_for_int4_gives_the_same_bits_widened_to_int8(engine, denoiser
     assert torch.equal(load_denoiser(tmp_path / "engine", device="cpu")(**inputs).sample, denoiser(**inputs).sample)
 
 
+@pytest.mark.extended  # a whole model, traced twice
+def test_an_engine_with_a_compiled_rest_computes_the_same_model(engine, denoiser, saved, artifact_w4a4, tmp_path):
+    manifest = build_engine(saved, tmp_path / "engine", backend="cuda", options=BuildOptions(gpu="rtx3090", rest="inductor"))
+    assert manifest.build["options"]["rest"] == "inductor"
+    assert Manifest.read(engine, kind="engine").build["options"]["rest"] == "eager"
+    check_against_reference_on_cpu(tmp_path / "engine", artifact_w4a4)
+
+
+def test_an_engine_opens_with_the_rest_that_it_was_built_for(engine, monkeypatch):
+    from engines.torch_graph import compiled_rest
+
+    seen = []
+    monkeypatch.setattr(compiled_rest, "compiled_rest", lambda module, device: seen.append(device) or module)
+    manifest = Manifest.read(engine, kind="engine")
+    BACKEND.open(engine, manifest, torch.device("cpu"))
+    manifest.build["options"].pop("rest")  # an engine of an earlier version
+    BACKEND.open(engine, manifest, torch.device("cpu"))
+    assert seen == []
+    manifest.build["options"]["rest"] = "inductor"
+    BACKEND.open(engine, manifest, torch.device("cpu"))
+    assert seen == [torch.device("cpu")]
+
+
 def test_it_agrees_with_the_reference_at_mixed_timesteps(engine, artifact_w4a4):
     check_against_reference_on_cpu(engine, artifact_w4a4)
 

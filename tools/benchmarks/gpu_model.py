@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from edm_deploy.models import family_named, name_of_family
 from edm_deploy.pipelines.source import load_source
 from edm_deploy_tools.benchmarks.finetune_step import step_cost
 from edm_deploy_tools.benchmarks.gpu_stage import StageResult, StageRun
@@ -17,23 +16,14 @@ from edm_deploy_tools.benchmarks.traced_step import TracedModel, code_formats
 from edm_deploy_tools.common.assets import REFERENCE_MODEL
 from edm_deploy_tools.common.console import Row
 from edm_deploy_tools.common.recipe_settings import recipe_with
-from edm_deploy_tools.inspection.architectures import architecture
 from engines.performance.step_time import step_time
 from engines.torch_graph.cuda_graph_session import CudaSession
 
-ARCHITECTURE, BATCH = "sd15", 2
 CALLS = 20
 
 
-def model(run: StageRun) -> StageResult:
-    """One step of SD 1.5 at 512x512 with guidance, random weights: our session, torch eager, torch compiled."""
-    chosen = architecture(ARCHITECTURE)
-    traced = TracedModel.of(family_named(name_of_family(chosen.class_name)), chosen.config)
-    return whole_model(run, traced, BATCH)
-
-
 def whole_model(run: StageRun, traced: TracedModel, batch: int) -> StageResult:
-    """As `model`, of any traced model."""
+    """One step of a traced model with random weights: our session, torch eager, torch compiled."""
     inputs = [_random(value, run.device) for value in traced.inputs(batch)]
     integers = traced.graph(code_formats(traced.family, traced.config, four_bits=run.gpu is None or run.gpu.has_int4))
     floats = traced.graph({})

@@ -31,6 +31,7 @@ def build_engine(
     timing_cache: Annotated[Path | None, typer.Option(metavar="FILE", help="TensorRT timing cache to read and extend.")] = None,
     workspace_mib: Annotated[int | None, typer.Option(metavar="MIB", help="Limit of TensorRT's scratch memory in MiB.")] = None,
     int4_where: opt.Int4Where = None,
+    rest: opt.Rest = None,
     allow_float_sites: Annotated[
         bool, typer.Option("--allow-float-sites", help="Accept quantized sites that no integer layer computes.")
     ] = False,
@@ -59,7 +60,7 @@ def build_engine(
     sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens, "image_tokens": image_tokens}
     others: dict[str, Any] = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": optimization_level}
     others |= {"timing_cache": timing_cache, "workspace_mib": workspace_mib, "allow_float_sites": allow_float_sites}
-    others |= {"int4_where": opt.value(int4_where), "lora_rank": lora_rank, "lora_layers": lora_layers}
+    others |= {"int4_where": opt.value(int4_where), "rest": opt.value(rest), "lora_rank": lora_rank, "lora_layers": lora_layers}
     pipeline = pipeline_to_copy(source, with_pipeline, components)
     with source_with_loras(source, backend, lora or ()) as content:
         manifest = build(content, out, backend=backend, options=build_options(sizes, others), pipeline=pipeline)

@@ -64,6 +64,13 @@ class Format(StrEnum):
     TRITON = "triton"
 
 
+class RestOfGraph(StrEnum):
+    """How the cuda backend runs what is between quantized layers."""
+
+    EAGER = "eager"
+    INDUCTOR = "inductor"
+
+
 class Int4Sites(StrEnum):
     """Sites that the cuda backend computes in INT4: all whose codes fit, or those that are expected to be faster than in INT8."""
 
@@ -252,6 +259,13 @@ Int4Where = Annotated[
     typer.Option(
         "--int4-where",
         help="For cuda: fits computes each site whose codes fit 4 bits in INT4; faster uses INT8 where INT4 is not expected to be faster on --gpu.",
+    ),
+]
+Rest = Annotated[
+    RestOfGraph | None,
+    typer.Option(
+        "--rest",
+        help="For cuda: inductor compiles what is between quantized layers by torch.compile, when the engine is opened. Default: eager.",
     ),
 ]
 LowMemory = Annotated[
