@@ -58,7 +58,6 @@ ORDER = {
             "bench_gpu",
             "bench_kernels",
             "bench_outliers",
-            "bench_processes",
             "bench_scale",
             "convert_inception",
             "families",
