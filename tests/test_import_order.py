@@ -58,6 +58,7 @@ ORDER = {
             "bench_gpu",
             "bench_kernels",
             "bench_outliers",
+            "bench_processes",
             "bench_scale",
             "convert_inception",
             "families",

@@ -21,7 +21,8 @@ from calibration.reconstruction.block_optimizers import BlockOptimizer, quantize
 from calibration.reconstruction.blocks import Partition, blocks_of
 from calibration.reconstruction.time_allocation import TimeAllocation, training_steps
 from calibration.run.checkpoint import CheckpointTimer, TrainingState, add_prefix, restore, resume_training, save_training, strip_prefix
-from calibration.run.progress import ProgressMeter
+from calibration.run.processes import Processes, ProcessLostError
+from calibration.run.progress import ProgressMeter, lost_after
 from calibration.student.student import Student, activations_unquantized
 from calibration.training.divergence import check_finite
 from calibration.training.param_group import ParamGroup
@@ -77,8 +78,13 @@ def reconstruct(context: TrainingContext, partition: Partition, stages: Sequence
     done = work.resume(state) if (state := resume_training(run)) is not None else work.begin()
     with ProgressMeter(run, "reconstruct", context.trajectories.device, first_step=work.steps) as meter:
         for task in range(done, work.tasks):
-            done += work.train_block(task, meter)
-            if meter.interrupted and done < work.tasks:
+            try:
+                done += work.train_block(task, meter)
+                interrupted = run.options.processes.any(meter.interrupted)
+            except ProcessLostError as err:
+                work.save(done)
+                raise lost_after(work.position(done), run) from err
+            if interrupted and done < work.tasks:
                 work.save(done)
                 raise meter.interruption(work.position(done))
             if done == work.tasks or timer.is_due():
@@ -96,7 +102,7 @@ class _Reconstruction:
         self.partition, self.stages, self.seed = partition, stages, seed
         self.float_weights = {name: layer.layer.weight for name, layer in self.student.layers.items()}
         self.samples, self.sampled_stage = ModelInputs({}), -1  # samples, and the stage that they were drawn for
-        self.budget = self.run.budget
+        self.budget, self.processes = self.run.budget, self.run.options.processes
         self.steps = 0
         self.resumed_share = 0.0  # share of all training that was done when the run was resumed
         self.sample_seconds = 0.0  # time of student and teacher together for one sample; measured only under a budget
@@ -136,7 +142,8 @@ class _Reconstruction:
         count = min(stage.samples, stage.steps * stage.batch)
         if self.budget is not None:
             passes = self.allocation.forward_passes(stage_index * len(self.blocks))
-            count = min(count, max(FORWARD_BATCH, int(CACHE_SHARE * self.budget.left() / (self.sample_seconds * passes))))
+            affordable = int(CACHE_SHARE * self.budget.left() / (self.sample_seconds * passes))
+            count = self.processes.first(min(count, max(FORWARD_BATCH, affordable)))
         if stage.draw is not None:
             self.samples = stage.draw(count)
         self.sampled_stage = stage_index
@@ -159,26 +166,37 @@ class _Reconstruction:
             ]
             with train_only(layers, quantizers, [group for _, group in trained]) as undo:
                 generator = torch.Generator().manual_seed(derived_seed(self.seed, task))
-                steps = _train(cache, self.student, stage, trained, self._training_steps(task), generator)
-                for count, (loss, share) in enumerate(steps, start=1):
-                    self.steps += 1
-                    check_finite(loss, f"step {count} of {self.position(task + 1)}")
-                    self._report(meter, self.allocation.done(task, share), loss)
-                    if meter.interrupted:
-                        undo()
-                        self.steps -= count
-                        for layer, weight in zip(layers, weights, strict=True):
-                            layer.layer.weight, layer.rounding = weight, None
-                        return False
+                steps, before = (
+                    _train(cache, self.student, stage, trained, self._training_steps(task), generator, self.processes),
+                    self.steps,
+                )
+
+                def forget() -> None:
+                    undo()
+                    self.steps = before
+                    for layer, weight in zip(layers, weights, strict=True):
+                        layer.layer.weight, layer.rounding = weight, None
+
+                try:
+                    for count, (loss, share) in enumerate(steps, start=1):
+                        self.steps += 1
+                        check_finite(loss, f"step {count} of {self.position(task + 1)}")
+                        self._report(meter, self.allocation.done(task, share), loss)
+                        if self.processes.any(meter.interrupted):
+                            forget()
+                            return False
+                except ProcessLostError:
+                    forget()
+                    raise
             for optimizer in stage.optimizers:
                 optimizer.end(layers)
         return True
 
     def _training_steps(self, task: int) -> Iterator[tuple[float, float]]:
         steps = self.stages[task // len(self.blocks)].steps
-        return training_steps(
-            steps, None if self.budget is None else self.budget.part(self.allocation.task_share(task, self.budget.left()))
-        )
+        if self.budget is None:
+            return training_steps(steps, None)
+        return self.processes.each_first(training_steps(steps, self.budget.part(self.allocation.task_share(task, self.budget.left()))))
 
     def _report(self, meter: ProgressMeter, done: float, loss: float) -> None:
         estimate = meter.elapsed() * (1 - done) / max(done - self.resumed_share, 1e-9)
@@ -228,21 +246,25 @@ def _train(
     trained: Sequence[tuple[BlockOptimizer, ParamGroup]],
     steps: Iterator[tuple[float, float]],
     generator: torch.Generator,
+    processes: Processes,
 ) -> Iterator[tuple[float, float]]:
-    """Train a block; yields the reconstruction error and the share of the training done after each step."""
+    """Train a block, each process on its share of every batch; yields the reconstruction error and the share of the training done after each step."""
     if not trained:
         return
     adam = torch.optim.Adam([{"params": list(group.parameters), "lr": 0.0} for _, group in trained], fused=True)
     batches = _batches(len(cache.rows), stage.batch, generator)
     for share, stride in steps:
-        error = cache.reconstruction_error(student, next(batches))
+        error = cache.reconstruction_error(student, next(batches)[processes.members(stage.batch)])
         penalties = [penalty for optimizer in stage.optimizers if (penalty := optimizer.penalty(share)) is not None]
         adam.zero_grad(set_to_none=True)
         torch.stack([error, *penalties]).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        processes.average_gradients(parameter for _, group in trained for parameter in group.parameters)
         for entry, (optimizer, group) in zip(adam.param_groups, trained, strict=True):
             entry["lr"] = min(group.rate * stride, MAX_STEP) * optimizer.factor(share)
         adam.step()
-        yield float(error.detach()), share + stride
+        total = error.detach()
+        processes.add([total])
+        yield float(total) / processes.size, share + stride
 
 
 def _batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from edm_deploy.errors import EdmDeployError, first_line
 from edm_deploy.serving.counters import Counters, Ending
 from edm_deploy.serving.interface import EngineError, Event, Finished, ImageRequest, Preview, Progress, Stats, UnavailableError
 from edm_deploy.serving.model import Prepared, ServedModel
-from edm_deploy.serving.sample import Sample
+from edm_deploy.serving.sample import Sample, advance
 from edm_deploy.serving.selection import Candidate, order_of, select
 
 log = logging.getLogger(__name__)
@@ -184,13 +184,13 @@ class Loop:
         called = time.perf_counter()
         try:
             predictions = self.model.predict(samples)
-        except Exception as err:  # a backend's: reported to the callers whose samples were in the call
+            seconds = time.perf_counter() - called
+            advance(samples, predictions)
+        except Exception as err:  # a backend's or a scheduler's: reported to the callers whose samples were in the call
             self._call_failed(images, err)
             return
-        seconds = time.perf_counter() - called
         self._failures = 0
-        for image, sample, prediction in zip(images, samples, predictions, strict=True):
-            sample.advance(prediction)
+        for image, sample in zip(images, samples, strict=True):
             self._report(image, sample)
         with self._changed:  # after the scheduler's steps, which are part of a tick
             self._counters.add_call(sum(image.rows for image in images), time.perf_counter() - start, seconds)

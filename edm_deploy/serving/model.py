@@ -26,6 +26,7 @@ from edm_deploy.serving.sample import Sample, Schedule
 from edm_deploy.storage.directories import INDEX_FILE, SCHEDULER_FILE, other_components, read_json, sha256_of
 
 DEFAULT_SLOTS = 8
+KEPT_SCHEDULES = 256  # each a few kilobytes
 LATENTS_OF_A_STATE = 10  # of an image: its latents, input, prediction, and what a multistep scheduler keeps (PNDM: six)
 
 
@@ -89,6 +90,7 @@ class ServedModel:
         self._own_scheduler = str(read_json(directory / INDEX_FILE, what="engine")["scheduler"][1])
         self._default = default_scheduler(directory)
         self._schedulers: dict[str | None, Any] = {}
+        self._schedules: dict[tuple[str | None, int, float], Schedule] = {}  # a schedule is not modified, and takes milliseconds to make
         self._engine_of_timestep = self.manifest.engine_of_timestep
         self.card = self._card(name)
 
@@ -126,7 +128,12 @@ class ServedModel:
             )
             self._schedulers[name] = made
         strength = 1.0 if request.picture is None else request.strength
-        return Schedule(self._schedulers[name], request.steps, self.family.sigmas(request.steps), strength=strength)
+        key = name, request.steps, strength
+        if key not in self._schedules:
+            if len(self._schedules) >= KEPT_SCHEDULES:
+                self._schedules.clear()
+            self._schedules[key] = Schedule(self._schedulers[name], request.steps, self.family.sigmas(request.steps), strength=strength)
+        return self._schedules[key]
 
     def prepare(self, request: ImageRequest) -> Prepared:
         """Encode a checked request's prompt and start picture; takes as long as text encoder and VAE do."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from edm_deploy.network.family import SAMPLE, TIMESTEP
 from edm_deploy.pipelines.sampling import is_flow, set_steps
+from edm_deploy.serving.steps import StepTable, table_of, take
 
 Row = Mapping[str, Tensor]  # conditioning of one row of a call, [1, ...] by graph input
 CLEAN = "pred_original_sample"
@@ -40,6 +41,7 @@ class Schedule:
             self._template.set_begin_index(begin)
         self.timesteps = self._template.timesteps[begin:]
         self.values = [float(timestep) for timestep in self.timesteps.to(torch.float32)]
+        self.table = table_of(self._template, begin)
         self.init_sigma = float(getattr(self._template, "init_noise_sigma", 1.0))  # flow matching starts from the noise itself
 
     def __len__(self) -> int:
@@ -59,10 +61,7 @@ class Schedule:
 
 
 class Sample:
-    """One image while it is computed.
-
-    Its arithmetic is that of a batch of one, whatever else is computed: vectorized code rounds the last elements of a tensor in another way than the
-    others, so that a step of several images at once could depend on their number.
+    """One image while it is computed. Its arithmetic does not depend on what else is computed.
 
     Args:
         schedule: Its schedule.
@@ -73,10 +72,11 @@ class Sample:
     """
 
     def __init__(self, schedule: Schedule, latents: Tensor, generator: torch.Generator, rows: Sequence[Row], guidance: float = 1.0) -> None:
+        self.schedule = schedule
         self.latents = latents
         self.rows = tuple(rows)
         self.position = 0
-        self._schedule = schedule
+        self.clean: Tensor | None = None  # of a step table
         self._scheduler = schedule.scheduler()
         self._guidance = guidance
         accepted = inspect.signature(self._scheduler.step).parameters
@@ -87,34 +87,41 @@ class Sample:
     @property
     def timestep(self) -> float:
         """Timestep of the next call."""
-        return self._schedule.values[self.position]
+        return self.schedule.values[self.position]
 
     @property
     def done(self) -> bool:
         """Whether the latents are those of the finished image."""
-        return self.position == len(self._schedule)
+        return self.position == len(self.schedule)
 
     def inputs(self) -> list[dict[str, Tensor]]:
         """Graph inputs of each of its rows in the next call, [1, ...] by name."""
         timestep = torch.tensor([self.timestep], dtype=torch.float32)
         return [{SAMPLE: self._scaled, TIMESTEP.name: timestep, **row} for row in self.rows]
 
-    def advance(self, prediction: Tensor) -> None:
-        """Take a step of the scheduler.
-
-        Args:
-            prediction: float [R, ...], the denoiser's output for each row of `inputs`.
-        """
+    def guided(self, prediction: Tensor) -> Tensor:
+        """The prediction [1, ...] of the denoiser's output for each row of `inputs`, [R, ...], and remember it for `estimate`."""
         if len(self.rows) == 2:
             unconditional, conditional = prediction[:1], prediction[1:]
             prediction = unconditional + self._guidance * (conditional - unconditional)
-        prediction = prediction.contiguous()
+        else:
+            prediction = prediction.clone()  # a part of the engine's output
         self._latest = self._scaled, prediction, self.timestep
-        timestep = self._schedule.timesteps[self.position]
+        return prediction
+
+    def step(self, prediction: Tensor) -> None:
+        """Take a step of the diffusers scheduler, with a prediction that `guided` returned."""
+        timestep = self.schedule.timesteps[self.position]
         self.latents = self._scheduler.step(prediction, timestep, self.latents, return_dict=False, **self._extra)[0]
         self.position += 1
         if not self.done:
             self._scaled = self._scale()
+
+    def stepped(self, latents: Tensor, scaled: Tensor | None, clean: Tensor | None) -> None:
+        """Record a step that a table took, [1, ...] each; the input is the sample itself where it is None."""
+        self.latents, self.clean = latents, clean
+        self._scaled = latents if scaled is None else scaled
+        self.position += 1
 
     def estimate(self) -> Tensor:
         """The finished sample as the latest prediction estimates it, float32 [1, ...]; the sample itself before the first step.
@@ -142,8 +149,39 @@ class Sample:
     def _scale(self) -> Tensor:
         if not hasattr(self._scheduler, "scale_model_input"):
             return self.latents
-        scaled: Tensor = self._scheduler.scale_model_input(self.latents, self._schedule.timesteps[self.position])
+        scaled: Tensor = self._scheduler.scale_model_input(self.latents, self.schedule.timesteps[self.position])
         return scaled
+
+
+def advance(samples: Sequence[Sample], predictions: Sequence[Tensor]) -> None:
+    """Take a step of each sample: those of one formula together, the others with their schedulers.
+
+    Args:
+        samples: Samples that are not done.
+        predictions: float32 [R, ...], the denoiser's output for the rows of each.
+    """
+    groups: dict[Hashable, list[tuple[Sample, Tensor]]] = {}
+    for sample, output in zip(samples, predictions, strict=True):
+        prediction = sample.guided(output)
+        table = sample.schedule.table
+        if table is None:
+            sample.step(prediction)
+        else:
+            groups.setdefault((table.kind, table.clip, sample.latents.shape), []).append((sample, prediction))
+    for members in groups.values():
+        _step_together([sample for sample, _ in members], torch.cat([prediction for _, prediction in members]))
+
+
+def _step_together(samples: Sequence[Sample], prediction: Tensor) -> None:
+    tables = [sample.schedule.table for sample in samples if sample.schedule.table is not None]
+    first: StepTable = tables[0]
+    rows = torch.stack([table.coefficients[sample.position] for table, sample in zip(tables, samples, strict=True)])
+    clean = torch.cat([sample.latents if sample.clean is None else sample.clean for sample in samples]) if first.kind == "dpm" else None
+    taken = take(first, rows, torch.cat([sample.latents for sample in samples]), prediction, clean)
+    for at, sample in enumerate(samples):
+        # Cloned: a part of a tensor keeps all of it in memory, however long this sample waits for its next call.
+        scaled, clean = (None if value is None else value[at : at + 1].clone() for value in (taken.scaled, taken.clean))
+        sample.stepped(taken.latents[at : at + 1].clone(), scaled, clean)
 
 
 def _copied(scheduler: Any) -> Any:

@@ -44,7 +44,6 @@ def on_ray(plan: GenerationPlan, out: Path, missing: list[ShardRange], *, worker
             batch_format="numpy",
             fn_constructor_kwargs={"plan": plan, "out": out.resolve(), "expected": versions()},
             num_cpus=plan.threads,
-            max_restarts=-1,
             **gpu,
         )
         try:

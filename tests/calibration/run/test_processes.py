@@ -7,18 +7,28 @@ from safetensors.torch import load_file
 
 from calibration import RunOptions, fit
 from calibration.data.observation import Share
+from calibration.passes.adp import Adp
+from calibration.passes.pcr import Pcr
+from calibration.passes.tac import Tac
 from calibration.recipe import Recipe
+from calibration.recipes.dilate import Dilate
 from calibration.recipes.efficientdm import EfficientDM
+from calibration.recipes.mpq_dm import MPQDM
 from calibration.recipes.mse import Mse
 from calibration.recipes.qdiff import QDiff
+from calibration.recipes.quest import Quest
+from calibration.recipes.svdquant import SvdQuant
+from calibration.recipes.tcaq import Tcaq
 from calibration.run.checkpoint import TENSORS_NAME
 from calibration.run.processes import SINGLE, Processes, check_divides, check_shares
+from edm_deploy import Artifact
 from edm_deploy.errors import InputError
 from tests.calibration.tiny import tiny_source
 from tests.processes import in_processes
 
 # At 4 bits: a code that another order of summation rounds differently changes the gradients least.
 TRAINING = EfficientDM(rows=3, steps=3, batch=4, calibration_samples=4, rank=2, compute="fp32", update_rate=1e-4, scale_rate=1e-5)
+SMALL = {"rows": 2, "steps": 20, "calibration_samples": 4, "compute": "fp32"}
 CALIBRATION = Mse(rows=2, calibration_samples=3)  # two processes have shares of one and of two samples
 
 
@@ -132,3 +142,43 @@ def test_accumulation_is_refused_where_nothing_accumulates(recipe, reason):
 
 def test_accumulated_gradients_are_those_of_the_whole_batch_up_to_summation(alone, tmp_path):
     assert difference(trained(tmp_path, accumulation=4), alone) < 0.2
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("recipe", [QDiff(**SMALL, batch=2), Tcaq(**SMALL, rounds=1, batch=2), Dilate(**SMALL, samples=8, batch=2)])
+def test_blocks_are_reconstructed_alike_by_two_processes(tmp_path, recipe):
+    """The processes agree, which `fit` checks; they differ from one process by less than its result from the calibration."""
+
+    def work(processes: Processes) -> torch.Tensor:
+        return codes(fit(tiny_source(), recipe, RunOptions(teacher_dtype="fp32", processes=processes)))
+
+    found, one = in_processes(2, work, tmp_path)[0], codes(fit(tiny_source(), recipe, RunOptions(teacher_dtype="fp32")))
+    before = codes(fit(tiny_source(), replace(recipe, steps=1), RunOptions(teacher_dtype="fp32")))
+    assert float((found - one).abs().mean()) < 0.5 * float((one - before).abs().mean())
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(
+    ("recipe", "passes"),
+    [
+        (SvdQuant(rows=2, calibration_samples=4, rank=2), ()),
+        (replace(TRAINING, rotate="auto"), ()),
+        (TRAINING, (Adp(groups=2, candidates=8, probes=2), Tac(samples=4))),
+        (TRAINING, (Pcr(),)),
+        (Quest(rows=3, steps=2, batch=4, calibration_samples=4), ()),
+        (MPQDM(rows=3, steps=2, batch=4, calibration_samples=4, rank=2, residual_share=0.1), ()),
+    ],
+)
+def test_whatever_has_no_share_runs_identically_in_each_process(tmp_path, recipe, passes):
+    kind = "unet2d-condition"
+
+    def work(processes: Processes) -> torch.Tensor:  # `fit` raises where the digests of the processes differ
+        return codes(fit(tiny_source(kind), recipe, RunOptions(processes=processes), passes=passes))
+
+    found = in_processes(2, work, tmp_path)
+    assert torch.equal(found[0], found[1])
+
+
+def codes(artifact: Artifact) -> torch.Tensor:
+    """All weight codes."""
+    return torch.cat([site.codes.flatten().float() for site in artifact.sites.values()])

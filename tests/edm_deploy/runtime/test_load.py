@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
 from edm_deploy import load_denoiser, load_pipeline
-from edm_deploy.errors import ArtifactError, UnsupportedError
-from edm_deploy.runtime.load import open_session
+from edm_deploy.errors import ArtifactError, InputError, UnsupportedError
+from edm_deploy.runtime.load import open_session, with_threads
 from engines import build_engine
 
 pytest.importorskip("onnxruntime")
@@ -32,3 +34,20 @@ def test_a_directory_that_is_no_engine_is_refused(tmp_path, onnx_w4a4):
 def test_an_unknown_scheduler_is_refused(engine):
     with pytest.raises(UnsupportedError, match="Did you mean 'euler'"):
         load_pipeline(engine, scheduler="eular")
+
+
+def test_an_engine_is_opened_with_the_threads_that_are_asked_for(engine):
+    assert load_denoiser(engine).manifest.build["options"]["threads"] is None
+    opened = load_denoiser(engine, threads=1)
+    assert opened.manifest.build["options"]["threads"] == 1
+    assert opened.session._session.get_session_options().intra_op_num_threads == 1
+    with pytest.raises(InputError, match=r"0 threads: expected 1 or more"):
+        load_denoiser(engine, threads=0)
+
+
+def test_a_backend_without_the_option_keeps_its_manifest(engine):
+    manifest, session = open_session(engine)
+    session.close()
+    without = replace(manifest, build={**manifest.build, "options": {}})
+    assert with_threads(without, 4) is without
+    assert with_threads(manifest, None) is manifest

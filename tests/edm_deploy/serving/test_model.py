@@ -13,6 +13,7 @@ from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.manifest import ShapeRange
 from edm_deploy.serving.interface import ImageRequest
 from edm_deploy.serving.model import ServedModel
+from edm_deploy.serving.sample import advance
 from engines import build_engine
 from tests.conftest import artifact_by_hand
 from tests.edm_deploy.serving.conftest import SLOTS
@@ -25,7 +26,7 @@ def pixels_of(model, request, image=0):
     prepared = model.prepare(request)
     sample = model.start(request, prepared, image)
     while not sample.done:
-        sample.advance(model.predict([sample])[0])
+        advance([sample], model.predict([sample]))
     return model.pixels(sample.latents, request)
 
 
@@ -43,8 +44,9 @@ def mixed(model, requests, seed):
             members.pop()
         if not members:
             continue
-        for index, prediction in zip(members, model.predict([running[index] for index in members]), strict=True):
-            running[index].advance(prediction)
+        samples = [running[index] for index in members]
+        advance(samples, model.predict(samples))
+        for index in members:
             if running[index].done:
                 done[index] = model.pixels(running[index].latents, requests[index])
         running = {index: sample for index, sample in running.items() if index not in done}
@@ -164,8 +166,8 @@ def test_the_memory_of_a_request_is_known_before(model, text_model):
             prepared = served.prepare(request)
             samples = [served.start(request, prepared, image) for image in range(2)]
             for _ in range(3):
-                for sample in samples:
-                    sample.advance(served.predict([sample])[0])
+                for together in [samples] if len(samples[0].rows) == 1 else [[sample] for sample in samples]:
+                    advance(together, served.predict(together))
             shared = {id(value) for value in vars(prepared.schedule._template).values()}
             held = tensors_of([vars(sample) | vars(sample._scheduler) for sample in samples], shared)
             assert sum(held.values()) <= served.memory(request), scheduler

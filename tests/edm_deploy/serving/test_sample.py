@@ -7,7 +7,7 @@ from edm_deploy.errors import InputError
 from edm_deploy.pipelines.sampling import trajectory
 from edm_deploy.pipelines.schedulers import SCHEDULERS, scheduler_named, schedulers_for
 from edm_deploy.serving.interface import ImageRequest
-from edm_deploy.serving.sample import Sample, Schedule
+from edm_deploy.serving.sample import Sample, Schedule, advance
 from tests.conftest import FLOW_SCHEDULER, SCHEDULER
 
 NAMES = schedulers_for(SCHEDULER)
@@ -25,7 +25,7 @@ def scheduler(name):
 def finished(sample):
     while not sample.done:
         (row,) = sample.inputs()
-        sample.advance(denoise(row["sample"], row["timestep"]))
+        advance([sample], [denoise(row["sample"], row["timestep"])])
     return sample.latents
 
 
@@ -55,7 +55,7 @@ def test_samples_of_one_schedule_do_not_share_its_state():
         order = random.Random(0).sample([0] * 5 + [1] * 5, 10)
         for which in order:
             (row,) = both[which].inputs()
-            both[which].advance(denoise(row["sample"], row["timestep"]))
+            advance([both[which]], [denoise(row["sample"], row["timestep"])])
         assert [torch.equal(sample.latents, expected) for sample, expected in zip(both, alone, strict=True)] == [True, True], name
 
 
@@ -65,8 +65,8 @@ def test_guidance_combines_two_rows():
     guided, plain = (Sample(schedule, latents, torch.Generator(), [{}] * rows, 3.0) for rows in (2, 1))
     assert len(guided.inputs()) == 2
     unconditional, conditional = torch.randn(2, 1, 3, 4, 4)
-    guided.advance(torch.cat([unconditional, conditional]))
-    plain.advance(unconditional + 3.0 * (conditional - unconditional))
+    advance([guided], [torch.cat([unconditional, conditional])])
+    advance([plain], [unconditional + 3.0 * (conditional - unconditional)])
     assert torch.equal(guided.latents, plain.latents)
 
 
@@ -91,7 +91,7 @@ def test_the_estimate_is_the_clean_sample_of_a_perfect_prediction():
         schedule = Schedule(made, 5)
         sample = Sample(schedule, schedule.noised(clean, noise), torch.Generator(), [{}])
         assert sample.estimate() is sample.latents
-        sample.advance(noise - clean if name.startswith("flow") else noise)
+        advance([sample], [noise - clean if name.startswith("flow") else noise])
         assert torch.allclose(sample.estimate(), clean, atol=2e-3), name
 
 
