@@ -64,7 +64,6 @@ ORDER = {
             "families",
             "roofline",
             "soak",
-            "soak_generate",
             "soak_server",
             "train_features",
             "train_reference",

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from edm_deploy.pipelines.decoding import Decoder, decoder_of
 from edm_deploy.pipelines.source import Source
-from edm_deploy_tools.images.decoding import Decoder, decoder_of
 
 
 class TensorboardReport:
