@@ -183,7 +183,15 @@ def test_every_option_that_a_page_names_is_one_of_a_command(page):
         name for one in (command, *command.commands.values()) for option in one.params for name in (*option.opts, *option.secondary_opts)
     }
     programs = {"--help", "--architecture", "--size", "--backends", "--layers"}  # of bench_scale, in README's conditions
-    programs |= {"--kills", "--images", "--kill-every"}  # of soak_generate and soak_server
+    programs |= {"--kills", "--images", "--kill-every"}  # of the soaks of sets and of the server
+    programs |= {
+        "--backend-directory",
+        "--load-model",
+        "--model-control-mode",
+        "--model-repository",
+        "--count",
+    }  # of tritonserver, and of its client
+    programs |= {"--cpu", "--multi", "--num", "--multi_gpu", "--num_processes", "--logdir"}  # of accelerate launch and tensorboard
     assert sorted(set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-[a-z0-9]+)*\b(?!-)", page.read_text())) - options - programs) == []
 
 

@@ -6,7 +6,7 @@ from calibration.recipes.efficientdm import EfficientDM
 from calibration.run.reports import Reporter
 from tests.calibration.tiny import tiny_source
 
-RECIPE = EfficientDM(rows=2, steps=2, batch=2, calibration_samples=2, rank=2)
+RECIPE = EfficientDM(rows=1, steps=2, batch=2, calibration_samples=2, rank=2)
 
 
 class Recorded:

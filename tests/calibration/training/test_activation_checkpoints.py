@@ -33,7 +33,7 @@ def gradients(context: TrainingContext, kept: list[int]) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize(
-    "kind", ["unet2d-condition", "flux", *(pytest.param(kind, marks=pytest.mark.extended) for kind in ("unet2d", "dit", "sd3", "pixart"))]
+    "kind", ["unet2d-condition", *(pytest.param(kind, marks=pytest.mark.extended) for kind in ("unet2d", "flux", "dit", "sd3", "pixart"))]
 )
 def test_gradients_are_the_same_and_less_is_kept(kind):
     context, kept = prepared(kind), []

@@ -49,6 +49,7 @@ def test_the_denoiser_of_an_onnx_directory_is_the_engine_at_mixed_timesteps(chai
     assert not (tmp_path / "models/unet").exists()
 
 
+@pytest.mark.extended
 def test_openvino_reads_a_graph_with_its_tables_inside(chain, tmp_path, noise):
     save_graph(chain.onnx / "model.onnx", tmp_path / "model.xml")
     model = openvino.Core().compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

@@ -41,8 +41,13 @@ class WholeRequests:
         """As `ImageService.submit`."""
         events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+
+        def emit(event: Event | BaseException) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
         with self._changed:
-            self._waiting.append((request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event) and None))
+            self._waiting.append((request, emit))
             self._changed.notify()
         yield Accepted(ahead=0, memory=0)
         event = await events.get()

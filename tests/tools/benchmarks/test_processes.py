@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from edm_deploy_tools.bench_processes import app, steps_per_second
+from edm_deploy_tools.benchmarks.processes import app, steps_per_second
 from edm_deploy_tools.common.run_app import CommandFailed, run
 
 

@@ -1,6 +1,6 @@
 """Time fine-tuning in several processes against one process with as many threads, in turns, on the same cores.
 
-Run as `python -m edm_deploy_tools.bench_processes`. Times are those between two steps of the training, without start, calibration and first step.
+Run as `python -m edm_deploy_tools.benchmarks.processes`. Times are those between two steps of the training, without start, calibration and first step.
 """
 
 from __future__ import annotations
@@ -93,4 +93,4 @@ def bench(
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_app.run(app, "python -m edm_deploy_tools.bench_processes"))
+    raise SystemExit(run_app.run(app, "python -m edm_deploy_tools.benchmarks.processes"))
