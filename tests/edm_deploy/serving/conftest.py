@@ -92,7 +92,7 @@ def served_on(engine, onnx_w4a4, artifact_w4a4, tmp_path_factory) -> Callable[[s
                 )
                 return ServedModel(engine, name=backend, slots=SLOTS)
         pytest.importorskip(backend)
-        path = tmp_path_factory.mktemp("served") / backend
+        path = tmp_path_factory.mktemp("served") / backend  # a new one each time
         build_engine(onnx_w4a4, path, backend=backend, options=BuildOptions(profile={"batch": ShapeRange(SLOTS, SLOTS, SLOTS)}))
         return ServedModel(path, name=backend, slots=SLOTS)
 

@@ -57,15 +57,22 @@ def mixed(model, requests, seed):
     return [done[index] for index in range(len(requests))]
 
 
-@pytest.mark.parametrize("backend", ["openvino", "reference", "ort"])
-def test_an_image_is_bit_for_bit_the_same_whoever_shares_its_calls(served_on, backend):
+@pytest.mark.parametrize(
+    ("backend", "schedules"),
+    [
+        ("openvino", 1),
+        ("reference", 1),
+        *(pytest.param(backend, 8, marks=pytest.mark.extended) for backend in ("openvino", "reference", "ort")),
+    ],
+)
+def test_an_image_is_bit_for_bit_the_same_whoever_shares_its_calls(served_on, backend, schedules):
     """Neighbours of other seeds, step counts and schedulers join and leave; the row of an image changes from call to call."""
     with_engine = served_on(backend)
     requests = [
-        ImageRequest(id=str(seed), seed=seed, steps=2 + seed % 4, scheduler=SCHEDULERS[seed % len(SCHEDULERS)]) for seed in range(9)
+        ImageRequest(id=str(seed), seed=seed, steps=2 + seed % 4, scheduler=SCHEDULERS[seed % len(SCHEDULERS)]) for seed in range(7)
     ]
     alone = [pixels_of(with_engine, request) for request in requests]
-    for seed in range(2):
+    for seed in range(schedules):
         for number, (found, expected) in enumerate(zip(mixed(with_engine, requests, seed), alone, strict=True)):
             assert np.array_equal(found, expected), f"request {number}, schedule {seed}"
     assert len({image.tobytes() for image in alone}) == len(alone)
@@ -195,6 +202,7 @@ def test_the_card_says_what_a_model_takes(model, text_model):
     assert text_model.card.slots == SLOTS
 
 
+@pytest.mark.extended
 def test_samples_of_the_second_engine_get_calls_of_their_own(tmp_path):
     """Else the two engines would receive parts of a call, of sizes that neighbours decide, and a backend chooses kernels by size."""
     artifact = replace(artifact_by_hand(), relaxed=mask_from_intervals([(0, 499)], 1000))
