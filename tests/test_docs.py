@@ -183,7 +183,7 @@ def test_every_option_that_a_page_names_is_one_of_a_command(page):
         name for one in (command, *command.commands.values()) for option in one.params for name in (*option.opts, *option.secondary_opts)
     }
     programs = {"--help", "--architecture", "--size", "--backends", "--layers"}  # of bench_scale, in README's conditions
-    programs |= {"--kills", "--images", "--kill-every"}  # of soak_generate and soak_server
+    programs |= {"--kills", "--images", "--kill-every"}  # of the soaks of sets and of the server
     programs |= {
         "--backend-directory",
         "--load-model",

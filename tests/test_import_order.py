@@ -63,7 +63,6 @@ ORDER = {
             "families",
             "roofline",
             "soak",
-            "soak_generate",
             "soak_server",
             "train_features",
             "train_reference",

@@ -124,7 +124,7 @@ def test_the_models_embedding_depends_on_the_fraction_of_a_timestep(denoiser):
 
 @pytest.mark.parametrize("scheduler", schedulers_for(SCHEDULER))
 def test_it_drops_into_a_pipeline_with_every_scheduler(engine, denoiser, scheduler, monkeypatch):
-    monkeypatch.setattr("edm_deploy.runtime.load.load_denoiser", lambda path, device: denoiser)  # opened once for all of them
+    monkeypatch.setattr("edm_deploy.runtime.load.load_denoiser", lambda path, device, **_: denoiser)  # opened once for all of them
     pipe = load_pipeline(engine, device="cpu", scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     images = pipe(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images

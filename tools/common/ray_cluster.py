@@ -15,7 +15,13 @@ LOCAL = "local"
 DEFAULT_PORT = 6379  # of `ray start --head`
 CLIENT = "ray://"
 REACH_SECONDS = 5.0  # to open a connection, before Ray is tried, which waits longer and prints a traceback
-QUIET = {"RAY_DEDUP_LOGS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_V2_ENABLED": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+QUIET = {
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ class Generated:
         count: Images of the set.
         made: Images that this run made.
         shards: Number of shards.
-        seconds: Wall time of making them, without the start of workers.
+        seconds: Wall time of this run, with the start of workers.
         truncated: Images whose prompt was truncated by the text encoder.
         workers: Process ids of the workers.
     """
@@ -116,6 +116,7 @@ def _followed(images: ImageSet, rows: Iterable[dict[str, Any]], kept: int, progr
     total, count, truncated = images.plan.request.count, kept, 0
     workers: set[int] = set()
     start = time.monotonic()
+    first: tuple[float, int] | None = None  # time and count of the first row: workers take long to start
     for row in rows:
         if row["error"]:
             raise EdmDeployError(str(row["error"]))
@@ -124,9 +125,13 @@ def _followed(images: ImageSet, rows: Iterable[dict[str, Any]], kept: int, progr
         truncated += int(row["truncated"])
         workers.add(int(row["pid"]))
         count += shard.stop - shard.start
-        seconds = time.monotonic() - start
-        rate = (count - kept) / max(seconds, 1e-9)
-        progress(Progress(stage="generate", step=count, total=total, rate=rate, eta_seconds=(total - count) / rate))
+        now = time.monotonic()
+        if first is None:
+            first = now, count
+            progress(Progress(stage="generate", step=count, total=total))
+        else:
+            rate = (count - first[1]) / max(now - first[0], 1e-9)
+            progress(Progress(stage="generate", step=count, total=total, rate=rate, eta_seconds=(total - count) / rate))
     assert not images.missing, f"no worker made {images.missing[0]}"
     images.write()
     return Generated(

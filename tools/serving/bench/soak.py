@@ -217,7 +217,7 @@ class Soak:
 def title_of(process: psutil.Process) -> str:
     """The command line or title of a process; empty where it has ended."""
     try:
-        return " ".join(process.cmdline())
+        return " ".join(" ".join(process.cmdline()).split())
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return ""
 

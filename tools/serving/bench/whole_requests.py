@@ -13,7 +13,7 @@ import torch
 from edm_deploy.serving.counters import Counters
 from edm_deploy.serving.interface import Accepted, Event, Finished, ImageRequest, Stats
 from edm_deploy.serving.model import ServedModel
-from edm_deploy.serving.sample import Sample
+from edm_deploy.serving.sample import Sample, advance
 
 
 class WholeRequests:
@@ -41,8 +41,13 @@ class WholeRequests:
         """As `ImageService.submit`."""
         events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+
+        def emit(event: Event | BaseException) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
         with self._changed:
-            self._waiting.append((request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event) and None))
+            self._waiting.append((request, emit))
             self._changed.notify()
         yield Accepted(ahead=0, memory=0)
         event = await events.get()
@@ -89,8 +94,7 @@ class WholeRequests:
             rows = sum(len(sample.rows) for sample in samples)
             predictions = self.model.predict(samples, size=rows if self.shrinks else None)
             seconds = time.perf_counter() - start
-            for sample, prediction in zip(samples, predictions, strict=True):
-                sample.advance(prediction)
+            advance(samples, predictions)
             with self._changed:
                 self._counters.add_call(rows, time.perf_counter() - start, seconds)
             for request, emit, sample in running:

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from edm_deploy_tools import soak_generate
+from edm_deploy_tools.generation import soak as soak_generate
 from edm_deploy_tools.generation.generate import generate_images
 from edm_deploy_tools.generation.plan import plan_of
 from edm_deploy_tools.images.pipeline_arguments import GenerationRequest

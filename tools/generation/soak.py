@@ -165,7 +165,7 @@ def command(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 where the sets differ, 2 after an error, 130 after Ctrl-C."""
-    return run_app.run(app, "python -m edm_deploy_tools.soak_generate", arguments)
+    return run_app.run(app, "python -m edm_deploy_tools.generation.soak", arguments)
 
 
 if __name__ == "__main__":
