@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from edm_deploy_tools.common import console, run_app
+from edm_deploy_tools.common.assets import REFERENCE_MODEL
 from edm_deploy_tools.common.process_launcher import threads_of_each
 
 app = run_app.app_with()
@@ -45,7 +46,7 @@ def steps_per_second(command: list[str], threads: int) -> float:
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(help="Model to fine-tune.")] = "ddpm-cifar10-automobile-32",
+    model: Annotated[str, typer.Argument(help="Model to fine-tune. Default: the shipped one.")] = str(REFERENCE_MODEL),
     processes: Annotated[int, typer.Option(min=2, help="Processes of the divided run.")] = 2,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of all processes together. Default: the cores.")] = None,
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 60,
@@ -88,7 +89,7 @@ def bench(
         }
         for count, rates in found.items()
     ]
-    console.print_table(f"{model}, batch {batch}, {steps} steps", rows)
+    console.print_table(f"{Path(model).name}, batch {batch}, {steps} steps", rows)
     console.say(f"{processes} processes: {medians[processes] / medians[1]:.2f} times the steps per second of one process")
 
 
