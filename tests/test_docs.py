@@ -29,6 +29,12 @@ RUN = [
     page for page in PAGES if page != QUICKSTART and any(block.language in RUN_LANGUAGES and not block.marker for block in blocks_of(page))
 ]
 EXTENDED = [page for page in PAGES if any(block.marker == "extended" for block in blocks_of(page))]
+OTHER_PROGRAMS = {  # options that pages name besides those of edm-deploy's commands
+    *("--help", "--architecture", "--size", "--backends", "--layers", "--step"),  # bench_scale, roofline
+    *("--kills", "--images", "--kill-every", "--count"),  # the soaks of sets and of the server; Triton's client
+    *("--backend-directory", "--load-model", "--model-control-mode", "--model-repository"),  # tritonserver
+    *("--cpu", "--multi", "--num", "--multi_gpu", "--num_processes", "--logdir"),  # accelerate launch, tensorboard
+}
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]+)?\)")
 PATH = re.compile(r"`((?:edm_deploy|calibration|engines|tools|tests|docs)/[\w/.-]+)`")
 
@@ -182,17 +188,7 @@ def test_every_option_that_a_page_names_is_one_of_a_command(page):
     options = {
         name for one in (command, *command.commands.values()) for option in one.params for name in (*option.opts, *option.secondary_opts)
     }
-    programs = {"--help", "--architecture", "--size", "--backends", "--layers"}  # of bench_scale, in README's conditions
-    programs |= {"--kills", "--images", "--kill-every"}  # of the soaks of sets and of the server
-    programs |= {
-        "--backend-directory",
-        "--load-model",
-        "--model-control-mode",
-        "--model-repository",
-        "--count",
-    }  # of tritonserver, and of its client
-    programs |= {"--cpu", "--multi", "--num", "--multi_gpu", "--num_processes", "--logdir"}  # of accelerate launch and tensorboard
-    assert sorted(set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-[a-z0-9]+)*\b(?!-)", page.read_text())) - options - programs) == []
+    assert sorted(set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-[a-z0-9]+)*\b(?!-)", page.read_text())) - options - OTHER_PROGRAMS) == []
 
 
 def test_a_block_is_found_with_its_line_language_and_marker(tmp_path):
