@@ -124,7 +124,7 @@ class HttpServer(uvicorn.Server):
         app = create_app(services, settings)
         # In its own log each request has a line.
         quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
-        super().__init__(uvicorn.Config(app, lifespan="off", timeout_graceful_shutdown=FLUSH, **quiet))
+        super().__init__(uvicorn.Config(app, loop="asyncio", lifespan="off", timeout_graceful_shutdown=FLUSH, **quiet))
         self._services, self._bound, self._drain, self._started = services, bound, drain, started
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -1,7 +1,7 @@
 import json
-import os
 import re
-import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -48,37 +48,37 @@ def test_a_missing_package_names_its_extra(run, chain, monkeypatch):
     )
 
 
-def test_the_command_serves_until_sigterm_and_finishes_what_it_has_accepted(run, chain):
+def test_the_command_serves_until_sigterm_and_finishes_what_it_has_accepted(chain, tmp_path):
     with bound_socket("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     answers = []
 
     def ask(path, fields=None):
         content = None if fields is None else json.dumps(fields).encode()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", content, timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", content, timeout=60) as answer:
             return json.load(answer)
 
-    def client():
-        while True:
-            try:
-                answers.append(ask("/health"))
-                break
-            except urllib.error.URLError:
-                time.sleep(0.05)
-        accepted = threading.Thread(target=lambda: answers.append(ask("/v1/images/generations", {"steps": 60, "n": 2, "seed": 1})))
-        accepted.start()
-        while ask("/health")["models"]["engine"]["running"] == 0:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-        accepted.join()
-
-    thread = threading.Thread(target=client)
-    thread.start()
-    ran = run("serve", chain.engine, "--port", port, "--slots", 4)
-    thread.join()
-    assert ran.code == 0, ran.err
-    assert f"Serving engine (4 slots) at http://127.0.0.1:{port}" in ran.out
-    assert "Stopped." in ran.out
+    out, err = tmp_path / "out", tmp_path / "err"
+    command = [sys.executable, "-m", "edm_deploy_tools", "serve", str(chain.engine), "--port", str(port), "--slots", "4"]
+    with out.open("w") as stdout, err.open("w") as stderr, subprocess.Popen(command, stdout=stdout, stderr=stderr) as server:
+        try:
+            while not answers:
+                assert server.poll() is None, err.read_text()
+                try:
+                    answers.append(ask("/health"))
+                except urllib.error.URLError:
+                    time.sleep(0.05)
+            accepted = threading.Thread(target=lambda: answers.append(ask("/v1/images/generations", {"steps": 60, "n": 2, "seed": 1})))
+            accepted.start()
+            while ask("/health")["models"]["engine"]["running"] == 0:
+                time.sleep(0.01)
+            server.terminate()
+            accepted.join()
+            assert server.wait(60) == 0, err.read_text()
+        finally:
+            server.kill()
+    assert f"Serving engine (4 slots) at http://127.0.0.1:{port}" in out.read_text()
+    assert "Stopped." in out.read_text()
     assert answers[0]["status"] == "ok"
     assert len(answers[1]["data"]) == 2
-    assert json.loads(ran.err.splitlines()[0])["path"] == "/health"
+    assert json.loads(err.read_text().splitlines()[0])["path"] == "/health"
