@@ -166,10 +166,8 @@ class _Reconstruction:
             ]
             with train_only(layers, quantizers, [group for _, group in trained]) as undo:
                 generator = torch.Generator().manual_seed(derived_seed(self.seed, task))
-                steps, before = (
-                    _train(cache, self.student, stage, trained, self._training_steps(task), generator, self.processes),
-                    self.steps,
-                )
+                steps = _train(cache, self.student, stage, trained, self._training_steps(task), generator, self.processes)
+                before = self.steps
 
                 def forget() -> None:
                     undo()

@@ -52,9 +52,7 @@ def generate(
             "--batch", metavar="N", help="Samples of each denoiser call; a guided image is two. Default: that of the engine's profile."
         ),
     ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option("--negative-prompt", metavar="TEXT", help="What the images should not show; needs --guidance above 1.")
-    ] = None,
+    negative_prompt: opt.NegativePrompt = None,
     class_label: Annotated[
         list[int] | None, typer.Option("--class-label", metavar="N", help="Classes, used in turn; repeatable. Default: at random by image.")
     ] = None,
@@ -64,9 +62,7 @@ def generate(
     steps: Annotated[int, typer.Option(help="Inference steps.")] = 20,
     scheduler: Annotated[str | None, typer.Option(help="As in sample. Default: the pipeline's; ddim for a pixel-space model.")] = None,
     seed: Annotated[int, opt.seed_option("Base seed; the seed of an image is derived from it and the image's index.")] = 0,
-    source: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Pipeline that provides text encoders and VAE, if the engine's directory does not.")
-    ] = None,
+    source: opt.PipelineSource = None,
     lora: opt.Loras = None,
     device: opt.EngineDevice = None,
     overwrite: opt.Overwrite = False,

@@ -16,10 +16,7 @@ def sample(
     out: opt.Out,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="Prompt of an image; repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Text file with one prompt a line.")] = None,
-    negative_prompt: Annotated[
-        str | None,
-        typer.Option("--negative-prompt", metavar="TEXT", help="What the images should not show; needs --guidance above 1."),
-    ] = None,
+    negative_prompt: opt.NegativePrompt = None,
     class_label: Annotated[
         list[int] | None,
         typer.Option("--class-label", metavar="N", help="Class of an image, from 0; repeatable. Default: drawn at random from --seed."),
@@ -40,13 +37,7 @@ def sample(
         ),
     ] = None,
     seed: Annotated[int, opt.seed_option("Seed of the initial noise.")] = 0,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Pipeline that provides text encoders and VAE, if the engine's directory does not. Default: the model that was quantized.",
-        ),
-    ] = None,
+    source: opt.PipelineSource = None,
     lora: opt.Loras = None,
     device: opt.EngineDevice = None,
     overwrite: opt.Overwrite = False,

@@ -36,13 +36,7 @@ def serve(
         ),
     ] = None,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that accepted requests have to finish after SIGTERM or Ctrl-C.")] = 60.0,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Pipeline that provides text encoders and VAE, if the engines' directories do not. Default: the model that was quantized.",
-        ),
-    ] = None,
+    source: opt.PipelineSource = None,
     ray: Annotated[
         str | None,
         typer.Option(

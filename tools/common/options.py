@@ -250,6 +250,17 @@ LoraLayers = Annotated[
         help="Quantized layers that a LoRA may change, by published name. Default: attention and transformer blocks; '.' is all.",
     ),
 ]
+NegativePrompt = Annotated[
+    str | None, typer.Option("--negative-prompt", metavar="TEXT", help="What the images should not show; needs --guidance above 1.")
+]
+PipelineSource = Annotated[
+    str | None,
+    typer.Option(
+        "--source",
+        metavar="MODEL",
+        help="Pipeline that provides text encoders and VAE, if the engine's directory does not. Default: the model that was quantized.",
+    ),
+]
 Loras = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE[:WEIGHT]", help="LoRA of diffusers, PEFT or kohya, with its weight, 1 by default; repeatable."),
