@@ -139,7 +139,9 @@ def deployed(served: ServedEngines, replicas: Replicas, *, address: str, host: s
         except (RuntimeError, RayError, TimeoutError) as err:
             if started_here:
                 serve.shutdown()
-            raise UnsupportedError(f"Ray Serve could not start the application: {_reason(err)}. Its logs are below /tmp/ray.") from err
+            raise UnsupportedError(
+                f"Ray Serve could not start the application: {_reason(err)}. The logs of its session have more."
+            ) from err
         try:
             yield ray
         finally:
