@@ -12,8 +12,15 @@ from torch.nn import functional
 from edm_deploy.numerics.kernel_layout import bits_of, pack_codes, unpack_codes
 from engines.kernels.operands import LARGEST_CODE, ConvShape, Norm, Operands, Table
 
+# Of gelu() in cuda/quantize.cuh, the lowest power first.
+GELU_POLYNOMIAL = (
+    0.14136378467082977, -0.0702962800860405, 0.05152052268385887, -0.040442608296871185, 0.031442172825336456,
+    -0.023268653079867363, 0.016402173787355423, -0.011164339259266853, 0.006410510279238224, -0.002685575047507882,
+    0.0017227994976565242, -0.001613265136256814, 0.0006087272777222097,
+)  # fmt: skip
 
-def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tensor:
+
+def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "none") -> Tensor:
     """Packed codes of an activation, uint8 [B, H, W, Cb].
 
     `round(v * inv_scale[row])`, half to even, then the bounds; all in float32. NaN becomes qmin, as with the GPU's max.
@@ -22,13 +29,59 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tenso
         x: float16 or bfloat16 [B, C, H, W] or [B, ..., C].
         norm: Normalizes x first, each step rounded separately; None for no norm.
         table: Rows, scales and bounds.
-        silu: Whether v = u / (1 + exp(-u)) instead of u itself. On a GPU its relative error is below 2^-19: a code may differ by a tie.
+        activation: From `operands.ACTIVATIONS`, applied after the norm. On a GPU `silu` and `gelu_tanh` have a relative error below 2^-19: a code may
+            differ by a tie. `gelu` and `geglu` are the same bits. `geglu` reads [B, ..., 2C], the values before their gates.
     """
     values = pixels(x).float()
     if norm is not None:
         values = normed(values, norm)
-    if silu:
-        values = values / (1 + (-values).exp())
+    return _codes(activated(values, activation), table)
+
+
+def activated(values: Tensor, activation: str) -> Tensor:
+    """An activation of float32 [..., C], as `cuda/quantize.cuh` computes it; `geglu` of [..., 2C]."""
+    match activation:
+        case "silu":
+            return values / (1 + (-values).exp())
+        case "gelu":
+            return gelu(values)
+        case "gelu_tanh":
+            u = values * (1 + 0.044715 * (values * values))
+            return values / (1 + (-1.5957691216 * u).exp())
+        case "geglu":
+            value, gate = values.chunk(2, dim=-1)
+            return value * gelu(gate)
+        case _:
+            return values
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU of float32, x * Phi(x), Phi by the polynomial of `cuda/quantize.cuh`, the same bits."""
+    s = fused_multiply_add(x * x, x.new_tensor(0.08), x.new_tensor(-1.0))
+    *coefficients, p = (x.new_tensor(coefficient) for coefficient in GELU_POLYNOMIAL)
+    for coefficient in reversed(coefficients):
+        p = fused_multiply_add(p, s, coefficient)
+    inside = x * fused_multiply_add(x, p, x.new_tensor(0.5))
+    return torch.where(x.abs() >= 5, x.clamp(min=0), inside)
+
+
+def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The sum a * b + c of float32, rounded once.
+
+    The product is exact in float64. The sum is rounded to odd there, which makes the second rounding, to float32, that of the exact sum.
+    Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE Transactions on Computers 57(4), 2008.
+    """
+    product, c = a.double() * b.double(), c.double()
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)  # of the sum, exact: Knuth's TwoSum
+    even = (total.view(torch.int64) & 1) == 0
+    toward = torch.where(error > 0, torch.inf, -torch.inf).double()
+    return torch.where((error != 0) & even & total.isfinite(), torch.nextafter(total, toward), total).float()
+
+
+def _codes(values: Tensor, table: Table) -> Tensor:
+    """Packed codes uint8 [B, H, W, Cb] of float32 [B, H, W, C]."""
     rows = table.rows.long()
     inv_scale, qmin, qmax = (column[rows].float()[:, None, None, None] for column in (table.inv_scale, table.qmin, table.qmax))
     codes = torch.fmin(torch.fmax((values * inv_scale).round(), qmin), qmax)

@@ -8,18 +8,30 @@ from torch import Tensor
 from edm_deploy.numerics.kernel_layout import CHUNK, code_bytes
 from engines.kernels import driver
 from engines.kernels.cpu_ops import pixels
-from engines.kernels.launch import TYPES, ConvParams, QuantizeParams, StatsParams, chunk_of, conv_launches, quantize_launch, stats_launches
+from engines.kernels.launch import (
+    FIRST_PROLOGUES,
+    PROLOGUES,
+    TYPES,
+    ConvParams,
+    QuantizeParams,
+    StatsParams,
+    chunk_of,
+    conv_launches,
+    quantize_launch,
+    stats_launches,
+)
 from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, Table
 from engines.kernels.tiles import Tile, choose_tile
 
 TYPE_NAMES = dict(zip(FLOATS, TYPES, strict=True))
 
 
-def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tensor:
-    """As `cpu_ops.quantize`. A contiguous map [B, C, H, W] is read without a copy, unless it is normalized, which requires channels last."""
-    shape = pixels(x).shape
-    batch, height, width, channels = shape
-    first = norm is None and x.ndim == 4 and x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "none") -> Tensor:
+    """As `cpu_ops.quantize`. A contiguous map [B, C, H, W] is read without a copy, unless a norm or a GELU precedes, which require channels last."""
+    batch, height, width, channels = pixels(x).shape
+    channels = channels // 2 if activation == "geglu" else channels
+    first = x.ndim == 4 and x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+    first = first and PROLOGUES[norm is not None, activation] in FIRST_PROLOGUES
     values = x if first else pixels(x).contiguous()
     codes = torch.empty((batch, height, width, code_bytes(channels, table.bits)), dtype=torch.uint8, device=x.device)
     params = QuantizeParams(
@@ -41,7 +53,9 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tenso
         unsigned_codes=table.unsigned,
     )
     type_name = TYPE_NAMES[x.dtype]
-    call = quantize_launch(params, type_name=type_name, bits=table.bits, channels_last=not first, norm=norm is not None, silu=silu)
+    call = quantize_launch(
+        params, type_name=type_name, bits=table.bits, channels_last=not first, norm=norm is not None, activation=activation
+    )
     driver.launch([call], x.device)
     return codes
 

@@ -19,6 +19,17 @@ STATS_OCTETS = 64  # octets of channels per block of group_stats_partial
 LEAST_CHUNK, MOST_CHUNKS = 16, 128  # pixels of a chunk; chunks of a sample
 LARGEST_GRID = (2**31 - 1, 65535, 65535)  # blocks along x, y, z; the kernels stride over what a smaller grid leaves
 TYPES = ("f16", "bf16")  # operands.FLOATS, as entry points name them
+# (norm, activation) -> prologue, as entry points name it
+PROLOGUES = {
+    (False, "none"): "plain",
+    (False, "silu"): "silu",
+    (True, "none"): "norm",
+    (True, "silu"): "norm_silu",
+    (False, "gelu"): "gelu",
+    (False, "gelu_tanh"): "gelu_tanh",
+    (False, "geglu"): "geglu",
+}
+FIRST_PROLOGUES = ("plain", "silu")  # of kernels that read channels first
 
 
 def _fields(pointers: str, integers: str) -> Sequence[tuple[str, type]]:
@@ -65,20 +76,20 @@ class Launch:
     params: ctypes.Structure
 
 
-def quantize_launch(params: QuantizeParams, *, type_name: str, bits: int, channels_last: bool, norm: bool, silu: bool) -> Launch:
+def quantize_launch(params: QuantizeParams, *, type_name: str, bits: int, channels_last: bool, norm: bool, activation: str) -> Launch:
     """Quantize and pack.
 
     Args:
         params: All fields set.
         type_name: `f16` or `bf16`, of x.
         bits: 4 or 8.
-        channels_last: Memory layout of x; a norm requires channels last.
+        channels_last: Memory layout of x; a norm, and activations other than SiLU, require channels last.
         norm: Whether the fields mean and rstd are set.
-        silu: Whether SiLU is applied before rounding.
+        activation: Applied before rounding, from `operands.ACTIVATIONS`; to a norm's result only SiLU.
     """
-    assert channels_last or not norm, "no kernel normalizes channels first"
     channels = params.Cb * 8 // bits
-    prologue = {(False, False): "plain", (False, True): "silu", (True, False): "norm", (True, True): "norm_silu"}[norm, silu]
+    prologue = PROLOGUES[norm, activation]
+    assert channels_last or prologue in FIRST_PROLOGUES, f"no kernel computes {prologue} channels first"
     entry = f"quantize_{'last' if channels_last else 'first'}_{type_name}_i{bits}_{prologue}"
     if channels_last:
         grid = (_ceil(params.HW * channels // OCTET, THREADS), params.N, 1)
@@ -130,8 +141,8 @@ def entry_points() -> list[str]:
     for type_name in TYPES:
         names += [f"conv_{kind}_{tile.name}_{type_name}" for kind in CODE_FORMATS for tile in TILES]
         names += [f"reduce_{kind}_{type_name}" for kind in CODE_FORMATS]
-        names += [f"quantize_last_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in ("plain", "silu", "norm", "norm_silu")]
-        names += [f"quantize_first_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in ("plain", "silu")]
+        names += [f"quantize_last_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in PROLOGUES.values()]
+        names += [f"quantize_first_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in FIRST_PROLOGUES]
         names.append(f"group_stats_partial_{type_name}")
     return [*names, "group_stats_merge"]
 

@@ -17,6 +17,8 @@ FLOATS = (torch.float16, torch.bfloat16)
 FILTERS = CAPABILITIES["cuda"].filters or ()
 STRIDES = (1, 2)
 INT32 = 2**31  # kernels count elements, and sum products, in int32
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")  # in front of a quantizer; geglu: x * gelu(gate) of [..., 2C]
+NORM_ACTIVATIONS = ("none", "silu")  # behind a group norm
 LARGEST_CODE = {"s4": 8, "u4": 15, "s8": 128}  # magnitude of an activation as it is stored
 LARGEST_WEIGHT = {"s4": 8, "u4": 8, "s8": 128}
 
@@ -186,6 +188,14 @@ def check_values(op: str, x: Tensor) -> int:
     if x.numel() == 0:
         raise InputError(f"{op}: x is empty, {list(x.shape)}. Every axis needs at least one element.")
     return x.shape[1] if x.ndim == 4 else x.shape[-1]
+
+
+def check_activation(op: str, x: Tensor, activation: str, known: Sequence[str] = ACTIVATIONS) -> None:
+    """Raises InputError where the activation is not among `known`, or is `geglu` and x is a map or has an odd number of channels."""
+    if activation not in known:
+        raise InputError(f"{op}: activation {activation!r}; expected one of {', '.join(known)}.")
+    if activation == "geglu" and (x.ndim == 4 or x.shape[-1] % 2):
+        raise InputError(f"{op}: geglu of x {list(x.shape)}; expected [B, ..., 2C], values and gates, and not four axes.")
 
 
 def check_groups(op: str, channels: int, groups: int) -> None:

@@ -3,7 +3,7 @@
 Importing this file registers them; it requires torch only. On CUDA tensors they launch kernels on the current stream (`cuda_ops.py`), on CPU tensors they
 compute the same bits in plain torch (`cpu_ops.py`), and under a tracer only shapes. All share the checks in `operands.py`.
 
-    quantize          float16 or bfloat16 -> packed codes, optionally after SiLU
+    quantize          float16 or bfloat16 -> packed codes, optionally after an activation (operands.ACTIVATIONS)
     group_stats       mean and 1 / sqrt(variance + eps) of each sample's groups of channels
     quantize_normed   as quantize, after normalization with such statistics
     conv2d            packed codes * packed weight -> float16 or bfloat16 [B, K, P, Q], channels last
@@ -31,9 +31,21 @@ from torch import Tensor
 from edm_deploy.errors import InputError
 from edm_deploy.numerics.kernel_layout import code_bytes
 from engines.kernels import cpu_ops, cuda_ops
-from engines.kernels.operands import ConvShape, Norm, Operands, Table, check_groups, check_leading, check_rows, check_size, check_values
+from engines.kernels.operands import (
+    NORM_ACTIVATIONS,
+    ConvShape,
+    Norm,
+    Operands,
+    Table,
+    check_activation,
+    check_groups,
+    check_leading,
+    check_rows,
+    check_size,
+    check_values,
+)
 
-_TABLE = "Tensor rows, Tensor inv_scale, Tensor qmin, Tensor qmax, int bits, bool unsigned_codes, bool silu"
+_TABLE = "Tensor rows, Tensor inv_scale, Tensor qmin, Tensor qmax, int bits, bool unsigned_codes, str activation"
 _OPERANDS = (
     "Tensor codes, Tensor rows, Tensor weight, Tensor zero, Tensor act_scale, Tensor qmin, Tensor weight_scale, Tensor weight_sum, "
     "Tensor? bias, Tensor? residual, str kind"
@@ -47,34 +59,36 @@ SCHEMAS = {
 }
 
 
-def codes_shape(x: Tensor, bits: int) -> list[int]:
-    """[B, H, W, Cb] of the packed codes of an activation."""
+def codes_shape(x: Tensor, bits: int, activation: str) -> list[int]:
+    """[B, H, W, Cb] of the packed codes of an activation; those of a GEGLU have half the channels."""
     if x.ndim == 4:
         return [x.shape[0], x.shape[2], x.shape[3], code_bytes(x.shape[1], bits)]
-    return [x.shape[0], math.prod(x.shape[1:-1]), 1, code_bytes(x.shape[-1], bits)]
+    return [x.shape[0], math.prod(x.shape[1:-1]), 1, code_bytes(x.shape[-1] // (2 if activation == "geglu" else 1), bits)]
 
 
 def _quantize(traced: bool, x: Tensor, *arguments: Any) -> Tensor:  # in the order of the schema, whose types torch has checked
-    *table, silu = arguments
+    *table, activation = arguments
     check_values("quantize", x)
-    return _to_codes("quantize", traced, x, None, Table(*table), silu)
+    check_activation("quantize", x, activation)
+    return _to_codes("quantize", traced, x, None, Table(*table), activation)
 
 
 def _quantize_normed(traced: bool, x: Tensor, *arguments: Any) -> Tensor:
-    norm, (groups, *table, silu) = Norm(*arguments[:4]), arguments[4:]
+    norm, (groups, *table, activation) = Norm(*arguments[:4]), arguments[4:]
     norm.check("quantize_normed", x, check_values("quantize_normed", x), groups)
-    return _to_codes("quantize_normed", traced, x, norm, Table(*table), silu)
+    check_activation("quantize_normed", x, activation, NORM_ACTIVATIONS)
+    return _to_codes("quantize_normed", traced, x, norm, Table(*table), activation)
 
 
-def _to_codes(op: str, traced: bool, x: Tensor, norm: Norm | None, table: Table, silu: bool) -> Tensor:
+def _to_codes(op: str, traced: bool, x: Tensor, norm: Norm | None, table: Table, activation: str) -> Tensor:
     table.check(op, x)
-    shape = codes_shape(x, table.bits)
+    shape = codes_shape(x, table.bits, activation)
     if traced:
         return x.new_empty(shape, dtype=torch.uint8)
     check_size(op, x=x.shape, codes=shape)
     check_rows(op, table.rows, len(table.inv_scale))
     run = cuda_ops.quantize if x.is_cuda else cpu_ops.quantize
-    return run(x, norm, table, silu=silu).view(shape)
+    return run(x, norm, table, activation=activation).view(shape)
 
 
 def _group_stats(traced: bool, x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:

@@ -86,3 +86,21 @@ def same_shape(a: fx.Node, b: fx.Node) -> bool:
     """Whether two nodes hold tensors of one shape, whatever the batch and size."""
     shapes = value_of(a).shape, value_of(b).shape
     return len(shapes[0]) == len(shapes[1]) and all(str(x) == str(y) for x, y in zip(*shapes, strict=True))
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are one number or one symbol; comparing symbols would be a guard."""
+    return str(a) == str(b)
+
+
+def calls(graph: fx.Graph, target: Any) -> list[Any]:  # fx.Node, whose argument types are too wide to be useful
+    """The nodes that call an operator."""
+    return [node for node in graph.nodes if node.op == "call_function" and node.target is target]
+
+
+def permutes(node: Any, axes: tuple[int, ...]) -> bool:
+    """Whether a node permutes four axes in this order."""
+    if not (isinstance(node, fx.Node) and node.target is aten.permute.default):
+        return False
+    order: Any = node.args[1]
+    return tuple(axis % 4 for axis in order) == axes

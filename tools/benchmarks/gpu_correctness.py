@@ -14,6 +14,7 @@ from edm_deploy_tools.benchmarks.gpu_stage import StageResult, StageRun
 from edm_deploy_tools.benchmarks.kernel_problems import BOUNDS
 from edm_deploy_tools.common.console import Row
 from engines.kernels import build, cpu_ops, cuda_ops, driver
+from engines.kernels.launch import FIRST_PROLOGUES, PROLOGUES
 from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, Table
 from engines.kernels.tiles import TILES
 
@@ -50,26 +51,25 @@ def activation_table(batch: int, bits: int, *, unsigned: bool, device: torch.dev
 
 def _quantizers(run: StageRun, generator: torch.Generator) -> list[Row]:
     rows = []
-    for dtype, (bits, unsigned), last, norm, silu in itertools.product(
-        FLOATS, ((4, False), (4, True), (8, False)), (True, False), (False, True), (False, True)
+    for dtype, (bits, unsigned), last, ((norm, activation), prologue) in itertools.product(
+        FLOATS, ((4, False), (4, True), (8, False)), (True, False), PROLOGUES.items()
     ):
-        if norm and not last:
-            continue  # no kernel normalizes channels first
+        if not last and prologue not in FIRST_PROLOGUES:
+            continue
         x = torch.randn((3, 40, 7, 9), generator=generator).to(dtype)
         x = x.to(memory_format=torch.channels_last) if last else x
         groups = Norm(
             *(torch.rand((3, 4), generator=generator) + 0.5 for _ in range(2)), *(torch.randn(40, generator=generator) for _ in range(2))
         )
         table = Table(*activation_table(3, bits, unsigned=unsigned, device=torch.device("cpu")))
-        expected_codes = cpu_ops.quantize(x, groups if norm else None, table, silu=silu)
+        expected_codes = cpu_ops.quantize(x, groups if norm else None, table, activation=activation)
         op = operators_on(run.device).quantize
         moved = Norm(*(column.to(run.device) if column is not None else None for column in vars(groups).values()))
-        codes = op(
-            x.to(run.device), moved if norm else None, Table(*activation_table(3, bits, unsigned=unsigned, device=run.device)), silu=silu
-        )
-        name = f"quantize {'last' if last else 'first'} {_name(dtype)} {'u' if unsigned else 's'}{bits}{' norm' if norm else ''}{' SiLU' if silu else ''}"
-        # With SiLU a code may fall to the other side of a rounding tie.
-        rows.append(_compared(name, codes.cpu(), expected_codes, share=0.005 if silu else 0.0))
+        own_table = Table(*activation_table(3, bits, unsigned=unsigned, device=run.device))
+        codes = op(x.to(run.device), moved if norm else None, own_table, activation=activation)
+        name = f"quantize {'last' if last else 'first'} {_name(dtype)} {'u' if unsigned else 's'}{bits} {prologue}"
+        # Where an exponential is approximated, a code may fall to the other side of a rounding tie.
+        rows.append(_compared(name, codes.cpu(), expected_codes, share=0.005 if activation in ("silu", "gelu_tanh") else 0.0))
     return rows
 
 

@@ -47,6 +47,9 @@ TILES(CONVOLUTIONS)
   QUANTIZE_LAST(TYPE, BITS, SILU, silu)                  \
   QUANTIZE_LAST(TYPE, BITS, NORM, norm)                  \
   QUANTIZE_LAST(TYPE, BITS, NORM_SILU, norm_silu)        \
+  QUANTIZE_LAST(TYPE, BITS, GELU, gelu)                  \
+  QUANTIZE_LAST(TYPE, BITS, GELU_TANH, gelu_tanh)        \
+  QUANTIZE_LAST(TYPE, BITS, GEGLU, geglu)                \
   QUANTIZE_FIRST(TYPE, BITS, false, plain)               \
   QUANTIZE_FIRST(TYPE, BITS, true, silu)
 #define OF_TYPE(TYPE)                                                                                                     \

@@ -13,10 +13,10 @@
 typedef unsigned char byte_t;
 
 // Operations before the rounding; a kernel is compiled for each.
-enum Prologue { PLAIN = 0, SILU = 1, NORM = 2, NORM_SILU = 3 };
+enum Prologue { PLAIN, SILU, NORM, NORM_SILU, GELU, GELU_TANH, GEGLU };
 
 struct QuantizeParams {
-  const void* x;           // float16 or bfloat16, channels last [N][HW][C] or channels first [N][C][HW]
+  const void* x;           // float16 or bfloat16, channels last [N][HW][C] or channels first [N][C][HW]; GEGLU: [N][HW][2C], values, then gates
   byte_t* codes;           // [N][HW][Cb]
   const int* row;          // [N] table row of each sample
   const float* inv_scale;  // [rows]
@@ -32,6 +32,9 @@ struct QuantizeParams {
 // n = rint(clip(value * inv_scale[row], qmin[row], qmax[row])), half to even, float32. NaN becomes qmin[row], -0.0 becomes 0.
 // NORM: value = ((x - mean) * rstd) * gamma + beta, each step rounded to float32 separately; a null gamma or beta omits its step.
 // SILU: value = v / (1 + exp(-v)) in float32, relative error below 2^-17 where |v| < 64, and below 2^-20 where v > -8 (below -8 the result is in [-0.003, 0]).
+// GELU: v * Phi(v), the cumulative normal distribution by a polynomial of degree 12 in v^2 (gelu() in quantize.cuh), fused multiply-adds in the order of that
+//   function, so defined bit for bit; within 2^-19 of the exact value, and relative to it within 2^-19 where v > -1. GEGLU: x * GELU(gate), rounded to float32.
+// GELU_TANH: v / (1 + exp(-2u)), u = sqrt(2 / pi) (v + 0.044715 v^3), which equals v (1 + tanh(u)) / 2; its error is that of SILU at 2u.
 
 struct StatsParams {
   const void* x;   // float16 or bfloat16 [N][HW][C]

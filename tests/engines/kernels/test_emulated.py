@@ -60,7 +60,7 @@ def test_more_splits_than_stages_add_zeros(emulator):
 
 def test_every_quantizing_kernel_stores_numpys_codes(emulator):
     cases = drawn.quantizations(seed=0)
-    assert len(cases) == 72
+    assert len(cases) == 108
     check_all(emulator, cases)
 
 

@@ -119,6 +119,18 @@ MUTANTS = {
     "the nibbles of a byte are swapped": ("quantize.cuh", "<< (e * BITS % 32);", "<< ((BITS == 4 ? e ^ 1 : e) * BITS % 32);"),
     "codes are rounded half up": ("quantize.cuh", "__fadd_rn(clipped, 12582912.0f)", "__fadd_rn(floorf(clipped + 0.5f), 12582912.0f)"),
     "unsigned codes keep their sign": ("quantize.cuh", "- 0x4B400000 - row.offset;", "- 0x4B400000;"),
+    "a gate is the value again": (
+        "quantize.cuh",
+        "x + static_cast<long long>(pixel) * pitch + p.C + c0",
+        "x + static_cast<long long>(pixel) * pitch + c0",
+    ),
+    "the values of a GEGLU lie as close as its codes": (
+        "quantize.cuh",
+        "const int pitch = PROLOGUE == GEGLU ? 2 * p.C : p.C;",
+        "const int pitch = p.C;",
+    ),
+    "a coefficient of the GELU is left out": ("quantize.cuh", "for (int k = 11; k >= 0; --k)", "for (int k = 10; k >= 0; --k)"),
+    "the GELU by tanh has no cubic term": ("quantize.cuh", "0.044715f * (x * x)", "0.0f * (x * x)"),
     "a group's end is missed inside an octet": ("quantize.cuh", "    if (left == 0) {", "    if (left < 0) {"),
     "no barrier between turning and storing": (
         "quantize.cuh",

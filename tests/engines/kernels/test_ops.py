@@ -35,9 +35,9 @@ def site_of(op: str, kind: str, *shape: int) -> QuantizedLayer:
     return QuantizedLayer(op=op, codes=codes, weight_scale=weight_scale, weight_bits=bits_of(kind), activation=activation)
 
 
-def quantize_arguments(site: QuantizedLayer, kind: str, rows: torch.Tensor, silu: bool = False) -> tuple:
+def quantize_arguments(site: QuantizedLayer, kind: str, rows: torch.Tensor, activation: str = "none") -> tuple:
     a = site.activation
-    return rows, a.inv_scale, a.qmin.int(), a.qmax.int(), bits_of(kind), kind == "u4", silu
+    return rows, a.inv_scale, a.qmin.int(), a.qmax.int(), bits_of(kind), kind == "u4", activation
 
 
 def sum_arguments(site: QuantizedLayer, kind: str, codes: torch.Tensor, rows: torch.Tensor, bias=None, residual=None) -> tuple:
@@ -58,10 +58,10 @@ def test_a_code_rounds_half_to_even_and_stops_at_its_bounds():
     x = torch.tensor([[0.5, 1.5, -2.5, 9.0, -9.0, float("nan")]], dtype=HALF)
     row, one = torch.zeros(1, dtype=torch.int32), torch.ones(1)
     qmin, qmax = torch.tensor([-3], dtype=torch.int32), torch.tensor([4], dtype=torch.int32)
-    codes = OPS.quantize(x, row, one, qmin, qmax, 8, False, False)
+    codes = OPS.quantize(x, row, one, qmin, qmax, 8, False, "none")
     assert codes.shape == (1, 1, 1, 16)
     assert codes.flatten().view(torch.int8)[:6].tolist() == [0, 2, -2, 4, -3, -3]
-    unsigned = OPS.quantize(x, row, one, qmin, qmax, 4, True, False)
+    unsigned = OPS.quantize(x, row, one, qmin, qmax, 4, True, "none")
     assert unsigned.flatten()[:3].tolist() == [0x53, 0x71, 0x00]  # n + 3, the even channel in the low nibble
 
 
@@ -69,7 +69,7 @@ def test_each_sample_has_its_own_row():
     x = torch.ones(2, 1, dtype=HALF)
     rows = torch.tensor([1, 0], dtype=torch.int32)
     bounds = torch.full((2,), -8, dtype=torch.int32), torch.full((2,), 7, dtype=torch.int32)
-    codes = OPS.quantize(x, rows, torch.tensor([1.0, 3.0]), *bounds, 8, False, False)
+    codes = OPS.quantize(x, rows, torch.tensor([1.0, 3.0]), *bounds, 8, False, "none")
     assert codes[:, 0, 0, 0].tolist() == [3, 1]
 
 
@@ -77,7 +77,7 @@ def test_one_product_by_hand():
     """(2 - -3) * 7 summed, corrected by -3 * 7, times 0.5 * 4, plus 1: 2 * 7 * 2 + 1 = 29; padding with real 0 adds nothing."""
     rows, one = torch.zeros(1, dtype=torch.int32), torch.ones(1)
     qmin, qmax = torch.tensor([-3], dtype=torch.int32), torch.tensor([12], dtype=torch.int32)
-    codes = OPS.quantize(torch.full((1, 1, 1, 1), 2.0, dtype=HALF), rows, one, qmin, qmax, 4, True, False)
+    codes = OPS.quantize(torch.full((1, 1, 1, 1), 2.0, dtype=HALF), rows, one, qmin, qmax, 4, True, "none")
     weight = torch.full((1, 1, 3, 3), 7, dtype=torch.int8)
     operands = (codes, rows, pack_weight(weight, 4), zero_codes(qmin, 4, unsigned=True), one * 0.5, qmin, one * 4, weight_sum(weight))
     y = OPS.conv2d(*operands, one, None, "u4", [3, 3], 1, 1, HALF)
@@ -169,7 +169,7 @@ def test_silu_comes_before_the_rounding():
         torch.tensor([-128], dtype=torch.int32),
         torch.tensor([127], dtype=torch.int32),
     )
-    codes = OPS.quantize(x, *table, 8, False, True).view(torch.int8).flatten()
+    codes = OPS.quantize(x, *table, 8, False, "silu").view(torch.int8).flatten()
     expected = (nn.functional.silu(x.double()) * 8).round()
     assert torch.equal(codes.double(), expected.flatten())
 
@@ -184,7 +184,7 @@ def test_group_norm_in_two_steps_agrees_with_torch(affine):
         norm.load_state_dict({"weight": gamma, "bias": beta})
     mean, rstd = OPS.group_stats(x, 4, 1e-5)
     rows, qmin, qmax = torch.zeros(2, dtype=torch.int32), torch.tensor([-128], dtype=torch.int32), torch.tensor([127], dtype=torch.int32)
-    codes = OPS.quantize_normed(x, mean, rstd, gamma, beta, 4, rows, torch.tensor([30.0]), qmin, qmax, 8, False, False)
+    codes = OPS.quantize_normed(x, mean, rstd, gamma, beta, 4, rows, torch.tensor([30.0]), qmin, qmax, 8, False, "none")
     codes = codes[..., :12].view(torch.int8).permute(0, 3, 1, 2).double()
     exact = (norm(x.double()).detach() * 30).clamp(-128, 127)
     assert float((codes - exact).abs().max()) <= 0.5 + 1e-3  # rounding, and float32's error of values near 128
@@ -197,7 +197,7 @@ def example(op: str) -> tuple:
     site = site_of("conv2d", "u4", 6, 8, 3, 3)
     rows = torch.tensor([0, 1], dtype=torch.int32)
     x = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(4)).to(HALF)
-    arguments = quantize_arguments(site, "u4", rows, silu=True)
+    arguments = quantize_arguments(site, "u4", rows, activation="silu")
     mean, rstd = OPS.group_stats(x, 2, 1e-6)
     if op == "quantize":
         return x, *arguments

@@ -52,6 +52,26 @@ def to_float(bits: NDArray[np.uint16], dtype: str) -> NDArray[np.float32]:
     return bits.view(np.float16).astype(np.float32) if dtype == "f16" else (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+# Of params.h's GELU, the lowest power first: read from the kernel, whose value is tested against the exact function.
+POLYNOMIAL = [
+    float(number)
+    for number in re.search(r"P\[13\] = \{(.*?)\}", (CUDA / "quantize.cuh").read_text(), flags=re.S)[1].replace("f", "").split(",")
+]
+
+
+def fused(a: NDArray[np.float32], b: NDArray[np.float32] | float, c: NDArray[np.float32] | float) -> NDArray[np.float32]:
+    """a * b + c rounded once; x86's long double has 64 bits, so that the second rounding is wrong once in 2^40 only."""
+    product = a.astype(np.float64) * np.float64(np.float32(b))
+    return (product.astype(np.longdouble) + np.asarray(c, np.float32).astype(np.longdouble)).astype(np.float32)
+
+
+def gelu(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    s, p = fused(x * x, 0.08, -1.0), np.full_like(x, POLYNOMIAL[-1])
+    for coefficient in POLYNOMIAL[-2::-1]:
+        p = fused(p, s, coefficient)
+    return np.where(np.abs(x) >= 5, np.maximum(x, 0), x * fused(x, p, 0.5)).astype(np.float32)
+
+
 def address(array: NDArray | None) -> int | None:
     assert array is None or array.flags.c_contiguous
     return None if array is None else array.ctypes.data
@@ -210,7 +230,7 @@ class Quantization:
         inv_scale[0] = 1.0  # row 0 meets exact ties
         qmin = g.integers(-15 if self.unsigned else -(1 << self.bits - 1), 1, TABLE_ROWS).astype(np.int32)
         qmax = qmin + (1 << self.bits) - 1 if self.unsigned else np.full(TABLE_ROWS, (1 << self.bits - 1) - 1, np.int32)
-        x = g.standard_normal((self.N, self.HW, self.C)).astype(np.float32) * g.choice([0.5, 3.0])
+        x = g.standard_normal((self.N, self.HW, self.C * (2 if self.prologue == "geglu" else 1))).astype(np.float32) * g.choice([0.5, 3.0])
         x[g.random(x.shape) < 0.2] = 0.5 * g.integers(-20, 20)  # ties, and one value in many places
         for special in (np.nan, np.inf, -np.inf, -0.0):
             x[tuple(g.integers(0, size) for size in x.shape)] = special
@@ -226,6 +246,13 @@ class Quantization:
                 value = value * gamma + beta if self.affine else value
             if "silu" in self.prologue:
                 value = value / (np.float32(1) + np.exp(-value))
+            if self.prologue == "gelu_tanh":
+                u = value * (1 + np.float32(0.044715) * value * value)
+                value = value / (np.float32(1) + np.exp(np.float32(-2 * np.sqrt(2 / np.pi)) * u))
+            if self.prologue == "gelu":
+                value = gelu(value)
+            if self.prologue == "geglu":
+                value = value[..., : self.C] * gelu(value[..., self.C :])
             scaled = value * inv_scale[row][:, None, None]
             low, high = (bound[row][:, None, None] for bound in (qmin, qmax))
             clipped = np.where(np.isnan(scaled), low, np.clip(scaled, low, high))
@@ -261,9 +288,9 @@ class Quantization:
         found = self.unpacked(codes[:-GUARD].reshape(self.N, self.HW, Cb))
         assert (found[..., self.C :] == 0).all(), "padding channels are not 0"
         found = found[..., : self.C] + (qmin[row][:, None, None] if self.unsigned else 0)
-        # exp2 on a GPU, exp2f here and numpy's exp differ in the last bits: at a tie the code may fall to either side. Without SiLU all is exact.
+        # exp2 on a GPU, exp2f here and numpy's exp differ in the last bits: at a tie the code may fall to either side. The rest is exact.
         near_tie = np.abs(np.abs(clipped - np.floor(clipped)) - 0.5) < 1e-4
-        allowed = near_tie & (np.abs(found - expected) == 1) if "silu" in self.prologue else False
+        allowed = near_tie & (np.abs(found - expected) == 1) if self.prologue in ("silu", "norm_silu", "gelu_tanh") else False
         wrong = (found != expected) & ~np.asarray(allowed)
         at = np.unravel_index(wrong.argmax(), wrong.shape)
         assert not wrong.any(), f"{int(wrong.sum())} of {wrong.size} codes differ, the first at {at}: {found[at]}, expected {expected[at]}"
@@ -318,7 +345,7 @@ def quantizations(seed: int) -> list[Quantization]:
     """Every quantize kernel, at shapes that take 16-byte loads and at shapes that cannot."""
     g = np.random.default_rng(seed)
     found = []
-    for layout, prologues in (("last", ("plain", "silu", "norm", "norm_silu")), ("first", ("plain", "silu"))):
+    for layout, prologues in (("last", ("plain", "silu", "norm", "norm_silu", "gelu", "gelu_tanh", "geglu")), ("first", ("plain", "silu"))):
         for prologue in prologues:
             for dtype in TYPES:
                 for bits, unsigned in ((4, False), (4, True), (8, False)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.numerics.kernel_layout import bits_of, pack_codes, pack_weight, weight_sum, zero_codes
-from engines.kernels.operands import Norm, Operands, Table
+from engines.kernels.operands import ACTIVATIONS, NORM_ACTIVATIONS, Norm, Operands, Table
 
 ROWS = 7
 KINDS = ("s4", "u4", "s8")
@@ -42,13 +42,13 @@ class Quantization:
     x: Tensor
     norm: Norm | None
     table: Table
-    silu: bool
+    activation: str
 
     def arguments(self, device: str) -> tuple:
         """Of the operator."""
         table, norm = self.table, self.norm
         columns = tuple(column.to(device) for column in (table.rows, table.inv_scale, table.qmin, table.qmax))
-        tail = (*columns, table.bits, table.unsigned, self.silu)
+        tail = (*columns, table.bits, table.unsigned, self.activation)
         x = self.x.to(device)
         assert x.stride() == self.x.stride()
         if norm is None:
@@ -83,7 +83,15 @@ def quantization(seed: int, largest: int) -> Quantization:
     qmax = qmin + 15 if unsigned else dice.codes(0, 7 if bits == 4 else 127, ROWS)
     inv_scale = dice.normal(ROWS).abs() * (4 if bits == 4 else 40) + 0.1
     table = Table(dice.codes(0, ROWS - 1, batch), inv_scale, qmin, qmax, bits, unsigned)
-    return Quantization(x.to(dice.one_of(TYPES)), norm, table, bool(dice.number(0, 1)))
+    activation = dice.one_of(NORM_ACTIVATIONS if norm else ACTIVATIONS)
+    if activation == "geglu":
+        x = torch.cat([x.flatten(2).transpose(1, 2) if x.ndim == 4 else x, dice.normal(*gates_of(x)) * 3], -1)
+    return Quantization(x.to(dice.one_of(TYPES)), norm, table, activation)
+
+
+def gates_of(x: Tensor) -> list[int]:
+    """Shape [B, ..., C] of the gates of an activation, a map read as tokens."""
+    return [x.shape[0], x.shape[2] * x.shape[3], x.shape[1]] if x.ndim == 4 else list(x.shape)
 
 
 @dataclass
