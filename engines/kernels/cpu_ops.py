@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from edm_deploy.numerics.kernel_layout import bits_of, pack_codes, unpack_codes
-from engines.kernels.operands import LARGEST_CODE, ConvShape, Norm, Operands, Table
+from engines.kernels.launch import OCTET, row_lanes
+from engines.kernels.operands import LARGEST_CODE, ConvShape, Norm, Operands, RowNorm, Table
 
 # Of gelu() in cuda/quantize.cuh, the lowest power first.
 GELU_POLYNOMIAL = (
@@ -101,6 +102,46 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
     if norm.gamma is not None:
         y = y * norm.gamma
     return y if norm.beta is None else y + norm.beta
+
+
+def quantize_rows(x: Tensor, norm: RowNorm, table: Table) -> Tensor:
+    """Packed codes uint8 [B, L, 1, Cb] of tokens [B, ..., C], each normalized: all in float32, in the order of `cuda/params.h`, the same bits."""
+    return _codes(row_normed(pixels(x).float(), norm), table)
+
+
+def row_normed(x: Tensor, norm: RowNorm) -> Tensor:
+    """`((x - mean) * rstd * gamma + beta) * (1 + scale) + shift` of float32 [B, L, 1, C]."""
+    channels = x.shape[-1]
+    if not norm.rms:
+        x = x - _row_sums(x) / channels
+    y = x * (1 / (_row_sums(x * x) / channels + norm.eps).sqrt())
+    if norm.gamma is not None:
+        y = y * norm.gamma
+    if norm.beta is not None:
+        y = y + norm.beta
+    if norm.scale is not None:
+        y = y * (1 + norm.scale.float()[:, None, None])
+    return y if norm.shift is None else y + norm.shift.float()[:, None, None]
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """Sums float32 [..., 1] of the last axis, in the order in which the threads of a token add."""
+    lanes = row_lanes(x.shape[-1])
+    padded = functional.pad(x, (0, -x.shape[-1] % (lanes * OCTET)))
+    own = padded.view(*x.shape[:-1], -1, lanes, OCTET)
+    total = own.new_zeros(*x.shape[:-1], lanes)
+    for octet in range(own.shape[-3]):
+        for channel in range(OCTET):
+            total = total + own[..., octet, :, channel]
+    total = total.view(*x.shape[:-1], -1, 32)
+    while total.shape[-1] > 1:
+        low, high = total.chunk(2, dim=-1)
+        total = low + high
+    warps = total[..., 0].unbind(-1)
+    result = warps[0]
+    for warp in warps[1:]:
+        result = result + warp
+    return result[..., None]
 
 
 def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:

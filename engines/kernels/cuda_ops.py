@@ -14,13 +14,16 @@ from engines.kernels.launch import (
     TYPES,
     ConvParams,
     QuantizeParams,
+    RowNormParams,
     StatsParams,
     chunk_of,
     conv_launches,
     quantize_launch,
+    row_lanes,
+    row_norm_launch,
     stats_launches,
 )
-from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, Table
+from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, RowNorm, Table
 from engines.kernels.tiles import Tile, choose_tile
 
 TYPE_NAMES = dict(zip(FLOATS, TYPES, strict=True))
@@ -57,6 +60,38 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "n
         params, type_name=type_name, bits=table.bits, channels_last=not first, norm=norm is not None, activation=activation
     )
     driver.launch([call], x.device)
+    return codes
+
+
+def quantize_rows(x: Tensor, norm: RowNorm, table: Table) -> Tensor:
+    """As `cpu_ops.quantize_rows`."""
+    values = pixels(x).contiguous()
+    batch, tokens, _, channels = values.shape
+    codes = torch.empty((batch, tokens, 1, code_bytes(channels, table.bits)), dtype=torch.uint8, device=x.device)
+    scale, shift = (_unit_stride(column) for column in (norm.scale, norm.shift))
+    params = RowNormParams(
+        x=values.data_ptr(),
+        codes=codes.data_ptr(),
+        row=table.rows.data_ptr(),
+        inv_scale=table.inv_scale.data_ptr(),
+        qmin=table.qmin.data_ptr(),
+        qmax=table.qmax.data_ptr(),
+        gamma=_address(norm.gamma),
+        beta=_address(norm.beta),
+        scale=_address(scale),
+        shift=_address(shift),
+        N=batch,
+        HW=tokens,
+        C=channels,
+        Cb=codes.shape[-1],
+        unsigned_codes=table.unsigned,
+        scale_stride=0 if scale is None else scale.stride(0),
+        shift_stride=0 if shift is None else shift.stride(0),
+        lanes=row_lanes(channels),
+        rms=norm.rms,
+        eps=norm.eps,
+    )
+    driver.launch([row_norm_launch(params, type_name=TYPE_NAMES[x.dtype], bits=table.bits)], x.device)
     return codes
 
 
@@ -124,6 +159,11 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _unit_stride(columns: Tensor | None) -> Tensor | None:
+    """[B, C] with neighbouring channels, as a chunk of a projection has them; else a copy."""
+    return columns if columns is None or columns.stride(1) == 1 else columns.contiguous()
 
 
 def _aligned(tensor: Tensor) -> Tensor:

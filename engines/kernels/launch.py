@@ -15,6 +15,7 @@ from engines.kernels.tiles import TILES, Tile
 THREADS = 256  # of every kernel but the convolutions
 TURN = 64  # pixels, and channels, of the tile that a block of quantize_first transposes
 OCTET = 8  # channels per thread
+CHANNELS_HELD = 32  # of a token, per thread of quantize_rows
 STATS_OCTETS = 64  # octets of channels per block of group_stats_partial
 LEAST_CHUNK, MOST_CHUNKS = 16, 128  # pixels of a chunk; chunks of a sample
 LARGEST_GRID = (2**31 - 1, 65535, 65535)  # blocks along x, y, z; the kernels stride over what a smaller grid leaves
@@ -40,6 +41,15 @@ class QuantizeParams(ctypes.Structure):
     """Mirror of the C++ struct of the same name."""
 
     _fields_ = _fields("x codes row inv_scale qmin qmax mean rstd gamma beta", "N HW C Cb groups unsigned_codes")
+
+
+class RowNormParams(ctypes.Structure):
+    """Mirror of the C++ struct of the same name."""
+
+    _fields_ = [
+        *_fields("x codes row inv_scale qmin qmax gamma beta scale shift", "N HW C Cb unsigned_codes scale_stride shift_stride lanes rms"),
+        ("eps", ctypes.c_float),
+    ]
 
 
 class StatsParams(ctypes.Structure):
@@ -98,6 +108,23 @@ def quantize_launch(params: QuantizeParams, *, type_name: str, bits: int, channe
     return Launch(entry, _clipped(*grid), THREADS, 0, params)
 
 
+def row_lanes(channels: int) -> int:
+    """Threads that share a token in `quantize_rows`; with the smallest number that has room for its channels in registers, most warps need no barrier."""
+    return next(lanes for lanes in (32, 64, 128, THREADS) if channels <= lanes * CHANNELS_HELD)
+
+
+def row_norm_launch(params: RowNormParams, *, type_name: str, bits: int) -> Launch:
+    """Normalize each token, quantize and pack.
+
+    Args:
+        params: All fields set, `lanes` from `row_lanes`.
+        type_name: `f16` or `bf16`, of x.
+        bits: 4 or 8.
+    """
+    grid = _clipped(_ceil(params.HW, THREADS // params.lanes), params.N, 1)
+    return Launch(f"quantize_rows_{type_name}_i{bits}", grid, THREADS, 0, params)
+
+
 def chunk_of(pixels: int) -> int:
     """Pixels per block of `group_stats_partial`: enough blocks for every multiprocessor, few enough that merging their results costs little."""
     return max(LEAST_CHUNK, _ceil(pixels, MOST_CHUNKS))
@@ -143,6 +170,7 @@ def entry_points() -> list[str]:
         names += [f"reduce_{kind}_{type_name}" for kind in CODE_FORMATS]
         names += [f"quantize_last_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in PROLOGUES.values()]
         names += [f"quantize_first_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in FIRST_PROLOGUES]
+        names += [f"quantize_rows_{type_name}_i{bits}" for bits in (4, 8)]
         names.append(f"group_stats_partial_{type_name}")
     return [*names, "group_stats_merge"]
 

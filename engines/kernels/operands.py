@@ -16,6 +16,7 @@ from edm_deploy.runtime.capabilities import CAPABILITIES
 FLOATS = (torch.float16, torch.bfloat16)
 FILTERS = CAPABILITIES["cuda"].filters or ()
 STRIDES = (1, 2)
+LARGEST_ROW = 8192  # channels of a token that is normalized
 INT32 = 2**31  # kernels count elements, and sum products, in int32
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")  # in front of a quantizer; geglu: x * gelu(gate) of [..., 2C]
 NORM_ACTIVATIONS = ("none", "silu")  # behind a group norm
@@ -71,6 +72,40 @@ class Norm:
         for name, per_channel in (("gamma", self.gamma), ("beta", self.beta)):
             if per_channel is not None:
                 _expect(op, name, per_channel, torch.float32, [channels], x.device)
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """LayerNorm or RMSNorm of each token, with adaLN's scale and shift: `((x - mean) * rstd * gamma + beta) * (1 + scale) + shift`.
+
+    Attributes:
+        gamma, beta: float32 [C] or None.
+        scale, shift: [B, C] of x's type, or None.
+        eps: Added to the variance.
+        rms: Whether the mean is taken as 0.
+    """
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    eps: float
+    rms: bool
+
+    def check(self, op: str, x: Tensor) -> None:
+        """Raises InputError where the norm does not match the tokens `x` [B, ..., C], UnsupportedError where C is more than a block holds."""
+        channels = x.shape[-1]
+        if x.ndim == 4:
+            raise InputError(f"{op}: x has shape {list(x.shape)}; expected tokens [B, ..., C], and not four axes.")
+        if channels > LARGEST_ROW:
+            raise UnsupportedError(f"{op}: {channels} channels; the kernel normalizes {LARGEST_ROW} at most. Keep this norm in torch.")
+        check_eps(op, self.eps)
+        for name, per_channel in (("gamma", self.gamma), ("beta", self.beta)):
+            if per_channel is not None:
+                _expect(op, name, per_channel, torch.float32, [channels], x.device)
+        for name, per_sample in (("scale", self.scale), ("shift", self.shift)):
+            if per_sample is not None:
+                _expect(op, name, per_sample, x.dtype, [x.shape[0], channels], x.device, contiguous=False)
 
 
 @dataclass(frozen=True)
@@ -196,6 +231,12 @@ def check_activation(op: str, x: Tensor, activation: str, known: Sequence[str] =
         raise InputError(f"{op}: activation {activation!r}; expected one of {', '.join(known)}.")
     if activation == "geglu" and (x.ndim == 4 or x.shape[-1] % 2):
         raise InputError(f"{op}: geglu of x {list(x.shape)}; expected [B, ..., 2C], values and gates, and not four axes.")
+
+
+def check_eps(op: str, eps: float) -> None:
+    """Raises InputError where eps is negative."""
+    if eps < 0:
+        raise InputError(f"{op}: eps {eps}; expected at least 0.")
 
 
 def check_groups(op: str, channels: int, groups: int) -> None:

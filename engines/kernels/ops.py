@@ -6,6 +6,7 @@ compute the same bits in plain torch (`cpu_ops.py`), and under a tracer only sha
     quantize          float16 or bfloat16 -> packed codes, optionally after an activation (operands.ACTIVATIONS)
     group_stats       mean and 1 / sqrt(variance + eps) of each sample's groups of channels
     quantize_normed   as quantize, after normalization with such statistics
+    quantize_row_normed  as quantize, after LayerNorm or RMSNorm of each token, and per-sample scale and shift
     conv2d            packed codes * packed weight -> float16 or bfloat16 [B, K, P, Q], channels last
     linear            the same for a Linear -> [*leading, K]
 
@@ -28,7 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edm_deploy.errors import InputError
 from edm_deploy.numerics.kernel_layout import code_bytes
 from engines.kernels import cpu_ops, cuda_ops
 from engines.kernels.operands import (
@@ -36,8 +36,10 @@ from engines.kernels.operands import (
     ConvShape,
     Norm,
     Operands,
+    RowNorm,
     Table,
     check_activation,
+    check_eps,
     check_groups,
     check_leading,
     check_rows,
@@ -45,15 +47,16 @@ from engines.kernels.operands import (
     check_values,
 )
 
-_TABLE = "Tensor rows, Tensor inv_scale, Tensor qmin, Tensor qmax, int bits, bool unsigned_codes, str activation"
+_TABLE = "Tensor rows, Tensor inv_scale, Tensor qmin, Tensor qmax, int bits, bool unsigned_codes"
 _OPERANDS = (
     "Tensor codes, Tensor rows, Tensor weight, Tensor zero, Tensor act_scale, Tensor qmin, Tensor weight_scale, Tensor weight_sum, "
     "Tensor? bias, Tensor? residual, str kind"
 )
 SCHEMAS = {
-    "quantize": f"(Tensor x, {_TABLE}) -> Tensor",
+    "quantize": f"(Tensor x, {_TABLE}, str activation) -> Tensor",
     "group_stats": "(Tensor x, int groups, float eps) -> (Tensor, Tensor)",
-    "quantize_normed": f"(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, int groups, {_TABLE}) -> Tensor",
+    "quantize_normed": f"(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, int groups, {_TABLE}, str activation) -> Tensor",
+    "quantize_row_normed": f"(Tensor x, Tensor? gamma, Tensor? beta, Tensor? scale, Tensor? shift, float eps, bool rms, {_TABLE}) -> Tensor",
     "conv2d": f"({_OPERANDS}, int[2] kernel, int stride, int padding, ScalarType dtype) -> Tensor",
     "linear": f"({_OPERANDS}, SymInt[] leading, ScalarType dtype) -> Tensor",
 }
@@ -81,20 +84,37 @@ def _quantize_normed(traced: bool, x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _to_codes(op: str, traced: bool, x: Tensor, norm: Norm | None, table: Table, activation: str) -> Tensor:
-    table.check(op, x)
-    shape = codes_shape(x, table.bits, activation)
+    shape = _checked_codes(op, traced, x, table, activation)
     if traced:
         return x.new_empty(shape, dtype=torch.uint8)
-    check_size(op, x=x.shape, codes=shape)
-    check_rows(op, table.rows, len(table.inv_scale))
     run = cuda_ops.quantize if x.is_cuda else cpu_ops.quantize
     return run(x, norm, table, activation=activation).view(shape)
 
 
+def _checked_codes(op: str, traced: bool, x: Tensor, table: Table, activation: str = "none") -> list[int]:
+    """Shape of the codes, once the table and the sizes are checked."""
+    table.check(op, x)
+    shape = codes_shape(x, table.bits, activation)
+    if not traced:
+        check_size(op, x=x.shape, codes=shape)
+        check_rows(op, table.rows, len(table.inv_scale))
+    return shape
+
+
+def _quantize_row_normed(traced: bool, x: Tensor, *arguments: Any) -> Tensor:
+    op, norm, table = "quantize_row_normed", RowNorm(*arguments[:6]), Table(*arguments[6:])
+    check_values(op, x)
+    norm.check(op, x)
+    shape = _checked_codes(op, traced, x, table)
+    if traced:
+        return x.new_empty(shape, dtype=torch.uint8)
+    run = cuda_ops.quantize_rows if x.is_cuda else cpu_ops.quantize_rows
+    return run(x, norm, table).view(shape)
+
+
 def _group_stats(traced: bool, x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     check_groups("group_stats", check_values("group_stats", x), groups)
-    if eps < 0:
-        raise InputError(f"group_stats: eps {eps}; expected at least 0.")
+    check_eps("group_stats", eps)
     if traced:
         mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
         return mean, torch.empty_like(mean)
@@ -137,6 +157,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "group_stats": _group_stats,
     "quantize_normed": _quantize_normed,
+    "quantize_row_normed": _quantize_row_normed,
     "conv2d": _conv2d,
     "linear": _linear,
 }

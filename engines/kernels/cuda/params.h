@@ -36,6 +36,28 @@ struct QuantizeParams {
 //   function, so defined bit for bit; within 2^-19 of the exact value, and relative to it within 2^-19 where v > -1. GEGLU: x * GELU(gate), rounded to float32.
 // GELU_TANH: v / (1 + exp(-2u)), u = sqrt(2 / pi) (v + 0.044715 v^3), which equals v (1 + tanh(u)) / 2; its error is that of SILU at 2u.
 
+struct RowNormParams {
+  const void* x;           // float16 or bfloat16 [N][HW][C]
+  byte_t* codes;           // [N][HW][Cb]
+  const int* row;          // [N], as the next three in QuantizeParams
+  const float* inv_scale;  // [rows]
+  const int* qmin;         // [rows]
+  const int* qmax;         // [rows]
+  const float* gamma;      // [C] or null
+  const float* beta;       // [C] or null
+  const void* scale;       // of x's type [N][C], or null
+  const void* shift;       // of x's type [N][C], or null
+  int N, HW, C, Cb;
+  int unsigned_codes;
+  int scale_stride, shift_stride;  // elements from one sample to the next
+  int lanes;               // threads that share a token: the smallest of 32, 64, 128, 256 with C <= 32 * lanes
+  int rms;                 // 1: RMSNorm, mean = 0
+  float eps;
+};
+// value = ((x - mean) * rstd * gamma + beta) * (1 + scale) + shift, each step rounded to float32 separately, then as QuantizeParams; a null operand omits its step.
+// mean = S(x) / C, rstd = 1 / sqrt(S((x - mean)^2) / C + eps). S sums in float32: thread t of a token adds channels 8t .. 8t + 7, then those of octets
+// t + lanes, t + 2 * lanes, ...; the 32 threads of a warp in five steps, each with the thread whose number differs in bit 4, 3, 2, 1, 0; then warps in order.
+
 struct StatsParams {
   const void* x;   // float16 or bfloat16 [N][HW][C]
   float* partial;  // [N][ceil(HW / chunk)][C][2] mean of a chunk's pixels, and sum of their squared distances from it: scratch between the two kernels
@@ -70,6 +92,7 @@ struct ConvParams {
 // How the host launches each entry point (grid, threads per block). The only parameter of every kernel is its struct, by value.
 //   quantize_last_*    (ceil(HW * channels / 8 / 256), N)              256   channels = Cb * 8 / bits; both axes stride over what a smaller grid leaves
 //   quantize_first_*   (ceil(HW / 64), ceil(channels / 64), N)         256   likewise
+//   quantize_rows_*    (ceil(HW / (256 / lanes)), N)                   256   likewise
 //   group_stats_partial_*  (ceil(HW / chunk), ceil(C / 8 / STATS_OCTETS), N)  256   likewise
 //   group_stats_merge  (groups, N)                                     256   likewise
 //   conv_*_BMxBN_*     (ceil(M / BM), ceil(K / BN), splits)            Tile::threads and Tile::shared_bytes of dynamic shared memory (TILES in kernels.cu)

@@ -9,7 +9,8 @@ struct Row {
   float inv_scale, low, high;
   int offset;  // subtracted from the code before it is stored
 
-  __device__ __forceinline__ Row(const QuantizeParams& p, int n) {
+  template <class Params>
+  __device__ __forceinline__ Row(const Params& p, int n) {
     const int row = p.row[n];
     inv_scale = p.inv_scale[row];
     low = __int2float_rn(p.qmin[row]);

@@ -56,6 +56,14 @@ def test_codes_are_those_of_the_cpu(seed, launched):
     assert len(launched) == 1
 
 
+@pytest.mark.parametrize("seed", range(24))
+def test_codes_of_normalized_tokens_are_those_of_the_cpu(seed, launched):
+    drawn = draws.row_normalization(seed, largest=12)
+    arguments = drawn.x, drawn.norm, drawn.table
+    assert torch.equal(cuda_ops.quantize_rows(*arguments), cpu_ops.quantize_rows(*arguments))
+    assert len(launched) == 1
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_sums_are_those_of_the_cpu(seed, launched):
     drawn = draws.a_sum(seed, largest=6)
@@ -137,6 +145,8 @@ def test_a_gpu_gives_the_bits_of_the_cpu(seed):
     drawn = draws.quantization(seed, largest=6 if seed % 2 else 33)
     op = OPS.quantize if drawn.norm is None else OPS.quantize_normed
     assert_same_codes(drawn, op(*drawn.arguments("cuda")).cpu(), op(*drawn.arguments("cpu")))
+    tokens = draws.row_normalization(seed, largest=6 if seed % 2 else 60)
+    assert torch.equal(OPS.quantize_row_normed(*tokens.arguments("cuda")).cpu(), OPS.quantize_row_normed(*tokens.arguments("cpu")))
     summed = draws.a_sum(seed, largest=6 if seed % 2 else 33)
     op = OPS.conv2d if summed.leading is None else OPS.linear
     found, expected = op(*summed.arguments("cuda")), op(*summed.arguments("cpu"))

@@ -168,6 +168,35 @@ MUTANTS = {
         "high = reinterpret_cast<const float4*>(column)[1];",
         "high = reinterpret_cast<const float4*>(column)[0];",
     ),
+    "the warps of a token are not added": ("row_norm.cuh", "if (lanes == 32) return own;", "return own;"),
+    "no barrier before the warps of a token are added": ("row_norm.cuh", "  __syncthreads();\n  const int first", "  const int first"),
+    "both sums of a token share their place": (
+        "row_norm.cuh",
+        "sum, slots + (slot ^= THREADS / 32), p.lanes) / channels;\n      const float rstd",
+        "sum, slots + slot, p.lanes) / channels;\n      const float rstd",
+    ),
+    "a token's padding is counted in its variance": (
+        "row_norm.cuh",
+        "e < count ? __fmul_rn(v[i][e], v[i][e]) : 0.0f",
+        "__fmul_rn(v[i][e], v[i][e])",
+    ),
+    "RMSNorm subtracts the mean": ("row_norm.cuh", "p.rms ? 0.0f : row_sum", "row_sum"),
+    "the shift is that of sample 0": (
+        "row_norm.cuh",
+        "of_sample<T>(p.shift, n, p.shift_stride)",
+        "of_sample<T>(p.shift, 0, p.shift_stride)",
+    ),
+    "the scale of adaLN is not added to 1": (
+        "row_norm.cuh",
+        "__fmul_rn(v[i][e], __fadd_rn(1.0f, column[e]))",
+        "__fmul_rn(v[i][e], column[e])",
+    ),
+    "tokens past the end are stored": ("row_norm.cuh", "if (!exists || octet >= octets) continue;", "if (octet >= octets) continue;"),
+    "the norm's affine part comes after adaLN's": (
+        "row_norm.cuh",
+        "        if (p.beta && count > 0) {",
+        "        if (p.beta && count > 0 && !scale) {",
+    ),
 }
 # An index, a bound and a rounding in every run; each takes about two seconds to compile and run.
 IN_EVERY_RUN = (
@@ -191,7 +220,7 @@ def outcome(folder: pathlib.Path, file: str, old: str, new: str) -> str | None:
     cuda = folder / "cuda"
     shutil.copytree(CUDA, cuda)
     entry_points = (cuda / "kernels.cu").read_text()
-    for pattern in LEFT_OUT + (NO_CONVOLVE if file in ("quantize.cuh", "norm.cuh") else NO_QUANTIZE):
+    for pattern in LEFT_OUT + (NO_CONVOLVE if file in ("quantize.cuh", "norm.cuh", "row_norm.cuh") else NO_QUANTIZE):
         entry_points, found = re.subn(pattern, "", entry_points)
         assert found == 1, f"kernels.cu holds {pattern} {found} times"
     (cuda / "kernels.cu").write_text(entry_points)

@@ -37,6 +37,10 @@ def changed(op: str, **changes) -> tuple:
         ("group_stats", {"eps": -1.0}, "eps -1.0; expected at least 0"),
         ("quantize_normed", {"groups": 4}, r"mean is float32 \[2, 2\] on cpu; expected float32 \[2, 4\]"),
         ("quantize_normed", {"gamma": torch.ones(4)}, r"gamma is float32 \[4\] on cpu; expected float32 \[8\]"),
+        ("quantize_row_normed", {"x": torch.zeros(2, 8, 4, 4, dtype=HALF)}, r"x has shape \[2, 8, 4, 4\]; expected tokens"),
+        ("quantize_row_normed", {"eps": -1.0}, "quantize_row_normed: eps -1.0; expected at least 0"),
+        ("quantize_row_normed", {"gamma": torch.ones(8, dtype=HALF)}, r"gamma is float16 \[8\] on cpu; expected float32 \[8\]"),
+        ("quantize_row_normed", {"scale": torch.ones(1, 8, dtype=HALF)}, r"scale is float16 \[1, 8\] on cpu; expected float16 \[2, 8\]"),
         ("conv2d", {"codes": torch.zeros(2, 4, 4, 8, dtype=torch.uint8)}, "expected .B, H, W, Cb., Cb a multiple of 16"),
         (
             "conv2d",
@@ -76,6 +80,12 @@ def test_what_does_not_fit_is_refused(op, changes, message):
 def test_a_filter_without_a_kernel_is_named(changes, message):
     with pytest.raises(UnsupportedError, match=message):
         OPS.conv2d(*changed("conv2d", **changes))
+
+
+def test_a_token_of_more_channels_than_a_block_holds_is_refused():
+    x = torch.zeros(2, 1, 8200, dtype=HALF)
+    with pytest.raises(UnsupportedError, match="quantize_row_normed: 8200 channels; the kernel normalizes 8192 at most"):
+        OPS.quantize_row_normed(x, None, None, None, None, 1e-6, False, *example("quantize")[1:-1])
 
 
 def test_a_sum_that_could_pass_int32_is_refused():

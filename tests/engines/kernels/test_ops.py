@@ -190,6 +190,23 @@ def test_group_norm_in_two_steps_agrees_with_torch(affine):
     assert float((codes - exact).abs().max()) <= 0.5 + 1e-3  # rounding, and float32's error of values near 128
 
 
+@pytest.mark.parametrize("rms", [False, True])
+def test_the_norm_of_tokens_agrees_with_torch(rms):
+    """LayerNorm and adaLN as diffusers writes it, far from 0; RMSNorm. The rows of the batch have a table row each."""
+    generator = torch.Generator().manual_seed(3)
+    x = (torch.randn(2, 5, 40, generator=generator) * 3 + (0 if rms else 100)).to(HALF)
+    gamma, beta = torch.randn(2, 40, generator=generator)
+    scale, shift = torch.randn(2, 3 * 40, generator=generator).to(HALF)[:, :80].chunk(2, dim=1)
+    rows, qmin, qmax = (torch.tensor(values, dtype=torch.int32) for values in ([1, 0], [-128, -128], [127, 127]))
+    inv_scale = torch.tensor([10.0, 30.0])
+    codes = OPS.quantize_row_normed(x, gamma, beta, scale, shift, 1e-5, rms, rows, inv_scale, qmin, qmax, 8, False)
+    normed = nn.functional.rms_norm(x.double(), (40,), eps=1e-5) if rms else nn.functional.layer_norm(x.double(), (40,), eps=1e-5)
+    exact = (normed * gamma + beta) * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    exact = (exact * inv_scale[rows][:, None, None]).clamp(-128, 127)
+    assert codes.shape == (2, 5, 1, 48)
+    assert float((codes[:, :, 0, :40].view(torch.int8) - exact).abs().max()) <= 0.5 + 1e-3
+
+
 # ---- tracing
 
 
@@ -205,6 +222,9 @@ def example(op: str) -> tuple:
         return x, 2, 1e-6
     if op == "quantize_normed":
         return x, mean, rstd, torch.ones(8), None, 2, *arguments
+    if op == "quantize_row_normed":
+        scale, shift = torch.randn(2, 16, generator=torch.Generator().manual_seed(5)).to(HALF).chunk(2, dim=1)
+        return x.flatten(2).mT, torch.ones(8), torch.zeros(8), scale, shift, 1e-6, False, *arguments[:-1]
     if op == "conv2d":
         codes = OPS.quantize(x, *arguments)
         residual = torch.randn(2, 6, 4, 4).to(HALF)

@@ -39,6 +39,14 @@ def pack(codes: NDArray[np.integer], bits: int, padding: np.random.Generator | N
     return np.ascontiguousarray(whole if bits == 8 else whole[..., 0::2] | whole[..., 1::2] << 4)
 
 
+def unpacked(codes: NDArray[np.uint8], bits: int, *, unsigned: bool) -> NDArray[np.int64]:
+    """The inverse of `pack`, [..., Cb] to [..., channels], the padding ones included."""
+    if bits == 8:
+        return codes.view(np.int8).astype(np.int64)
+    nibbles = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1).astype(np.int64)
+    return nibbles if unsigned else (nibbles ^ 8) - 8
+
+
 def to_type(x: NDArray[np.float32], dtype: str) -> NDArray[np.uint16]:
     """float32 rounded to the bits of float16 or bfloat16, half to even."""
     if dtype == "f16":
@@ -285,7 +293,7 @@ class Quantization:
         grid = (1, 1, 1) if g.random() < 0.3 else grid
         emulator.run(self.entry, params, grid, 256)
         assert (codes[-GUARD:] == 0xAD).all(), "wrote behind the codes"
-        found = self.unpacked(codes[:-GUARD].reshape(self.N, self.HW, Cb))
+        found = unpacked(codes[:-GUARD].reshape(self.N, self.HW, Cb), self.bits, unsigned=self.unsigned)
         assert (found[..., self.C :] == 0).all(), "padding channels are not 0"
         found = found[..., : self.C] + (qmin[row][:, None, None] if self.unsigned else 0)
         # exp2 on a GPU, exp2f here and numpy's exp differ in the last bits: at a tie the code may fall to either side. The rest is exact.
@@ -294,12 +302,6 @@ class Quantization:
         wrong = (found != expected) & ~np.asarray(allowed)
         at = np.unravel_index(wrong.argmax(), wrong.shape)
         assert not wrong.any(), f"{int(wrong.sum())} of {wrong.size} codes differ, the first at {at}: {found[at]}, expected {expected[at]}"
-
-    def unpacked(self, codes: NDArray[np.uint8]) -> NDArray[np.int64]:
-        if self.bits == 8:
-            return codes.view(np.int8).astype(np.int64)
-        nibbles = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1).astype(np.int64)
-        return nibbles if self.unsigned else (nibbles ^ 8) - 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -383,9 +385,11 @@ def statistics(seed: int) -> list[Statistics]:
 
 
 def check_build(library: pathlib.Path, seed: int, count: int) -> None:
-    """`count` convolutions of each kind, the quantizations and the statistics, all in float16, as far as the library has their kernels."""
+    """`count` convolutions of each kind, the quantizations, the statistics and the norms of tokens, all in float16, as far as the library has their kernels."""
+    from tests.engines.kernels.emulator.row_norms import row_norms  # which is built on this file
+
     emulator, g = Emulator(library), np.random.default_rng(seed)
-    for case in (*quantizations(seed), *statistics(seed)):
+    for case in (*quantizations(seed), *statistics(seed), *row_norms(seed)):
         if case.dtype == "f16" and emulator.has(case.entry):
             case.check(emulator)
     tiles = [(BM, BN) for BM, BN in TILES if emulator.has(f"conv_s4_{BM}x{BN}_f16")]
