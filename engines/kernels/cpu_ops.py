@@ -153,7 +153,7 @@ def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: object = None) -> Tensor:
-    """`float(sum) * (act_scale[row] * weight_scale) + bias + residual`, each step rounded to float32, then to `dtype`.
+    """`(float(sum) * (act_scale[row] * weight_scale) + bias + sample_bias) * gate + residual`, each step rounded to float32, then to `dtype`.
 
     Args:
         operands: Of kind `u4` the sum is of (n - qmin) * w, and qmin * weight_sum is added to it. The residual is [M, K].
@@ -171,8 +171,14 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: ob
     y = total.float() * (operands.act_scale[rows][:, None, None, None] * operands.weight_scale)
     if operands.bias is not None:
         y = y + operands.bias
+    if operands.sample_bias is not None:
+        y = y + operands.sample_bias[:, None, None].float()
+    if operands.gate is not None:
+        y = y * operands.gate[:, None, None].float()
     if operands.residual is not None:
         y = y + operands.residual.view(y.shape).float()
+    if operands.saturate:
+        y = y.clamp(-65504, 65504)
     return y.to(dtype).contiguous()
 
 

@@ -127,6 +127,7 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
     # Referenced until the launch: the allocator reuses freed memory, in stream order.
     codes, weight, zero = _aligned(operands.codes), _aligned(operands.weight), _aligned(operands.zero)
     residual = None if operands.residual is None else _aligned(operands.residual)
+    sample_bias, gate = _unit_stride(operands.sample_bias), _unit_stride(operands.gate)
     params = ConvParams(
         codes=codes.data_ptr(),
         weight=weight.data_ptr(),
@@ -137,6 +138,8 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
         weight_scale=operands.weight_scale.data_ptr(),
         weight_sum=operands.weight_sum.data_ptr(),
         bias=_address(operands.bias),
+        sample_bias=_address(sample_bias),
+        gate=_address(gate),
         residual=_address(residual),
         out=out.data_ptr(),
         partial=_address(partial),
@@ -152,6 +155,9 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
         padding=shape.padding,
         stride=shape.stride,
         splits=splits,
+        sample_bias_stride=0 if sample_bias is None else sample_bias.stride(0),
+        gate_stride=0 if gate is None else gate.stride(0),
+        saturate=operands.saturate,
     )
     driver.launch(conv_launches(params, kind=operands.kind, tile=tile, type_name=TYPE_NAMES[dtype]), device)
     return out

@@ -62,8 +62,8 @@ class ConvParams(ctypes.Structure):
     """Mirror of the C++ struct of the same name."""
 
     _fields_ = _fields(
-        "codes weight zero row act_scale qmin weight_scale weight_sum bias residual out partial",
-        "N H W Cb K R S P Q padding stride splits",
+        "codes weight zero row act_scale qmin weight_scale weight_sum bias sample_bias gate residual out partial",
+        "N H W Cb K R S P Q padding stride splits sample_bias_stride gate_stride saturate",
     )
 
 

@@ -144,7 +144,9 @@ class Operands:
         weight_scale: float32 [K].
         weight_sum: int32 [K].
         bias: float32 [K] or None.
-        residual: The output's type and shape, or None.
+        sample_bias, gate: [B, K] of the output's type, or None: added behind the bias, and multiplied with the sum.
+        residual: The output's type and shape, or None: added behind the gate.
+        saturate: Whether the result is clipped to float16's finite values.
         kind: `s4`, `u4` or `s8`.
     """
 
@@ -157,7 +159,10 @@ class Operands:
     weight_scale: Tensor
     weight_sum: Tensor
     bias: Tensor | None
+    sample_bias: Tensor | None
+    gate: Tensor | None
     residual: Tensor | None
+    saturate: bool
     kind: str
 
     def shape(self, op: str, kernel: Sequence[int], stride: int, padding: int) -> ConvShape:
@@ -206,6 +211,9 @@ class Operands:
             _expect(op, "bias", self.bias, torch.float32, [shape.K], device)
         if dtype not in FLOATS:
             raise InputError(f"{op}: output type {_words(dtype)}; the kernels write float16 and bfloat16.")
+        for name, per_sample in (("sample_bias", self.sample_bias), ("gate", self.gate)):
+            if per_sample is not None:
+                _expect(op, name, per_sample, dtype, [shape.N, shape.K], device, contiguous=False)
         if self.residual is not None:
             _expect(op, "residual", self.residual, dtype, result, device, contiguous=False)
 

@@ -50,8 +50,9 @@ from engines.kernels.operands import (
 _TABLE = "Tensor rows, Tensor inv_scale, Tensor qmin, Tensor qmax, int bits, bool unsigned_codes"
 _OPERANDS = (
     "Tensor codes, Tensor rows, Tensor weight, Tensor zero, Tensor act_scale, Tensor qmin, Tensor weight_scale, Tensor weight_sum, "
-    "Tensor? bias, Tensor? residual, str kind"
+    "Tensor? bias, Tensor? sample_bias, Tensor? gate, Tensor? residual, bool saturate, str kind"
 )
+_COUNT = _OPERANDS.count(",") + 1
 SCHEMAS = {
     "quantize": f"(Tensor x, {_TABLE}, str activation) -> Tensor",
     "group_stats": "(Tensor x, int groups, float eps) -> (Tensor, Tensor)",
@@ -124,7 +125,7 @@ def _group_stats(traced: bool, x: Tensor, groups: int, eps: float) -> tuple[Tens
 
 
 def _conv2d(traced: bool, *arguments: Any) -> Tensor:
-    operands, (kernel, stride, padding, dtype) = Operands(*arguments[:11]), arguments[11:]
+    operands, (kernel, stride, padding, dtype) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
     shape = operands.shape("conv2d", kernel, stride, padding)
     operands.check("conv2d", shape, [shape.N, shape.K, shape.P, shape.Q], dtype)
     if operands.residual is not None:
@@ -133,7 +134,7 @@ def _conv2d(traced: bool, *arguments: Any) -> Tensor:
 
 
 def _linear(traced: bool, *arguments: Any) -> Tensor:
-    operands, (leading, dtype) = Operands(*arguments[:11]), arguments[11:]
+    operands, (leading, dtype) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
     shape = operands.shape("linear", (1, 1), stride=1, padding=0)
     check_leading("linear", operands.codes, leading)
     operands.check("linear", shape, [*leading, shape.K], dtype)

@@ -160,7 +160,9 @@ class _Model:
             return Cost(kind="attention", name=name, seconds=seconds, launches=1)
         if node.target in FLOAT_LAYERS:
             return self._float_layer(name, arguments[0], arguments[1], result)
-        codes, weight, residual, kind = arguments[0], arguments[2], arguments[9], arguments[10]
+        schema: Any = node.target
+        operands = dict(zip((each.name for each in schema._schema.arguments), arguments, strict=False))
+        codes, weight, residual, kind = (operands[name] for name in ("codes", "weight", "residual", "kind"))
         outputs, taps, stored = weight.shape
         matmul = Matmul(
             rows=result.numel() // outputs,

@@ -101,7 +101,7 @@ def _norm_into(rewritten: GraphRewrite, norm: Any, x: Any, quantizers: list[Any]
     with rewritten.graph.inserting_before(norm):
         stats = rewritten.graph.call_function(kernels.group_stats.default, (x, groups, eps))
         mean, rstd = (rewritten.graph.call_function(_item, (stats, index)) for index in (0, 1))
-        gamma, beta = (_float32(rewritten, column) for column in (gamma, beta))
+        gamma, beta = (float32(rewritten, column) for column in (gamma, beta))
     for quantize in quantizers:
         with rewritten.graph.inserting_before(quantize):
             fused = rewritten.graph.call_function(kernels.quantize_normed.default, (x, mean, rstd, gamma, beta, groups, *quantize.args[1:]))
@@ -157,7 +157,7 @@ def _item(pair: tuple[Any, Any], index: int) -> Any:
     return pair[index]
 
 
-def _float32(rewritten: GraphRewrite, parameter: fx.Node | None) -> fx.Node | None:
+def float32(rewritten: GraphRewrite, parameter: fx.Node | None) -> fx.Node | None:
     """The float32 form of a norm's parameter, which is the only one the kernels read."""
     if parameter is None:
         return None

@@ -2,6 +2,8 @@
 
     silu | gelu -> quantize                      the activation in float32 before rounding
     values * gelu(gates) -> quantize             GEGLU: both halves of a layer's output are read while quantizing
+    layer_norm | rms_norm -> quantize            of tokens: one kernel normalizes and quantizes
+    layer_norm * (1 + scale) + shift -> quantize adaLN, its scale and shift per sample: likewise
     group_norm -> quantize                       statistics in separate kernels, the rest while quantizing
     group_norm -> tokens of a map -> quantize    likewise: the map is quantized, and its codes are read as tokens
     conv2d | linear -> add                       the other summand enters the epilogue, in float32
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from engines.torch_graph.fused_epilogues import fuse_residual
 from engines.torch_graph.fused_prologues import fuse_activation, fuse_geglu, fuse_group_norm
+from engines.torch_graph.fused_row_norms import fuse_row_norm
 from engines.torch_graph.rewrite import GraphRewrite
 
 
@@ -22,4 +25,5 @@ def fuse(rewritten: GraphRewrite) -> None:
     fuse_geglu(rewritten)
     fuse_activation(rewritten)
     fuse_group_norm(rewritten)
+    fuse_row_norm(rewritten)
     fuse_residual(rewritten)

@@ -122,7 +122,10 @@ def _operands(kind: str, dtype: torch.dtype, shape: ConvShape, generator: torch.
         weight_scale=torch.linspace(1e-3, 1e-2, shape.K),
         weight_sum=weight_sum(weight),
         bias=torch.randn(shape.K, generator=generator),
+        sample_bias=torch.randn((shape.N, shape.K), generator=generator).to(dtype),
+        gate=torch.randn((shape.N, shape.K), generator=generator).to(dtype),
         residual=torch.randn((shape.M, shape.K), generator=generator).to(dtype),
+        saturate=True,
         kind=kind,
     )
 

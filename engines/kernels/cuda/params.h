@@ -78,6 +78,8 @@ struct ConvParams {
   const float* weight_scale;  // [K]
   const int* weight_sum;      // [K] sum of an output channel's codes; read by u4 kernels only
   const float* bias;          // [K] or null
+  const void* sample_bias;    // [N][K] of the output's type, or null
+  const void* gate;           // [N][K] of the output's type, or null
   const void* residual;       // [M][K] of the output's type, or null
   void* out;                  // [M][K], M = N * P * Q: channels last
   int* partial;               // [splits][M][K] where the sum is split, else null
@@ -85,9 +87,11 @@ struct ConvParams {
   int K, R, S, P, Q;          // output channels, filter height and width, output height and width
   int padding, stride;
   int splits;                 // blocks that share one output tile, each summing a part of the filter taps and channels
+  int sample_bias_stride, gate_stride;  // elements from one sample to the next
+  int saturate;               // 1: y is clipped to [-65504, 65504], float16's range
 };
-// y = float(acc) * (act_scale[row] * weight_scale[k]) + bias[k] + residual, each step rounded to float32 separately (no fused multiply-add), then to
-// the output's type: equal to numpy's result bit for bit.
+// y = (float(acc) * (act_scale[row] * weight_scale[k]) + bias[k] + sample_bias[n][k]) * gate[n][k] + residual, from left to right, each step rounded to float32
+// separately (no fused multiply-add), clipped where `saturate` says so (NaN stays NaN), then rounded to the output's type: equal to numpy's result bit for bit.
 
 // How the host launches each entry point (grid, threads per block). The only parameter of every kernel is its struct, by value.
 //   quantize_last_*    (ceil(HW * channels / 8 / 256), N)              256   channels = Cb * 8 / bits; both axes stride over what a smaller grid leaves

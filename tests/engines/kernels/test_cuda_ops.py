@@ -102,7 +102,14 @@ def test_a_small_map_is_split_and_reduced(launched):
     zero, rows = torch.zeros(draws.ROWS, 16, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
     codes = dice.codes(0, 255, 1, 2, 2, 1024).to(torch.uint8)
     weight = dice.codes(0, 255, 16, 1, 1024).to(torch.uint8)
-    columns = {"weight_scale": torch.ones(16), "weight_sum": torch.zeros(16, dtype=torch.int32), "bias": None, "residual": None}
+    columns = {
+        "weight_scale": torch.ones(16),
+        "weight_sum": torch.zeros(16, dtype=torch.int32),
+        "bias": None,
+        "sample_bias": None,
+        "gate": None,
+        "residual": None,
+    }
     operands = replace(drawn, codes=codes, weight=weight, zero=zero, rows=rows, kind="s8", **columns)
     shape = operands.shape("test", (1, 1), 1, 0)
     expected = cpu_ops.convolve(operands, shape, torch.bfloat16)

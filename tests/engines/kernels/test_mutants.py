@@ -110,11 +110,20 @@ MUTANTS = {
         "if (p.bias) y[e] = __fadd_rn(y[e], columns.bias[e]);",
         "if (p.bias) y[e] = fmaf(__int2float_rn(sum), __fmul_rn(act_scale, columns.scale[e]), columns.bias[e]);",
     ),
-    "the residual is skipped where channels are no octets": (
+    "an operand is skipped where channels are no octets": ("epilogue.cuh", "v[e] = e < count ? to_float(from[e]) : 0.0f;", "v[e] = 0.0f;"),
+    "the bias of a sample is that of sample 0": (
         "epilogue.cuh",
-        "if (p.residual) y[e] = __fadd_rn(y[e], to_float(residual[e]));",
-        "",
+        "load_of_sample<T>(operand, p.sample_bias, p.sample_bias_stride, n, k0, p.K);",
+        "load_of_sample<T>(operand, p.sample_bias, p.sample_bias_stride, 0, k0, p.K);",
     ),
+    "samples' gates are as far apart as their biases": ("epilogue.cuh", "p.gate, p.gate_stride, n", "p.gate, p.K, n"),
+    "the residual is not added behind a gate": (
+        "epilogue.cuh",
+        "if (p.residual) {\n    load_operand(operand",
+        "if (p.residual && p.gate) {\n    load_of_sample<T>(operand, p.gate, p.gate_stride, n, k0, p.K);\n  } else if (p.residual) {\n    load_operand(operand",
+    ),
+    "what is no number is clipped": ("epilogue.cuh", "y[e] > 65504.0f ? 65504.0f :", "!(y[e] <= 65504.0f) ? 65504.0f :"),
+    "nothing is clipped from below": ("epilogue.cuh", "y[e] < -65504.0f ? -65504.0f : y[e]", "y[e]"),
     "channels past the end are stored": ("epilogue.cuh", "if (k0 + e >= p.K) continue;", ""),
     "the nibbles of a byte are swapped": ("quantize.cuh", "<< (e * BITS % 32);", "<< ((BITS == 4 ? e ^ 1 : e) * BITS % 32);"),
     "codes are rounded half up": ("quantize.cuh", "__fadd_rn(clipped, 12582912.0f)", "__fadd_rn(floorf(clipped + 0.5f), 12582912.0f)"),

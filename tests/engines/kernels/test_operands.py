@@ -58,7 +58,13 @@ def changed(op: str, **changes) -> tuple:
             {"residual": torch.zeros(2, 6, 2, 2, dtype=HALF)},
             r"residual is float16 \[2, 6, 2, 2\] on cpu; expected float16 \[2, 6, 4, 4\]",
         ),
-        ("conv2d", {"dtype": torch.float32, "residual": None}, "output type float32; the kernels write float16 and bfloat16"),
+        ("conv2d", {"sample_bias": torch.zeros(2, 5, dtype=HALF)}, r"sample_bias is float16 \[2, 5\] on cpu; expected float16 \[2, 6\]"),
+        ("conv2d", {"gate": torch.zeros(2, 6)}, r"gate is float32 \[2, 6\] on cpu; expected float16 \[2, 6\]"),
+        (
+            "conv2d",
+            {"dtype": torch.float32, "residual": None, "sample_bias": None, "gate": None},
+            "output type float32; the kernels write float16 and bfloat16",
+        ),
         ("conv2d", {"kind": "u8"}, "No kernel kind 'u8'"),
         ("conv2d", {"padding": -2}, "a 3x3 filter with padding -2 does not fit into a map of 4x4"),
         ("linear", {"leading": [2, 9]}, r"codes \[B, L, 1, Cb\] are \[2, 16, 1, 16\], which is not \[2, 9\] vectors"),
@@ -91,7 +97,7 @@ def test_a_token_of_more_channels_than_a_block_holds_is_refused():
 def test_a_sum_that_could_pass_int32_is_refused():
     """131072 * 128 * 128 is 2^31 exactly."""
     rows, one, zero = torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1, dtype=torch.int32)
-    operands = (zero_codes(zero, 8, unsigned=False), one, zero, one, zero, None, None, "s8", [1], HALF)
+    operands = (zero_codes(zero, 8, unsigned=False), one, zero, one, zero, None, None, None, None, False, "s8", [1], HALF)
     codes, weight = torch.zeros(1, 1, 1, 131072, dtype=torch.uint8), torch.zeros(1, 1, 131072, dtype=torch.uint8)
     with pytest.raises(UnsupportedError, match="a sum of 131072 products of s8 codes may exceed int32"):
         OPS.linear(codes, rows, weight, *operands)

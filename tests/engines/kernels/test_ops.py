@@ -40,11 +40,36 @@ def quantize_arguments(site: QuantizedLayer, kind: str, rows: torch.Tensor, acti
     return rows, a.inv_scale, a.qmin.int(), a.qmax.int(), bits_of(kind), kind == "u4", activation
 
 
-def sum_arguments(site: QuantizedLayer, kind: str, codes: torch.Tensor, rows: torch.Tensor, bias=None, residual=None) -> tuple:
+def sum_arguments(
+    site: QuantizedLayer,
+    kind: str,
+    codes: torch.Tensor,
+    rows: torch.Tensor,
+    bias=None,
+    residual=None,
+    sample_bias=None,
+    gate=None,
+    saturate=False,
+) -> tuple:
     a, bits = site.activation, bits_of(kind)
     zero = zero_codes(a.qmin.int(), bits, unsigned=kind == "u4")
     packed = pack_weight(site.codes, bits)
-    return (codes, rows, packed, zero, a.scale, a.qmin.int(), site.weight_scale, weight_sum(site.codes), bias, residual, kind)
+    return (
+        codes,
+        rows,
+        packed,
+        zero,
+        a.scale,
+        a.qmin.int(),
+        site.weight_scale,
+        weight_sum(site.codes),
+        bias,
+        sample_bias,
+        gate,
+        residual,
+        saturate,
+        kind,
+    )
 
 
 def recorded(layer: nn.Module, site: QuantizedLayer, bias: torch.Tensor | None, x: torch.Tensor, rows: torch.Tensor) -> ReferenceSite:
@@ -80,7 +105,7 @@ def test_one_product_by_hand():
     codes = OPS.quantize(torch.full((1, 1, 1, 1), 2.0, dtype=HALF), rows, one, qmin, qmax, 4, True, "none")
     weight = torch.full((1, 1, 3, 3), 7, dtype=torch.int8)
     operands = (codes, rows, pack_weight(weight, 4), zero_codes(qmin, 4, unsigned=True), one * 0.5, qmin, one * 4, weight_sum(weight))
-    y = OPS.conv2d(*operands, one, None, "u4", [3, 3], 1, 1, HALF)
+    y = OPS.conv2d(*operands, one, None, None, None, False, "u4", [3, 3], 1, 1, HALF)
     assert y.item() == 29
 
 
@@ -129,13 +154,27 @@ def test_the_epilogue_is_float32_step_by_step():
     x = torch.randn(2, 4, 64, generator=generator).to(HALF)
     rows = torch.tensor([0, 1], dtype=torch.int32)
     bias, residual = torch.randn(50, generator=generator), torch.randn(2, 4, 50, generator=generator).to(HALF)
+    sample_bias, gate = torch.randn(2, 150, generator=generator).to(HALF).chunk(3, dim=1)[1:]  # rows 150 apart
     codes = OPS.quantize(x, *quantize_arguments(site, "s8", rows))
-    y = OPS.linear(*sum_arguments(site, "s8", codes, rows, bias, residual), [2, 4], HALF)
+    y = OPS.linear(*sum_arguments(site, "s8", codes, rows, bias, residual, sample_bias, gate), [2, 4], HALF)
     total = codes[:, :, 0].view(torch.int8).numpy().astype("int32") @ site.codes.numpy().astype("int32").T
     scale = site.activation.scale.numpy()[:, None, None] * site.weight_scale.numpy()
-    expected = ((total.astype("float32") * scale + bias.numpy()) + residual.numpy().astype("float32")).astype("float16")
+    before, factor, after = (column.numpy().astype("float32") for column in (sample_bias[:, None], gate[:, None], residual))
+    expected = (((total.astype("float32") * scale + bias.numpy()) + before) * factor + after).astype("float16")
     assert expected.dtype == "float16"
     assert (y.numpy() == expected).all()
+
+
+def test_a_saturated_result_is_the_largest_float16_and_nan_stays():
+    site = site_of("linear", "s8", 4, 16)
+    rows = torch.zeros(2, dtype=torch.int32)
+    codes = OPS.quantize(torch.zeros(2, 16, dtype=HALF), *quantize_arguments(site, "s8", rows))
+    sample_bias = torch.tensor([[6e4, -6e4, 1.0, float("nan")]] * 2).to(HALF)
+    residual = torch.tensor([[3e4, -3e4, 1.0, 1.0]] * 2).to(HALF)
+    for saturate, largest in ((True, 65504), (False, float("inf"))):
+        y = OPS.linear(*sum_arguments(site, "s8", codes, rows, None, residual, sample_bias, None, saturate), [2], HALF)
+        assert y[:, :3].tolist() == [[largest, -largest, 2.0]] * 2
+        assert y[:, 3].isnan().all()
 
 
 def test_a_long_sum_stays_exact():
@@ -146,7 +185,7 @@ def test_a_long_sum_stays_exact():
     rows, one, zero = torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1, dtype=torch.int32)
     tables = (zero_codes(zero, 8, unsigned=False), one * 2.0**-24, zero, one, weight_sum(weight))
     bias = torch.tensor([-128 * 127 * 2304 * 2.0**-24])
-    y = OPS.linear(codes, rows, pack_weight(weight, 8), *tables, bias, None, "s8", [1], torch.bfloat16)
+    y = OPS.linear(codes, rows, pack_weight(weight, 8), *tables, bias, None, None, None, False, "s8", [1], torch.bfloat16)
     assert y.item() == -128 * 2.0**-24  # float32 rounds the sum 37453824 - 127 = 37453697 to a multiple of 4: 37453696
 
 
@@ -228,7 +267,8 @@ def example(op: str) -> tuple:
     if op == "conv2d":
         codes = OPS.quantize(x, *arguments)
         residual = torch.randn(2, 6, 4, 4).to(HALF)
-        return *sum_arguments(site, "u4", codes, rows, torch.ones(6), residual), [3, 3], 1, 1, HALF
+        sample_bias, gate = torch.randn(2, 12).to(HALF).chunk(2, dim=1)
+        return *sum_arguments(site, "u4", codes, rows, torch.ones(6), residual, sample_bias, gate, True), [3, 3], 1, 1, HALF
     linear = site_of("linear", "s8", 6, 8)
     codes = OPS.quantize(x.flatten(2).mT, *quantize_arguments(linear, "s8", rows))
     return *sum_arguments(linear, "s8", codes, rows), [2, 4, 4], torch.bfloat16

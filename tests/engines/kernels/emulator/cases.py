@@ -104,6 +104,9 @@ class Convolution:
     splits: int = 1
     bias: bool = True
     residual: bool = False
+    sample_bias: bool = False
+    gate: bool = False
+    saturate: bool = False
     short: int = 0  # elements by which the output is too small: for the sanitizer's own test
     seed: int = 0
 
@@ -134,6 +137,9 @@ class Convolution:
                 splits=int(g.integers(1, 5)),
                 bias=bool(g.integers(2)),
                 residual=bool(g.integers(2)),
+                sample_bias=bool(g.integers(2)),
+                gate=bool(g.integers(2)),
+                saturate=bool(g.integers(2)),
                 seed=int(g.integers(1 << 30)),
             )
             n, P, Q, K = drawn.out_shape
@@ -163,8 +169,21 @@ class Convolution:
         bias = np.where(g.random(self.K) < 0.5, cancelling, g.standard_normal(self.K)).astype(np.float32) if self.bias else None
         if bias is not None:
             y = y + bias
-        if residual is not None:
-            y = y + to_float(residual, self.dtype)
+        # As chunks of a projection; the last channel's gate makes float16 overflow, and one value is no number.
+        stride = 2 * self.K + int(g.integers(0, 2)) * 8 + int(g.integers(0, 2))
+        projection = g.standard_normal((self.N, stride)).astype(np.float32)
+        projection[:, 2 * self.K - 1] = g.choice([3e4, -3e4, np.nan])
+        sample_bias = to_type(projection, self.dtype)[:, : self.K] if self.sample_bias else None
+        gate = to_type(projection, self.dtype)[:, self.K : 2 * self.K] if self.gate else None
+        with np.errstate(all="ignore"):
+            if sample_bias is not None:
+                y = y + to_float(np.ascontiguousarray(sample_bias), self.dtype)[:, None, None]
+            if gate is not None:
+                y = y * to_float(np.ascontiguousarray(gate), self.dtype)[:, None, None]
+            if residual is not None:
+                y = y + to_float(residual, self.dtype)
+            if self.saturate:
+                y = np.clip(y, -65504, 65504)
 
         _, P, Q, K = self.out_shape
         M = self.N * P * Q
@@ -181,7 +200,12 @@ class Convolution:
             weight_scale=address(weight_scale),
             weight_sum=address(weight_sum) if u4 else None,
             bias=address(bias),
+            sample_bias=None if sample_bias is None else sample_bias.ctypes.data,
+            gate=None if gate is None else gate.ctypes.data,
             residual=address(residual),
+            sample_bias_stride=stride,
+            gate_stride=stride,
+            saturate=int(self.saturate),
             out=address(out),
             partial=address(partial),
             **{name: getattr(self, name) for name in ("N", "H", "W", "K", "R", "S", "padding", "stride", "splits")},

@@ -166,6 +166,8 @@ def a_sum(seed: int, largest: int) -> Sum:
     weight = dice.codes(-limit, limit - 1, outputs, channels, kernel, kernel).to(torch.int8)
     leading = [batch, height] if linear else None
     shape = (*leading, outputs) if leading else (batch, outputs, P, Q)
+    projection = (dice.normal(batch, 3 * outputs) * dice.one_of((1, 1, 3e4))).to(dtype)  # sometimes beyond float16's range
+    sample_bias, gate = (piece if dice.number(0, 1) else None for piece in projection.chunk(3, dim=1)[1:])
     operands = Operands(
         codes=pack_codes(stored, bits),
         rows=dice.codes(0, ROWS - 1, batch),
@@ -176,6 +178,9 @@ def a_sum(seed: int, largest: int) -> Sum:
         weight_scale=dice.normal(outputs).abs() * 0.01 + 0.001,
         weight_sum=weight_sum(weight),
         bias=dice.normal(outputs) if dice.number(0, 1) else None,
+        sample_bias=sample_bias,
+        gate=gate,
+        saturate=bool(dice.number(0, 1)),
         residual=dice.normal(*shape).to(dtype) if dice.number(0, 1) else None,
         kind=kind,
     )
