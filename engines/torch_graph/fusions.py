@@ -6,15 +6,18 @@
     layer_norm * (1 + scale) + shift -> quantize adaLN, its scale and shift per sample: likewise
     group_norm -> quantize                       statistics in separate kernels, the rest while quantizing
     group_norm -> tokens of a map -> quantize    likewise: the map is quantized, and its codes are read as tokens
-    conv2d | linear -> add                       the other summand enters the epilogue, in float32
+    conv2d | linear -> add per-sample vector     a ResNet's time embedding: in the epilogue, in float32, as the next four
+    conv2d | linear -> mul per-sample vector     the gate of a transformer
+    conv2d | linear -> add                       a residual
     linear -> map of its tokens -> add           likewise: the other summand is read as tokens
+    conv2d | linear -> clip                      to float16's finite values
 
 A fused value is not rounded to float16 in between, so codes may differ from the unfused graph's where a value is close to a rounding tie.
 """
 
 from __future__ import annotations
 
-from engines.torch_graph.fused_epilogues import fuse_residual
+from engines.torch_graph.fused_epilogues import fuse_gate, fuse_residual, fuse_sample_bias, fuse_saturation
 from engines.torch_graph.fused_prologues import fuse_activation, fuse_geglu, fuse_group_norm
 from engines.torch_graph.fused_row_norms import fuse_row_norm
 from engines.torch_graph.rewrite import GraphRewrite
@@ -26,4 +29,7 @@ def fuse(rewritten: GraphRewrite) -> None:
     fuse_activation(rewritten)
     fuse_group_norm(rewritten)
     fuse_row_norm(rewritten)
+    fuse_sample_bias(rewritten)
+    fuse_gate(rewritten)
     fuse_residual(rewritten)
+    fuse_saturation(rewritten)

@@ -98,7 +98,7 @@ MUTANTS = {
     ),
     "pixels past the end are stored": ("convolution.cuh", "if (m >= M || k >= p.K) continue;", "if (k >= p.K) continue;"),
     "the last split is left out": ("reduce.cuh", "split < p.splits;", "split < p.splits - 1;"),
-    "the scale is that of sample 0": ("epilogue.cuh", "p.row[m / (p.P * p.Q)]", "p.row[0]"),
+    "the scale is that of sample 0": ("epilogue.cuh", "row = p.row[n];", "row = p.row[0];"),
     "the correction of unsigned codes is dropped": ("epilogue.cuh", "sum += p.qmin[row] * columns.weight_sum[e];", "sum += 0;"),
     "the bias is added twice": (
         "epilogue.cuh",

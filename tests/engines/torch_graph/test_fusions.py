@@ -30,7 +30,7 @@ class Block(nn.Module):
             case "z":
                 return x + z, z
             case "broadcast":
-                return z + x[:, :, :1, :1]
+                return z + x[:, :, :1]
             case "alpha":
                 return torch.add(x, z, alpha=2.0)
             case _:
