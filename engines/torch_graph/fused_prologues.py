@@ -7,12 +7,40 @@ from typing import Any
 
 from torch import fx
 
+from edm_deploy.numerics.kernel_layout import CHUNK
 from engines.torch_graph.fx_helpers import aten, calls, permutes, same_size, value_of
 from engines.torch_graph.rewrite import GraphRewrite, kernels
 
 QUANTIZE = kernels.quantize.default
 ACTIVATION = len(QUANTIZE._schema.arguments) - 1  # place of the activation among quantize's arguments
+BITS = [argument.name for argument in QUANTIZE._schema.arguments].index("bits")
 RESHAPES = (aten.reshape.default, aten.flatten.using_ints)
+
+
+def fuse_concatenation(rewritten: GraphRewrite) -> None:
+    """Quantize the parts of a concatenation of tokens' channels that is only quantized, such as FLUX's of attention and MLP, and concatenate codes.
+
+    All but the last part must end with a whole chunk of codes. The codes are the same.
+    """
+    for node in calls(rewritten.graph, aten.cat.default):
+        parts = node.args[0]
+        rank, axis = value_of(node).ndim, (*node.args[1:], 0)[0]
+        if rank == 4 or axis % rank != rank - 1 or value_of(node).dtype != rewritten.dtype:
+            continue
+        if not _feeds_plain_quantizers(node) or _last_size_is_read(node) or not _are_whole_chunks(node, parts):
+            continue
+        for quantize in quantizers(node):
+            with rewritten.graph.inserting_before(quantize):
+                each = [rewritten.graph.call_function(QUANTIZE, (part, *quantize.args[1:])) for part in parts]
+                replace_codes(rewritten, quantize, rewritten.graph.call_function(aten.cat.default, (each, 3)))
+        node.replace_all_uses_with(parts[0])  # the readers of its sizes
+        rewritten.graph.erase_node(node)
+
+
+def _are_whole_chunks(node: Any, parts: Any) -> bool:
+    bits = {quantize.args[BITS] for quantize in quantizers(node)}
+    widths = [value_of(part).shape[-1] for part in parts]
+    return all(isinstance(width, int) and width * each % (8 * CHUNK) == 0 for width in widths[:-1] for each in bits)
 
 
 def fuse_activation(rewritten: GraphRewrite) -> None:
@@ -108,11 +136,7 @@ def _norm_into(rewritten: GraphRewrite, norm: Any, x: Any, quantizers: list[Any]
             if tokens:  # codes [B, H, W, Cb] as [B, HW, 1, Cb]
                 fused = rewritten.graph.call_function(aten.flatten.using_ints, (fused, 1, 2))
                 fused = rewritten.graph.call_function(aten.unsqueeze.default, (fused, 2))
-        for name, codes in rewritten.codes.items():
-            if codes is quantize:
-                rewritten.codes[name] = fused
-        quantize.replace_all_uses_with(fused)
-        rewritten.graph.erase_node(quantize)
+            replace_codes(rewritten, quantize, fused)
 
 
 def _tokens_of(node: Any) -> Any | None:
@@ -127,6 +151,15 @@ def _tokens_of(node: Any) -> Any | None:
         return None
     (batch, _, channels), shape = value_of(tokens).shape, value_of(last).shape
     return tokens if same_size(shape[0], batch) and same_size(shape[3], channels) else None
+
+
+def replace_codes(rewritten: GraphRewrite, quantize: Any, codes: Any) -> None:
+    """Let the readers of a quantizer, and the record of the sites' codes, have other codes in its place."""
+    for name, old in rewritten.codes.items():
+        if old is quantize:
+            rewritten.codes[name] = codes
+    quantize.replace_all_uses_with(codes)
+    rewritten.graph.erase_node(quantize)
 
 
 def quantizers(node: Any) -> list[Any]:

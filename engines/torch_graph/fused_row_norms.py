@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from engines.kernels.operands import LARGEST_ROW
-from engines.torch_graph.fused_prologues import ACTIVATION, feeds_quantizers, float32, quantizers
+from engines.torch_graph.fused_prologues import ACTIVATION, feeds_quantizers, float32, quantizers, replace_codes
 from engines.torch_graph.fx_helpers import aten, calls, per_sample, value_of, vectors
 from engines.torch_graph.rewrite import GraphRewrite, kernels
 
@@ -104,9 +104,5 @@ def _norm_into(rewritten: GraphRewrite, y: Any, norm: _RowNorm, scale: Any | Non
         with rewritten.graph.inserting_before(quantize):
             arguments = (norm.x, *affine, *columns, norm.eps, norm.rms, *quantize.args[1:ACTIVATION])
             fused = rewritten.graph.call_function(kernels.quantize_row_normed.default, arguments)
-        for name, codes in rewritten.codes.items():
-            if codes is quantize:
-                rewritten.codes[name] = fused
-        quantize.replace_all_uses_with(fused)
-        rewritten.graph.erase_node(quantize)
+            replace_codes(rewritten, quantize, fused)
     y.replace_all_uses_with(norm.x)  # the readers of its sizes

@@ -1,5 +1,6 @@
 """Fuse redundant memory-bound operations of a rewritten graph into adjacent kernels. Each fusion is one pass over the graph.
 
+    cat of channels -> quantize                  each part is quantized, and codes are concatenated, an eighth of the bytes
     silu | gelu -> quantize                      the activation in float32 before rounding
     values * gelu(gates) -> quantize             GEGLU: both halves of a layer's output are read while quantizing
     layer_norm | rms_norm -> quantize            of tokens: one kernel normalizes and quantizes
@@ -18,13 +19,14 @@ A fused value is not rounded to float16 in between, so codes may differ from the
 from __future__ import annotations
 
 from engines.torch_graph.fused_epilogues import fuse_gate, fuse_residual, fuse_sample_bias, fuse_saturation
-from engines.torch_graph.fused_prologues import fuse_activation, fuse_geglu, fuse_group_norm
+from engines.torch_graph.fused_prologues import fuse_activation, fuse_concatenation, fuse_geglu, fuse_group_norm
 from engines.torch_graph.fused_row_norms import fuse_row_norm
 from engines.torch_graph.rewrite import GraphRewrite
 
 
 def fuse(rewritten: GraphRewrite) -> None:
     """Apply all fusions, in the order in which one enables the next."""
+    fuse_concatenation(rewritten)
     fuse_geglu(rewritten)
     fuse_activation(rewritten)
     fuse_group_norm(rewritten)

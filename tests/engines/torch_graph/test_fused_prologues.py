@@ -103,3 +103,28 @@ def test_an_activation_with_another_reader_stays(activation):
     plain, fused = both(model, x, "up", "down")
     assert calls(fused.graph, "gelu") == 1
     assert torch.equal(plain.module()(x, TIMESTEPS)[0], fused.module()(x, TIMESTEPS)[0])
+
+
+class SingleBlock(nn.Module):
+    """The end of FLUX's single block: attention's tokens and the activated MLP, side by side, projected; `first` channels before the others."""
+
+    def __init__(self, first: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.mlp, self.out = nn.Linear(8, first), nn.Linear(8, 48), nn.Linear(first + 48, 8)
+
+    def forward(self, x):
+        return self.out(torch.cat([self.attention(x), functional.gelu(self.mlp(x), approximate="tanh")], dim=2))
+
+
+@pytest.mark.parametrize(("first", "fused_cat"), [(64, True), (40, False)])
+def test_parts_that_are_whole_chunks_are_quantized_before_they_are_concatenated(first, fused_cat):
+    """32 codes of 4 bits are a chunk of 16 bytes: 64 channels are two, 40 are none."""
+    model, x = SingleBlock(first), torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).half()
+    plain, fused = both(model, x, "attention", "mlp", "out")
+    assert [calls(fused.graph, name) for name in ("gelu", "quantize", "cat")] == ([0, 3, 1] if fused_cat else [1, 2, 1])
+    (expected,), (found,) = plain.module()(x, TIMESTEPS), fused.module()(x, TIMESTEPS)
+    assert (found.float() - expected.float()).norm() < 0.05 * expected.float().norm()
+    before, after = (integers(draft, "out", x, first + 48) for draft in (plain, fused))
+    assert torch.equal(before[..., :first], after[..., :first])
+    assert (before != after).float().mean() < 0.02  # behind a GELU that is not rounded to float16
