@@ -125,8 +125,8 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
     out = torch.empty((shape.N, shape.P, shape.Q, K), dtype=dtype, device=device)
     partial = torch.empty((splits, M, K), dtype=torch.int32, device=device) if splits > 1 else None
     # Referenced until the launch: the allocator reuses freed memory, in stream order.
-    codes, weight, zero = _aligned(operands.codes), _aligned(operands.weight), _aligned(operands.zero)
-    residual = None if operands.residual is None else _aligned(operands.residual)
+    codes, weight, zero = aligned(operands.codes), aligned(operands.weight), aligned(operands.zero)
+    residual = None if operands.residual is None else aligned(operands.residual)
     sample_bias, gate = _unit_stride(operands.sample_bias), _unit_stride(operands.gate)
     params = ConvParams(
         codes=codes.data_ptr(),
@@ -172,6 +172,6 @@ def _unit_stride(columns: Tensor | None) -> Tensor | None:
     return columns if columns is None or columns.stride(1) == 1 else columns.contiguous()
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy where it does not start at 16 bytes, as a view into something larger may not."""
     return tensor if tensor.data_ptr() % CHUNK == 0 else tensor.clone()

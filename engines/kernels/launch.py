@@ -58,6 +58,12 @@ class StatsParams(ctypes.Structure):
     _fields_ = [*_fields("x partial mean rstd", "N HW C groups chunk"), ("eps", ctypes.c_float)]
 
 
+class RotaryParams(ctypes.Structure):
+    """Mirror of the C++ struct of the same name."""
+
+    _fields_ = _fields("x cosine sine out", "N L H D")
+
+
 class ConvParams(ctypes.Structure):
     """Mirror of the C++ struct of the same name."""
 
@@ -125,6 +131,12 @@ def row_norm_launch(params: RowNormParams, *, type_name: str, bits: int) -> Laun
     return Launch(f"quantize_rows_{type_name}_i{bits}", grid, THREADS, 0, params)
 
 
+def rotary_launch(params: RotaryParams, *, type_name: str) -> Launch:
+    """Rotate queries or keys of type `f16` or `bf16`; all fields of `params` set."""
+    items = params.N * params.L * params.H * params.D // OCTET
+    return Launch(f"rotary_{type_name}", _clipped(_ceil(items, THREADS), 1, 1), THREADS, 0, params)
+
+
 def chunk_of(pixels: int) -> int:
     """Pixels per block of `group_stats_partial`: enough blocks for every multiprocessor, few enough that merging their results costs little."""
     return max(LEAST_CHUNK, _ceil(pixels, MOST_CHUNKS))
@@ -171,7 +183,7 @@ def entry_points() -> list[str]:
         names += [f"quantize_last_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in PROLOGUES.values()]
         names += [f"quantize_first_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in FIRST_PROLOGUES]
         names += [f"quantize_rows_{type_name}_i{bits}" for bits in (4, 8)]
-        names.append(f"group_stats_partial_{type_name}")
+        names += [f"group_stats_partial_{type_name}", f"rotary_{type_name}"]
     return [*names, "group_stats_merge"]
 
 

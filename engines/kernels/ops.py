@@ -7,6 +7,7 @@ compute the same bits in plain torch (`cpu_ops.py`), and under a tracer only sha
     group_stats       mean and 1 / sqrt(variance + eps) of each sample's groups of channels
     quantize_normed   as quantize, after normalization with such statistics
     quantize_row_normed  as quantize, after LayerNorm or RMSNorm of each token, and per-sample scale and shift
+    rotary            rotary position embedding of queries or keys
     conv2d            packed codes * packed weight -> float16 or bfloat16 [B, K, P, Q], channels last
     linear            the same for a Linear -> [*leading, K]
 
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.numerics.kernel_layout import code_bytes
-from engines.kernels import cpu_ops, cuda_ops
+from engines.kernels import cpu_ops, cuda_ops, rotary
 from engines.kernels.operands import (
     NORM_ACTIVATIONS,
     ConvShape,
@@ -58,6 +59,7 @@ SCHEMAS = {
     "group_stats": "(Tensor x, int groups, float eps) -> (Tensor, Tensor)",
     "quantize_normed": f"(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, int groups, {_TABLE}, str activation) -> Tensor",
     "quantize_row_normed": f"(Tensor x, Tensor? gamma, Tensor? beta, Tensor? scale, Tensor? shift, float eps, bool rms, {_TABLE}) -> Tensor",
+    "rotary": rotary.SCHEMA,
     "conv2d": f"({_OPERANDS}, int[2] kernel, int stride, int padding, ScalarType dtype) -> Tensor",
     "linear": f"({_OPERANDS}, SymInt[] leading, ScalarType dtype) -> Tensor",
 }
@@ -159,6 +161,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "group_stats": _group_stats,
     "quantize_normed": _quantize_normed,
     "quantize_row_normed": _quantize_row_normed,
+    "rotary": rotary.rotary,
     "conv2d": _conv2d,
     "linear": _linear,
 }

@@ -7,6 +7,7 @@
     layer_norm * (1 + scale) + shift -> quantize adaLN, its scale and shift per sample: likewise
     group_norm -> quantize                       statistics in separate kernels, the rest while quantizing
     group_norm -> tokens of a map -> quantize    likewise: the map is quantized, and its codes are read as tokens
+    x cos + rotated(x) sin, to float16           rotary position embedding of queries and keys: one kernel, the same result
     conv2d | linear -> add per-sample vector     a ResNet's time embedding: in the epilogue, in float32, as the next four
     conv2d | linear -> mul per-sample vector     the gate of a transformer
     conv2d | linear -> add                       a residual
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from engines.torch_graph.fused_epilogues import fuse_gate, fuse_residual, fuse_sample_bias, fuse_saturation
 from engines.torch_graph.fused_prologues import fuse_activation, fuse_concatenation, fuse_geglu, fuse_group_norm
+from engines.torch_graph.fused_rotary import fuse_rotary
 from engines.torch_graph.fused_row_norms import fuse_row_norm
 from engines.torch_graph.rewrite import GraphRewrite
 
@@ -31,6 +33,7 @@ def fuse(rewritten: GraphRewrite) -> None:
     fuse_activation(rewritten)
     fuse_group_norm(rewritten)
     fuse_row_norm(rewritten)
+    fuse_rotary(rewritten)
     fuse_sample_bias(rewritten)
     fuse_gate(rewritten)
     fuse_residual(rewritten)

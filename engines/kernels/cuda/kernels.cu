@@ -3,6 +3,7 @@
 #include "norm.cuh"
 #include "quantize.cuh"
 #include "reduce.cuh"
+#include "rotary.cuh"
 #include "row_norm.cuh"
 
 // X(BM, BN, warp's BM, stages, threads, bytes of dynamic shared memory, blocks per multiprocessor): the tiles, largest first. The host chooses among them.
@@ -63,6 +64,7 @@ TILES(CONVOLUTIONS)
   REDUCTION(S8, s8, TYPE)                                                                                                 \
   OF_TYPE_AND_BITS(TYPE, 4)                                                                                               \
   OF_TYPE_AND_BITS(TYPE, 8)                                                                                               \
+  extern "C" __global__ void __launch_bounds__(THREADS) rotary_##TYPE(RotaryParams p) { rotate<TYPE>(p); }                   \
   extern "C" __global__ void __launch_bounds__(THREADS) group_stats_partial_##TYPE(StatsParams p) { group_stats_partial<TYPE>(p); }
 OF_TYPE(f16)
 OF_TYPE(bf16)

@@ -68,6 +68,16 @@ struct StatsParams {
   float eps;
 };
 
+struct RotaryParams {
+  const void* x;        // float16 or bfloat16 [N][L][H][D], D a multiple of 8
+  const float* cosine;  // [L][D]
+  const float* sine;    // [L][D]
+  void* out;            // as x
+  int N, L, H, D;
+};
+// out[2i] = x[2i] * cosine[2i] - x[2i + 1] * sine[2i], out[2i + 1] = x[2i + 1] * cosine[2i + 1] + x[2i] * sine[2i + 1], products and sums rounded to float32
+// separately, then to x's type. All of them start at 16 bytes.
+
 struct ConvParams {
   const byte_t* codes;        // [N][H][W][Cb]
   const byte_t* weight;       // [K][R * S][Cb]
@@ -100,6 +110,7 @@ struct ConvParams {
 //   group_stats_partial_*  (ceil(HW / chunk), ceil(C / 8 / STATS_OCTETS), N)  256   likewise
 //   group_stats_merge  (groups, N)                                     256   likewise
 //   conv_*_BMxBN_*     (ceil(M / BM), ceil(K / BN), splits)            Tile::threads and Tile::shared_bytes of dynamic shared memory (TILES in kernels.cu)
+//   rotary_*           (ceil(N * L * H * D / 8 / 256))                 256   likewise
 //   reduce_*           (ceil(M * ceil(K / 8) / 256))                   256   likewise; only conv takes dynamic shared memory
 constexpr int THREADS = 256;  // of every kernel but conv
 constexpr int STATS_OCTETS = 64;  // octets of channels that a block of group_stats_partial takes at most

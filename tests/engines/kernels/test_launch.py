@@ -12,6 +12,7 @@ from engines.kernels.launch import (
     STATS_OCTETS,
     ConvParams,
     QuantizeParams,
+    RotaryParams,
     RowNormParams,
     StatsParams,
     chunk_of,
@@ -22,7 +23,7 @@ from engines.kernels.launch import (
 )
 from engines.kernels.tiles import TILES
 
-STRUCTS = (QuantizeParams, RowNormParams, StatsParams, ConvParams)
+STRUCTS = (QuantizeParams, RowNormParams, RotaryParams, StatsParams, ConvParams)
 
 
 def test_structs_lie_in_memory_as_the_compiler_has_them(tmp_path):

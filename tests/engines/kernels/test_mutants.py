@@ -177,6 +177,9 @@ MUTANTS = {
         "high = reinterpret_cast<const float4*>(column)[1];",
         "high = reinterpret_cast<const float4*>(column)[0];",
     ),
+    "a rotation turns the wrong way": ("rotary.cuh", "= __fsub_rn(__fmul_rn(a, cosines[e])", "= __fadd_rn(__fmul_rn(a, cosines[e])"),
+    "samples have each other's angles": ("rotary.cuh", "token = head / p.H % p.L;", "token = head / p.H % (p.L + 1);"),
+    "the upper half of a rotation's octet has the lower one's angles": ("rotary.cuh", "(p.sine + angle)[half]", "(p.sine + angle)[0]"),
     "the warps of a token are not added": ("row_norm.cuh", "if (lanes == 32) return own;", "return own;"),
     "no barrier before the warps of a token are added": ("row_norm.cuh", "  __syncthreads();\n  const int first", "  const int first"),
     "both sums of a token share their place": (
@@ -229,7 +232,7 @@ def outcome(folder: pathlib.Path, file: str, old: str, new: str) -> str | None:
     cuda = folder / "cuda"
     shutil.copytree(CUDA, cuda)
     entry_points = (cuda / "kernels.cu").read_text()
-    for pattern in LEFT_OUT + (NO_CONVOLVE if file in ("quantize.cuh", "norm.cuh", "row_norm.cuh") else NO_QUANTIZE):
+    for pattern in LEFT_OUT + (NO_CONVOLVE if file in ("quantize.cuh", "norm.cuh", "row_norm.cuh", "rotary.cuh") else NO_QUANTIZE):
         entry_points, found = re.subn(pattern, "", entry_points)
         assert found == 1, f"kernels.cu holds {pattern} {found} times"
     (cuda / "kernels.cu").write_text(entry_points)

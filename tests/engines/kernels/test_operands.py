@@ -41,6 +41,12 @@ def changed(op: str, **changes) -> tuple:
         ("quantize_row_normed", {"eps": -1.0}, "quantize_row_normed: eps -1.0; expected at least 0"),
         ("quantize_row_normed", {"gamma": torch.ones(8, dtype=HALF)}, r"gamma is float16 \[8\] on cpu; expected float32 \[8\]"),
         ("quantize_row_normed", {"scale": torch.ones(1, 8, dtype=HALF)}, r"scale is float16 \[1, 8\] on cpu; expected float16 \[2, 8\]"),
+        (
+            "rotary",
+            {"x": torch.zeros(2, 5, 3, 12, dtype=HALF)},
+            r"x is torch.float16 \[2, 5, 3, 12\]; .* a multiple of 8. Rotate it in torch",
+        ),
+        ("rotary", {"sine": torch.zeros(4, 16)}, r"sine is torch.float32 \[4, 16\] on cpu; expected float32 \[5, 16\]"),
         ("conv2d", {"codes": torch.zeros(2, 4, 4, 8, dtype=torch.uint8)}, "expected .B, H, W, Cb., Cb a multiple of 16"),
         (
             "conv2d",

@@ -261,6 +261,8 @@ def example(op: str) -> tuple:
         return x, 2, 1e-6
     if op == "quantize_normed":
         return x, mean, rstd, torch.ones(8), None, 2, *arguments
+    if op == "rotary":
+        return torch.randn(2, 5, 3, 16).to(HALF), *torch.randn(2, 5, 16)
     if op == "quantize_row_normed":
         scale, shift = torch.randn(2, 16, generator=torch.Generator().manual_seed(5)).to(HALF).chunk(2, dim=1)
         return x.flatten(2).mT, torch.ones(8), torch.zeros(8), scale, shift, 1e-6, False, *arguments[:-1]

@@ -410,10 +410,11 @@ def statistics(seed: int) -> list[Statistics]:
 
 def check_build(library: pathlib.Path, seed: int, count: int) -> None:
     """`count` convolutions of each kind, the quantizations, the statistics and the norms of tokens, all in float16, as far as the library has their kernels."""
-    from tests.engines.kernels.emulator.row_norms import row_norms  # which is built on this file
+    from tests.engines.kernels.emulator.rotations import rotations  # which are built on this file
+    from tests.engines.kernels.emulator.row_norms import row_norms
 
     emulator, g = Emulator(library), np.random.default_rng(seed)
-    for case in (*quantizations(seed), *statistics(seed), *row_norms(seed)):
+    for case in (*quantizations(seed), *statistics(seed), *row_norms(seed), *rotations(seed)):
         if case.dtype == "f16" and emulator.has(case.entry):
             case.check(emulator)
     tiles = [(BM, BN) for BM, BN in TILES if emulator.has(f"conv_s4_{BM}x{BN}_f16")]

@@ -13,6 +13,7 @@ extern "C" __attribute__((visibility("default"))) const char* emulate(const char
   };
   const std::string called = name;
   if (called.rfind("quantize_rows_", 0) == 0) bind(RowNormParams{});
+  else if (called.rfind("rotary_", 0) == 0) bind(RotaryParams{});
   else if (called.rfind("quantize_", 0) == 0) bind(QuantizeParams{});
   else if (called.rfind("group_stats_", 0) == 0) bind(StatsParams{});
   else bind(ConvParams{});
