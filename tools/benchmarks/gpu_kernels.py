@@ -108,6 +108,8 @@ def _map_operators(run: StageRun, shape: tuple[int, ...]) -> list[Row]:
         ("quantize_normed, SiLU", lambda: OPS.quantize_normed(x, mean, rstd, *columns, 32, *table, "silu"), 2.5, 1),
         ("quantize, channels last", lambda: OPS.quantize(x, *table, "none"), 2.5, 1),
         ("quantize, channels first", lambda: OPS.quantize(first, *table, "none"), 2.5, 1),
+        ("quantize behind LayerNorm", lambda: OPS.quantize_row_normed(tokens, *columns, None, None, 1e-5, False, *table), 2.5, 1),
+        ("quantize behind GEGLU", lambda: OPS.quantize(gate, *table, "geglu"), 4.5, 1),
         ("torch: group_norm, SiLU", lambda: functional.silu(functional.group_norm(x, 32, *half)), 10, 3),
         ("torch: layer_norm", lambda: functional.layer_norm(tokens, tokens.shape[-1:], *half), 4, 1),
         ("torch: GEGLU", lambda: gate.chunk(2, -1)[0] * functional.gelu(gate.chunk(2, -1)[1]), 10, 2),
