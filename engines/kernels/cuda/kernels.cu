@@ -36,7 +36,7 @@
   }
 
 #define QUANTIZE_ROWS(TYPE, BITS) \
-  extern "C" __global__ void __launch_bounds__(THREADS) quantize_rows_##TYPE##_i##BITS(RowNormParams p) { quantize_rows<TYPE, BITS>(p); }
+  extern "C" __global__ void __launch_bounds__(THREADS, 3) quantize_rows_##TYPE##_i##BITS(RowNormParams p) { quantize_rows<TYPE, BITS>(p); }
 
 #define CONVOLUTIONS(BM, BN, ...)                   \
   CONVOLUTION(S4, s4, f16, BM, BN, __VA_ARGS__)     \

@@ -20,10 +20,28 @@ __device__ __forceinline__ float row_sum(float own, float* slots, int lanes) {
   return total;
 }
 
-// Eight of one sample's numbers, one per channel, or nothing where there are none.
+// Eight consecutive values as they lie in memory, two to a word; those from `count` on are 0. A token is kept so: half the registers of float32.
 template <class T>
-__device__ __forceinline__ const T* of_sample(const void* columns, int n, int stride) {
-  return columns ? static_cast<const T*>(columns) + static_cast<long long>(n) * stride : nullptr;
+__device__ __forceinline__ void load_words(unsigned (&words)[CHANNELS / 2], const T* x, int count, bool wide) {
+  if (wide && count > 0) {
+    const uint4 all = *reinterpret_cast<const uint4*>(x);
+    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+  } else {
+#pragma unroll
+    for (int e = 0; e < CHANNELS; e += 2)
+      words[e / 2] = (e < count ? x[e].bits : 0u) | (e + 1 < count ? static_cast<unsigned>(x[e + 1].bits) << 16 : 0u);
+  }
+}
+template <class T>
+__device__ __forceinline__ float value_of(const unsigned (&words)[CHANNELS / 2], int e) {
+  return e % 2 ? high_float<T>(words[e / 2]) : low_float<T>(words[e / 2]);
+}
+
+// Eight of one sample's numbers, one per channel, which start `at` elements into a tensor of x's type.
+template <class T>
+__device__ __forceinline__ void load_row_of_sample(float (&v)[CHANNELS], const void* columns, long long at, int count, bool wide) {
+  const T* const from = static_cast<const T*>(columns) + at;
+  load_values(v, from, count, wide && aligned_16(from));
 }
 
 template <class T, int BITS>
@@ -34,20 +52,18 @@ __device__ __forceinline__ void quantize_rows(const RowNormParams& p) {
   const float channels = __int2float_rn(p.C);
   int slot = 0;
   for (int n = blockIdx.y; n < p.N; n += gridDim.y) {
-    const Row row(p, n);
-    const T* const scale = of_sample<T>(p.scale, n, p.scale_stride);
-    const T* const shift = of_sample<T>(p.shift, n, p.shift_stride);
     for (int token0 = blockIdx.x * rows; token0 < p.HW; token0 += gridDim.x * rows) {
       const int token = token0 + threadIdx.x / p.lanes;
       const bool exists = token < p.HW;  // the threads of a token past the end take part in the sums
       const T* const x = static_cast<const T*>(p.x) + (static_cast<long long>(n) * p.HW + (exists ? token : 0)) * p.C;
-      float v[HELD][CHANNELS], sum = 0.0f;
+      unsigned held[HELD][CHANNELS / 2];
+      float sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < HELD; ++i) {
         const int c0 = (lane + i * p.lanes) * CHANNELS, count = exists ? min(max(p.C - c0, 0), CHANNELS) : 0;
-        if (count > 0) load_values(v[i], x + c0, count, wide);
+        load_words(held[i], x + c0, count, wide);
 #pragma unroll
-        for (int e = 0; e < CHANNELS; ++e) v[i][e] = e < count ? v[i][e] : 0.0f, sum = __fadd_rn(sum, v[i][e]);
+        for (int e = 0; e < CHANNELS; ++e) sum = __fadd_rn(sum, value_of<T>(held[i], e));
       }
       const float mean = p.rms ? 0.0f : row_sum(sum, slots + (slot ^= THREADS / 32), p.lanes) / channels;
       sum = 0.0f;
@@ -56,43 +72,44 @@ __device__ __forceinline__ void quantize_rows(const RowNormParams& p) {
         const int count = p.C - (lane + i * p.lanes) * CHANNELS;
 #pragma unroll
         for (int e = 0; e < CHANNELS; ++e) {
-          v[i][e] = __fsub_rn(v[i][e], mean);
-          sum = __fadd_rn(sum, e < count ? __fmul_rn(v[i][e], v[i][e]) : 0.0f);
+          const float distance = __fsub_rn(value_of<T>(held[i], e), mean);
+          sum = __fadd_rn(sum, e < count ? __fmul_rn(distance, distance) : 0.0f);
         }
       }
       const float variance = row_sum(sum, slots + (slot ^= THREADS / 32), p.lanes) / channels;
       const float rstd = 1.0f / sqrtf(__fadd_rn(variance, p.eps));
+      const Row row(p, n);
       byte_t* const codes = p.codes + (static_cast<long long>(n) * p.HW + token) * p.Cb;
 #pragma unroll
       for (int i = 0; i < HELD; ++i) {
         const int octet = lane + i * p.lanes, c0 = octet * CHANNELS, count = min(max(p.C - c0, 0), CHANNELS);
         if (!exists || octet >= octets) continue;
-        float column[CHANNELS];
+        float v[CHANNELS], column[CHANNELS];
 #pragma unroll
-        for (int e = 0; e < CHANNELS; ++e) v[i][e] = __fmul_rn(v[i][e], rstd);
+        for (int e = 0; e < CHANNELS; ++e) v[e] = __fmul_rn(__fsub_rn(value_of<T>(held[i], e), mean), rstd);
         if (p.gamma && count > 0) {
           load_column(column, p.gamma + c0, count, wide && aligned_16(p.gamma));
 #pragma unroll
-          for (int e = 0; e < CHANNELS; ++e) v[i][e] = __fmul_rn(v[i][e], column[e]);
+          for (int e = 0; e < CHANNELS; ++e) v[e] = __fmul_rn(v[e], column[e]);
         }
         if (p.beta && count > 0) {
           load_column(column, p.beta + c0, count, wide && aligned_16(p.beta));
 #pragma unroll
-          for (int e = 0; e < CHANNELS; ++e) v[i][e] = __fadd_rn(v[i][e], column[e]);
+          for (int e = 0; e < CHANNELS; ++e) v[e] = __fadd_rn(v[e], column[e]);
         }
-        if (scale && count > 0) {
-          load_values(column, scale + c0, count, wide && aligned_16(scale));
+        if (p.scale && count > 0) {
+          load_row_of_sample<T>(column, p.scale, static_cast<long long>(n) * p.scale_stride + c0, count, wide);
 #pragma unroll
-          for (int e = 0; e < CHANNELS; ++e) v[i][e] = __fmul_rn(v[i][e], __fadd_rn(1.0f, column[e]));
+          for (int e = 0; e < CHANNELS; ++e) v[e] = __fmul_rn(v[e], __fadd_rn(1.0f, column[e]));
         }
-        if (shift && count > 0) {
-          load_values(column, shift + c0, count, wide && aligned_16(shift));
+        if (p.shift && count > 0) {
+          load_row_of_sample<T>(column, p.shift, static_cast<long long>(n) * p.shift_stride + c0, count, wide);
 #pragma unroll
-          for (int e = 0; e < CHANNELS; ++e) v[i][e] = __fadd_rn(v[i][e], column[e]);
+          for (int e = 0; e < CHANNELS; ++e) v[e] = __fadd_rn(v[e], column[e]);
         }
         int stored[CHANNELS];
 #pragma unroll
-        for (int e = 0; e < CHANNELS; ++e) stored[e] = e < count ? encode(v[i][e], row) : 0;
+        for (int e = 0; e < CHANNELS; ++e) stored[e] = e < count ? encode(v[e], row) : 0;
         store_codes<BITS>(codes + octet * BITS, stored);
       }
     }

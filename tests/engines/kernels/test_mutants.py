@@ -189,25 +189,25 @@ MUTANTS = {
     ),
     "a token's padding is counted in its variance": (
         "row_norm.cuh",
-        "e < count ? __fmul_rn(v[i][e], v[i][e]) : 0.0f",
-        "__fmul_rn(v[i][e], v[i][e])",
+        "e < count ? __fmul_rn(distance, distance) : 0.0f",
+        "__fmul_rn(distance, distance)",
     ),
     "RMSNorm subtracts the mean": ("row_norm.cuh", "p.rms ? 0.0f : row_sum", "row_sum"),
     "the shift is that of sample 0": (
         "row_norm.cuh",
-        "of_sample<T>(p.shift, n, p.shift_stride)",
-        "of_sample<T>(p.shift, 0, p.shift_stride)",
+        "p.shift, static_cast<long long>(n) * p.shift_stride",
+        "p.shift, static_cast<long long>(0) * p.shift_stride",
     ),
     "the scale of adaLN is not added to 1": (
         "row_norm.cuh",
-        "__fmul_rn(v[i][e], __fadd_rn(1.0f, column[e]))",
-        "__fmul_rn(v[i][e], column[e])",
+        "__fmul_rn(v[e], __fadd_rn(1.0f, column[e]))",
+        "__fmul_rn(v[e], column[e])",
     ),
     "tokens past the end are stored": ("row_norm.cuh", "if (!exists || octet >= octets) continue;", "if (octet >= octets) continue;"),
     "the norm's affine part comes after adaLN's": (
         "row_norm.cuh",
         "        if (p.beta && count > 0) {",
-        "        if (p.beta && count > 0 && !scale) {",
+        "        if (p.beta && count > 0 && !p.scale) {",
     ),
 }
 # An index, a bound and a rounding in every run; each takes about two seconds to compile and run.
