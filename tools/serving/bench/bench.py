@@ -32,6 +32,7 @@ from edm_deploy_tools.serving.gate import RequestLog
 from edm_deploy_tools.serving.server import HttpServer, bound_socket
 
 IN_FLIGHT = "in-flight"
+UNPADDED = "in-flight, --no-pad"
 CLIENT = "edm_deploy_tools.serving.bench.client"
 UNLIMITED = Limits(queue=1_000_000, memory=1 << 50)
 BARE_SECONDS = 2.0  # of the bare loop, before and after each measurement of the server
@@ -114,7 +115,9 @@ def bench_serving(engine: Path, settings: BenchSettings | None = None, *, notify
         model = ServedModel(engine, name="model", slots=settings.slots, threads=settings.threads)
         replica = Replica(model, UNLIMITED)
         stack.callback(replica.close)
-        services: dict[str, Service] = {IN_FLIGHT: replica}
+        unpadded = Replica(model, UNLIMITED, pad=False)
+        stack.callback(unpadded.close)
+        services: dict[str, Service] = {IN_FLIGHT: replica, UNPADDED: unpadded}
         for name, most, shrinks in (
             ("static batch", model.slots, False),
             ("static batch, shrinking calls", model.slots, True),
@@ -132,7 +135,8 @@ def bench_serving(engine: Path, settings: BenchSettings | None = None, *, notify
 
 async def _measured(model: ServedModel, services: dict[str, Service], settings: BenchSettings, notify: Notify) -> BenchResult:
     saturating = mixed_requests(model.card, max(settings.requests, 4 * model.slots), settings.seed, steps=settings.steps)
-    for name, service in services.items():  # each batch size is compiled at its first call
+    model.warm_up(pad=False)  # each number of rows is compiled at its first call
+    for name, service in services.items():
         notify(f"{name}: first calls")
         await play(service, _named(saturating[: model.slots], "warm"), [0.0] * model.slots)
     capacities = {}
