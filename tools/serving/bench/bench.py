@@ -148,11 +148,16 @@ async def _measured(model: ServedModel, services: dict[str, Service], settings: 
         for round_ in range(settings.rounds):
             seed = settings.seed + 1 + round_
             requests = mixed_requests(model.card, settings.requests, seed, steps=settings.steps)
-            times = poisson_arrivals(settings.requests, load * capacities[IN_FLIGHT], seed)
+            work = _mean_steps(requests) / _mean_steps(saturating)  # of a request, in those of the capacity's
+            times = poisson_arrivals(settings.requests, load * capacities[IN_FLIGHT] / work, seed)
             for name, service in services.items():
                 notify(f"{name}: {load:.0%} load, round {round_ + 1} of {settings.rounds}")
                 loaded[name].append(await play(service, _named(requests, f"{load}"), times, load=load))
     return BenchResult(slots=model.slots, capacities=capacities, loaded=loaded, overhead={})
+
+
+def _mean_steps(requests: Sequence[Any]) -> float:
+    return sum(request.steps for request in requests) / len(requests)
 
 
 def _named(requests: Sequence[Any], prefix: str) -> list[Any]:
