@@ -59,7 +59,8 @@ class TracedModel:
         params = {name: value for name, value in model.state_dict().items() if name.removesuffix(".weight") not in sites}
         rows = torch.zeros(1000, dtype=torch.int32, device=META)
         rewritten = rewrite_layers(self.program, sites, params, rows, torch.float16)
-        fusions.fuse(rewritten)
+        if kinds:  # the float model is what torch compiles by itself
+            fusions.fuse(rewritten)
         rewritten.tensors = {name: _channels_last(value.to(META)) for name, value in rewritten.tensors.items()}
         return rewritten.module()
 
