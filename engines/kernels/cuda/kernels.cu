@@ -35,8 +35,11 @@
     quantize_first<TYPE, BITS, WITH_SILU>(p);                                                                              \
   }
 
+// Blocks per multiprocessor, so registers: 80 are enough for float16; bfloat16, which the compiler unpacks ahead, would spill.
+#define ROW_BLOCKS_f16 3
+#define ROW_BLOCKS_bf16 2
 #define QUANTIZE_ROWS(TYPE, BITS) \
-  extern "C" __global__ void __launch_bounds__(THREADS, 3) quantize_rows_##TYPE##_i##BITS(RowNormParams p) { quantize_rows<TYPE, BITS>(p); }
+  extern "C" __global__ void __launch_bounds__(THREADS, ROW_BLOCKS_##TYPE) quantize_rows_##TYPE##_i##BITS(RowNormParams p) { quantize_rows<TYPE, BITS>(p); }
 
 #define CONVOLUTIONS(BM, BN, ...)                   \
   CONVOLUTION(S4, s4, f16, BM, BN, __VA_ARGS__)     \
