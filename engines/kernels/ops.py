@@ -8,6 +8,7 @@ compute the same bits in plain torch (`cpu_ops.py`), and under a tracer only sha
     quantize_normed   as quantize, after normalization with such statistics
     conv2d            packed codes * packed weight -> float16 or bfloat16 [B, K, P, Q], channels last
     linear            the same for a Linear -> [*leading, K]
+    attention_s8      attention without a mask, queries and keys rounded to 8 bits -> [B, H, Lq, D], a view of [B, Lq, H, D]
 
 An activation is a map [B, C, H, W], or [B, ..., C] of 2, 3 or more than 4 axes; four axes are always a map, so a Linear's [B, X, Y, C] goes in as
 [B, X * Y, C]. Channels last is read without a copy, and so is a contiguous map by `quantize`; other layouts are copied. Packed codes, weights and tables must be
@@ -31,6 +32,9 @@ from torch import Tensor
 from edm_deploy.errors import InputError
 from edm_deploy.numerics.kernel_layout import code_bytes
 from engines.kernels import cpu_ops, cuda_ops
+from engines.kernels.attention import cpu as cpu_attention
+from engines.kernels.attention import cuda as cuda_attention
+from engines.kernels.attention.operands import AttentionOperands
 from engines.kernels.operands import ConvShape, Norm, Operands, Table, check_groups, check_leading, check_rows, check_size, check_values
 
 _TABLE = "Tensor rows, Tensor inv_scale, Tensor qmin, Tensor qmax, int bits, bool unsigned_codes, bool silu"
@@ -44,6 +48,7 @@ SCHEMAS = {
     "quantize_normed": f"(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, int groups, {_TABLE}) -> Tensor",
     "conv2d": f"({_OPERANDS}, int[2] kernel, int stride, int padding, ScalarType dtype) -> Tensor",
     "linear": f"({_OPERANDS}, SymInt[] leading, ScalarType dtype) -> Tensor",
+    "attention_s8": "(Tensor query, Tensor key, Tensor value, float? scale) -> Tensor",
 }
 
 
@@ -119,12 +124,24 @@ def _convolved(op: str, traced: bool, operands: Operands, shape: ConvShape, dtyp
     return run(operands, shape, dtype)
 
 
+def _attention_s8(traced: bool, *arguments: Any) -> Tensor:
+    operands = AttentionOperands(*arguments)
+    operands.check()
+    if traced:
+        batch, heads, length, width = operands.query.shape
+        return operands.query.new_empty((batch, length, heads, width)).transpose(1, 2)
+    operands.check_sizes()
+    run = cuda_attention.attention if operands.query.is_cuda else cpu_attention.attention
+    return run(operands)
+
+
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "group_stats": _group_stats,
     "quantize_normed": _quantize_normed,
     "conv2d": _conv2d,
     "linear": _linear,
+    "attention_s8": _attention_s8,
 }
 
 
