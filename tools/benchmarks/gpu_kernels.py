@@ -19,9 +19,9 @@ from edm_deploy_tools.benchmarks.kernel_problems import Call, Problem, fits_int_
 from edm_deploy_tools.benchmarks.layer_shapes import LAYERS, Layer
 from edm_deploy_tools.common.console import Row
 from edm_deploy_tools.common.machine import measurement_conditions
+from engines.performance.attention_time import attention_seconds
 from engines.performance.gpus import launch_seconds
 from engines.performance.roofline import Matmul, Precision, expected, others
-from engines.performance.step_time import attention_seconds
 
 OPS = torch.ops.edm_deploy
 PEERS = ("comfy_kitchen", "nunchaku", "sageattention", "flash_attn", "triton")
@@ -89,7 +89,7 @@ def operators(run: StageRun) -> StageResult:
         rows += _map_operators(run, shape)
     for heads in ((1, 2, 64, 40),) if run.small else HEADS:
         query = torch.randn(heads, device=run.device).half()
-        seconds = attention_seconds(heads, heads, heads, run.gpu) if run.gpu else None
+        seconds = attention_seconds(heads, heads, run.gpu) if run.gpu else None
         rows.append(_timed(run, f"attention {list(heads)}", lambda q=query: functional.scaled_dot_product_attention(q, q, q), seconds))
     return StageResult(tables={"Operators": rows})
 
