@@ -15,8 +15,9 @@ from engines.performance.gpus import Gpu
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of FlashAttention-2's kernels; others are padded
 QUERIES = 128  # rows of a tile of FlashAttention-2
 SOFTMAX_CYCLES = 0.09  # a score and multiprocessor that the products do not hide; from measured.toml's one point of an RTX A5000
-# Two operations more for each score of ours, the conversion and the key's scale, none of them hidden. 64 lanes of a multiprocessor compute float32 on every GPU.
-SCALE_CYCLES = 2 / 64
+SCALE_OPERATIONS = 2  # of ours more for each score, the conversion and the key's scale; none of them is taken to be hidden
+# Float32 operations a clock and multiprocessor. Source: CUDA C++ Programming Guide, throughput of arithmetic instructions.
+FLOAT_LANES, FLOAT_LANES_OF = 128, {"sm_80": 64}
 KEY_KERNELS = 2  # in front of ours: sums of keys, codes of keys
 
 
@@ -41,7 +42,8 @@ def attention_s8_seconds(query: Sequence[int], key: Sequence[int], gpu: Gpu) -> 
     width, keys = width_for(elements), key[-2]
     tiles = math.prod(heads) * math.ceil(length / width.queries)
     scores = math.ceil(tiles / gpu.sms) * width.queries * math.ceil(keys / width.keys) * width.keys
-    cycles = 2 * width.code_bytes / gpu.ops["int8"] + 2 * width.elements / gpu.ops["float16"] + SOFTMAX_CYCLES + SCALE_CYCLES
+    cycles = 2 * width.code_bytes / gpu.ops["int8"] + 2 * width.elements / gpu.ops["float16"] + SOFTMAX_CYCLES
+    cycles += SCALE_OPERATIONS / FLOAT_LANES_OF.get(gpu.sm, FLOAT_LANES)
     loaded = tiles * keys * (width.code_bytes + 2 * elements + 4)  # codes, values and scales, by every tile
     return max(scores * cycles / gpu.clock, loaded / gpu.l2) + _keys_seconds(math.prod(heads) * keys, elements, width.code_bytes, gpu)
 

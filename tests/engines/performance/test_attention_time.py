@@ -2,8 +2,8 @@ import tomllib
 
 import pytest
 
-from engines.performance.attention_time import SCALE_CYCLES, SOFTMAX_CYCLES, attention_s8_seconds, attention_seconds
-from engines.performance.gpus import TABLE, Gpu, gpu_named
+from engines.performance.attention_time import SOFTMAX_CYCLES, attention_s8_seconds, attention_seconds
+from engines.performance.gpus import TABLE, Gpu, gpu_named, launch_seconds
 
 MEASURED = tomllib.loads((TABLE.parent / "measured.toml").read_text())
 GPU = gpu_named("rtx3090")
@@ -35,16 +35,17 @@ def test_attention_is_as_far_from_each_measured_point_as_the_file_says(point):
 def test_ours_pads_codes_to_32_and_values_to_16(width, codes, padded, queries):
     """Products and softmax of 41 heads of two samples; keys of 5.4 MB and more do not fit into half of 6 MB of L2: they are read twice, and their codes written."""
     shape = (2, 41, 4096, width)
-    cycles = 2 * codes / 2048 + 2 * padded / 512 + SOFTMAX_CYCLES + SCALE_CYCLES
+    cycles = 2 * codes / 2048 + 2 * padded / 512 + SOFTMAX_CYCLES + 2 / 128
     keys = 82 * 4096 * (4 * width + codes + 4) / GPU.dram
     found = attention_s8_seconds(shape, shape, GPU)
     assert found == pytest.approx(82 * 4096 // queries // 82 * queries * 4096 * cycles / GPU.clock + keys)
     assert found < attention_seconds(shape, shape, GPU)
 
 
-def test_a_text_of_77_tokens_gains_little():
-    """Two stages of 64 keys for 77 of them: what the product gains, the padding and the keys' kernels take. That is why it stays float16."""
-    query, key = (2, 8, 4096, 40), (2, 8, 77, 40)
-    saved = attention_seconds(query, key, GPU) - attention_s8_seconds(query, key, GPU)
-    assert saved < 0.2 * attention_seconds(query, key, GPU)
-    assert attention_s8_seconds(query, query, GPU) < 0.7 * attention_seconds(query, query, GPU)
+def test_a_text_of_77_tokens_gains_nothing():
+    """Two stages of 64 keys for 77 of them, and two launches more: that is why it stays torch's. Attention of the map to itself gains."""
+    launch = launch_seconds(graph=True)
+    for heads, width in ((8, 40), (10, 64)):
+        query, key = (2, heads, 4096, width), (2, heads, 77, width)
+        assert attention_s8_seconds(query, key, GPU) + 3 * launch > attention_seconds(query, key, GPU) + launch
+        assert attention_s8_seconds(query, query, GPU) < 0.75 * attention_seconds(query, query, GPU)

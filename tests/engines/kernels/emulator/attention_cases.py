@@ -20,6 +20,7 @@ WIDTHS = {
     int(width): (16 * int(warps), int(threads), int(shared))
     for width, warps, threads, shared in re.findall(r"  X\((\d+), (\d+), \d+, (\d+), (\d+), \d+\)", (CUDA / "attention.cu").read_text())
 }
+SPARE_TOKENS = 3  # of NaN behind each operand
 ROUNDING = {"f16": 2.0**-11, "bf16": 2.0**-8}  # of one number to the type
 
 
@@ -178,8 +179,8 @@ class Attention:
         return query, key, g.integers(-8, 9, shapes[2]).astype(np.float32)
 
     def strided(self, x: NDArray[np.float32]) -> NDArray[np.uint16]:
-        """Bits as [B, L, H, D] with gaps, and three tokens more, all of NaN, which no kernel may use."""
-        shape = (self.B, x.shape[2] + 3, self.H * self.D + self.gap)
+        """Bits as [B, L, H, D] with gaps, and spare tokens of NaN, which no kernel may use."""
+        shape = (self.B, x.shape[2] + SPARE_TOKENS, self.H * self.D + self.gap)
         whole = np.full(shape, 0x7FFF, np.uint16)
         view = np.lib.stride_tricks.as_strided(whole, (self.B, shape[1], self.H, self.D), (*whole.strides[:2], 2 * self.D, 2))
         view[:, : x.shape[2]] = to_type(x, self.dtype).swapaxes(1, 2)
