@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from edm_deploy_tools.benchmarks import gpu_attention
@@ -15,6 +16,7 @@ def results() -> list[dict]:
     return gpu_attention.attention_results(RUN, torch.Generator().manual_seed(0))
 
 
+@pytest.mark.extended  # twenty calls under the emulator
 def test_every_kernel_is_started_and_none_is_wrong(launched, monkeypatch):
     """The launches of a GPU, in the emulator."""
     monkeypatch.setattr(gpu_attention, "attention_on", lambda device: cuda)
