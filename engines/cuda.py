@@ -32,6 +32,7 @@ from engines.common.vendor_package import refuse_other_backend
 from engines.kernels.driver import LEAST_CAPABILITY, arch_of
 from engines.performance.gpus import capabilities, has_int4, has_kernels
 from engines.performance.int4_selection import select_int4
+from engines.torch_graph.graph_options import GraphOptions
 
 if TYPE_CHECKING:
     from torch import fx
@@ -43,7 +44,6 @@ log = logging.getLogger(__name__)
 ENGINE_NAME = "engine.safetensors"
 PARAMS, ROWS = "params.", "row_of_timestep"  # names in the engine's file; those of a layer are packed_layer.tensor_name
 LAYOUT = 1  # version of the packed weights; incremented when an older file would be misread
-DEFAULT_REST = "eager"  # until a GPU has shown what inductor gains
 DEFAULT_GPU = "sm_86"  # where none is named and this machine has none
 DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -56,7 +56,7 @@ class CudaBackend(ArtifactBackend):
     """
 
     name: ClassVar[str] = "cuda"
-    options: ClassVar[frozenset[str]] = frozenset({"gpu", "precision", "int4_where", "rest", "lora_rank", "lora_layers"})
+    options: ClassVar[frozenset[str]] = frozenset({"gpu", "precision", "int4_where", "rest", "attention", "lora_rank", "lora_layers"})
     device: ClassVar[str] = "cuda"
 
     def build(self, content: Artifact, manifest: Manifest, options: BuildOptions, out: Path) -> BuildResult:
@@ -77,7 +77,7 @@ class CudaBackend(ArtifactBackend):
         executed = {name: "int8" if plan.executed == "int4" and not has_int4(gpu) else plan.executed for name, plan in plans.items()}
         return BuildResult(
             versions={},
-            options={"gpu": gpu, "precision": precision, "rest": options.rest or DEFAULT_REST},
+            options={"gpu": gpu, "precision": precision, **GraphOptions.requested(options).to_json()},
             executed=executed,
             codes={name: plan.codes for name, plan in plans.items() if plan.codes},
             warnings=(*_warnings(plans, reasons, gpu), *choice.reasons),
@@ -87,15 +87,18 @@ class CudaBackend(ArtifactBackend):
 
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
         from engines.kernels import driver
+        from engines.kernels.attention.launch import SOURCE as ATTENTION_SOURCE
         from engines.torch_graph.cuda_graph_session import CudaSession  # registers operators, so imported on use
 
         _refuse_foreign(manifest)
         manifest.require_files(ENGINE_NAME)
-        kinds = code_formats_on(manifest, device)
+        kinds, chosen = code_formats_on(manifest, device), GraphOptions.recorded(manifest.build["options"])
         if device.type == "cuda":
             driver.prepare(device)  # report a missing compiler or an old driver before any weight is read
+            if chosen.attention == "int8":
+                driver.prepare(device, ATTENTION_SOURCE)
         module = _graph(manifest, load_tensors(directory / ENGINE_NAME, device=str(device)), kinds)[0].module()
-        if manifest.build["options"].get("rest", DEFAULT_REST) == "inductor":  # engines of earlier versions have no such entry
+        if chosen.rest == "inductor":
             from engines.torch_graph.compiled_rest import compiled_rest
 
             module = compiled_rest(module, device)
@@ -229,6 +232,7 @@ def _graph(
     from engines.torch_graph import fusions
     from engines.torch_graph import rewrite as rewriting
     from engines.torch_graph.adapters import add_adapters
+    from engines.torch_graph.attention import attention_in_int8
     from engines.torch_graph.packed_layer import layer_from_tensors
 
     family, dtype = family_named(manifest.family), DTYPES[manifest.build["options"]["precision"]]
@@ -265,6 +269,8 @@ def _graph(
     branches = {} if manifest.adapters is None else add_adapters(rewritten, layers, manifest.adapters)
     if fused:
         fusions.fuse(rewritten)
+        if GraphOptions.recorded(manifest.build["options"]).attention == "int8" and not attention_in_int8(rewritten):
+            log.warning("--attention int8: this model has no attention that the kernels compute; all of it runs in floating point.")
     return rewritten, branches
 
 

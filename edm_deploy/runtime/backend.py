@@ -103,6 +103,7 @@ class BuildOptions:
         threads: CPU threads of the engine.
         int4_where: `faster` runs a site whose codes fit 4 bits in INT8 where that is expected to be no slower; `fits` always runs it in INT4.
         rest: `inductor` compiles what is between a torch graph's quantized layers by torch.compile when the engine is opened; `eager` runs it as it is.
+        attention: `int8` computes the products of queries and keys of a torch graph in INT8 where a kernel has them; `float` as the model does.
         lora_rank: Rank slots of the adapter branches of an engine that is built from an artifact; None for none.
         lora_layers: Regular expression of the published layers that have a branch.
         allow_float_sites: Whether to accept a build in which a quantized site is not computed in integers, on backends that otherwise refuse it.
@@ -117,6 +118,7 @@ class BuildOptions:
     threads: int | None = None
     int4_where: Literal["fits", "faster"] | None = None
     rest: Literal["eager", "inductor"] | None = None
+    attention: Literal["float", "int8"] | None = None
     lora_rank: int | None = None
     lora_layers: str | None = None
     allow_float_sites: bool = False

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import sys
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "cuda"
 MAIN = "kernels.cu"
+SOURCES = (MAIN, "attention.cu")  # each is compiled alone, when one of its kernels is first used
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90")
 UNFINISHED = ".unfinished-"  # prefix of the directories in the cache in which a cubin is written
 SEAL = b"edm-deploy sha256 "  # follows a cached cubin, before its checksum; tools that read the cubin ignore what follows it
@@ -154,9 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--nvcc", nargs="?", const="nvcc", help="compile with this nvcc, or the one on PATH, instead of NVRTC")
     options = parser.parse_args(arguments)
     try:
-        for arch in options.arch.split(","):
+        for arch, source in itertools.product(options.arch.split(","), SOURCES):
             start = time.perf_counter()
-            built = cubin(arch.strip(), options.nvcc)
+            built = cubin(arch.strip(), options.nvcc, main=source)
             sys.stdout.write(
                 f"{built.path}  {len(built.code)} bytes  {time.perf_counter() - start:.1f} s  {built.arch} by {built.compiler}\n"
             )

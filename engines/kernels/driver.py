@@ -44,13 +44,13 @@ def available() -> str | None:
     return None
 
 
-def prepare(device: torch.device) -> None:
-    """Build the kernels for a GPU, where they are not cached, and load them.
+def prepare(device: torch.device, source: str = build.MAIN) -> None:
+    """Build the kernels of one file in `cuda/` for a GPU, where they are not cached, and load them.
 
     Raises:
         UnsupportedError: No driver, one that is too old, a GPU that is too old, or no compiler.
     """
-    _driver().module(_index(device))
+    _driver().module(_index(device), source)
 
 
 def launch(launches: Sequence[Launch], device: torch.device) -> None:
@@ -96,26 +96,26 @@ class Driver:
 
     def __init__(self, api: Any) -> None:
         self._api = api
-        self._modules: dict[int, _Module] = {}
+        self._modules: dict[tuple[int, str], _Module] = {}
         self._loading = threading.Lock()
         try:
             self._call("cuInit", 0, doing="The NVIDIA driver cannot start", remedy=ELSEWHERE)
         except RuntimeError as err:  # the library itself is missing
             raise UnsupportedError(f"No NVIDIA driver is installed (libcuda cannot be loaded). Install one. {ELSEWHERE}") from err
 
-    def module(self, index: int) -> _Module:
-        """The kernels on GPU number `index`, loaded at the first call."""
+    def module(self, index: int, source: str = build.MAIN) -> _Module:
+        """The kernels of one file in `cuda/` on GPU number `index`, loaded at the first call."""
         with self._loading:
-            if index not in self._modules:
-                self._modules[index] = self._load(index)
-            return self._modules[index]
+            if (index, source) not in self._modules:
+                self._modules[index, source] = self._load(index, source)
+            return self._modules[index, source]
 
     def launch(self, launches: Sequence[Launch], index: int, stream: int) -> None:
         """Launch kernels on a stream of GPU number `index`."""
-        module = self.module(index)
-        with self._current(module.context):
+        modules = {source: self.module(index, source) for source in {one.source: None for one in launches}}
+        with self._current(next(iter(modules.values())).context):
             for one in launches:
-                function = module.function(one.entry, one.shared_bytes)
+                function = modules[one.source].function(one.entry, one.shared_bytes)
                 # The driver takes an array of addresses, one per argument, and copies the arguments before it returns.
                 arguments = (ctypes.c_void_p * 1)(ctypes.addressof(one.params))
                 self._call(
@@ -132,12 +132,12 @@ class Driver:
                     doing=f"Kernel {one.entry} with grid {list(one.grid)} cannot be started",
                 )
 
-    def _load(self, index: int) -> _Module:
+    def _load(self, index: int, source: str) -> _Module:
         arch = self._arch_for(arch_of(torch.cuda.get_device_capability(index)), build.compiler_in_use())
         device = self._call("cuDeviceGet", index, doing=f"GPU {index} cannot be opened")
         context = self._call("cuDevicePrimaryCtxRetain", device, doing=f"GPU {index} cannot be opened")
         start = time.perf_counter()
-        built = build.cubin(arch)
+        built = build.cubin(arch, main=source)
         with self._current(context):
             handle = self._call("cuModuleLoadData", built.code, doing=f"The kernels for {built.arch}, {built.path}, cannot be loaded")
         log.info("Kernels for %s by %s loaded in %.1f s from %s.", built.arch, built.compiler, time.perf_counter() - start, built.path)

@@ -83,6 +83,7 @@ class Launch:
         threads: Threads per block.
         shared_bytes: Dynamic shared memory per block.
         params: The struct that the kernel takes by value.
+        source: The file in `cuda/` that defines the kernel; each is compiled and loaded at its first use.
     """
 
     entry: str
@@ -90,6 +91,7 @@ class Launch:
     threads: int
     shared_bytes: int
     params: ctypes.Structure
+    source: str = "kernels.cu"
 
 
 def quantize_launch(params: QuantizeParams, *, type_name: str, bits: int, channels_last: bool, norm: bool, activation: str) -> Launch:

@@ -10,6 +10,7 @@ compute the same bits in plain torch (`cpu_ops.py`), and under a tracer only sha
     rotary            rotary position embedding of queries or keys
     conv2d            packed codes * packed weight -> float16 or bfloat16 [B, K, P, Q], channels last
     linear            the same for a Linear -> [*leading, K]
+    attention_s8      attention without a mask, queries and keys rounded to 8 bits -> [B, H, Lq, D], a view of [B, Lq, H, D]
 
 An activation is a map [B, C, H, W], or [B, ..., C] of 2, 3 or more than 4 axes; four axes are always a map, so a Linear's [B, X, Y, C] goes in as
 [B, X * Y, C]. Channels last is read without a copy, and so is a contiguous map by `quantize`; other layouts are copied. Packed codes, weights and tables must be
@@ -32,6 +33,9 @@ from torch import Tensor
 
 from edm_deploy.numerics.kernel_layout import code_bytes
 from engines.kernels import cpu_ops, cuda_ops, rotary
+from engines.kernels.attention import cpu as cpu_attention
+from engines.kernels.attention import cuda as cuda_attention
+from engines.kernels.attention.operands import AttentionOperands
 from engines.kernels.operands import (
     NORM_ACTIVATIONS,
     ConvShape,
@@ -62,6 +66,7 @@ SCHEMAS = {
     "rotary": rotary.SCHEMA,
     "conv2d": f"({_OPERANDS}, int[2] kernel, int stride, int padding, ScalarType dtype) -> Tensor",
     "linear": f"({_OPERANDS}, SymInt[] leading, ScalarType dtype) -> Tensor",
+    "attention_s8": "(Tensor query, Tensor key, Tensor value, float? scale) -> Tensor",
 }
 
 
@@ -156,6 +161,17 @@ def _convolved(op: str, traced: bool, operands: Operands, shape: ConvShape, dtyp
     return run(operands, shape, dtype)
 
 
+def _attention_s8(traced: bool, *arguments: Any) -> Tensor:
+    operands = AttentionOperands(*arguments)
+    operands.check()
+    if traced:
+        batch, heads, length, width = operands.query.shape
+        return operands.query.new_empty((batch, length, heads, width)).transpose(1, 2)
+    operands.check_sizes()
+    run = cuda_attention.attention if operands.query.is_cuda else cpu_attention.attention
+    return run(operands)
+
+
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "group_stats": _group_stats,
@@ -164,6 +180,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "rotary": rotary.rotary,
     "conv2d": _conv2d,
     "linear": _linear,
+    "attention_s8": _attention_s8,
 }
 
 

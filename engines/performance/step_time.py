@@ -1,7 +1,7 @@
 """Expected time of a whole step on a GPU: every node of a denoiser's graph, at given shapes. Computed from GPU figures and shapes, not measured.
 
 Layers are costed as in `roofline.py`. What is bound by memory, norms, quantizers, activations, additions, copies, moves its inputs and outputs once at the bandwidth
-of DRAM, or of L2 where they fit into half of it. Attention computes its two products at the padded head dimension, and a softmax that they do not hide. Each kernel
+of DRAM, or of L2 where they fit into half of it. Attention is costed as in `attention_time.py`. Each kernel
 adds its launch. With `compiled`, operations between the products are fused as torch.compile does: a chain of them reads what comes from outside and
 writes what others read. profiles/measured.toml has published times of whole steps, of which no constant was chosen, and how far this model is from them.
 """
@@ -17,15 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from engines.performance.attention_time import KEY_KERNELS, attention_s8_seconds, attention_seconds
 from engines.performance.gpus import Gpu, launch_seconds
 from engines.performance.roofline import Matmul, Precision, expected, others
 
 Kind = Literal["layers", "attention", "quantize", "norm statistics", "norms", "elementwise"]
-Attention = Literal["float16", "int8"]
 
-HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of FlashAttention-2's kernels; others are padded
-QUERIES = 128  # rows of a tile of attention
-SOFTMAX_CYCLES = 0.09  # a score and multiprocessor that the products do not hide; from measured.toml's one point of an RTX A5000
 STATIC = (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
 BITS = {"s4": 4, "u4": 4, "s8": 8}
 aten: Any = torch.ops.aten
@@ -89,7 +86,6 @@ def step_time(
     gpu: Gpu,
     *,
     compiled: bool = False,
-    attention: Attention = "float16",
     graph: bool = True,
 ) -> StepTime:
     """Expected time of one call.
@@ -99,12 +95,11 @@ def step_time(
         inputs: On the meta device, in the graph's order.
         gpu: The GPU.
         compiled: Whether operations between products are fused as torch.compile does.
-        attention: Type of the product of queries and keys.
         graph: Whether kernels are launched by a CUDA graph.
     """
     recorded = _Recorder(module)
     recorded.run(*inputs)
-    model = _Model(gpu, attention, launch_seconds(graph=graph), graph)
+    model = _Model(gpu, launch_seconds(graph=graph), graph)
     costs = [model.product(node, *recorded.values[node]) for node in recorded.products]
     groups = _fused(recorded) if compiled else [{node} for node in recorded.others]
     costs += [model.moved(group, recorded) for group in groups]
@@ -138,7 +133,7 @@ class _Recorder(fx.Interpreter):
         if n.op != "call_function" or n.target in STATIC or getattr(n.target, "__name__", "") == "_item" or not _tensors(result):
             return result
         self.values[n] = arguments, result
-        if n.target in FLOAT_LAYERS or n.target is SDPA or _ours(n) in ("conv2d", "linear"):
+        if n.target in FLOAT_LAYERS or n.target is SDPA or _ours(n) in ("conv2d", "linear", "attention_s8"):
             self.products[n] = None
         elif not _is_view(arguments, result):
             self.others[n] = len(self.others)
@@ -154,16 +149,18 @@ class _Recorder(fx.Interpreter):
 @dataclass(frozen=True)
 class _Model:
     gpu: Gpu
-    attention: Attention
     launch: float
     graph: bool
 
     def product(self, node: fx.Node, arguments: tuple[Any, ...], result: Any) -> Cost:
         name = str(node.target)
         if node.target is SDPA:
-            query, key, value = (each.shape for each in arguments[:3])
-            seconds = attention_seconds(query, key, value, self.gpu, self.attention) + self.launch
+            seconds = attention_seconds(arguments[0].shape, arguments[1].shape, self.gpu) + self.launch
             return Cost(kind="attention", name=name, seconds=seconds, launches=1)
+        if _ours(node) == "attention_s8":
+            launches = KEY_KERNELS + 1
+            seconds = attention_s8_seconds(arguments[0].shape, arguments[1].shape, self.gpu) + launches * self.launch
+            return Cost(kind="attention", name=name, seconds=seconds, launches=launches)
         if node.target in FLOAT_LAYERS:
             return self._float_layer(name, arguments[0], arguments[1], result)
         schema: Any = node.target
@@ -205,24 +202,6 @@ class _Model:
 
     def _transfer(self, size: float) -> float:
         return size / (self.gpu.l2 if size <= self.gpu.l2_size / 2 else self.gpu.dram)
-
-
-def attention_seconds(query: Sequence[int], key: Sequence[int], value: Sequence[int], gpu: Gpu, products: Attention = "float16") -> float:
-    """Expected seconds of softmax(Q K^T) V, without the launch.
-
-    Args:
-        query: Shape [B, H, L, D].
-        key: Shape, likewise.
-        value: Shape, likewise.
-        gpu: The GPU.
-        products: Type of Q K^T; the product with V is in float16 in either case.
-    """
-    *heads, length, width = query
-    padded = next((size for size in HEAD_DIMS if width <= size), width)
-    tiles = math.prod(heads) * math.ceil(length / QUERIES)
-    scores = math.ceil(tiles / gpu.sms) * min(QUERIES, length) * key[-2]  # of the busiest multiprocessor
-    cycles = 2 * padded / gpu.ops[products] + 2 * padded / gpu.ops["float16"] + SOFTMAX_CYCLES
-    return scores * cycles / gpu.clock
 
 
 def _fused(recorded: _Recorder) -> list[set[fx.Node]]:

@@ -85,6 +85,35 @@ def test_an_engine_opens_with_the_rest_that_it_was_built_for(engine, monkeypatch
     assert seen == [torch.device("cpu")]
 
 
+def test_an_engine_with_attention_in_int8_computes_the_same_model(engine, denoiser, saved, tmp_path, monkeypatch):
+    from engines.torch_graph import attention
+
+    replaced, real = [], attention.attention_in_int8
+    monkeypatch.setattr(attention, "attention_in_int8", lambda graph: replaced.extend(real(graph)) or replaced)
+    manifest = build_engine(saved, tmp_path / "engine", backend="cuda", options=BuildOptions(gpu="rtx3090", attention="int8"))
+    assert manifest.build["options"]["attention"] == "int8"
+    assert Manifest.read(engine, kind="engine").build["options"]["attention"] == "float"
+    inputs = tiny_inputs("unet2d", 3)
+    found, expected = load_denoiser(tmp_path / "engine", device="cpu")(**inputs).sample, denoiser(**inputs).sample
+    assert len(replaced) == 4
+    family, _, model = tiny_model("unet2d")
+    # One code that falls the other way draws the rounding noise of a 4-bit network anew: two independent draws are sqrt(2) of one apart.
+    assert 0 < (found - expected).norm() < 1.6 * (expected - family.forward(model, inputs)).norm()
+
+
+def test_a_model_without_attention_that_the_kernels_have_is_named(engine, monkeypatch):
+    import engines.cuda
+    from engines.torch_graph import attention
+
+    said = []
+    monkeypatch.setattr(engines.cuda.log, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(attention, "attention_in_int8", lambda graph: [])
+    manifest = Manifest.read(engine, kind="engine")
+    manifest.build["options"]["attention"] = "int8"
+    BACKEND.open(engine, manifest, torch.device("cpu"))
+    assert said[1:] == ["--attention int8: this model has no attention that the kernels compute; all of it runs in floating point."]
+
+
 def test_it_agrees_with_the_reference_at_mixed_timesteps(engine, artifact_w4a4):
     check_against_reference_on_cpu(engine, artifact_w4a4)
 

@@ -70,6 +70,8 @@ REFUSED = {
     "unknown backend": ("build-engine {onnx} --out {out} --backend openvin", "Did you mean 'openvino'"),
     "unknown gpu": ("build-engine {onnx} --out {out} --backend trt-rtx --gpu rtx3091", "rtx3091"),
     "option of another backend": ("build-engine {onnx} --out {out} --backend ort --gpu rtx3090", "--gpu"),
+    "attention that is no choice": ("build-engine {artifact} --out {out} --backend cuda --attention int4", "--attention"),
+    "attention of another backend": ("build-engine {onnx} --out {out} --backend ort --attention int8", "--attention"),
     "profile that is none": ("build-engine {onnx} --out {out} --backend ort --batch 1-8", "expected MIN:OPT:MAX"),
     "profile upside down": ("build-engine {onnx} --out {out} --backend ort --batch 8:4:1", "MIN <= OPT <= MAX"),
     "dimension that the model has not": ("build-engine {onnx} --out {out} --backend ort --tokens 77", "--tokens"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.numerics.kernel_layout import bits_of, pack_codes, pack_weight, weight_sum, zero_codes
+from edm_deploy_tools.benchmarks.gpu_attention import attention_results
 from edm_deploy_tools.benchmarks.gpu_stage import StageResult, StageRun
 from edm_deploy_tools.benchmarks.kernel_problems import BOUNDS
 from edm_deploy_tools.common.console import Row
@@ -26,12 +27,14 @@ def kernels(run: StageRun) -> StageResult:
     facts: dict[str, Any] = {}
     if run.device.type == "cuda":
         start = time.perf_counter()
-        driver.prepare(run.device)
+        for source in build.SOURCES:
+            driver.prepare(run.device, source)
         facts["build and load, s"] = round(time.perf_counter() - start, 1)
         facts["compiler"] = str(build.compiler_in_use())
     generator = torch.Generator().manual_seed(0)
     rows = [*_quantizers(run, generator), *_row_norms(run, generator), *_rotations(run, generator)]
     rows += [*_statistics(run, generator), *_convolutions(run, generator)]
+    rows += attention_results(run, generator)
     wrong = [f"{row['kernel']}: {row['wrong']} of {row['values']} values differ from the CPU's." for row in rows if not row["ok"]]
     facts["kernels"], facts["correct"] = len(rows), len(rows) - len(wrong)
     return StageResult(facts=facts, tables={"Results of every kernel": rows}, problems=wrong)

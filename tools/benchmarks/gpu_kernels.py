@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from edm_deploy_tools.benchmarks.gpu_attention import attention_times
 from edm_deploy_tools.benchmarks.gpu_correctness import activation_table
 from edm_deploy_tools.benchmarks.gpu_stage import StageResult, StageRun
 from edm_deploy_tools.benchmarks.kernel_problems import Call, Problem, fits_int_mm, float_call, int_mm_call
@@ -21,14 +22,12 @@ from edm_deploy_tools.common.console import Row
 from edm_deploy_tools.common.machine import measurement_conditions
 from engines.performance.gpus import launch_seconds
 from engines.performance.roofline import Matmul, Precision, expected, others
-from engines.performance.step_time import attention_seconds
 
 OPS = torch.ops.edm_deploy
 PEERS = ("comfy_kitchen", "nunchaku", "sageattention", "flash_attn", "triton")
 NVIDIA_SMI = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 SANITIZERS = ("memcheck", "racecheck")
 MAPS = ((2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16))  # of SD 1.5
-HEADS = ((2, 8, 4096, 40), (2, 8, 1024, 80), (2, 8, 256, 160), (2, 10, 4096, 64), (1, 24, 4608, 128))  # of SD 1.5, SDXL, FLUX
 
 
 def versions(run: StageRun) -> StageResult:
@@ -83,15 +82,11 @@ def sanitizer(run: StageRun) -> StageResult:
 
 @torch.no_grad()
 def operators(run: StageRun) -> StageResult:
-    """Time of what is bound by memory, beside torch's; and of attention at its head dimensions."""
+    """Time of what is bound by memory, and of attention at its head dimensions, beside torch's."""
     rows: list[Row] = []
     for shape in ((2, 64, 8, 8),) if run.small else MAPS:
         rows += _map_operators(run, shape)
-    for heads in ((1, 2, 64, 40),) if run.small else HEADS:
-        query = torch.randn(heads, device=run.device).half()
-        seconds = attention_seconds(heads, heads, heads, run.gpu) if run.gpu else None
-        rows.append(_timed(run, f"attention {list(heads)}", lambda q=query: functional.scaled_dot_product_attention(q, q, q), seconds))
-    return StageResult(tables={"Operators": rows})
+    return StageResult(tables={"Operators": rows, "Attention": attention_times(run)})
 
 
 def _map_operators(run: StageRun, shape: tuple[int, ...]) -> list[Row]:

@@ -23,14 +23,15 @@ CALLS = 20
 
 
 def whole_model(run: StageRun, traced: TracedModel, batch: int) -> StageResult:
-    """One step of a traced model with random weights: our session, torch eager, torch compiled."""
+    """One step of a traced model with random weights: our session, the same with attention in INT8, torch eager, torch compiled."""
     inputs = [_random(value, run.device) for value in traced.inputs(batch)]
-    integers = traced.graph(code_formats(traced.family, traced.config, four_bits=run.gpu is None or run.gpu.has_int4))
-    floats = traced.graph({})
+    formats = code_formats(traced.family, traced.config, four_bits=run.gpu is None or run.gpu.has_int4)
+    integers, attending, floats = traced.graph(formats), traced.graph(formats, int8_attention=True), traced.graph({})
     names = [declared.name for declared in traced.family.inputs(traced.config)]
     rows: list[Row] = []
     ways: dict[str, Callable[[], Any]] = {
         "ours": lambda: _session(integers, names, inputs, run.device),
+        "ours, attention in INT8": lambda: _session(attending, names, inputs, run.device),
         "torch eager": lambda: _module(floats, inputs, run.device, compiled=False),
         "torch compiled": lambda: _module(floats, inputs, run.device, compiled=True),
     }
@@ -44,8 +45,9 @@ def whole_model(run: StageRun, traced: TracedModel, batch: int) -> StageResult:
             problems.append(f"{name}: {type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}")
             continue
         if run.gpu is not None:
-            graph, compiled = (integers, False) if name == "ours" else (floats, name == "torch compiled")
-            seconds = step_time(graph, traced.inputs(batch), run.gpu, compiled=compiled, graph=name != "torch eager").seconds
+            graph = {"ours": integers, "ours, attention in INT8": attending}.get(name, floats)
+            options = {"compiled": name == "torch compiled", "graph": name != "torch eager"}
+            seconds = step_time(graph, traced.inputs(batch), run.gpu, **options).seconds
             row["expected ms"] = round(1e3 * seconds, 2)
             row["of expected"] = round(float(row["ms"]) / (1e3 * seconds), 2)
         rows.append(row)

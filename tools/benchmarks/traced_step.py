@@ -17,8 +17,9 @@ from edm_deploy.network.meta_model import meta_inputs, meta_model
 from edm_deploy.numerics.kernel_layout import CodeFormat, bits_of, code_bytes
 from edm_deploy_tools.common.console import Row
 from engines.performance.gpus import Gpu
-from engines.performance.step_time import Attention, step_time
+from engines.performance.step_time import step_time
 from engines.torch_graph import fusions
+from engines.torch_graph.attention import attention_in_int8
 from engines.torch_graph.packed_layer import PackedLayer
 from engines.torch_graph.rewrite import rewrite_layers
 
@@ -47,11 +48,12 @@ class TracedModel:
         """Trace a model; it takes a minute for one of a thousand layers."""
         return cls(family=family, config=config, program=exported_program(family, config, torch.float16))
 
-    def graph(self, kinds: Mapping[str, CodeFormat]) -> fx.GraphModule:
+    def graph(self, kinds: Mapping[str, CodeFormat], *, int8_attention: bool = False) -> fx.GraphModule:
         """The fused graph with the sites of `kinds` in integers, on the meta device; without sites the float model.
 
         Args:
             kinds: Code format of each quantized layer. One table of one row for all, so that layers that read one value share its codes.
+            int8_attention: Whether attention is ours where the kernels have it.
         """
         model = meta_model(self.family, self.config)
         layers = self.family.sites(model)
@@ -61,6 +63,8 @@ class TracedModel:
         rewritten = rewrite_layers(self.program, sites, params, rows, torch.float16)
         if kinds:  # the float model is what torch compiles by itself
             fusions.fuse(rewritten)
+        if int8_attention:
+            attention_in_int8(rewritten)
         rewritten.tensors = {name: _channels_last(value.to(META)) for name, value in rewritten.tensors.items()}
         return rewritten.module()
 
@@ -79,19 +83,20 @@ class TracedModel:
 def step_rows(model: TracedModel, gpu: Gpu, batch: int) -> list[Row]:
     """Expected milliseconds of one step, in all and by kind of kernel: in float16 as torch.compile runs it, and of our session.
 
-    Our session runs what is between its operators eagerly, in one CUDA graph. Attention in INT8 and a compiled rest are what further work would bring.
+    Our session runs what is between its operators eagerly, in one CUDA graph, or compiled (`--rest inductor`); attention is torch's, or ours (`--attention int8`).
     """
     inputs, rows = model.inputs(batch), list[Row]()
-    integers = model.graph(code_formats(model.family, model.config, four_bits=gpu.has_int4))
-    variants: tuple[tuple[str, fx.GraphModule, bool, Attention], ...] = (
-        ("float16, compiled", model.graph({}), True, "float16"),
-        ("ours", integers, False, "float16"),
-        ("ours, rest compiled", integers, True, "float16"),
-        ("ours, attention in INT8", integers, False, "int8"),
-        ("ours, rest compiled, attention in INT8", integers, True, "int8"),
+    formats = code_formats(model.family, model.config, four_bits=gpu.has_int4)
+    ours, attending = model.graph(formats), model.graph(formats, int8_attention=True)
+    variants: tuple[tuple[str, fx.GraphModule, bool], ...] = (
+        ("float16, compiled", model.graph({}), True),
+        ("ours", ours, False),
+        ("ours, rest compiled", ours, True),
+        ("ours, attention in INT8", attending, False),
+        ("ours, rest compiled, attention in INT8", attending, True),
     )
-    for name, graph, compiled, attention in variants:
-        found = step_time(graph, inputs, gpu, compiled=compiled, attention=attention)
+    for name, graph, compiled in variants:
+        found = step_time(graph, inputs, gpu, compiled=compiled)
         first = rows[0]["step ms"] if rows else 1e3 * found.seconds
         rows.append(
             {

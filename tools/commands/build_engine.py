@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edm_deploy_tools.common import console
+from edm_deploy_tools.common import console, cuda_options
 from edm_deploy_tools.common import options as opt
 
 
@@ -30,8 +30,9 @@ def build_engine(
     optimization_level: Annotated[int | None, typer.Option(help="Effort of the TensorRT builder, 0 to 5. Default: TensorRT's.")] = None,
     timing_cache: Annotated[Path | None, typer.Option(metavar="FILE", help="TensorRT timing cache to read and extend.")] = None,
     workspace_mib: Annotated[int | None, typer.Option(metavar="MIB", help="Limit of TensorRT's scratch memory in MiB.")] = None,
-    int4_where: opt.Int4Where = None,
-    rest: opt.Rest = None,
+    int4_where: cuda_options.Int4Where = None,
+    rest: cuda_options.Rest = None,
+    attention: cuda_options.Attention = None,
     allow_float_sites: Annotated[
         bool, typer.Option("--allow-float-sites", help="Accept quantized sites that no integer layer computes.")
     ] = False,
@@ -60,7 +61,8 @@ def build_engine(
     sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens, "image_tokens": image_tokens}
     others: dict[str, Any] = {"gpu": gpu, "precision": precision, "threads": threads, "optimization_level": optimization_level}
     others |= {"timing_cache": timing_cache, "workspace_mib": workspace_mib, "allow_float_sites": allow_float_sites}
-    others |= {"int4_where": opt.value(int4_where), "rest": opt.value(rest), "lora_rank": lora_rank, "lora_layers": lora_layers}
+    others |= {"int4_where": opt.value(int4_where), "rest": opt.value(rest), "attention": opt.value(attention)}
+    others |= {"lora_rank": lora_rank, "lora_layers": lora_layers}
     pipeline = pipeline_to_copy(source, with_pipeline, components)
     with source_with_loras(source, backend, lora or ()) as content:
         manifest = build(content, out, backend=backend, options=build_options(sizes, others), pipeline=pipeline)

@@ -64,20 +64,6 @@ class Format(StrEnum):
     TRITON = "triton"
 
 
-class RestOfGraph(StrEnum):
-    """How the cuda backend runs what is between quantized layers."""
-
-    EAGER = "eager"
-    INDUCTOR = "inductor"
-
-
-class Int4Sites(StrEnum):
-    """Sites that the cuda backend computes in INT4: all whose codes fit, or those that are expected to be faster than in INT8."""
-
-    FITS = "fits"
-    FASTER = "faster"
-
-
 def check_out(path: Path) -> Path:
     """`path`, unless it contains the working directory: --out is replaced as a whole.
 
@@ -264,20 +250,6 @@ PipelineSource = Annotated[
 Loras = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE[:WEIGHT]", help="LoRA of diffusers, PEFT or kohya, with its weight, 1 by default; repeatable."),
-]
-Int4Where = Annotated[
-    Int4Sites | None,
-    typer.Option(
-        "--int4-where",
-        help="For cuda: fits computes each site whose codes fit 4 bits in INT4; faster uses INT8 where INT4 is not expected to be faster on --gpu.",
-    ),
-]
-Rest = Annotated[
-    RestOfGraph | None,
-    typer.Option(
-        "--rest",
-        help="For cuda: inductor compiles what is between quantized layers by torch.compile, when the engine is opened. Default: eager.",
-    ),
 ]
 LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="Load float weights only while their layer runs: slower, the same result in less memory.")

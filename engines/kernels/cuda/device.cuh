@@ -51,6 +51,14 @@ __device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned address
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
+// ldmatrix.x4.trans: as load_matrices, and each 8x8 matrix of 16-bit elements transposed: lane l receives in r[i] elements 2 * (l % 4) and 2 * (l % 4) + 1 of column l / 4.
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
 // mma: C[16][8] += A[16][32 bytes] * B[32 bytes][8], integers exact in 32 bits: 64 codes of 4 bits (m16n8k64) or 32 codes of 8 (m16n8k32). Fragments of
 // lane l, with g = l / 4 and t = l % 4; a word holds the 4 bytes at column 4t of its half:
 //
@@ -70,6 +78,21 @@ __device__ __forceinline__ void multiply_add(int (&c)[4], const unsigned (&a)[4]
   if constexpr (KIND == S8) EDM_MMA("m16n8k32.row.col.s32.s8.s8.s32");
 #undef EDM_MMA
 }
+
+// mma.m16n8k16: C[16][8] += A[16][16] * B[16][8] of 16-bit numbers, summed in float32. The fragments are those above with two numbers to a word: A's words hold
+// columns 2t, 2t + 1 of its left and right half, b0 and b1 rows 2t, 2t + 1 of B's upper and lower half, column g.
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
+#define EDM_MMA(TYPE, NAME)                                                                                                              \
+  template <>                                                                                                                            \
+  __device__ __forceinline__ void multiply_add<TYPE>(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {                  \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"     \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                                                 \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                                                 \
+  }
+EDM_MMA(f16, "f16")
+EDM_MMA(bf16, "bf16")
+#undef EDM_MMA
 
 // ---- conversions -----------------------------------------------------------------------------------------------------------------------------------
 

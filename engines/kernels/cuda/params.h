@@ -103,6 +103,27 @@ struct ConvParams {
 // y = (float(acc) * (act_scale[row] * weight_scale[k]) + bias[k] + sample_bias[n][k]) * gate[n][k] + residual, from left to right, each step rounded to float32
 // separately (no fused multiply-add), clipped where `saturate` says so (NaN stays NaN), then rounded to the output's type: equal to numpy's result bit for bit.
 
+struct AttentionParams {
+  const void* query;  // float16 or bfloat16 [B][H][Lq][D] by the strides below; a token's D elements are contiguous and start at 16 bytes
+  const void* key;    // [B][H][Lk][D], likewise
+  const void* value;  // [B][H][Lk][D], likewise
+  void* out;          // [B][Lq][H][D] of the same type, contiguous
+  float* key_sums;    // [B][H][chunks][D] sum over the tokens of a chunk: scratch between the first and the second kernel
+  byte_t* key_codes;  // [B][H][tokens][Cb] s8: scratch between the second and the third
+  float* key_scale;   // [B][H][tokens]
+  int H, Lq, Lk, D;
+  int Cb;             // bytes of a token's codes: D rounded up to the next width's multiple of 32, zeros behind D
+  int tokens;         // Lk rounded up to 64; codes behind Lk are 0
+  int chunk, chunks;  // tokens per block of attention_key_sums; chunks = ceil(Lk / chunk)
+  int query_batch, query_head, query_token;  // strides in elements, multiples of 8
+  int key_batch, key_head, key_token;
+  int value_batch, value_head, value_token;
+  float factor;       // softmax's scale * log2(e)
+};
+// Codes of a query or of a key less the mean of its head's keys, float32, each step rounded separately: largest = max(max |x|, 1e-30); n = rint(clip(x * (127 / largest),
+// -127, 127)); scale = largest / 127. The mean is the sum of key_sums over chunks in order, / Lk. NaN becomes -127.
+// u[i][j] = float(sum n_q n_k) * key_scale[j], exact sums; r[i] = scale_q[i] * factor; p[i][j] = 2^(u r - max_j u r); out = (sum_j T(p) v) / (sum_j p), in float32.
+
 // How the host launches each entry point (grid, threads per block). The only parameter of every kernel is its struct, by value.
 //   quantize_last_*    (ceil(HW * channels / 8 / 256), N)              256   channels = Cb * 8 / bits; both axes stride over what a smaller grid leaves
 //   quantize_first_*   (ceil(HW / 64), ceil(channels / 64), N)         256   likewise
@@ -111,8 +132,11 @@ struct ConvParams {
 //   group_stats_merge  (groups, N)                                     256   likewise
 //   conv_*_BMxBN_*     (ceil(M / BM), ceil(K / BN), splits)            Tile::threads and Tile::shared_bytes of dynamic shared memory (TILES in kernels.cu)
 //   rotary_*           (ceil(N * L * H * D / 8 / 256))                 256   likewise
-//   reduce_*           (ceil(M * ceil(K / 8) / 256))                   256   likewise; only conv takes dynamic shared memory
-constexpr int THREADS = 256;  // of every kernel but conv
+//   reduce_*           (ceil(M * ceil(K / 8) / 256))                   256   likewise; of these only conv takes dynamic shared memory
+//   attention_key_sums_*   (chunks, H, B)                              256
+//   attention_key_codes_*  (tokens / 64, H, B)                         256
+//   attention_s8_*_*   (ceil(Lq / queries), H, B)                      AttentionTile::THREADS and SHARED_BYTES of dynamic shared memory (WIDTHS in attention.cu)
+constexpr int THREADS = 256;  // of every kernel but conv and attention_s8
 constexpr int STATS_OCTETS = 64;  // octets of channels that a block of group_stats_partial takes at most
 
 // Bounds that the host must ensure: M * K < 2^31 and N * HW * channels / 8 < 2^31 for one tensor; 128 * 128 * R * S * C < 2^31, so that no sum overflows;

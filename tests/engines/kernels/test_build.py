@@ -211,13 +211,16 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
 # ---- the command
 
 
-def test_the_command_prints_a_line_for_each_gpu(compilations, capsys):
+def test_the_command_prints_a_line_for_each_gpu_and_source(compilations, capsys):
     assert build.main(["--arch", "sm_86, sm_89"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[1:2] + line.split("  ")[3:] for line in lines] == [
         ["14 bytes", "sm_86 by nvrtc 13.0"],
+        ["14 bytes", "sm_86 by nvrtc 13.0"],
+        ["14 bytes", "sm_89 by nvrtc 13.0"],
         ["14 bytes", "sm_89 by nvrtc 13.0"],
     ]
+    assert [line.rpartition("/")[2].split("-sm")[0] for line in lines] == ["kernels", "attention"] * 2
 
 
 def test_the_command_ends_in_one_line():

@@ -82,7 +82,7 @@ def a_gpu(monkeypatch):
     """torch reports sm_86, and nothing is compiled; yields the requested architectures."""
     requested: list[str] = []
 
-    def cubin(arch: str) -> Cubin:
+    def cubin(arch: str, *, main: str) -> Cubin:
         requested.append(arch)
         return Cubin(Path("/cache/kernels.cubin"), b"code", arch, Compiler("nvrtc", (13, 5)))
 
@@ -261,7 +261,7 @@ from engines.kernels.launch import Launch, StatsParams
 torch.cuda.get_device_capability = lambda index: (8, 6)
 elf = b"\\x7fELF" + bytes(60)
 build.compiler_in_use = lambda: build.Compiler("nvrtc", (13, 5))
-build.cubin = lambda arch: build.Cubin(Path("kernels.cubin"), elf, arch, build.Compiler("nvrtc", (13, 5)))
+build.cubin = lambda arch, main: build.Cubin(Path("kernels.cubin"), elf, arch, build.Compiler("nvrtc", (13, 5)))
 for entry, width, shared_bytes in (("group_stats_f16", 4, 65536), ("group_stats_f16", 7, 0), ("missing", 4, 0)):
     params = StatsParams(N=3, groups=5, eps=0.5)
     try:

@@ -4,8 +4,6 @@ import ctypes
 import re
 import subprocess
 
-import pytest
-
 from engines.kernels.build import SOURCE, source_files
 from engines.kernels.launch import (
     LARGEST_GRID,
@@ -27,8 +25,13 @@ STRUCTS = (QuantizeParams, RowNormParams, RotaryParams, StatsParams, ConvParams)
 
 
 def test_structs_lie_in_memory_as_the_compiler_has_them(tmp_path):
+    check_memory(STRUCTS, tmp_path)
+
+
+def check_memory(structs, tmp_path) -> None:
+    """Raises AssertionError where a field is not where a C++ compiler has it."""
     lines = ["#include <cstddef>", "#include <cstdio>", f'#include "{SOURCE / "params.h"}"', "int main() {"]
-    for struct in STRUCTS:
+    for struct in structs:
         name = struct.__name__
         lines.append(f'std::printf("{name} %zu\\n", sizeof({name}));')
         lines += [f'std::printf("{name}.{field[0]} %zu\\n", offsetof({name}, {field[0]}));' for field in struct._fields_]
@@ -36,32 +39,36 @@ def test_structs_lie_in_memory_as_the_compiler_has_them(tmp_path):
     subprocess.run(["g++", "-std=c++17", "-o", tmp_path / "offsets", tmp_path / "offsets.cpp"], check=True)
     seen = subprocess.run([tmp_path / "offsets"], capture_output=True, text=True, check=True).stdout
     ours = []
-    for struct in STRUCTS:
+    for struct in structs:
         ours.append(f"{struct.__name__} {ctypes.sizeof(struct)}")
         ours += [f"{struct.__name__}.{field[0]} {getattr(struct, field[0]).offset}" for field in struct._fields_]
     assert seen.splitlines() == ours
 
 
 def test_structs_have_every_field_of_the_header():
+    check_fields(STRUCTS)
+
+
+def check_fields(structs) -> None:
+    """Raises AssertionError where params.h has other fields."""
     header = re.sub(r"//.*", "", source_files()["params.h"].decode())
-    for struct in STRUCTS:
+    for struct in structs:
         body = re.search(rf"struct {struct.__name__} {{(.*?)}};", header, flags=re.S)[1]
         names = [re.split(r"[ *]", name.strip())[-1] for line in body.split(";") for name in line.split(",") if name.strip()]
         assert names == [field[0] for field in struct._fields_]
 
 
-@pytest.fixture(scope="module")
-def kernels_after_the_preprocessor(tmp_path_factory) -> set[str]:
-    """Names of the `extern "C"` kernels once g++ has expanded the macros."""
-    header = tmp_path_factory.mktemp("pre") / "emulator.h"
+def kernels_after_the_preprocessor(source, tmp_path) -> set[str]:
+    """Names of the `extern "C"` kernels of a file once g++ has expanded the macros."""
+    header = tmp_path / "emulator.h"
     header.write_text("")
     flags = ["-E", "-P", "-DEDM_EMULATED", f"-I{header.parent}", f"-I{SOURCE}", "-x", "c++"]
-    text = subprocess.run(["g++", *flags, SOURCE / "kernels.cu"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(["g++", *flags, SOURCE / source], capture_output=True, text=True, check=True).stdout
     return set(re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(', text))
 
 
-def test_every_kernel_that_is_launched_is_in_the_source(kernels_after_the_preprocessor):
-    assert kernels_after_the_preprocessor == set(entry_points())
+def test_every_kernel_that_is_launched_is_in_the_source(tmp_path):
+    assert kernels_after_the_preprocessor("kernels.cu", tmp_path) == set(entry_points())
 
 
 def quantize_params(**fields: int) -> QuantizeParams:

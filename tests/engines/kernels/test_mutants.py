@@ -236,11 +236,18 @@ def outcome(folder: pathlib.Path, file: str, old: str, new: str) -> str | None:
         entry_points, found = re.subn(pattern, "", entry_points)
         assert found == 1, f"kernels.cu holds {pattern} {found} times"
     (cuda / "kernels.cu").write_text(entry_points)
+    (cuda / "attention.cu").unlink()
+    return checked(folder, file, old, new, "cases", "8")
+
+
+def checked(folder: pathlib.Path, file: str, old: str, new: str, cases: str, count: str) -> str | None:
+    """Builds the source in `folder / "cuda"` with one replacement and checks it by a module of cases; returns as `outcome`."""
+    cuda = folder / "cuda"
     source = (cuda / file).read_text()
     assert source.count(old) == 1, f"{file} holds {old!r} {source.count(old)} times"
     (cuda / file).write_text(source.replace(old, new))
     library = build(folder / "mutant.so", "-O1", "-w", cuda=cuda)
-    program = [sys.executable, "-m", "tests.engines.kernels.emulator.cases", str(library), "2", "8"]
+    program = [sys.executable, "-m", f"tests.engines.kernels.emulator.{cases}", str(library), "2", count]
     done = subprocess.run(program, capture_output=True, text=True, timeout=60, cwd=HERE.parents[3])
     return done.stderr or f"ended with {done.returncode}" if done.returncode else None
 

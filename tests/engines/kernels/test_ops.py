@@ -259,6 +259,9 @@ def example(op: str) -> tuple:
         return x, *arguments
     if op == "group_stats":
         return x, 2, 1e-6
+    if op == "attention_s8":
+        heads = torch.randn(2, 5, 3, 8).to(HALF).transpose(1, 2)
+        return heads, heads[:, :, :4], heads[:, :, 1:], None
     if op == "quantize_normed":
         return x, mean, rstd, torch.ones(8), None, 2, *arguments
     if op == "rotary":

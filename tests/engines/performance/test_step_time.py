@@ -8,9 +8,11 @@ from torch.nn import functional
 from edm_deploy.models import family_named, name_of_family
 from edm_deploy_tools.benchmarks.traced_step import TracedModel
 from edm_deploy_tools.inspection.architectures import architecture
-from engines.performance.gpus import TABLE, Gpu, gpu_named, launch_seconds
+from engines.performance.attention_time import attention_s8_seconds, attention_seconds
+from engines.performance.gpus import TABLE, gpu_named, launch_seconds
 from engines.performance.roofline import Matmul, expected, others
-from engines.performance.step_time import SOFTMAX_CYCLES, attention_seconds, step_time
+from engines.performance.step_time import step_time
+from engines.torch_graph.attention import attention_in_int8
 from tests.engines.rewritten import drafted, site_of
 
 MEASURED = tomllib.loads((TABLE.parent / "measured.toml").read_text())
@@ -128,25 +130,28 @@ def test_what_enters_our_kernels_is_no_kernel_of_its_own(compiled):
     assert found.by_kind()["quantize"] == pytest.approx(both, rel=0.01)
 
 
-@pytest.mark.parametrize(("width", "padded"), [(40, 64), (64, 64), (72, 96), (80, 96), (160, 192)])
-def test_attention_computes_the_head_dimension_that_its_kernel_has(width, padded):
-    shape = (2, 41, 4096, width)  # 2624 tiles, 32 for each multiprocessor
-    cycles = 4 * padded / 512 + SOFTMAX_CYCLES
-    assert attention_seconds(shape, shape, shape, GPU) == pytest.approx(32 * 128 * 4096 * cycles / GPU.clock)
-    assert attention_seconds(shape, shape, shape, GPU, "int8") < attention_seconds(shape, shape, shape, GPU)
+def test_attention_of_ours_is_three_kernels_and_torchs_one():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_q = nn.Linear(64, 64)
 
+        def forward(self, x):
+            q = self.to_q(x).unflatten(-1, (1, 64)).transpose(1, 2)
+            return functional.scaled_dot_product_attention(q, q, q).transpose(1, 2)
 
-@pytest.mark.parametrize("point", MEASURED["attention"], ids=lambda point: point["source"][:24])
-def test_attention_is_as_far_from_each_measured_point_as_the_file_says(point):
-    shape = (point["shape"]["batch"], point["shape"]["heads"], point["shape"]["length"], point["shape"]["width"])
-    figures = point["gpu"]
-    gpu = Gpu(
-        name="", title="", sm="sm_86", sms=figures["sms"], clock=figures["clock_mhz"] * 1e6, dram=1, l2=1, l2_size=1,
-        ops={"float16": figures["float16"]},
-    )  # fmt: skip
-    operations = 4 * shape[0] * shape[1] * shape[2] ** 2 * shape[3]
-    error = operations / attention_seconds(shape, shape, shape, gpu) / 1e12 / point["tops"] - 1
-    assert error == pytest.approx(point["error"], abs=0.015)
+    model, x, shape = Attending(), torch.randn(2, 1024, 64).half(), (2, 1, 1024, 64)
+    found = []
+    for ours in (False, True):
+        rewritten = drafted(model, {"to_q": site_of(model.to_q)}, x)
+        assert len(attention_in_int8(rewritten) if ours else []) == ours
+        rewritten.tensors = {name: value.to("meta") for name, value in rewritten.tensors.items()}
+        inputs = [x.to("meta"), torch.zeros(2, device="meta")]
+        found.append([cost for cost in step_time(rewritten.module(), inputs, GPU).costs if cost.kind == "attention"])
+    assert [(cost.launches, cost.seconds) for cost in (*found[0], *found[1])] == [
+        (1, pytest.approx(attention_seconds(shape, shape, GPU) + LAUNCH)),
+        (3, pytest.approx(attention_s8_seconds(shape, shape, GPU) + 3 * LAUNCH)),
+    ]
 
 
 @pytest.mark.extended  # a trace of a thousand layers

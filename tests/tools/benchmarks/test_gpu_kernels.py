@@ -8,9 +8,10 @@ RUN = StageRun(device=torch.device("cpu"), gpu=gpu_named("rtx3090"), small=True)
 
 
 def test_each_operator_stands_beside_torchs_and_its_expected_time():
-    (rows,) = gpu_kernels.operators(RUN).tables.values()
+    rows, attention = gpu_kernels.operators(RUN).tables.values()
     names = [row["operator"].split(" [")[0] for row in rows]
-    assert {"group_stats", "quantize_normed, SiLU", "torch: group_norm, SiLU", "torch: layer_norm", "attention"} <= set(names)
+    assert {"group_stats", "quantize_normed, SiLU", "torch: group_norm, SiLU", "torch: layer_norm"} <= set(names)
+    assert [row["heads"] for row in attention] == ["[1, 2, 64, 40]"]
     assert all(row["us"] > 0 and row["expected us"] > 0 for row in rows)
 
 

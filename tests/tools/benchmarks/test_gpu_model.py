@@ -16,9 +16,9 @@ def test_a_whole_model_with_random_weights_runs_both_ways(monkeypatch):
     found = gpu_model.whole_model(RUN, traced, 2)
     (rows,) = found.tables.values()
     assert found.problems == []
-    assert [row["way"] for row in rows] == ["ours", "torch eager"]
+    assert [row["way"] for row in rows] == ["ours", "ours, attention in INT8", "torch eager"]
     assert all(row["ms"] > 0 and row["expected ms"] > 0 for row in rows)
     monkeypatch.setattr(gpu_model, "_session", lambda *_: 1 / 0)
     found = gpu_model.whole_model(RUN, traced, 2)
     assert [row["way"] for rows in found.tables.values() for row in rows] == ["torch eager"]
-    assert found.problems == ["ours: ZeroDivisionError: division by zero"]
+    assert found.problems == [f"{way}: ZeroDivisionError: division by zero" for way in ("ours", "ours, attention in INT8")]

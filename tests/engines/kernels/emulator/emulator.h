@@ -41,10 +41,20 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct Index3 { unsigned x, y, z; };
 
+template <class TO, class FROM>
+inline TO same_bits(FROM from) {
+  TO to;
+  static_assert(sizeof to == sizeof from, "");
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+inline float to_float(f16 h) { return static_cast<float>(same_bits<_Float16>(h.bits)); }
+inline float to_float(bf16 h) { return same_bits<float>(static_cast<unsigned>(h.bits) << 16); }
+
 namespace emulated {
 
 enum class State { RUNS, AT_COLLECTIVE, AT_BARRIER, EXITED };
-enum class Collective { SYNCWARP, LOAD_MATRICES, MULTIPLY_S4, MULTIPLY_U4, MULTIPLY_S8, SHUFFLE };
+enum class Collective { SYNCWARP, LOAD_MATRICES, LOAD_TRANSPOSED, MULTIPLY_S4, MULTIPLY_U4, MULTIPLY_S8, MULTIPLY_F16, MULTIPLY_BF16, SHUFFLE };
 
 struct Copy { unsigned to; unsigned char bytes[16]; };
 
@@ -186,6 +196,32 @@ inline void multiply(Fiber* lanes) {
   }
 }
 
+// mma.m16n8k16 of 16-bit numbers: the same fragments with two numbers to a word. The products are exact in float64; a tensor core's own rounding is not specified.
+template <class T>
+inline void multiply_floats(Fiber* lanes) {
+  double a[16][16], b[16][8];
+  const auto number = [](unsigned word, int e) { return static_cast<double>(to_float(T{static_cast<unsigned short>(word >> (16 * e))})); };
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& in = *static_cast<const MultiplyIn*>(lanes[lane].in);
+    const int g = lane / 4, t = lane % 4;
+    for (int e = 0; e < 2; ++e)
+      for (int half = 0; half < 2; ++half) {
+        const int k = half * 8 + 2 * t + e;
+        a[g][k] = number(in.a[2 * half], e), a[g + 8][k] = number(in.a[2 * half + 1], e);
+        b[k][g] = number(in.b[half], e);
+      }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    float* c = static_cast<float*>(lanes[lane].out);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+      double sum = c[i];
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      c[i] = static_cast<float>(sum);
+    }
+  }
+}
+
 inline const unsigned char* at_shared(unsigned address, unsigned bytes) {
   require(address % bytes == 0, "misaligned address in shared memory");
   require(static_cast<size_t>(address) + bytes <= machine.shared_bytes, "address past the end of shared memory");
@@ -201,6 +237,16 @@ inline void load_matrices(Fiber* lanes) {
     }
 }
 
+// Likewise, and lane l gets rows 2 (l % 4) and the next of column l / 4.
+inline void load_transposed(Fiber* lanes) {
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      for (int e = 0; e < 2; ++e) {
+        const unsigned row = *static_cast<const unsigned*>(lanes[8 * i + lane % 4 * 2 + e].in);
+        std::memcpy(static_cast<unsigned char*>(lanes[lane].out) + 4 * i + 2 * e, machine.shared + row + lane / 4 * 2, 2);
+      }
+}
+
 struct ShuffleIn { float value; int distance; };
 inline void shuffle(Fiber* lanes) {
   for (int lane = 0; lane < 32; ++lane) {
@@ -213,6 +259,9 @@ inline void carry_out(Fiber* lanes) {
   switch (lanes[0].collective) {
     case Collective::SYNCWARP: break;
     case Collective::LOAD_MATRICES: load_matrices(lanes); break;
+    case Collective::LOAD_TRANSPOSED: load_transposed(lanes); break;
+    case Collective::MULTIPLY_F16: multiply_floats<f16>(lanes); break;
+    case Collective::MULTIPLY_BF16: multiply_floats<bf16>(lanes); break;
     case Collective::MULTIPLY_S4: multiply<4, true>(lanes); break;
     case Collective::MULTIPLY_U4: multiply<4, false>(lanes); break;
     case Collective::MULTIPLY_S8: multiply<8, true>(lanes); break;
@@ -309,14 +358,9 @@ using std::min;
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __int2float_rn(int a) { return static_cast<float>(a); }
-template <class TO, class FROM>
-inline TO same_bits(FROM from) {
-  TO to;
-  static_assert(sizeof to == sizeof from, "");
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
 inline int __float_as_int(float a) { return same_bits<int>(a); }
 inline float __int_as_float(int a) { return same_bits<float>(a); }
 
@@ -357,6 +401,15 @@ inline void load_matrices(unsigned (&r)[4], unsigned address) {
   emulated::at_shared(address, 16);
   emulated::collective(emulated::Collective::LOAD_MATRICES, &address, r);
 }
+inline void load_matrices_transposed(unsigned (&r)[4], unsigned address) {
+  emulated::at_shared(address, 16);
+  emulated::collective(emulated::Collective::LOAD_TRANSPOSED, &address, r);
+}
+template <class T>
+void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  const emulated::MultiplyIn in{{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  emulated::collective(std::is_same_v<T, f16> ? emulated::Collective::MULTIPLY_F16 : emulated::Collective::MULTIPLY_BF16, &in, c);
+}
 template <Kind KIND>
 void multiply_add(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   using emulated::Collective;
@@ -364,8 +417,6 @@ void multiply_add(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
   emulated::collective(KIND == S4 ? Collective::MULTIPLY_S4 : KIND == U4 ? Collective::MULTIPLY_U4 : Collective::MULTIPLY_S8, &in, c);
 }
 
-inline float to_float(f16 h) { return static_cast<float>(same_bits<_Float16>(h.bits)); }
-inline float to_float(bf16 h) { return same_bits<float>(static_cast<unsigned>(h.bits) << 16); }
 inline unsigned short rounded(float f, f16) { return same_bits<unsigned short>(static_cast<_Float16>(f)); }
 inline unsigned short rounded(float f, bf16) {  // half to even; a NaN stays one
   const unsigned bits = same_bits<unsigned>(f);

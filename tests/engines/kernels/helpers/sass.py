@@ -11,7 +11,8 @@ import re
 import subprocess
 import tempfile
 
-from engines.kernels.build import cubin
+from engines.kernels.attention import launch as attention
+from engines.kernels.build import MAIN, cubin
 from engines.kernels.launch import THREADS, entry_points
 from engines.kernels.tiles import TILES
 
@@ -61,13 +62,20 @@ class Kernel:
         return next((tile for tile in TILES if f"_{tile.name}_" in self.name), None)
 
     @property
+    def width(self):
+        """The width of attention to all keys, else None."""
+        return next((width for width in attention.WIDTHS if self.name.startswith(f"attention_s8_{width.elements}_")), None)
+
+    @property
     def threads(self) -> int:
-        return self.tile.threads if self.tile else THREADS
+        shape = self.tile or self.width
+        return shape.threads if shape else THREADS
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory per block, dynamic or static, in bytes."""
-        return self.tile.shared_bytes if self.tile else self.fixed_shared
+        shape = self.tile or self.width
+        return shape.shared_bytes if shape else self.fixed_shared
 
     def blocks(self, on: Multiprocessor) -> int:
         """Blocks that fit on one multiprocessor together."""
@@ -83,11 +91,12 @@ def tool(name: str) -> pathlib.Path:
 
 
 @functools.cache
-def kernels(arch: str) -> dict[str, Kernel]:
-    """The entry points, compiled for `arch`."""
+def kernels(arch: str, source: str = MAIN) -> dict[str, Kernel]:
+    """The entry points of one source, compiled for `arch`."""
+    known = entry_points() if source == MAIN else attention.entry_points()
     with tempfile.TemporaryDirectory() as scratch:
         path = pathlib.Path(scratch) / "kernels.cubin"
-        path.write_bytes(cubin(arch).code)
+        path.write_bytes(cubin(arch, main=source).code)
 
         def output_of(name: str, *options: str) -> str:
             return subprocess.run([tool(name), *options, str(path)], capture_output=True, text=True, check=True).stdout
@@ -97,23 +106,21 @@ def kernels(arch: str) -> dict[str, Kernel]:
     sass = dict(zip(parts[1::2], parts[2::2], strict=True))
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:0 ", usage)
     return {
-        name: Kernel(name, int(registers), int(stack), int(shared), sass[name])
-        for name, registers, stack, shared in found
-        if name in entry_points()
+        name: Kernel(name, int(registers), int(stack), int(shared), sass[name]) for name, registers, stack, shared in found if name in known
     }
 
 
 def table(arch: str) -> str:
     """Registers, shared memory and occupancy of the float16 kernels (bfloat16's are the same to a few registers), in markdown."""
-    on = MULTIPROCESSORS[arch]
+    on, found = MULTIPROCESSORS[arch], kernels(arch) | kernels(arch, attention.SOURCE)
     lines = [
         "| kernel | threads | registers | spilled bytes | shared bytes | blocks | warps of " + str(on.warps) + " |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in entry_points():
+    for name in (*entry_points(), *attention.entry_points()):
         if "_bf16" in name:
             continue
-        kernel = kernels(arch)[name]
+        kernel = found[name]
         blocks = kernel.blocks(on)
         cells = (f"`{name}`", kernel.threads, kernel.registers, kernel.stack, kernel.shared_bytes, blocks, blocks * kernel.threads // 32)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
