@@ -44,6 +44,13 @@ REFUSED = {
     "scheme that the target cannot carry": ("calibrate {model} --out {out} --act-bits 16 --for trt-rtx", "Nearest: W8A8"),
     "out that holds something": ("calibrate {model} --out {artifact}", "exists and is not empty. Pass --overwrite"),
     "out that holds something else": ("calibrate {model} --out {model} --overwrite", "holds other files"),
+    "provider that is not installed": ("build-engine {onnx} --out {out} --backend ort --provider tensorrt", "edm-deploy[ort-gpu]"),
+    "provider of another backend": ("build-engine {onnx} --out {out} --backend openvino --provider cuda", "has no option --provider"),
+    "CUDA graphs of several sizes": (
+        "build-engine {onnx} --out {out} --backend ort --provider cuda --cuda-graphs",
+        "needs one size of each",
+    ),
+    "CUDA graphs on the CPU": ("build-engine {onnx} --out {out} --backend ort --batch 2 --cuda-graphs", "needs a GPU"),
     "out that is the source": ("build-engine {onnx} --out {onnx} --backend ort --overwrite", "is not an engine"),
     "out of another kind": ("export {artifact} --out {engine} --overwrite", "is not an ONNX directory"),
     "images over an engine": ("sample {engine} --out {engine} --overwrite", "holds other files"),
