@@ -64,6 +64,8 @@ REFUSED = {
     "negative seed": ("evaluate {artifact} --out {out} --seed -1", "--seed"),
     "resume of nothing": ("finetune {model} --out {out} --resume", "no checkpoint to resume"),
     "export of nothing": ("export {out}-missing --out {out}", "does not exist"),
+    "plugin nodes for Polygraphy": ("export {artifact} --format polygraphy --out {out} --int4 plugin", "is not for --format polygraphy"),
+    "a graph for Polygraphy": ("export {onnx} --format polygraphy --out {out}", "artifact"),
     "export to an unknown type": ("export {artifact} --out {out} --dtype fp8", "fp8"),
     "plugin nodes for no backend": ("export {artifact} --out {out} --dtype fp16 --int4 plugin", "Add --for trt"),
     "plugin nodes for another backend": (
