@@ -22,6 +22,7 @@ from calibration.run.time_budget import Budget
 from calibration.student.module_outputs import capture_outputs
 from calibration.training.activation_checkpoints import checkpoint_activations
 from calibration.training.divergence import check_finite, warn_if_risen
+from calibration.training.fast_kernels import use_fast_kernels
 from calibration.training.losses import AuxiliaryLoss
 from calibration.training.param_group import ParamGroup
 from calibration.training.sharded_weights import sharded
@@ -111,6 +112,7 @@ class Training:
     ) -> None:
         self.student, self.teacher, self.trajectories = context.student, context.teacher, context.trajectories
         self.schedule, self.terms = schedule, terms
+        use_fast_kernels(context)
         self.processes, self.accumulation = context.run.options.processes, context.run.options.accumulation
         self.step_factors = torch.ones(self.trajectories.rows) if step_factors is None else step_factors
         self.outputs: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}

@@ -62,6 +62,8 @@ REFUSED = {
     "seed of 20 digits": ("calibrate {model} --out {out} --seed 12345678901234567890", "--seed"),
     "seed of 20 digits to sample": ("sample {engine} --out {out} --seed 12345678901234567890", "--seed"),
     "negative seed": ("evaluate {artifact} --out {out} --seed -1", "--seed"),
+    "compiling that is no choice": ("finetune {model} --out {out} --torch-compile maybe", "--torch-compile"),
+    "compiling of single blocks": ("finetune {model} --out {out} --recipe tcaq --torch-compile on", "--torch-compile on: recipe 'tcaq'"),
     "resume of nothing": ("finetune {model} --out {out} --resume", "no checkpoint to resume"),
     "export of nothing": ("export {out}-missing --out {out}", "does not exist"),
     "plugin nodes for Polygraphy": ("export {artifact} --format polygraphy --out {out} --int4 plugin", "is not for --format polygraphy"),
