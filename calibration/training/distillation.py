@@ -255,9 +255,9 @@ def distill(
     # Before the teacher changes its dtype; a checkpoint holds the factors of its run.
     factors = processes.first(step_factors(context, 0.0 if run.options.resume else schedule.step_weighting) if processes.writes else None)
     context.teacher.set_dtype(run.options.teacher_dtype)
-    if run.options.checkpointing:
-        checkpoint_activations(context.student)
     training = Training(context, groups, schedule, terms, factors)
+    if run.options.checkpointing:  # after the kernels were chosen: what is computed again is computed by the same ones
+        checkpoint_activations(context.student)
     done, budget, timer, every = 0, None, CheckpointTimer(run), run.options.checkpoint_every
     if (state := resume_training(run)) is not None:
         training.load_state(state)

@@ -84,3 +84,11 @@ def test_a_training_by_compiled_kernels_is_the_eager_one_within_float32(checkpoi
     apart = sum(float((compiled[name] - eager[name]).square().sum()) for name in moved)
     movement = sum(float((eager[name] - before[name]).square().sum()) for name in moved)
     assert apart < 0.01 * movement
+
+
+def test_activations_are_computed_again_in_bfloat16_by_the_kernels_of_the_forward_pass():
+    recipe = dataclasses.replace(RECIPE, compute="bf16", steps=1)
+    context = context_of(checkpointing=True)
+    recipe.prepare(context)
+    distill(context, recipe.groups(context.student), recipe.schedule)  # torch compares what is saved with what is computed again
+    assert context.run.notes["first_loss"] > 0
