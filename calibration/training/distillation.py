@@ -21,7 +21,7 @@ from calibration.run.reports import Reporter
 from calibration.run.time_budget import Budget
 from calibration.student.module_outputs import capture_outputs
 from calibration.training.activation_checkpoints import checkpoint_activations
-from calibration.training.divergence import check_finite, warn_if_risen
+from calibration.training.divergence import check_finite, warn_if_few, warn_if_risen
 from calibration.training.fast_kernels import use_fast_kernels
 from calibration.training.losses import AuxiliaryLoss
 from calibration.training.param_group import ParamGroup
@@ -111,7 +111,7 @@ class Training:
         step_factors: Tensor | None = None,
     ) -> None:
         self.student, self.teacher, self.trajectories = context.student, context.teacher, context.trajectories
-        self.schedule, self.terms = schedule, terms
+        self.schedule, self.terms, self.done = schedule, terms, 0
         use_fast_kernels(context)
         self.processes, self.accumulation = context.run.options.processes, context.run.options.accumulation
         self.step_factors = torch.ones(self.trajectories.rows) if step_factors is None else step_factors
@@ -122,7 +122,6 @@ class Training:
         self.trained = {name: parameter for name, parameter in self.student.named_parameters() if id(parameter) in trained}
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in self.trained)
-        self.done = 0
         self.averages = {name: value.detach().clone() for name, value in self.trained.items()} if schedule.ema else {}
         self.rates = [group.rate for group in trained_groups]
         # No weight decay: it would shrink every row of every table at every step.
@@ -298,3 +297,4 @@ def distill(
     warn_if_risen(run.notes.get("first_loss", math.inf), last)
     if budget is not None:
         run.notes["steps_done"] = done
+        warn_if_few(done, run.options.budget_seconds or budget.seconds)
