@@ -168,6 +168,7 @@ def _configuration(
         "conditioning": conditioning,
         **({"folded": list(folded)} if folded else {}),
         **({"budget_seconds": options.budget_seconds} if options.budget_seconds is not None else {}),
+        **({"torch_compile": options.torch_compile} if options.torch_compile != "auto" else {}),
         **({"passes": {each.name: each.settings() for each in passes}} if passes else {}),
     }
 
@@ -182,6 +183,7 @@ def check_parts(recipe: Recipe, options: RunOptions) -> None:
         "--gradient-accumulation-steps": options.accumulation > 1,
         "--gradient-checkpointing": options.checkpointing,
         "--shard-weights": options.sharding,
+        "--torch-compile on": options.torch_compile == "on",
     }
     for name, chosen in given.items():
         if chosen and not recipe.distills:

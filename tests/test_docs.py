@@ -34,6 +34,7 @@ OTHER_PROGRAMS = {  # options that pages name besides those of edm-deploy's comm
     *("--kills", "--images", "--kill-every", "--count"),  # the soaks of sets and of the server; Triton's client
     *("--backend-directory", "--load-model", "--model-control-mode", "--model-repository"),  # tritonserver
     *("--cpu", "--multi", "--num", "--multi_gpu", "--num_processes", "--logdir"),  # accelerate launch, tensorboard
+    *("--fold-constants", "--no-fold-shapes"),  # polygraphy
 }
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]+)?\)")
 PATH = re.compile(r"`((?:edm_deploy|calibration|engines|tools|tests|docs)/[\w/.-]+)`")

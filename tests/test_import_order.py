@@ -82,6 +82,7 @@ ONLY_HERE = {  # third-party package -> the only places that may import it
     "onnx_ir": ("edm_deploy/export/",),
     "onnxscript": ("edm_deploy/export/",),
     "diffusers": ("edm_deploy/models/", "edm_deploy/pipelines/", "tools/"),
+    "polygraphy": ("tools/inspection/polygraphy_folder.py",),
     "accelerate": ("calibration/run/processes.py",),
     "tensorboard": ("tools/images/tensorboard_report.py",),
     "typer": ("tools/",),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ from calibration.run.reports import Network, Report
 from calibration.run.setting_checks import at_least
 from calibration.run.time_budget import Budget
 from edm_deploy.errors import EdmDeployError, InputError
+
+TorchCompile = Literal["auto", "on", "off"]
 
 
 class Interrupted(EdmDeployError):  # noqa: N818  # not an error: callers write `except Interrupted`
@@ -52,6 +54,8 @@ class RunOptions:
 
     Attributes:
         device: Device of student and teacher.
+        torch_compile: Whether fake quantization is compiled by torch.compile in training: `on`, `off`, or `auto`, which compiles on a CPU where a budget is long
+            enough to pay for it, and never where a number of steps is given.
         teacher_dtype: Dtype of the teacher's weights and activations during training; `bf16-autocast` keeps the weights in float32, and computes matrix
             products and convolutions in bfloat16 (torch.autocast).
         checkpoint: Directory for checkpoints; None writes none.
@@ -71,6 +75,7 @@ class RunOptions:
     """
 
     device: str = "cpu"
+    torch_compile: TorchCompile = "auto"
     teacher_dtype: TeacherDtype = "bf16"
     checkpoint: Path | None = None
     resume: bool = False
@@ -96,6 +101,10 @@ class RunOptions:
             at_least("checkpoint_every", self.checkpoint_every, 1)
         if self.budget_seconds is not None and not self.budget_seconds > 0:
             raise InputError(f"budget_seconds is {self.budget_seconds}; expected above 0. Set another budget.")
+        if self.torch_compile not in get_args(TorchCompile):
+            raise InputError(
+                f"torch_compile is {self.torch_compile!r}; expected {', '.join(get_args(TorchCompile))}. Set another torch_compile."
+            )
         at_least("gradient_accumulation_steps", self.accumulation, 1)
         if self.resume and self.checkpoint is None:
             raise InputError("resume is set but there is no checkpoint directory to resume from. Name one, or start anew without --resume.")

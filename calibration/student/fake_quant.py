@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from edm_deploy.numerics.activation_table import reciprocal
 from edm_deploy.numerics.codes import per_channel
+
+FakeQuantize = Callable[[Tensor, Tensor, Tensor, int | Tensor], Tensor]
 
 
 def fake_quantize(x: Tensor, scale: Tensor, qmin: Tensor, levels: int | Tensor) -> Tensor:

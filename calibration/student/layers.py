@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from calibration.student.fake_quant import fake_quantize, round_straight_through
+from calibration.student.fake_quant import FakeQuantize, fake_quantize, round_straight_through
 from calibration.student.quantization_spec import LayerSpec, QuantRange
 from edm_deploy.network.restructure import PRE_SCALE, representable, site_input, site_weight
 from edm_deploy.numerics.activation_table import ActivationTable
@@ -32,6 +32,7 @@ class ActivationQuantizer(nn.Module):
         relaxed: Quantizer with more bits for samples at relaxed rows; None if these stay in floating point, or if there are none.
         rows: int64 [B], the row of each sample; set before each forward pass by `Student.at_rows`.
         relaxed_samples: bool [B], samples at relaxed rows, set likewise; None if there are none.
+        fake_quantize: The function that quantizes; another one computes the same in another way.
     """
 
     def __init__(self, spec: LayerSpec, rows: int) -> None:
@@ -44,6 +45,7 @@ class ActivationQuantizer(nn.Module):
         self.relaxed: ActivationQuantizer | None = None
         self.rows = torch.zeros(0, dtype=torch.int64)
         self.relaxed_samples: Tensor | None = None
+        self.fake_quantize: FakeQuantize = fake_quantize
         self._cache: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
@@ -68,7 +70,7 @@ class ActivationQuantizer(nn.Module):
 
     def _quantize(self, x: Tensor) -> Tensor:
         qmin = round_straight_through(self.qmin.clamp(-self.levels, 0))
-        return fake_quantize(x, self.log_scale.exp()[self.rows], qmin[self.rows], self.levels)
+        return self.fake_quantize(x, self.log_scale.exp()[self.rows], qmin[self.rows], self.levels)
 
     def set_samples(self, rows: Tensor, relaxed_samples: Tensor | None) -> None:
         """Set `rows` and `relaxed_samples` for a forward pass."""
@@ -112,6 +114,7 @@ class StudentLayer(nn.Module):
         log_weight_scale: float32 [Cout].
         lora_a: float32 [rank, Cin * kernel]; lora_b: float32 [Cout, rank]. None before `add_update`.
         rounding: Module that returns the quantized weight, float32, while its rounding is learned; None rounds to nearest.
+        fake_quantize: As that of ActivationQuantizer, for the weight.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, spec: LayerSpec, quantizer: ActivationQuantizer | None) -> None:
@@ -123,6 +126,7 @@ class StudentLayer(nn.Module):
         self.lora_a: nn.Parameter | None = None
         self.lora_b: nn.Parameter | None = None
         self.rounding: nn.Module | None = None
+        self.fake_quantize: FakeQuantize = fake_quantize
 
     @torch.no_grad()
     def set_weight_scale(self, scale: Tensor) -> None:
@@ -194,7 +198,7 @@ class StudentLayer(nn.Module):
         """The weight rounded to the nearest codes and dequantized: float32, the shape of the layer's weight."""
         lowest, highest = self.code_bounds()
         levels = weight_bounds(self.bits)[1] - weight_bounds(self.bits)[0] if self.channel_bits is None else highest - lowest
-        return fake_quantize(self.merged_weight(), self.log_weight_scale.exp(), lowest, levels)
+        return self.fake_quantize(self.merged_weight(), self.log_weight_scale.exp(), lowest, levels)
 
     def code_bounds(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest weight code of each output channel, float32 [Cout] each."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.run.parallel_map import parallel_map
+from calibration.student.fake_quant import FakeQuantize
 from calibration.student.layers import ActivationQuantizer, StudentLayer
 from calibration.student.quantization_spec import LayerSpec
 from calibration.student.teacher import Teacher, share_weights
@@ -116,6 +117,14 @@ class Student(nn.Module):
         finally:
             for quantizer in self.quantizers.values():
                 quantizer.clear_cache()
+
+    def quantize_by(self, function: FakeQuantize) -> None:
+        """Quantize weights and inputs by this function, which computes what `fake_quantize` does."""
+        for layer in self.layers.values():
+            layer.fake_quantize = function
+        for quantizer in self.quantizers.values():
+            for table in quantizer.tables:
+                table.fake_quantize = function
 
     def relax(self, timesteps: Tensor, bits: int) -> None:
         """Quantize inputs to 8 bits at some timesteps, by tables that calibration sets from the same observations, or not at all there.

@@ -22,6 +22,7 @@ from calibration.run.time_budget import Budget
 from calibration.student.module_outputs import capture_outputs
 from calibration.training.activation_checkpoints import checkpoint_activations
 from calibration.training.divergence import check_finite, warn_if_few, warn_if_risen
+from calibration.training.fast_kernels import use_fast_kernels
 from calibration.training.losses import AuxiliaryLoss
 from calibration.training.param_group import ParamGroup
 from calibration.training.sharded_weights import sharded
@@ -110,7 +111,8 @@ class Training:
         step_factors: Tensor | None = None,
     ) -> None:
         self.student, self.teacher, self.trajectories = context.student, context.teacher, context.trajectories
-        self.schedule, self.terms = schedule, terms
+        self.schedule, self.terms, self.done = schedule, terms, 0
+        use_fast_kernels(context)
         self.processes, self.accumulation = context.run.options.processes, context.run.options.accumulation
         self.step_factors = torch.ones(self.trajectories.rows) if step_factors is None else step_factors
         self.outputs: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
@@ -120,7 +122,6 @@ class Training:
         self.trained = {name: parameter for name, parameter in self.student.named_parameters() if id(parameter) in trained}
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in self.trained)
-        self.done = 0
         self.averages = {name: value.detach().clone() for name, value in self.trained.items()} if schedule.ema else {}
         self.rates = [group.rate for group in trained_groups]
         # No weight decay: it would shrink every row of every table at every step.
@@ -253,9 +254,9 @@ def distill(
     # Before the teacher changes its dtype; a checkpoint holds the factors of its run.
     factors = processes.first(step_factors(context, 0.0 if run.options.resume else schedule.step_weighting) if processes.writes else None)
     context.teacher.set_dtype(run.options.teacher_dtype)
-    if run.options.checkpointing:
-        checkpoint_activations(context.student)
     training = Training(context, groups, schedule, terms, factors)
+    if run.options.checkpointing:  # after the kernels were chosen: what is computed again is computed by the same ones
+        checkpoint_activations(context.student)
     done, budget, timer, every = 0, None, CheckpointTimer(run), run.options.checkpoint_every
     if (state := resume_training(run)) is not None:
         training.load_state(state)

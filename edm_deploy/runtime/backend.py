@@ -20,6 +20,7 @@ from edm_deploy.numerics.kernel_layout import CodeFormat
 from edm_deploy.runtime.capabilities import BackendCapabilities, Execution, capabilities_of
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
 
+Provider = Literal["cpu", "cuda", "tensorrt"]  # of ONNX Runtime
 Content = TypeVar("Content")  # what a backend builds from, once read: the path of a graph, or an Artifact
 
 
@@ -96,11 +97,13 @@ class BuildOptions:
     Attributes:
         profile: Sizes by dynamic dimension; always contains `batch`.
         gpu: `rtx3090`, `rtx4090`, `sm_86`, ...; several separated by commas.
-        precision: Floating-point type that the rest of the graph is computed in: `fp32`, `bf16`.
+        precision: Floating-point type that the rest of the graph is computed in: `fp32`, `bf16`, `fp16`.
         optimization_level: TensorRT's, 0 to 5.
         timing_cache: File to read and extend.
         workspace_mib: Maximum scratch memory at build and run time, in MiB.
         threads: CPU threads of the engine.
+        provider: What ONNX Runtime runs on: its own CPU or CUDA kernels, or TensorRT.
+        cuda_graphs: Whether ONNX Runtime captures a run once and replays it; every dimension then has one size.
         int4_where: `faster` runs a site whose codes fit 4 bits in INT8 where that is expected to be no slower; `fits` always runs it in INT4.
         rest: `inductor` compiles what is between a torch graph's quantized layers by torch.compile when the engine is opened; `eager` runs it as it is.
         attention: `int8` computes the products of queries and keys of a torch graph in INT8 where a kernel has them; `float` as the model does.
@@ -116,6 +119,8 @@ class BuildOptions:
     timing_cache: Path | None = None
     workspace_mib: int | None = None
     threads: int | None = None
+    provider: Provider | None = None
+    cuda_graphs: bool | None = None
     int4_where: Literal["fits", "faster"] | None = None
     rest: Literal["eager", "inductor"] | None = None
     attention: Literal["float", "int8"] | None = None
@@ -241,6 +246,10 @@ class Backend(ABC, Generic[Content]):
         Raises:
             UnsupportedError: The backend cannot run on this machine.
         """
+
+    def default_device(self, manifest: Manifest) -> str:
+        """Device that an engine is opened on where none is named."""
+        return self.device
 
     def site_dtype(self, engine: Manifest) -> torch.dtype:
         """Floating-point type of a site's input before its quantizer. Both sides of a comparison start from values of this type."""

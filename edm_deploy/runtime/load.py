@@ -41,7 +41,7 @@ def open_session(path: Path | str, *, device: str | torch.device | None = None) 
 def _open(directory: Path, manifest: Manifest, device: str | torch.device | None) -> Session:
     # The only dependency on a higher package: by name, and only when an engine is opened.
     backend: Backend[Any] = registry.load(importlib.import_module("engines"), str(manifest.backend), "BACKEND")
-    return backend.open(directory, manifest, torch.device(device or backend.device))
+    return backend.open(directory, manifest, torch.device(device or backend.default_device(manifest)))
 
 
 def with_threads(manifest: Manifest, threads: int | None) -> Manifest:

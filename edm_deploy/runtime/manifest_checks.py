@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -29,6 +29,8 @@ class BuiltOptions:
     optimization_level: Annotated[int, Meta(ge=0, le=5)] | None = None
     workspace_mib: Annotated[int, Meta(ge=1, le=2**24)] | None = None
     threads: Annotated[int, Meta(ge=0, le=1024)] | None = None
+    provider: Literal["cpu", "cuda", "tensorrt"] | None = None
+    cuda_graphs: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

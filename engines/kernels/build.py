@@ -88,11 +88,11 @@ def source_files() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(SOURCE.iterdir()) if path.suffix in (".cu", ".cuh", ".h")}
 
 
-def cache_directory() -> Path:
-    """Directory of compiled kernels; it may not exist yet."""
+def cache_directory(kind: str = "kernels") -> Path:
+    """Directory of what is compiled for this machine's GPU, kernels or another kind; it may not exist yet."""
     if configured := os.environ.get("EDM_DEPLOY_CACHE"):
-        return Path(configured) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edm-deploy" / "kernels"
+        return Path(configured) / kind
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edm-deploy" / kind
 
 
 def _key(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) -> str:

@@ -128,7 +128,7 @@ def bench_engines(
     for path in denoisers:
         check_batch(path, manifests[path], batch)
     family, config = family_named(manifest.family), manifest.config
-    device = device or backend_named(str(manifest.backend)).device
+    device = device or backend_named(str(manifest.backend)).default_device(manifest)
     inputs = {name: value.to(device) for name, value in inputs_of(family, config, manifest.num_train_timesteps, batch).items()}
     with ExitStack() as scratch:
         model = random_model(family, config).to(device)
@@ -166,7 +166,7 @@ def open_engines(manifests: Mapping[Path, Manifest], device: str | None) -> tupl
     errors: dict[Path, UnsupportedError] = {}
     for path, manifest in manifests.items():
         try:
-            denoisers[path] = load_denoiser(path, device=device or backend_named(str(manifest.backend)).device)
+            denoisers[path] = load_denoiser(path, device=device or backend_named(str(manifest.backend)).default_device(manifest))
         except UnsupportedError as err:
             errors[path] = err
             continue

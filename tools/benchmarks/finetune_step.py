@@ -94,7 +94,7 @@ class TrainingCost:
         return {"conditions": dict(self.conditions), "results": self.rows(), "ratio": self.cost.ratio}
 
 
-def bench_finetune_step(model: str, *, batch: int, rounds: int, threads: int | None = None) -> TrainingCost:
+def bench_finetune_step(model: str, *, batch: int, rounds: int, threads: int | None = None, compiled: bool = False) -> TrainingCost:
     """Time a step of the `efficientdm` recipe and a step of float distillation alternately, then measure the peak memory of each in a new process.
 
     Args:
@@ -102,6 +102,7 @@ def bench_finetune_step(model: str, *, batch: int, rounds: int, threads: int | N
         batch: Samples per step.
         rounds: Measurements of each step.
         threads: CPU threads; None is torch's default.
+        compiled: Whether the fine-tuning step has `--torch-compile on`. What the first step compiles is not measured.
 
     Raises:
         InputError: A number below 1.
@@ -111,12 +112,19 @@ def bench_finetune_step(model: str, *, batch: int, rounds: int, threads: int | N
     check_counts(batch, rounds, threads)
     if threads:
         torch.set_num_threads(threads)
-    cost = step_cost(load_source(model), recipe_with("efficientdm"), batch=batch, repeats=rounds)
-    return TrainingCost(conditions=conditions(batch, rounds, threads), cost=cost)
+    cost = step_cost(load_source(model), recipe_with("efficientdm"), batch=batch, repeats=rounds, compiled=compiled)
+    return TrainingCost(conditions=conditions(batch, rounds, threads) | {"torch_compile": "on" if compiled else "off"}, cost=cost)
 
 
 def step_cost(
-    source: Source, recipe: EfficientDM, *, batch: int = 32, repeats: int = 7, memory: bool = True, device: str = "cpu"
+    source: Source,
+    recipe: EfficientDM,
+    *,
+    batch: int = 32,
+    repeats: int = 7,
+    memory: bool = True,
+    device: str = "cpu",
+    compiled: bool = False,
 ) -> StepCost:
     """Measure one fine-tuning step against one step of the float model.
 
@@ -127,11 +135,12 @@ def step_cost(
         repeats: Measurements of each step, after one warm-up.
         memory: Whether to measure the peak memory of each step in a new process.
         device: Device of the models.
+        compiled: Whether the fine-tuning step has `--torch-compile on`; its peak memory is that without it.
 
     Raises:
         EdmDeployError: A process that measures peak memory failed; the message holds its last line.
     """
-    steps = {"float": float_step(source, batch, device), "step": finetune_step(source, recipe, batch, device)}
+    steps = {"float": float_step(source, batch, device), "step": finetune_step(source, recipe, batch, device, compiled=compiled)}
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(repeats + 1):
         for name, step in steps.items():
@@ -170,11 +179,11 @@ def float_step(source: Source, batch: int, device: str) -> Callable[[], object]:
     return step
 
 
-def finetune_step(source: Source, recipe: EfficientDM, batch: int, device: str) -> Callable[[], object]:
+def finetune_step(source: Source, recipe: EfficientDM, batch: int, device: str, *, compiled: bool = False) -> Callable[[], object]:
     """A function that runs one complete fine-tuning step."""
     recipe = dataclasses.replace(recipe, batch=batch, rows=ROWS, calibration_samples=batch, steps=1000)
     trajectories = _pool(source, recipe.rows, batch, device)
-    options = RunOptions(device=device)
+    options = RunOptions(device=device, torch_compile="on" if compiled else "off")
     teacher = Teacher(source, torch.device(device))
     student = recipe.student(source, calibrated_timesteps(source.scheduler, recipe.rows), torch.device(device))
     context = TrainingContext(student, teacher, trajectories, Run(options=options, identity={}, on_progress=lambda _: None))

@@ -30,6 +30,9 @@ def bench(
     finetune_step: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Measure one fine-tuning step of this model instead of engines.")
     ] = None,
+    torch_compile: Annotated[
+        bool, typer.Option("--torch-compile", help="With --finetune-step: the step of finetune --torch-compile on.")
+    ] = False,
     device: opt.EngineDevice = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -42,7 +45,7 @@ def bench(
 
         if engines or device:
             raise InputError("--finetune-step measures a training step on the CPU, without engines or --device. Leave them or it out.")
-        result = bench_finetune_step(finetune_step, batch=batch, rounds=rounds, threads=threads)
+        result = bench_finetune_step(finetune_step, batch=batch, rounds=rounds, threads=threads, compiled=torch_compile)
     else:
         from edm_deploy_tools.benchmarks.engines import bench_engines
 

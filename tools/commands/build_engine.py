@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,14 @@ import typer
 
 from edm_deploy_tools.common import console, cuda_options
 from edm_deploy_tools.common import options as opt
+
+
+class OrtProvider(StrEnum):
+    """What ONNX Runtime runs on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+    TENSORRT = "tensorrt"
 
 
 def build_engine(
@@ -33,6 +42,15 @@ def build_engine(
     int4_where: cuda_options.Int4Where = None,
     rest: cuda_options.Rest = None,
     attention: cuda_options.Attention = None,
+    provider: Annotated[
+        OrtProvider | None,
+        typer.Option(
+            help="For ort: what ONNX Runtime runs on; cuda and tensorrt need edm-deploy[ort-gpu]. Default: its own CPU or CUDA kernels."
+        ),
+    ] = None,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="For ort on a GPU: capture a run once and replay it; every dimension then has one size.")
+    ] = False,
     allow_float_sites: Annotated[
         bool, typer.Option("--allow-float-sites", help="Accept quantized sites that no integer layer computes.")
     ] = False,
@@ -63,6 +81,7 @@ def build_engine(
     others |= {"timing_cache": timing_cache, "workspace_mib": workspace_mib, "allow_float_sites": allow_float_sites}
     others |= {"int4_where": opt.value(int4_where), "rest": opt.value(rest), "attention": opt.value(attention)}
     others |= {"lora_rank": lora_rank, "lora_layers": lora_layers}
+    others |= {"provider": opt.value(provider), "cuda_graphs": cuda_graphs or None}
     pipeline = pipeline_to_copy(source, with_pipeline, components)
     with source_with_loras(source, backend, lora or ()) as content:
         manifest = build(content, out, backend=backend, options=build_options(sizes, others), pipeline=pipeline)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -36,11 +36,17 @@ def export(
     """Export ARTIFACT as a standard ONNX graph (opset 21) that contains the activation tables. --lora adds a LoRA for good.
 
     With --format triton: a model repository of NVIDIA Triton Inference Server, from an artifact, an ONNX directory or an engine; --for is the backend.
+    With --format polygraphy: the graph with inputs, reference outputs and commands for NVIDIA's Polygraphy, from an artifact.
     """
-    if file_format is opt.Format.TRITON:
-        given = {"--dtype": dtype is not opt.FloatType.FP32, "--weight-storage": weight_storage is not opt.Storage.INT8}
-        given |= {"--int4": int4 is not opt.Int4.QDQ, "--lora-rank": lora_rank, "--lora-layers": lora_layers, "--lora": lora}
-        export_triton(artifact, out, name, backend, [option for option, chosen in given.items() if chosen], overwrite)
+    if file_format is not opt.Format.ONNX:
+        given = {"--weight-storage": weight_storage is not opt.Storage.INT8, "--int4": int4 is not opt.Int4.QDQ}
+        given |= {"--lora-rank": lora_rank, "--lora-layers": lora_layers, "--lora": lora}
+        if file_format is opt.Format.TRITON:
+            given = {"--dtype": dtype is not opt.FloatType.FP32} | given
+            export_triton(artifact, out, name, backend, [option for option, chosen in given.items() if chosen], overwrite)
+        else:
+            given |= {"--for": backend}
+            export_polygraphy(artifact, out, dtype.value, [option for option, chosen in given.items() if chosen], overwrite)
         return
     from edm_deploy.export.onnx import onnx_from_artifact
     from edm_deploy.runtime.capabilities import capabilities_of, check_plugins, check_storage
@@ -90,3 +96,18 @@ def export_triton(source: Path, out: Path, name: str, backend: str | None, given
     console.wrote(out, f"Triton model repository with {models}")
     if written.reason:
         console.say(f"Note: no model of the denoiser alone: {written.reason}. {written.pipeline} runs it as our runtime does.")
+
+
+def export_polygraphy(source: Path, out: Path, dtype: Literal["fp32", "fp16"], given: list[str], overwrite: bool) -> None:
+    """Write a folder for Polygraphy, whose graph has the plain form that TensorRT reads."""
+    from edm_deploy.artifact.artifact import Artifact
+    from edm_deploy.errors import InputError
+    from edm_deploy_tools.inspection.polygraphy_folder import README, write_polygraphy_folder
+
+    if given:
+        raise InputError(f"{given[0]} is not for --format polygraphy, whose graph is in Q/DQ nodes with INT8 weights. Leave it out.")
+    opt.check_new(out, overwrite)
+    written = write_polygraphy_folder(Artifact.load(source), out, dtype=dtype)
+    console.wrote(out, f"folder for Polygraphy; its commands are in {README}")
+    if written.sites is None:
+        console.say(f"Note: no folder of single layers, whose inputs and outputs would take {written.site_bytes / 1e6:.0f} MB.")

@@ -11,6 +11,7 @@ EXTRAS = {
     "onnxscript": "tools",
     "pyarrow": "train",
     "ray": "ray",
+    "polygraphy": "polygraphy",
     "accelerate": "parallel",
     "tensorboard": "parallel",
     "transformers": "pipelines",

@@ -15,7 +15,7 @@ import torch
 
 from edm_deploy.errors import UnsupportedError
 
-PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt")
+PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt_rtx", "tensorrt")
 
 
 def measurement_conditions() -> dict[str, Any]:

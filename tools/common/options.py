@@ -62,6 +62,7 @@ class Format(StrEnum):
 
     ONNX = "onnx"
     TRITON = "triton"
+    POLYGRAPHY = "polygraphy"
 
 
 def check_out(path: Path) -> Path:

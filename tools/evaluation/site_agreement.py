@@ -148,13 +148,13 @@ def agreement(cut: SiteTestCase, engine: Manifest, *, device: str | None = None)
     Args:
         cut: Of the artifact that the engine was built from.
         engine: Manifest of the engine; the same backend computes each site separately, with the same options.
-        device: Where the sites run; None is the default device of the backend.
+        device: Where the sites run; None is the default device of the engine.
 
     Raises:
         UnsupportedError: The backend cannot run on this machine.
     """
     backend = engines.backend_named(str(engine.backend))
-    outputs = backend.at_sites(cut, engine, torch.device(device or backend.device))
+    outputs = backend.at_sites(cut, engine, torch.device(device or backend.default_device(engine)))
     rows = table_rows(cut.artifact.row_of_timestep, cut.timestep)
     return [compare_site(name, cut.artifact.sites[name], record, outputs, rows) for name, record in cut.records.items()]
 
