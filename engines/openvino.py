@@ -30,6 +30,7 @@ from engines.common.vendor_package import refuse_other_build, vendor
 from engines.openvino_graph.compiled_model import CompiledModel
 from engines.openvino_graph.group_norm import split_group_norms
 from engines.openvino_graph.integer_products import IN_FLOAT_REASON, exact_integer_products, weights_to_float32
+from engines.openvino_graph.silu import split_silus
 from engines.openvino_graph.scale_inputs import keep_float32, scales_to_inputs, timestep_path, widen_int4
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ class OpenvinoBackend(GraphBackend):
             model = ov.Core().read_model(content)
             model.reshape({declared.name: _partial_shape(ov, declared.dims, options.profile) for declared in manifest.graph_inputs})
         save_file(scales_to_inputs(ov, model, manifest.sites), out / TABLES_NAME)
-        kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model)
+        kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model, centred=effective["precision"] != "bf16")
+        split_silus(ov, model)
         try:
             ov.save_model(model, out / ENGINE_NAME, compress_to_fp16=False)
         except RuntimeError as err:  # OpenVINO does not report the system's reason
