@@ -32,6 +32,7 @@ from engines.openvino_graph.group_norm import split_group_norms
 from engines.openvino_graph.integer_products import IN_FLOAT_REASON, exact_integer_products, weights_to_float32
 from engines.openvino_graph.scale_inputs import keep_float32, scales_to_inputs, timestep_path, widen_int4
 from engines.openvino_graph.silu import split_silus
+from engines.openvino_graph.token_layout import transposes_as_views
 
 log = logging.getLogger(__name__)
 PACKAGE = "openvino"
@@ -100,6 +101,7 @@ def write_graph(ov: Any, model: Any, xml: Path, precision: Any) -> None:
     Raises:
         ArtifactError: The file cannot be written.
     """
+    transposes_as_views(ov, model)
     kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model, centred=precision != "bf16")
     split_silus(ov, model)
     try:
