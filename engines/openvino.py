@@ -102,8 +102,10 @@ def write_graph(ov: Any, model: Any, xml: Path, precision: Any) -> None:
         ArtifactError: The file cannot be written.
     """
     transposes_as_views(ov, model)
-    kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model, centred=precision != "bf16")
-    split_silus(ov, model)
+    bf16 = precision == "bf16"
+    kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model, bf16=bf16)
+    if bf16:  # float32 keeps OpenVINO's own SiLU, and with it its last bits
+        split_silus(ov, model)
     try:
         ov.save_model(model, xml, compress_to_fp16=False)
     except RuntimeError as err:  # OpenVINO does not report the system's reason

@@ -13,20 +13,23 @@ from typing import Any
 import numpy as np
 
 
-def split_group_norms(ov: Any, model: Any, *, centred: bool) -> set[str]:
+def split_group_norms(ov: Any, model: Any, *, bf16: bool) -> set[str]:
     """Rewrite each GroupNormalization of a model in place.
 
-    What is added to or multiplied with whole channels before the norm (a convolution's scale and bias, a time embedding) is removed from the feature
-    map: x = a z + t with one a and t per sample and channel has the mean a E[z] + t and the variance a^2 (E[z^2] - E[z]^2). With m_c and v_c these two
-    of channel c, and m, v mean and variance of a group of channels,
+    With m_c and v_c mean and variance of channel c, and m, v those of a group of channels,
 
-        v = mean over c of (v_c + (m_c - m)^2),    y = gamma / sqrt(v + epsilon) * (a (z - E[z]) + m_c - m) + beta
+        v = mean over c of (v_c + (m_c - m)^2),    y = gamma / sqrt(v + epsilon) * (x - m_c + m_c - m) + beta
+
+    In float32, v_c is the mean of (x - m_c)^2. In bfloat16, two passes over x are saved:
+
+    - v_c is E[x^2] - m_c^2. Both are summed in float32, and the difference loses less than the rounding of x to bfloat16 has lost.
+    - What is multiplied with and added to whole channels before the norm (scales and bias of a convolution, the time embedding) is not computed on the
+      feature map: x = a z + t with one a and t per sample and channel has the mean a E[z] + t and the variance a^2 (E[z^2] - E[z]^2).
 
     Args:
         ov: The openvino module.
         model: An ov.Model; changed in place.
-        centred: Whether E[z^2] - E[z]^2 is computed as E[(z - E[z])^2]: one more pass over the tensor, for float32. Of bfloat16 inputs, which are summed in
-            float32, the difference of the two loses less than their rounding has lost.
+        bf16: Whether feature maps will be bfloat16.
 
     Returns:
         Names of the nodes on [B, C] values. They are to stay in float32, which costs nothing at that size; bfloat16 would shift a whole group.
@@ -34,19 +37,19 @@ def split_group_norms(ov: Any, model: Any, *, centred: bool) -> set[str]:
     small: set[str] = set()
     for norm in [node for node in model.get_ordered_ops() if node.get_type_name() == "GroupNormalization"]:
         writer = _Writer(ov.opset13, norm.get_friendly_name(), small)
-        norm.output(0).replace(_split(writer, norm, centred).output(0))
+        norm.output(0).replace(_split(writer, norm, bf16).output(0))
     model.validate_nodes_and_infer_types()
     return small
 
 
-def _split(writer: _Writer, norm: Any, centred: bool) -> Any:
+def _split(writer: _Writer, norm: Any, bf16: bool) -> Any:
     """The nodes that compute `norm`; the last one has its name."""
     ops, node = writer.ops, writer.node
     gamma, beta = (norm.input_value(index) for index in (1, 2))
     groups, epsilon = norm.get_attributes()["num_groups"], norm.get_attributes()["epsilon"]
     shape = norm.get_output_partial_shape(0)
     channels = shape[1].get_length()
-    z, a, t = _without_affine(writer, norm.input_value(0))
+    z, a, t = _without_affine(writer, norm.input_value(0)) if bf16 else (norm.input_value(0), None, None)
     axes = list(range(2, len(shape)))
     spread_shape = [-1, channels] + [1] * len(axes)
 
@@ -56,31 +59,27 @@ def _split(writer: _Writer, norm: Any, centred: bool) -> Any:
     def spread(value: Any) -> Any:
         return node("reshape", value, spread_shape, special_zero=False)
 
-    # Not marked: what stays in float32 has float32 inputs, and z would be converted, in a pass of its own. Sums are float32 in any case.
-    mean = ops.reduce_mean(z, _constant(ops, axes), keep_dims=False)
-    d = ops.subtract(z, spread(mean)) if centred else z
+    # Not marked: what stays in float32 has float32 inputs, so that z would be converted, in a pass of its own. Sums are float32 in any case.
+    mean_z = ops.reduce_mean(z, _constant(ops, axes), keep_dims=False)
+    d = z if bf16 else ops.subtract(z, spread(mean_z))
     root = ops.reduce_l2(d, _constant(ops, axes), keep_dims=False)
     size = node("convert", node("reduce_prod", node("gather", node("shape_of", z), axes, 0), [0]), destination_type="f32")
     variance = node("divide", node("multiply", root, root), size)
-    mean_z = mean
-    if not centred:
-        variance = node("subtract", variance, node("multiply", mean, mean))
-    mean = mean if a is None else node("multiply", mean, a)
+    if bf16:
+        variance = node("subtract", variance, node("multiply", mean_z, mean_z))
+    mean = mean_z if a is None else node("multiply", mean_z, a)
     mean = mean if t is None else node("add", mean, t)
     variance = variance if a is None else node("multiply", variance, node("multiply", a, a))
     offset = grouped(mean)
     offset = node("subtract", offset, node("reduce_mean", offset, [2], keep_dims=True))
     variance = node("reduce_mean", node("add", grouped(variance), node("multiply", offset, offset)), [2], keep_dims=True)
-    root = node("power", node("add", variance, epsilon), -0.5)
-    factor = node("multiply", root, grouped(node("reshape", gamma, [1, channels], special_zero=False)))
+    inverse = node("power", node("add", variance, epsilon), -0.5)
+    factor = node("multiply", inverse, grouped(node("reshape", gamma, [1, channels], special_zero=False)))
     shift = node("add", node("multiply", offset, factor), grouped(node("reshape", beta, [1, channels], special_zero=False)))
-    if a is not None:
-        factor = node("multiply", node("reshape", factor, [-1, channels], special_zero=False), a)
-    if not centred:
-        factor = factor if a is not None else node("reshape", factor, [-1, channels], special_zero=False)
-        wide = node("multiply", factor, 65537.0)
-        factor = node("subtract", wide, node("subtract", wide, factor))
-        shift = node("subtract", node("reshape", shift, [-1, channels], special_zero=False), node("multiply", factor, mean_z))
+    if bf16:
+        factor, shift = (node("reshape", value, [-1, channels], special_zero=False) for value in (factor, shift))
+        factor = _rounded(writer, factor if a is None else node("multiply", factor, a))
+        shift = node("subtract", shift, node("multiply", factor, mean_z))
     y = ops.add(ops.multiply(d, spread(factor)), spread(shift))
     y.set_friendly_name(writer.name)
     return y
@@ -97,6 +96,8 @@ def _without_affine(writer: _Writer, x: Any) -> tuple[Any, Any, Any]:
         x = step[2]
     a, t = _take_weight_scale(writer, x), None
     if a is not None:
+        # Integers stay as they are, and the node is computed in the convolution. OpenVINO would move the scales of its inputs past the reductions into
+        # a pass of their own, but not past this.
         x = writer.ops.round(x, "half_to_even").output(0)
     for op, number, _ in reversed(steps):
         number = writer.rows(number)
@@ -108,6 +109,15 @@ def _without_affine(writer: _Writer, x: Any) -> tuple[Any, Any, Any]:
     return x, a, t
 
 
+def _rounded(writer: _Writer, value: Any) -> Any:
+    """A float32 value rounded to bfloat16's 8 bits of mantissa, so that nothing is lost where OpenVINO converts it, and what is computed from it agrees.
+
+    Source: Dekker, A floating-point technique for extending the available precision (1971), splitting by 2^16 + 1.
+    """
+    wide = writer.node("multiply", value, 65537.0)
+    return writer.node("subtract", wide, writer.node("subtract", wide, value))
+
+
 def _take_weight_scale(writer: _Writer, x: Any) -> Any:
     """Remove the scales of the weight codes of the convolution that computes x, [1, C]; None where x is something else."""
     convolution = x.get_node()
@@ -117,6 +127,7 @@ def _take_weight_scale(writer: _Writer, x: Any) -> Any:
     if weight.get_type_name() != "Multiply" or weight.input_value(0).get_node().get_type_name() != "Convert":
         return None
     scale = weight.input_value(1)
+    # Ones for each channel: without a multiplication, or by the number 1, OpenVINO does not recognise quantized weights.
     ones = writer.ops.constant(np.ones(list(scale.get_shape()), np.float32))
     unscaled = writer.ops.multiply(weight.input_value(0), ones)
     convolution.input(1).replace_source_output(unscaled.output(0))

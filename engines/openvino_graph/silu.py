@@ -1,7 +1,6 @@
-"""Compute SiLU of feature maps as x / (1 + exp(-x)), which OpenVINO computes in half the time of its own SiLU.
+"""Compute SiLU of feature maps as x / (1 + exp(-x)), in OpenVINO's code for exponential and division instead of that for SiLU.
 
-Its kernel for SiLU saves and restores registers at every vector. Of the division and the exponential, which its code generator writes in place, the
-first costs nothing measurable.
+A group norm with SiLU and quantizer takes 6.6 ns instead of 8.4 for 16 elements on an AMD EPYC of the Zen 5 generation (OpenVINO 2026.4.1).
 """
 
 from __future__ import annotations
