@@ -21,7 +21,7 @@ from calibration.run.reports import Reporter
 from calibration.run.time_budget import Budget
 from calibration.student.module_outputs import capture_outputs
 from calibration.training.activation_checkpoints import checkpoint_activations
-from calibration.training.divergence import check_finite, warn_if_risen
+from calibration.training.divergence import check_finite, warn_if_few, warn_if_risen
 from calibration.training.losses import AuxiliaryLoss
 from calibration.training.param_group import ParamGroup
 from calibration.training.sharded_weights import sharded
@@ -296,3 +296,4 @@ def distill(
     warn_if_risen(run.notes.get("first_loss", math.inf), last)
     if budget is not None:
         run.notes["steps_done"] = done
+        warn_if_few(done, run.options.budget_seconds or budget.seconds)

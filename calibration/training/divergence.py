@@ -1,4 +1,4 @@
-"""Divergence of a training: a loss that is not finite ends it, one that has risen is reported."""
+"""A training that cannot have helped: a loss that is not finite ends it, one that has risen, or a budget for a few steps only, is reported."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from statistics import fmean
 from edm_deploy.errors import InputError
 
 RISEN = 3.0  # times the first loss; batches are balanced over the timesteps, so losses of one state differ by less
+# `efficientdm`, preset demo, W8A8 on the reference model: 28.7 dB after 15 steps, 33.8 dB without training, 35.3 dB after 120 steps.
+FEW_STEPS = 50
 log = logging.getLogger(__name__)
 
 
@@ -26,4 +28,16 @@ def warn_if_risen(first: float, last: Collection[float]) -> None:
             "Training diverged: the loss rose from %.4g to %.4g, so the result is worse than without training. Set lower rates.",
             first,
             fmean(last),
+        )
+
+
+def warn_if_few(steps: int, seconds: float) -> None:
+    """Log a warning if a budget of `seconds` had time for a few steps only, after which the parameters are still those of the first noisy gradients."""
+    if steps < FEW_STEPS:
+        log.warning(
+            "The budget of %.4g s had time for %d training steps, fewer than %d: the result can be worse than calibration alone. "
+            "Set a longer --budget, or use calibrate.",
+            seconds,
+            steps,
+            FEW_STEPS,
         )

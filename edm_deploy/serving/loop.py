@@ -68,10 +68,12 @@ class Loop:
 
     Args:
         model: The model; the loop is the only caller of its engine, and closes it.
+        pad: Whether every call has `model.slots` rows, as in `ServedModel.predict`; else as many as the samples have.
     """
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, *, pad: bool = True) -> None:
         self.model = model
+        self.pad = pad
         self.failure = ""  # why the loop has given up
         self._jobs: dict[str, Job] = {}
         self._images: list[_Image] = []
@@ -183,7 +185,7 @@ class Loop:
         samples = [image.sample for image in images if image.sample is not None]
         called = time.perf_counter()
         try:
-            predictions = self.model.predict(samples)
+            predictions = self.model.predict(samples, pad=self.pad)
             seconds = time.perf_counter() - called
             advance(samples, predictions)
         except Exception as err:  # a backend's or a scheduler's: reported to the callers whose samples were in the call

@@ -50,13 +50,13 @@ class Prepared:
 class ServedModel:
     """An engine, the text encoders and the VAE of its pipeline, and its schedulers.
 
-    Every call has `slots` rows; those that no sample uses repeat the last one. So a call has always the same shapes for one size of images, and a row's
+    A padded call has `slots` rows; those that no sample uses repeat the last one. So it has always the same shapes for one size of images, and a row's
     result depends on its position and its own inputs alone.
 
     Args:
         directory: Directory that `edm-deploy build-engine` wrote.
         name: Name of the model.
-        slots: Rows of each call; None is 8, or the largest batch of the engine's profile if that is less.
+        slots: Rows of each call at most; None is 8, or the largest batch of the engine's profile if that is less.
         source: Directory or hub id of the pipeline that provides text encoders and VAE; None as in `load_pipeline`.
         device: Device of the engine; None selects the backend's default.
         threads: CPU threads of the engine; None keeps the number that it was built with.
@@ -80,6 +80,7 @@ class ServedModel:
         self.denoiser = load_denoiser(directory, device=device, threads=threads)
         self.family, self.manifest = self.denoiser.family, self.denoiser.manifest
         self.config: Config = self.manifest.config
+        self._batch = self.manifest.profile.get("batch", ShapeRange(1, 1, 1))
         self.slots = self._slots(slots)
         index = index_with_components(directory, self.family, self.config, source)
         others = other_components(index, self.family.component)
@@ -164,28 +165,30 @@ class ServedModel:
         return prepared.shape, shapes, int(table_rows(self._engine_of_timestep, torch.tensor([timestep])))
 
     @torch.no_grad()
-    def predict(self, samples: Sequence[Sample], *, size: int | None = None) -> list[Tensor]:
+    def predict(self, samples: Sequence[Sample], *, pad: bool = True) -> list[Tensor]:
         """One call of the engine: the prediction of each sample's rows, float32 [R, ...] each.
 
         Args:
             samples: Of one key, and of `slots` rows at most together.
-            size: Rows of the call, at least those of the samples; None is `slots`.
+            pad: Whether the call has `slots` rows; else as many as the samples have, and the engine's profile asks for.
         """
         rows = [row for sample in samples for row in sample.inputs()]
-        filled = [*rows, *[rows[-1]] * ((size or self.slots) - len(rows))]
+        size = self.slots if pad else max(len(rows), self._batch.min)
+        filled = [*rows, *[rows[-1]] * (size - len(rows))]
         inputs = {name: torch.cat([row[name] for row in filled]) for name in rows[0]}
         inputs[TIMESTEP.name] = inputs[TIMESTEP.name].to(self.denoiser.device)
         output = self.family.prediction(self.config, self.denoiser.run(inputs)).float()
         return list(torch.split(output[: len(rows)], [len(sample.rows) for sample in samples]))
 
-    def warm_up(self) -> None:
-        """Call the engine once with images of the default size, as backends compile at the first call of a shape."""
+    def warm_up(self, *, pad: bool = True) -> None:
+        """Call the engine with images of the default size, once for each number of rows that calls have: backends compile at the first call of a shape."""
         shapes = self._sizes(self.config)
-        inputs = {}
-        for declared in self.manifest.inputs:
-            dims = [dim if isinstance(dim, int) else self.slots if dim == "batch" else shapes[dim] for dim in declared.dims]
-            inputs[declared.name] = torch.zeros(dims, dtype=declared.dtype(self.manifest.torch_dtype), device=self.denoiser.device)
-        self.denoiser.run(inputs)
+        for rows in [self.slots] if pad else range(self._batch.min, self.slots + 1):
+            inputs = {}
+            for declared in self.manifest.inputs:
+                dims = [dim if isinstance(dim, int) else rows if dim == "batch" else shapes[dim] for dim in declared.dims]
+                inputs[declared.name] = torch.zeros(dims, dtype=declared.dtype(self.manifest.torch_dtype), device=self.denoiser.device)
+            self.denoiser.run(inputs)
 
     def pixels(self, latents: Tensor, request: ImageRequest) -> Pixels:
         """The image of a finished sample [1, ...], uint8 [H, W, C]."""
@@ -237,7 +240,7 @@ class ServedModel:
         return {**self.family.sizes(self.config), **sizes}
 
     def _slots(self, slots: int | None) -> int:
-        allowed = self.manifest.profile.get("batch", ShapeRange(1, 1, 1))
+        allowed = self._batch
         chosen = max(allowed.min, min(DEFAULT_SLOTS, allowed.max)) if slots is None else slots
         if not allowed.min <= chosen <= allowed.max:
             raise InputError(

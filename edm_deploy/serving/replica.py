@@ -56,15 +56,16 @@ class Replica:
     Args:
         model: An opened model, which the replica closes.
         limits: What it accepts.
+        pad: As `Loop`.
     """
 
-    def __init__(self, model: ServedModel, limits: Limits | None = None) -> None:
+    def __init__(self, model: ServedModel, limits: Limits | None = None, *, pad: bool = True) -> None:
         self.model = model
         self.limits = limits or Limits()
         self._files = [model.directory / NAME, *(model.directory / name for name in model.manifest.files)]
         self._signature = self._signed()
         self._draining = False
-        self._loop = Loop(model)
+        self._loop = Loop(model, pad=pad)
 
     async def card(self) -> ModelCard:
         """What the model is and takes."""

@@ -10,10 +10,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from edm_deploy.numerics.kernel_layout import bits_of, pack_codes, unpack_codes
-from engines.kernels.operands import LARGEST_CODE, ConvShape, Norm, Operands, Table
+from engines.kernels.launch import OCTET, row_lanes
+from engines.kernels.operands import LARGEST_CODE, ConvShape, Norm, Operands, RowNorm, Table
+
+# Of gelu() in cuda/quantize.cuh, the lowest power first.
+GELU_POLYNOMIAL = (
+    0.14136378467082977, -0.0702962800860405, 0.05152052268385887, -0.040442608296871185, 0.031442172825336456,
+    -0.023268653079867363, 0.016402173787355423, -0.011164339259266853, 0.006410510279238224, -0.002685575047507882,
+    0.0017227994976565242, -0.001613265136256814, 0.0006087272777222097,
+)  # fmt: skip
 
 
-def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tensor:
+def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "none") -> Tensor:
     """Packed codes of an activation, uint8 [B, H, W, Cb].
 
     `round(v * inv_scale[row])`, half to even, then the bounds; all in float32. NaN becomes qmin, as with the GPU's max.
@@ -22,13 +30,59 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tenso
         x: float16 or bfloat16 [B, C, H, W] or [B, ..., C].
         norm: Normalizes x first, each step rounded separately; None for no norm.
         table: Rows, scales and bounds.
-        silu: Whether v = u / (1 + exp(-u)) instead of u itself. On a GPU its relative error is below 2^-19: a code may differ by a tie.
+        activation: From `operands.ACTIVATIONS`, applied after the norm. On a GPU `silu` and `gelu_tanh` have a relative error below 2^-19: a code may
+            differ by a tie. `gelu` and `geglu` are the same bits. `geglu` reads [B, ..., 2C], the values before their gates.
     """
     values = pixels(x).float()
     if norm is not None:
         values = normed(values, norm)
-    if silu:
-        values = values / (1 + (-values).exp())
+    return _codes(activated(values, activation), table)
+
+
+def activated(values: Tensor, activation: str) -> Tensor:
+    """An activation of float32 [..., C], as `cuda/quantize.cuh` computes it; `geglu` of [..., 2C]."""
+    match activation:
+        case "silu":
+            return values / (1 + (-values).exp())
+        case "gelu":
+            return gelu(values)
+        case "gelu_tanh":
+            u = values * (1 + 0.044715 * (values * values))
+            return values / (1 + (-1.5957691216 * u).exp())
+        case "geglu":
+            value, gate = values.chunk(2, dim=-1)
+            return value * gelu(gate)
+        case _:
+            return values
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU of float32, x * Phi(x), Phi by the polynomial of `cuda/quantize.cuh`, the same bits."""
+    s = fused_multiply_add(x * x, x.new_tensor(0.08), x.new_tensor(-1.0))
+    *coefficients, p = (x.new_tensor(coefficient) for coefficient in GELU_POLYNOMIAL)
+    for coefficient in reversed(coefficients):
+        p = fused_multiply_add(p, s, coefficient)
+    inside = x * fused_multiply_add(x, p, x.new_tensor(0.5))
+    return torch.where(x.abs() >= 5, x.clamp(min=0), inside)
+
+
+def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The sum a * b + c of float32, rounded once.
+
+    The product is exact in float64. The sum is rounded to odd there, which makes the second rounding, to float32, that of the exact sum.
+    Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE Transactions on Computers 57(4), 2008.
+    """
+    product, c = a.double() * b.double(), c.double()
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)  # of the sum, exact: Knuth's TwoSum
+    even = (total.view(torch.int64) & 1) == 0
+    toward = torch.where(error > 0, torch.inf, -torch.inf).double()
+    return torch.where((error != 0) & even & total.isfinite(), torch.nextafter(total, toward), total).float()
+
+
+def _codes(values: Tensor, table: Table) -> Tensor:
+    """Packed codes uint8 [B, H, W, Cb] of float32 [B, H, W, C]."""
     rows = table.rows.long()
     inv_scale, qmin, qmax = (column[rows].float()[:, None, None, None] for column in (table.inv_scale, table.qmin, table.qmax))
     codes = torch.fmin(torch.fmax((values * inv_scale).round(), qmin), qmax)
@@ -50,6 +104,46 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
     return y if norm.beta is None else y + norm.beta
 
 
+def quantize_rows(x: Tensor, norm: RowNorm, table: Table) -> Tensor:
+    """Packed codes uint8 [B, L, 1, Cb] of tokens [B, ..., C], each normalized: all in float32, in the order of `cuda/params.h`, the same bits."""
+    return _codes(row_normed(pixels(x).float(), norm), table)
+
+
+def row_normed(x: Tensor, norm: RowNorm) -> Tensor:
+    """`((x - mean) * rstd * gamma + beta) * (1 + scale) + shift` of float32 [B, L, 1, C]."""
+    channels = x.shape[-1]
+    if not norm.rms:
+        x = x - _row_sums(x) / channels
+    y = x * (1 / (_row_sums(x * x) / channels + norm.eps).sqrt())
+    if norm.gamma is not None:
+        y = y * norm.gamma
+    if norm.beta is not None:
+        y = y + norm.beta
+    if norm.scale is not None:
+        y = y * (1 + norm.scale.float()[:, None, None])
+    return y if norm.shift is None else y + norm.shift.float()[:, None, None]
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """Sums float32 [..., 1] of the last axis, in the order in which the threads of a token add."""
+    lanes = row_lanes(x.shape[-1])
+    padded = functional.pad(x, (0, -x.shape[-1] % (lanes * OCTET)))
+    own = padded.view(*x.shape[:-1], -1, lanes, OCTET)
+    total = own.new_zeros(*x.shape[:-1], lanes)
+    for octet in range(own.shape[-3]):
+        for channel in range(OCTET):
+            total = total + own[..., octet, :, channel]
+    total = total.view(*x.shape[:-1], -1, 32)
+    while total.shape[-1] > 1:
+        low, high = total.chunk(2, dim=-1)
+        total = low + high
+    warps = total[..., 0].unbind(-1)
+    result = warps[0]
+    for warp in warps[1:]:
+        result = result + warp
+    return result[..., None]
+
+
 def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + eps), float32 [B, groups], of an activation. Summed in float64, so a GPU's last bits may differ."""
     values = pixels(x)
@@ -59,7 +153,7 @@ def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: object = None) -> Tensor:
-    """`float(sum) * (act_scale[row] * weight_scale) + bias + residual`, each step rounded to float32, then to `dtype`.
+    """`(float(sum) * (act_scale[row] * weight_scale) + bias + sample_bias) * gate + residual`, each step rounded to float32, then to `dtype`.
 
     Args:
         operands: Of kind `u4` the sum is of (n - qmin) * w, and qmin * weight_sum is added to it. The residual is [M, K].
@@ -77,8 +171,14 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: ob
     y = total.float() * (operands.act_scale[rows][:, None, None, None] * operands.weight_scale)
     if operands.bias is not None:
         y = y + operands.bias
+    if operands.sample_bias is not None:
+        y = y + operands.sample_bias[:, None, None].float()
+    if operands.gate is not None:
+        y = y * operands.gate[:, None, None].float()
     if operands.residual is not None:
         y = y + operands.residual.view(y.shape).float()
+    if operands.saturate:
+        y = y.clamp(-65504, 65504)
     return y.to(dtype).contiguous()
 
 

@@ -8,18 +8,33 @@ from torch import Tensor
 from edm_deploy.numerics.kernel_layout import CHUNK, code_bytes
 from engines.kernels import driver
 from engines.kernels.cpu_ops import pixels
-from engines.kernels.launch import TYPES, ConvParams, QuantizeParams, StatsParams, chunk_of, conv_launches, quantize_launch, stats_launches
-from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, Table
+from engines.kernels.launch import (
+    FIRST_PROLOGUES,
+    PROLOGUES,
+    TYPES,
+    ConvParams,
+    QuantizeParams,
+    RowNormParams,
+    StatsParams,
+    chunk_of,
+    conv_launches,
+    quantize_launch,
+    row_lanes,
+    row_norm_launch,
+    stats_launches,
+)
+from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, RowNorm, Table
 from engines.kernels.tiles import Tile, choose_tile
 
 TYPE_NAMES = dict(zip(FLOATS, TYPES, strict=True))
 
 
-def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tensor:
-    """As `cpu_ops.quantize`. A contiguous map [B, C, H, W] is read without a copy, unless it is normalized, which requires channels last."""
-    shape = pixels(x).shape
-    batch, height, width, channels = shape
-    first = norm is None and x.ndim == 4 and x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "none") -> Tensor:
+    """As `cpu_ops.quantize`. A contiguous map [B, C, H, W] is read without a copy, unless a norm or a GELU precedes, which require channels last."""
+    batch, height, width, channels = pixels(x).shape
+    channels = channels // 2 if activation == "geglu" else channels
+    first = x.ndim == 4 and x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+    first = first and PROLOGUES[norm is not None, activation] in FIRST_PROLOGUES
     values = x if first else pixels(x).contiguous()
     codes = torch.empty((batch, height, width, code_bytes(channels, table.bits)), dtype=torch.uint8, device=x.device)
     params = QuantizeParams(
@@ -41,8 +56,42 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, silu: bool) -> Tenso
         unsigned_codes=table.unsigned,
     )
     type_name = TYPE_NAMES[x.dtype]
-    call = quantize_launch(params, type_name=type_name, bits=table.bits, channels_last=not first, norm=norm is not None, silu=silu)
+    call = quantize_launch(
+        params, type_name=type_name, bits=table.bits, channels_last=not first, norm=norm is not None, activation=activation
+    )
     driver.launch([call], x.device)
+    return codes
+
+
+def quantize_rows(x: Tensor, norm: RowNorm, table: Table) -> Tensor:
+    """As `cpu_ops.quantize_rows`."""
+    values = pixels(x).contiguous()
+    batch, tokens, _, channels = values.shape
+    codes = torch.empty((batch, tokens, 1, code_bytes(channels, table.bits)), dtype=torch.uint8, device=x.device)
+    scale, shift = (_unit_stride(column) for column in (norm.scale, norm.shift))
+    params = RowNormParams(
+        x=values.data_ptr(),
+        codes=codes.data_ptr(),
+        row=table.rows.data_ptr(),
+        inv_scale=table.inv_scale.data_ptr(),
+        qmin=table.qmin.data_ptr(),
+        qmax=table.qmax.data_ptr(),
+        gamma=_address(norm.gamma),
+        beta=_address(norm.beta),
+        scale=_address(scale),
+        shift=_address(shift),
+        N=batch,
+        HW=tokens,
+        C=channels,
+        Cb=codes.shape[-1],
+        unsigned_codes=table.unsigned,
+        scale_stride=0 if scale is None else scale.stride(0),
+        shift_stride=0 if shift is None else shift.stride(0),
+        lanes=row_lanes(channels),
+        rms=norm.rms,
+        eps=norm.eps,
+    )
+    driver.launch([row_norm_launch(params, type_name=TYPE_NAMES[x.dtype], bits=table.bits)], x.device)
     return codes
 
 
@@ -76,8 +125,9 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
     out = torch.empty((shape.N, shape.P, shape.Q, K), dtype=dtype, device=device)
     partial = torch.empty((splits, M, K), dtype=torch.int32, device=device) if splits > 1 else None
     # Referenced until the launch: the allocator reuses freed memory, in stream order.
-    codes, weight, zero = _aligned(operands.codes), _aligned(operands.weight), _aligned(operands.zero)
-    residual = None if operands.residual is None else _aligned(operands.residual)
+    codes, weight, zero = aligned(operands.codes), aligned(operands.weight), aligned(operands.zero)
+    residual = None if operands.residual is None else aligned(operands.residual)
+    sample_bias, gate = _unit_stride(operands.sample_bias), _unit_stride(operands.gate)
     params = ConvParams(
         codes=codes.data_ptr(),
         weight=weight.data_ptr(),
@@ -88,6 +138,8 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
         weight_scale=operands.weight_scale.data_ptr(),
         weight_sum=operands.weight_sum.data_ptr(),
         bias=_address(operands.bias),
+        sample_bias=_address(sample_bias),
+        gate=_address(gate),
         residual=_address(residual),
         out=out.data_ptr(),
         partial=_address(partial),
@@ -103,6 +155,9 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
         padding=shape.padding,
         stride=shape.stride,
         splits=splits,
+        sample_bias_stride=0 if sample_bias is None else sample_bias.stride(0),
+        gate_stride=0 if gate is None else gate.stride(0),
+        saturate=operands.saturate,
     )
     driver.launch(conv_launches(params, kind=operands.kind, tile=tile, type_name=TYPE_NAMES[dtype]), device)
     return out
@@ -112,6 +167,11 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def _unit_stride(columns: Tensor | None) -> Tensor | None:
+    """[B, C] with neighbouring channels, as a chunk of a projection has them; else a copy."""
+    return columns if columns is None or columns.stride(1) == 1 else columns.contiguous()
+
+
+def aligned(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy where it does not start at 16 bytes, as a view into something larger may not."""
     return tensor if tensor.data_ptr() % CHUNK == 0 else tensor.clone()

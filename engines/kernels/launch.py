@@ -15,10 +15,22 @@ from engines.kernels.tiles import TILES, Tile
 THREADS = 256  # of every kernel but the convolutions
 TURN = 64  # pixels, and channels, of the tile that a block of quantize_first transposes
 OCTET = 8  # channels per thread
+CHANNELS_HELD = 32  # of a token, per thread of quantize_rows
 STATS_OCTETS = 64  # octets of channels per block of group_stats_partial
 LEAST_CHUNK, MOST_CHUNKS = 16, 128  # pixels of a chunk; chunks of a sample
 LARGEST_GRID = (2**31 - 1, 65535, 65535)  # blocks along x, y, z; the kernels stride over what a smaller grid leaves
 TYPES = ("f16", "bf16")  # operands.FLOATS, as entry points name them
+# (norm, activation) -> prologue, as entry points name it
+PROLOGUES = {
+    (False, "none"): "plain",
+    (False, "silu"): "silu",
+    (True, "none"): "norm",
+    (True, "silu"): "norm_silu",
+    (False, "gelu"): "gelu",
+    (False, "gelu_tanh"): "gelu_tanh",
+    (False, "geglu"): "geglu",
+}
+FIRST_PROLOGUES = ("plain", "silu")  # of kernels that read channels first
 
 
 def _fields(pointers: str, integers: str) -> Sequence[tuple[str, type]]:
@@ -31,18 +43,33 @@ class QuantizeParams(ctypes.Structure):
     _fields_ = _fields("x codes row inv_scale qmin qmax mean rstd gamma beta", "N HW C Cb groups unsigned_codes")
 
 
+class RowNormParams(ctypes.Structure):
+    """Mirror of the C++ struct of the same name."""
+
+    _fields_ = [
+        *_fields("x codes row inv_scale qmin qmax gamma beta scale shift", "N HW C Cb unsigned_codes scale_stride shift_stride lanes rms"),
+        ("eps", ctypes.c_float),
+    ]
+
+
 class StatsParams(ctypes.Structure):
     """Mirror of the C++ struct of the same name."""
 
     _fields_ = [*_fields("x partial mean rstd", "N HW C groups chunk"), ("eps", ctypes.c_float)]
 
 
+class RotaryParams(ctypes.Structure):
+    """Mirror of the C++ struct of the same name."""
+
+    _fields_ = _fields("x cosine sine out", "N L H D")
+
+
 class ConvParams(ctypes.Structure):
     """Mirror of the C++ struct of the same name."""
 
     _fields_ = _fields(
-        "codes weight zero row act_scale qmin weight_scale weight_sum bias residual out partial",
-        "N H W Cb K R S P Q padding stride splits",
+        "codes weight zero row act_scale qmin weight_scale weight_sum bias sample_bias gate residual out partial",
+        "N H W Cb K R S P Q padding stride splits sample_bias_stride gate_stride saturate",
     )
 
 
@@ -65,26 +92,49 @@ class Launch:
     params: ctypes.Structure
 
 
-def quantize_launch(params: QuantizeParams, *, type_name: str, bits: int, channels_last: bool, norm: bool, silu: bool) -> Launch:
+def quantize_launch(params: QuantizeParams, *, type_name: str, bits: int, channels_last: bool, norm: bool, activation: str) -> Launch:
     """Quantize and pack.
 
     Args:
         params: All fields set.
         type_name: `f16` or `bf16`, of x.
         bits: 4 or 8.
-        channels_last: Memory layout of x; a norm requires channels last.
+        channels_last: Memory layout of x; a norm, and activations other than SiLU, require channels last.
         norm: Whether the fields mean and rstd are set.
-        silu: Whether SiLU is applied before rounding.
+        activation: Applied before rounding, from `operands.ACTIVATIONS`; to a norm's result only SiLU.
     """
-    assert channels_last or not norm, "no kernel normalizes channels first"
     channels = params.Cb * 8 // bits
-    prologue = {(False, False): "plain", (False, True): "silu", (True, False): "norm", (True, True): "norm_silu"}[norm, silu]
+    prologue = PROLOGUES[norm, activation]
+    assert channels_last or prologue in FIRST_PROLOGUES, f"no kernel computes {prologue} channels first"
     entry = f"quantize_{'last' if channels_last else 'first'}_{type_name}_i{bits}_{prologue}"
     if channels_last:
         grid = (_ceil(params.HW * channels // OCTET, THREADS), params.N, 1)
     else:
         grid = (_ceil(params.HW, TURN), _ceil(channels, TURN), params.N)
     return Launch(entry, _clipped(*grid), THREADS, 0, params)
+
+
+def row_lanes(channels: int) -> int:
+    """Threads that share a token in `quantize_rows`; with the smallest number that has room for its channels in registers, most warps need no barrier."""
+    return next(lanes for lanes in (32, 64, 128, THREADS) if channels <= lanes * CHANNELS_HELD)
+
+
+def row_norm_launch(params: RowNormParams, *, type_name: str, bits: int) -> Launch:
+    """Normalize each token, quantize and pack.
+
+    Args:
+        params: All fields set, `lanes` from `row_lanes`.
+        type_name: `f16` or `bf16`, of x.
+        bits: 4 or 8.
+    """
+    grid = _clipped(_ceil(params.HW, THREADS // params.lanes), params.N, 1)
+    return Launch(f"quantize_rows_{type_name}_i{bits}", grid, THREADS, 0, params)
+
+
+def rotary_launch(params: RotaryParams, *, type_name: str) -> Launch:
+    """Rotate queries or keys of type `f16` or `bf16`; all fields of `params` set."""
+    items = params.N * params.L * params.H * params.D // OCTET
+    return Launch(f"rotary_{type_name}", _clipped(_ceil(items, THREADS), 1, 1), THREADS, 0, params)
 
 
 def chunk_of(pixels: int) -> int:
@@ -130,9 +180,10 @@ def entry_points() -> list[str]:
     for type_name in TYPES:
         names += [f"conv_{kind}_{tile.name}_{type_name}" for kind in CODE_FORMATS for tile in TILES]
         names += [f"reduce_{kind}_{type_name}" for kind in CODE_FORMATS]
-        names += [f"quantize_last_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in ("plain", "silu", "norm", "norm_silu")]
-        names += [f"quantize_first_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in ("plain", "silu")]
-        names.append(f"group_stats_partial_{type_name}")
+        names += [f"quantize_last_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in PROLOGUES.values()]
+        names += [f"quantize_first_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in FIRST_PROLOGUES]
+        names += [f"quantize_rows_{type_name}_i{bits}" for bits in (4, 8)]
+        names += [f"group_stats_partial_{type_name}", f"rotary_{type_name}"]
     return [*names, "group_stats_merge"]
 
 

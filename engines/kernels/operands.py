@@ -16,7 +16,10 @@ from edm_deploy.runtime.capabilities import CAPABILITIES
 FLOATS = (torch.float16, torch.bfloat16)
 FILTERS = CAPABILITIES["cuda"].filters or ()
 STRIDES = (1, 2)
+LARGEST_ROW = 8192  # channels of a token that is normalized
 INT32 = 2**31  # kernels count elements, and sum products, in int32
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")  # in front of a quantizer; geglu: x * gelu(gate) of [..., 2C]
+NORM_ACTIVATIONS = ("none", "silu")  # behind a group norm
 LARGEST_CODE = {"s4": 8, "u4": 15, "s8": 128}  # magnitude of an activation as it is stored
 LARGEST_WEIGHT = {"s4": 8, "u4": 8, "s8": 128}
 
@@ -72,6 +75,40 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class RowNorm:
+    """LayerNorm or RMSNorm of each token, with adaLN's scale and shift: `((x - mean) * rstd * gamma + beta) * (1 + scale) + shift`.
+
+    Attributes:
+        gamma, beta: float32 [C] or None.
+        scale, shift: [B, C] of x's type, or None.
+        eps: Added to the variance.
+        rms: Whether the mean is taken as 0.
+    """
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    eps: float
+    rms: bool
+
+    def check(self, op: str, x: Tensor) -> None:
+        """Raises InputError where the norm does not match the tokens `x` [B, ..., C], UnsupportedError where C is more than a block holds."""
+        channels = x.shape[-1]
+        if x.ndim == 4:
+            raise InputError(f"{op}: x has shape {list(x.shape)}; expected tokens [B, ..., C], and not four axes.")
+        if channels > LARGEST_ROW:
+            raise UnsupportedError(f"{op}: {channels} channels; the kernel normalizes {LARGEST_ROW} at most. Keep this norm in torch.")
+        check_eps(op, self.eps)
+        for name, per_channel in (("gamma", self.gamma), ("beta", self.beta)):
+            if per_channel is not None:
+                _expect(op, name, per_channel, torch.float32, [channels], x.device)
+        for name, per_sample in (("scale", self.scale), ("shift", self.shift)):
+            if per_sample is not None:
+                _expect(op, name, per_sample, x.dtype, [x.shape[0], channels], x.device, contiguous=False)
+
+
+@dataclass(frozen=True)
 class ConvShape:
     """Sizes of a convolution; a Linear is one with H = L, W = 1. Names as in `cuda/params.h`."""
 
@@ -107,7 +144,9 @@ class Operands:
         weight_scale: float32 [K].
         weight_sum: int32 [K].
         bias: float32 [K] or None.
-        residual: The output's type and shape, or None.
+        sample_bias, gate: [B, K] of the output's type, or None: added behind the bias, and multiplied with the sum.
+        residual: The output's type and shape, or None: added behind the gate.
+        saturate: Whether the result is clipped to float16's finite values.
         kind: `s4`, `u4` or `s8`.
     """
 
@@ -120,7 +159,10 @@ class Operands:
     weight_scale: Tensor
     weight_sum: Tensor
     bias: Tensor | None
+    sample_bias: Tensor | None
+    gate: Tensor | None
     residual: Tensor | None
+    saturate: bool
     kind: str
 
     def shape(self, op: str, kernel: Sequence[int], stride: int, padding: int) -> ConvShape:
@@ -169,6 +211,9 @@ class Operands:
             _expect(op, "bias", self.bias, torch.float32, [shape.K], device)
         if dtype not in FLOATS:
             raise InputError(f"{op}: output type {_words(dtype)}; the kernels write float16 and bfloat16.")
+        for name, per_sample in (("sample_bias", self.sample_bias), ("gate", self.gate)):
+            if per_sample is not None:
+                _expect(op, name, per_sample, dtype, [shape.N, shape.K], device, contiguous=False)
         if self.residual is not None:
             _expect(op, "residual", self.residual, dtype, result, device, contiguous=False)
 
@@ -186,6 +231,20 @@ def check_values(op: str, x: Tensor) -> int:
     if x.numel() == 0:
         raise InputError(f"{op}: x is empty, {list(x.shape)}. Every axis needs at least one element.")
     return x.shape[1] if x.ndim == 4 else x.shape[-1]
+
+
+def check_activation(op: str, x: Tensor, activation: str, known: Sequence[str] = ACTIVATIONS) -> None:
+    """Raises InputError where the activation is not among `known`, or is `geglu` and x is a map or has an odd number of channels."""
+    if activation not in known:
+        raise InputError(f"{op}: activation {activation!r}; expected one of {', '.join(known)}.")
+    if activation == "geglu" and (x.ndim == 4 or x.shape[-1] % 2):
+        raise InputError(f"{op}: geglu of x {list(x.shape)}; expected [B, ..., 2C], values and gates, and not four axes.")
+
+
+def check_eps(op: str, eps: float) -> None:
+    """Raises InputError where eps is negative."""
+    if eps < 0:
+        raise InputError(f"{op}: eps {eps}; expected at least 0.")
 
 
 def check_groups(op: str, channels: int, groups: int) -> None:

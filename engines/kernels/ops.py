@@ -3,9 +3,11 @@
 Importing this file registers them; it requires torch only. On CUDA tensors they launch kernels on the current stream (`cuda_ops.py`), on CPU tensors they
 compute the same bits in plain torch (`cpu_ops.py`), and under a tracer only shapes. All share the checks in `operands.py`.
 
-    quantize          float16 or bfloat16 -> packed codes, optionally after SiLU
+    quantize          float16 or bfloat16 -> packed codes, optionally after an activation (operands.ACTIVATIONS)
     group_stats       mean and 1 / sqrt(variance + eps) of each sample's groups of channels
     quantize_normed   as quantize, after normalization with such statistics
+    quantize_row_normed  as quantize, after LayerNorm or RMSNorm of each token, and per-sample scale and shift
+    rotary            rotary position embedding of queries or keys
     conv2d            packed codes * packed weight -> float16 or bfloat16 [B, K, P, Q], channels last
     linear            the same for a Linear -> [*leading, K]
 
@@ -28,59 +30,94 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edm_deploy.errors import InputError
 from edm_deploy.numerics.kernel_layout import code_bytes
-from engines.kernels import cpu_ops, cuda_ops
-from engines.kernels.operands import ConvShape, Norm, Operands, Table, check_groups, check_leading, check_rows, check_size, check_values
+from engines.kernels import cpu_ops, cuda_ops, rotary
+from engines.kernels.operands import (
+    NORM_ACTIVATIONS,
+    ConvShape,
+    Norm,
+    Operands,
+    RowNorm,
+    Table,
+    check_activation,
+    check_eps,
+    check_groups,
+    check_leading,
+    check_rows,
+    check_size,
+    check_values,
+)
 
-_TABLE = "Tensor rows, Tensor inv_scale, Tensor qmin, Tensor qmax, int bits, bool unsigned_codes, bool silu"
+_TABLE = "Tensor rows, Tensor inv_scale, Tensor qmin, Tensor qmax, int bits, bool unsigned_codes"
 _OPERANDS = (
     "Tensor codes, Tensor rows, Tensor weight, Tensor zero, Tensor act_scale, Tensor qmin, Tensor weight_scale, Tensor weight_sum, "
-    "Tensor? bias, Tensor? residual, str kind"
+    "Tensor? bias, Tensor? sample_bias, Tensor? gate, Tensor? residual, bool saturate, str kind"
 )
+_COUNT = _OPERANDS.count(",") + 1
 SCHEMAS = {
-    "quantize": f"(Tensor x, {_TABLE}) -> Tensor",
+    "quantize": f"(Tensor x, {_TABLE}, str activation) -> Tensor",
     "group_stats": "(Tensor x, int groups, float eps) -> (Tensor, Tensor)",
-    "quantize_normed": f"(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, int groups, {_TABLE}) -> Tensor",
+    "quantize_normed": f"(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, int groups, {_TABLE}, str activation) -> Tensor",
+    "quantize_row_normed": f"(Tensor x, Tensor? gamma, Tensor? beta, Tensor? scale, Tensor? shift, float eps, bool rms, {_TABLE}) -> Tensor",
+    "rotary": rotary.SCHEMA,
     "conv2d": f"({_OPERANDS}, int[2] kernel, int stride, int padding, ScalarType dtype) -> Tensor",
     "linear": f"({_OPERANDS}, SymInt[] leading, ScalarType dtype) -> Tensor",
 }
 
 
-def codes_shape(x: Tensor, bits: int) -> list[int]:
-    """[B, H, W, Cb] of the packed codes of an activation."""
+def codes_shape(x: Tensor, bits: int, activation: str) -> list[int]:
+    """[B, H, W, Cb] of the packed codes of an activation; those of a GEGLU have half the channels."""
     if x.ndim == 4:
         return [x.shape[0], x.shape[2], x.shape[3], code_bytes(x.shape[1], bits)]
-    return [x.shape[0], math.prod(x.shape[1:-1]), 1, code_bytes(x.shape[-1], bits)]
+    return [x.shape[0], math.prod(x.shape[1:-1]), 1, code_bytes(x.shape[-1] // (2 if activation == "geglu" else 1), bits)]
 
 
 def _quantize(traced: bool, x: Tensor, *arguments: Any) -> Tensor:  # in the order of the schema, whose types torch has checked
-    *table, silu = arguments
+    *table, activation = arguments
     check_values("quantize", x)
-    return _to_codes("quantize", traced, x, None, Table(*table), silu)
+    check_activation("quantize", x, activation)
+    return _to_codes("quantize", traced, x, None, Table(*table), activation)
 
 
 def _quantize_normed(traced: bool, x: Tensor, *arguments: Any) -> Tensor:
-    norm, (groups, *table, silu) = Norm(*arguments[:4]), arguments[4:]
+    norm, (groups, *table, activation) = Norm(*arguments[:4]), arguments[4:]
     norm.check("quantize_normed", x, check_values("quantize_normed", x), groups)
-    return _to_codes("quantize_normed", traced, x, norm, Table(*table), silu)
+    check_activation("quantize_normed", x, activation, NORM_ACTIVATIONS)
+    return _to_codes("quantize_normed", traced, x, norm, Table(*table), activation)
 
 
-def _to_codes(op: str, traced: bool, x: Tensor, norm: Norm | None, table: Table, silu: bool) -> Tensor:
-    table.check(op, x)
-    shape = codes_shape(x, table.bits)
+def _to_codes(op: str, traced: bool, x: Tensor, norm: Norm | None, table: Table, activation: str) -> Tensor:
+    shape = _checked_codes(op, traced, x, table, activation)
     if traced:
         return x.new_empty(shape, dtype=torch.uint8)
-    check_size(op, x=x.shape, codes=shape)
-    check_rows(op, table.rows, len(table.inv_scale))
     run = cuda_ops.quantize if x.is_cuda else cpu_ops.quantize
-    return run(x, norm, table, silu=silu).view(shape)
+    return run(x, norm, table, activation=activation).view(shape)
+
+
+def _checked_codes(op: str, traced: bool, x: Tensor, table: Table, activation: str = "none") -> list[int]:
+    """Shape of the codes, once the table and the sizes are checked."""
+    table.check(op, x)
+    shape = codes_shape(x, table.bits, activation)
+    if not traced:
+        check_size(op, x=x.shape, codes=shape)
+        check_rows(op, table.rows, len(table.inv_scale))
+    return shape
+
+
+def _quantize_row_normed(traced: bool, x: Tensor, *arguments: Any) -> Tensor:
+    op, norm, table = "quantize_row_normed", RowNorm(*arguments[:6]), Table(*arguments[6:])
+    check_values(op, x)
+    norm.check(op, x)
+    shape = _checked_codes(op, traced, x, table)
+    if traced:
+        return x.new_empty(shape, dtype=torch.uint8)
+    run = cuda_ops.quantize_rows if x.is_cuda else cpu_ops.quantize_rows
+    return run(x, norm, table).view(shape)
 
 
 def _group_stats(traced: bool, x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     check_groups("group_stats", check_values("group_stats", x), groups)
-    if eps < 0:
-        raise InputError(f"group_stats: eps {eps}; expected at least 0.")
+    check_eps("group_stats", eps)
     if traced:
         mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
         return mean, torch.empty_like(mean)
@@ -90,7 +127,7 @@ def _group_stats(traced: bool, x: Tensor, groups: int, eps: float) -> tuple[Tens
 
 
 def _conv2d(traced: bool, *arguments: Any) -> Tensor:
-    operands, (kernel, stride, padding, dtype) = Operands(*arguments[:11]), arguments[11:]
+    operands, (kernel, stride, padding, dtype) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
     shape = operands.shape("conv2d", kernel, stride, padding)
     operands.check("conv2d", shape, [shape.N, shape.K, shape.P, shape.Q], dtype)
     if operands.residual is not None:
@@ -99,7 +136,7 @@ def _conv2d(traced: bool, *arguments: Any) -> Tensor:
 
 
 def _linear(traced: bool, *arguments: Any) -> Tensor:
-    operands, (leading, dtype) = Operands(*arguments[:11]), arguments[11:]
+    operands, (leading, dtype) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
     shape = operands.shape("linear", (1, 1), stride=1, padding=0)
     check_leading("linear", operands.codes, leading)
     operands.check("linear", shape, [*leading, shape.K], dtype)
@@ -123,6 +160,8 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "group_stats": _group_stats,
     "quantize_normed": _quantize_normed,
+    "quantize_row_normed": _quantize_row_normed,
+    "rotary": rotary.rotary,
     "conv2d": _conv2d,
     "linear": _linear,
 }

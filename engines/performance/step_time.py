@@ -31,7 +31,13 @@ BITS = {"s4": 4, "u4": 4, "s8": 8}
 aten: Any = torch.ops.aten
 kernels: Any = torch.ops.edm_deploy
 FLOAT_LAYERS = (aten.conv2d.default, aten.linear.default)
-OURS: dict[str, Kind] = {"quantize": "quantize", "quantize_normed": "quantize", "group_stats": "norm statistics"}
+OURS: dict[str, Kind] = {
+    "quantize": "quantize",
+    "quantize_normed": "quantize",
+    "quantize_row_normed": "quantize",
+    "group_stats": "norm statistics",
+    "rotary": "elementwise",
+}
 NORMS = (aten.group_norm.default, aten.layer_norm.default, aten.rms_norm.default)
 SDPA = aten.scaled_dot_product_attention.default
 
@@ -160,7 +166,9 @@ class _Model:
             return Cost(kind="attention", name=name, seconds=seconds, launches=1)
         if node.target in FLOAT_LAYERS:
             return self._float_layer(name, arguments[0], arguments[1], result)
-        codes, weight, residual, kind = arguments[0], arguments[2], arguments[9], arguments[10]
+        schema: Any = node.target
+        operands = dict(zip((each.name for each in schema._schema.arguments), arguments, strict=False))
+        codes, weight, residual, kind = (operands[name] for name in ("codes", "weight", "residual", "kind"))
         outputs, taps, stored = weight.shape
         matmul = Matmul(
             rows=result.numel() // outputs,
@@ -218,13 +226,13 @@ def attention_seconds(query: Sequence[int], key: Sequence[int], value: Sequence[
 
 
 def _fused(recorded: _Recorder) -> list[set[fx.Node]]:
-    """Groups of nodes that torch.compile makes one kernel of: neighbours with results of one size, between which there is no product."""
+    """Groups of nodes that torch.compile makes one kernel of: neighbours with results of one size, between which is no product and no operator of ours."""
     group_of: dict[fx.Node, set[fx.Node]] = {}
     for node in recorded.others:
         group = group_of[node] = {node}
         for source in node.all_input_nodes:
             producer = recorded.source(source)
-            if producer not in group_of or recorded.level[producer] != recorded.level[node]:
+            if producer not in group_of or _ours(producer) or _ours(node) or recorded.level[producer] != recorded.level[node]:
                 continue
             if recorded.bytes[source] and _size(producer, recorded) == _size(node, recorded):
                 group |= group_of[producer]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Hashable
 from typing import Any
 
@@ -43,6 +44,9 @@ def _does_nothing(node: Any) -> bool:
         return True
     if node.target is aten.to.dtype:
         return len(node.args) == 2 and value_of(node.args[0]).dtype == node.args[1]
+    if node.target is aten.slice.Tensor:  # x[:, None] is traced as a slice of all of x
+        start, end, step = (node.args[place] if len(node.args) > place else default for place, default in ((2, None), (3, None), (4, 1)))
+        return start in (0, None) and (end is None or end == sys.maxsize) and step == 1
     if node.target in (aten.div.Tensor, aten.mul.Tensor):  # diffusers divides by output_scale_factor, which is 1 for most models
         return node.args[1] == 1 and value_of(node.args[0]).is_floating_point()
     return False
@@ -86,3 +90,43 @@ def same_shape(a: fx.Node, b: fx.Node) -> bool:
     """Whether two nodes hold tensors of one shape, whatever the batch and size."""
     shapes = value_of(a).shape, value_of(b).shape
     return len(shapes[0]) == len(shapes[1]) and all(str(x) == str(y) for x, y in zip(*shapes, strict=True))
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are one number or one symbol; comparing symbols would be a guard."""
+    return str(a) == str(b)
+
+
+def calls(graph: fx.Graph, target: Any) -> list[Any]:  # fx.Node, whose argument types are too wide to be useful
+    """The nodes that call an operator."""
+    return [node for node in graph.nodes if node.op == "call_function" and node.target is target]
+
+
+def permutes(node: Any, axes: tuple[int, ...]) -> bool:
+    """Whether a node permutes four axes in this order."""
+    if not (isinstance(node, fx.Node) and node.target is aten.permute.default):
+        return False
+    order: Any = node.args[1]
+    return tuple(axis % 4 for axis in order) == axes
+
+
+def per_sample(node: Any, like: Any) -> Any | None:
+    """`node` where it holds one vector of channels for each sample of `like`, broadcast over what is between: [B, 1, C] for tokens, [B, C, 1, 1] for a map."""
+    if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), Tensor):
+        return None
+    shape, whole = value_of(node).shape, value_of(like).shape
+    channels = 1 if len(whole) == 4 else len(whole) - 1
+    if len(shape) != len(whole) or len(whole) < 3:
+        return None
+    matches = all(same_size(size, whole[axis] if axis in (0, channels) else 1) for axis, size in enumerate(shape))
+    return node if matches else None
+
+
+def vectors(graph: fx.Graph, columns: Any) -> Any:
+    """A node [B, C] of one vector for each sample: `columns` without the axes of one element that it is broadcast over."""
+    while columns.target is aten.unsqueeze.default and value_of(columns).ndim > 2:
+        columns = columns.args[0]
+    rank = value_of(columns).ndim
+    if rank == 2:
+        return columns
+    return graph.call_function(aten.squeeze.dims, (columns, [2, 3] if rank == 4 else [1]))

@@ -211,7 +211,7 @@ def _codes(result: GraphRewrite, name: str, site: PackedLayer, x: fx.Node, rows:
     columns = [result.tensor(tensor_name(name, what), getattr(site, what)) for what in ("inv_scale", "qmin", "qmax")]
     if site.kind is None:
         return result.call(float_codes, x, rows, *columns)
-    return result.call(kernels.quantize.default, x, rows, *columns, bits_of(site.kind), site.kind == "u4", False)
+    return result.call(kernels.quantize.default, x, rows, *columns, bits_of(site.kind), site.kind == "u4", "none")
 
 
 def _dequantized(result: GraphRewrite, name: str, site: PackedLayer, codes: fx.Node, rows: fx.Node) -> fx.Node:
@@ -225,7 +225,7 @@ def _product(result: GraphRewrite, name: str, site: PackedLayer, layer: Any, cod
 
     columns = [tensor(what) for what in ("weight", "zero", "act_scale", "qmin", "weight_scale", "weight_sum")]
     bias = None if site.bias is None else tensor("bias")
-    operands = (codes, rows, *columns, bias, None, site.kind)
+    operands = (codes, rows, *columns, bias, None, None, None, False, site.kind)
     if layer.target is aten.linear.default:
         x = layer.args[0]
         leading = [result.call(aten.sym_size.int, x, axis) for axis in range(value_of(x).ndim - 1)]

@@ -13,8 +13,9 @@ from edm_deploy.numerics.kernel_layout import bits_of, pack_codes, pack_weight, 
 from edm_deploy_tools.benchmarks.gpu_stage import StageResult, StageRun
 from edm_deploy_tools.benchmarks.kernel_problems import BOUNDS
 from edm_deploy_tools.common.console import Row
-from engines.kernels import build, cpu_ops, cuda_ops, driver
-from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, Table
+from engines.kernels import build, cpu_ops, cuda_ops, driver, rotary
+from engines.kernels.launch import FIRST_PROLOGUES, PROLOGUES
+from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, RowNorm, Table
 from engines.kernels.tiles import TILES
 
 ROWS = 5  # of the tables
@@ -29,7 +30,8 @@ def kernels(run: StageRun) -> StageResult:
         facts["build and load, s"] = round(time.perf_counter() - start, 1)
         facts["compiler"] = str(build.compiler_in_use())
     generator = torch.Generator().manual_seed(0)
-    rows = [*_quantizers(run, generator), *_statistics(run, generator), *_convolutions(run, generator)]
+    rows = [*_quantizers(run, generator), *_row_norms(run, generator), *_rotations(run, generator)]
+    rows += [*_statistics(run, generator), *_convolutions(run, generator)]
     wrong = [f"{row['kernel']}: {row['wrong']} of {row['values']} values differ from the CPU's." for row in rows if not row["ok"]]
     facts["kernels"], facts["correct"] = len(rows), len(rows) - len(wrong)
     return StageResult(facts=facts, tables={"Results of every kernel": rows}, problems=wrong)
@@ -50,27 +52,59 @@ def activation_table(batch: int, bits: int, *, unsigned: bool, device: torch.dev
 
 def _quantizers(run: StageRun, generator: torch.Generator) -> list[Row]:
     rows = []
-    for dtype, (bits, unsigned), last, norm, silu in itertools.product(
-        FLOATS, ((4, False), (4, True), (8, False)), (True, False), (False, True), (False, True)
+    for dtype, (bits, unsigned), last, ((norm, activation), prologue) in itertools.product(
+        FLOATS, ((4, False), (4, True), (8, False)), (True, False), PROLOGUES.items()
     ):
-        if norm and not last:
-            continue  # no kernel normalizes channels first
+        if not last and prologue not in FIRST_PROLOGUES:
+            continue
         x = torch.randn((3, 40, 7, 9), generator=generator).to(dtype)
         x = x.to(memory_format=torch.channels_last) if last else x
         groups = Norm(
             *(torch.rand((3, 4), generator=generator) + 0.5 for _ in range(2)), *(torch.randn(40, generator=generator) for _ in range(2))
         )
         table = Table(*activation_table(3, bits, unsigned=unsigned, device=torch.device("cpu")))
-        expected_codes = cpu_ops.quantize(x, groups if norm else None, table, silu=silu)
+        expected_codes = cpu_ops.quantize(x, groups if norm else None, table, activation=activation)
         op = operators_on(run.device).quantize
         moved = Norm(*(column.to(run.device) if column is not None else None for column in vars(groups).values()))
-        codes = op(
-            x.to(run.device), moved if norm else None, Table(*activation_table(3, bits, unsigned=unsigned, device=run.device)), silu=silu
-        )
-        name = f"quantize {'last' if last else 'first'} {_name(dtype)} {'u' if unsigned else 's'}{bits}{' norm' if norm else ''}{' SiLU' if silu else ''}"
-        # With SiLU a code may fall to the other side of a rounding tie.
-        rows.append(_compared(name, codes.cpu(), expected_codes, share=0.005 if silu else 0.0))
+        own_table = Table(*activation_table(3, bits, unsigned=unsigned, device=run.device))
+        codes = op(x.to(run.device), moved if norm else None, own_table, activation=activation)
+        name = f"quantize {'last' if last else 'first'} {_name(dtype)} {'u' if unsigned else 's'}{bits} {prologue}"
+        # Where an exponential is approximated, a code may fall to the other side of a rounding tie.
+        rows.append(_compared(name, codes.cpu(), expected_codes, share=0.005 if activation in ("silu", "gelu_tanh") else 0.0))
     return rows
+
+
+def _row_norms(run: StageRun, generator: torch.Generator) -> list[Row]:
+    rows = []
+    for dtype, (bits, unsigned), (channels, rms) in itertools.product(
+        FLOATS, ((4, False), (4, True), (8, False)), ((320, False), (1100, True), (3072, False))
+    ):
+        x = (torch.randn((3, 9, channels), generator=generator) + 5).to(dtype)
+        gamma, beta = torch.randn((2, channels), generator=generator)
+        scale, shift = torch.randn((3, 2 * channels), generator=generator).to(dtype).chunk(2, dim=1)
+        norm = RowNorm(gamma, beta, scale, shift, 1e-5, rms)
+        on = RowNorm(*(value.to(run.device) if isinstance(value, Tensor) else value for value in vars(norm).values()))
+        table, own_table = (
+            Table(*activation_table(3, bits, unsigned=unsigned, device=device)) for device in (torch.device("cpu"), run.device)
+        )
+        codes = operators_on(run.device).quantize_rows(x.to(run.device), on, own_table)
+        name = f"quantize {'RMSNorm' if rms else 'LayerNorm'} {channels} {_name(dtype)} {'u' if unsigned else 's'}{bits}"
+        rows.append(_compared(name, codes.cpu(), cpu_ops.quantize_rows(x, norm, table)))
+    return rows
+
+
+def _rotations(run: StageRun, generator: torch.Generator) -> list[Row]:
+    rows = []
+    for dtype, width in itertools.product(FLOATS, (24, 128)):
+        x, angles = torch.randn((2, 9, 3, width), generator=generator).to(dtype), torch.randn((2, 9, width), generator=generator)
+        found = rotary_on(run.device)(*(each.to(run.device) for each in (x, *angles)))
+        rows.append(_compared(f"rotary {width} {_name(dtype)}", found.cpu().view(torch.int16), rotary.on_cpu(x, *angles).view(torch.int16)))
+    return rows
+
+
+def rotary_on(device: torch.device) -> Any:
+    """The rotation of a device: the kernel, or on the CPU its twin."""
+    return rotary.on_cuda if device.type == "cuda" else rotary.on_cpu
 
 
 def _statistics(run: StageRun, generator: torch.Generator) -> list[Row]:
@@ -122,7 +156,10 @@ def _operands(kind: str, dtype: torch.dtype, shape: ConvShape, generator: torch.
         weight_scale=torch.linspace(1e-3, 1e-2, shape.K),
         weight_sum=weight_sum(weight),
         bias=torch.randn(shape.K, generator=generator),
+        sample_bias=torch.randn((shape.N, shape.K), generator=generator).to(dtype),
+        gate=torch.randn((shape.N, shape.K), generator=generator).to(dtype),
         residual=torch.randn((shape.M, shape.K), generator=generator).to(dtype),
+        saturate=True,
         kind=kind,
     )
 

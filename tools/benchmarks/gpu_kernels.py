@@ -105,9 +105,11 @@ def _map_operators(run: StageRun, shape: tuple[int, ...]) -> list[Row]:
     gate = torch.cat([tokens, tokens], -1)
     calls: tuple[tuple[str, Call, float, int], ...] = (
         ("group_stats", lambda: OPS.group_stats(x, 32, 1e-5), 2, 2),
-        ("quantize_normed, SiLU", lambda: OPS.quantize_normed(x, mean, rstd, *columns, 32, *table, True), 2.5, 1),
-        ("quantize, channels last", lambda: OPS.quantize(x, *table, False), 2.5, 1),
-        ("quantize, channels first", lambda: OPS.quantize(first, *table, False), 2.5, 1),
+        ("quantize_normed, SiLU", lambda: OPS.quantize_normed(x, mean, rstd, *columns, 32, *table, "silu"), 2.5, 1),
+        ("quantize, channels last", lambda: OPS.quantize(x, *table, "none"), 2.5, 1),
+        ("quantize, channels first", lambda: OPS.quantize(first, *table, "none"), 2.5, 1),
+        ("quantize behind LayerNorm", lambda: OPS.quantize_row_normed(tokens, *columns, None, None, 1e-5, False, *table), 2.5, 1),
+        ("quantize behind GEGLU", lambda: OPS.quantize(gate, *table, "geglu"), 4.5, 1),
         ("torch: group_norm, SiLU", lambda: functional.silu(functional.group_norm(x, 32, *half)), 10, 3),
         ("torch: layer_norm", lambda: functional.layer_norm(tokens, tokens.shape[-1:], *half), 4, 1),
         ("torch: GEGLU", lambda: gate.chunk(2, -1)[0] * functional.gelu(gate.chunk(2, -1)[1]), 10, 2),

@@ -47,10 +47,20 @@ class Problem:
         scale = torch.linspace(3.0, 4.0, TABLE_ROWS, device=device) / high
         rows = torch.arange(batch, dtype=torch.int32, device=device) % TABLE_ROWS
         unsigned = kind == "u4"
-        self.table = (rows, 1 / scale, qmin, qmax, self.bits, unsigned, False)
+        self.table = (rows, 1 / scale, qmin, qmax, self.bits, unsigned, "none")
         self.codes: Tensor = OPS.quantize(self.x, *self.table)
-        columns = (torch.rand(layer.K, device=device) * 1e-3, weight_sum(weight), torch.randn(layer.K, device=device), None)
-        self.operands = (rows, pack_weight(weight, self.bits), zero_codes(qmin, self.bits, unsigned=unsigned), scale, qmin, *columns, kind)
+        columns = (torch.rand(layer.K, device=device) * 1e-3, weight_sum(weight), torch.randn(layer.K, device=device))
+        epilogue = (None, None, None, False)  # sample_bias, gate, residual, saturate
+        self.operands = (
+            rows,
+            pack_weight(weight, self.bits),
+            zero_codes(qmin, self.bits, unsigned=unsigned),
+            scale,
+            qmin,
+            *columns,
+            *epilogue,
+            kind,
+        )
 
     @property
     def sum_bytes(self) -> int:

@@ -25,6 +25,14 @@ def serve(
         int | None,
         typer.Option(min=1, help="Rows of each call of an engine. Default: 8, or the largest batch of its profile if that is less."),
     ] = None,
+    pad: Annotated[
+        bool,
+        typer.Option(
+            "--pad/--no-pad",
+            help="Whether every call has as many rows as --slots, so that an image does not depend on those that share the call. "
+            "--no-pad computes as many as are needed: faster on a CPU at low load.",
+        ),
+    ] = True,
     queue: Annotated[int, typer.Option(min=1, help="Requests of a model at once; more are answered 429.")] = 64,
     max_images: Annotated[int, typer.Option("--max-images", min=1, help="Images of a request at most.")] = 10,
     max_steps: Annotated[int, typer.Option("--max-steps", min=1, help="Steps of a request at most.")] = 150,
@@ -72,7 +80,7 @@ def serve(
     if ray is not None or replicas != "1":
         from edm_deploy_tools.serving.ray_command import Deployed, run_on_ray
 
-        options = {"slots": slots, "source": source, "device": opt.value(device), "threads": threads or 1, "together": together}
+        options = {"slots": slots, "pad": pad, "source": source, "device": opt.value(device), "threads": threads or 1, "together": together}
         run_on_ray(
             named,
             Deployed(address=ray or "local", replicas=replicas, host=host, port=port),
@@ -84,7 +92,7 @@ def serve(
         )
         return
     with bound_socket(host, port) as bound:
-        replicas = open_replicas(named, limits, slots=slots, source=source, device=opt.value(device), loras=loras, threads=threads)
+        replicas = open_replicas(named, limits, slots=slots, pad=pad, source=source, device=opt.value(device), loras=loras, threads=threads)
 
         def started(url: str) -> None:
             models = ", ".join(f"{name} ({replica.model.slots} slots)" for name, replica in replicas.items())

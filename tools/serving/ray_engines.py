@@ -32,6 +32,7 @@ class ServedEngines:
         limits: What each engine accepts in one replica.
         versions: Package versions that every machine must have; empty accepts any.
         slots, source, device, threads: As `ServedModel`.
+        pad: As `Replica`.
         loras: Files of LoRAs that every engine has, with their weights.
         together: Engines that a replica holds at once; the one that was used least recently makes room for another.
         drain: Seconds that accepted requests have to finish.
@@ -43,6 +44,7 @@ class ServedEngines:
     limits: Limits = field(default_factory=Limits)
     versions: Mapping[str, str] = field(default_factory=dict)
     slots: int | None = None
+    pad: bool = True
     source: str | None = None
     device: str | None = None
     threads: int = 1
@@ -147,8 +149,8 @@ class EngineReplica:
         try:
             for path, weight in served.loras:
                 model.denoiser.load_lora(path, weight=weight)
-            model.warm_up()
-            return OpenedEngine(Replica(model, served.limits), served.drain)
+            model.warm_up(pad=served.pad)
+            return OpenedEngine(Replica(model, served.limits, pad=served.pad), served.drain)
         except BaseException:
             model.close()
             raise

@@ -67,6 +67,7 @@ def open_replicas(
     limits: Limits,
     *,
     slots: int | None = None,
+    pad: bool = True,
     source: str | None = None,
     device: str | None = None,
     loras: Sequence[tuple[Path, float]] = (),
@@ -78,6 +79,7 @@ def open_replicas(
         engines: Engine directories by the name of the model.
         limits: What each accepts.
         slots: As `ServedModel`.
+        pad: As `Replica`.
         source: As `ServedModel`.
         device: As `ServedModel`.
         loras: Files of LoRAs that every engine has, with their weights.
@@ -93,8 +95,8 @@ def open_replicas(
             stack.callback(model.close)
             for path, weight in loras:
                 model.denoiser.load_lora(path, weight=weight)
-            model.warm_up()
-            replicas[name] = Replica(model, limits)
+            model.warm_up(pad=pad)
+            replicas[name] = Replica(model, limits, pad=pad)
             stack.callback(replicas[name].close)
         stack.pop_all()
     return replicas

@@ -32,12 +32,34 @@ __device__ __forceinline__ void store_octet(int* to, const int (&v)[OCTET]) {
   reinterpret_cast<int4*>(to)[1] = int4{v[4], v[5], v[6], v[7]};
 }
 
+// Eight consecutive values of the output's type from `from`, `count` of which exist; one 16-byte load where `whole`.
+template <class T>
+__device__ __forceinline__ void load_operand(float (&v)[OCTET], const T* from, int count, bool whole) {
+  if (whole) {
+    const uint4 words = *reinterpret_cast<const uint4*>(from);
+    const unsigned pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int e = 0; e < OCTET; e += 2) v[e] = low_float<T>(pairs[e / 2]), v[e + 1] = high_float<T>(pairs[e / 2]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < OCTET; ++e) v[e] = e < count ? to_float(from[e]) : 0.0f;
+  }
+}
+
+// Those of sample n in a tensor [N][K] whose samples are `stride` apart.
+template <class T>
+__device__ __forceinline__ void load_of_sample(float (&v)[OCTET], const void* tensor, int stride, int n, int k0, int K) {
+  const T* from = static_cast<const T*>(tensor) + static_cast<long long>(n) * stride + k0;
+  load_operand(v, from, K - k0, K % OCTET == 0 && aligned_16(from));
+}
+
 // Writes y[m][k0 .. k0 + 7]. m < M; channels from K on are not written.
 template <Kind KIND, class T>
 __device__ __forceinline__ void finish(const ConvParams& p, const Columns<KIND>& columns, int m, int k0, const int (&sums)[OCTET]) {
-  const int row = p.row[m / (p.P * p.Q)];  // a tile may contain pixels of several samples, each with a different row
+  const int n = m / (p.P * p.Q), row = p.row[n];  // a tile may contain pixels of several samples, each with a different row
   const float act_scale = p.act_scale[row];
-  float y[OCTET];
+  const bool whole = p.K % OCTET == 0;  // then every octet of y is whole and starts at 16 bytes
+  float y[OCTET], operand[OCTET];
 #pragma unroll
   for (int e = 0; e < OCTET; ++e) {
     int sum = sums[e];
@@ -45,27 +67,34 @@ __device__ __forceinline__ void finish(const ConvParams& p, const Columns<KIND>&
     y[e] = __fmul_rn(__int2float_rn(sum), __fmul_rn(act_scale, columns.scale[e]));
     if (p.bias) y[e] = __fadd_rn(y[e], columns.bias[e]);
   }
+  if (p.sample_bias) {
+    load_of_sample<T>(operand, p.sample_bias, p.sample_bias_stride, n, k0, p.K);
+#pragma unroll
+    for (int e = 0; e < OCTET; ++e) y[e] = __fadd_rn(y[e], operand[e]);
+  }
+  if (p.gate) {
+    load_of_sample<T>(operand, p.gate, p.gate_stride, n, k0, p.K);
+#pragma unroll
+    for (int e = 0; e < OCTET; ++e) y[e] = __fmul_rn(y[e], operand[e]);
+  }
   const long long at = static_cast<long long>(m) * p.K + k0;
   T* out = static_cast<T*>(p.out) + at;
-  const T* residual = static_cast<const T*>(p.residual) + (p.residual ? at : 0);
-
-  if (p.K % OCTET == 0) {  // then every octet is whole and starts at 16 bytes
-    if (p.residual) {
-      const uint4 r = *reinterpret_cast<const uint4*>(residual);
-      const unsigned pairs[4] = {r.x, r.y, r.z, r.w};
+  if (p.residual) {
+    load_operand(operand, static_cast<const T*>(p.residual) + at, p.K - k0, whole);
 #pragma unroll
-      for (int e = 0; e < OCTET; e += 2) {
-        y[e] = __fadd_rn(y[e], low_float<T>(pairs[e / 2]));
-        y[e + 1] = __fadd_rn(y[e + 1], high_float<T>(pairs[e / 2]));
-      }
-    }
+    for (int e = 0; e < OCTET; ++e) y[e] = __fadd_rn(y[e], operand[e]);
+  }
+  if (p.saturate) {
+#pragma unroll
+    for (int e = 0; e < OCTET; ++e) y[e] = y[e] > 65504.0f ? 65504.0f : y[e] < -65504.0f ? -65504.0f : y[e];
+  }
+  if (whole) {
     *reinterpret_cast<uint4*>(out) = uint4{to_pair<T>(y[0], y[1]), to_pair<T>(y[2], y[3]), to_pair<T>(y[4], y[5]), to_pair<T>(y[6], y[7])};
     return;
   }
 #pragma unroll
   for (int e = 0; e < OCTET; ++e) {
     if (k0 + e >= p.K) continue;
-    if (p.residual) y[e] = __fadd_rn(y[e], to_float(residual[e]));
     out[e].bits = static_cast<unsigned short>(to_pair<T>(y[e], 0.0f) & 0xFFFF);
   }
 }

@@ -3,6 +3,8 @@
 #include "norm.cuh"
 #include "quantize.cuh"
 #include "reduce.cuh"
+#include "rotary.cuh"
+#include "row_norm.cuh"
 
 // X(BM, BN, warp's BM, stages, threads, bytes of dynamic shared memory, blocks per multiprocessor): the tiles, largest first. The host chooses among them.
 //
@@ -33,6 +35,9 @@
     quantize_first<TYPE, BITS, WITH_SILU>(p);                                                                              \
   }
 
+#define QUANTIZE_ROWS(TYPE, BITS) \
+  extern "C" __global__ void __launch_bounds__(THREADS, 3) quantize_rows_##TYPE##_i##BITS(RowNormParams p) { quantize_rows<TYPE, BITS>(p); }
+
 #define CONVOLUTIONS(BM, BN, ...)                   \
   CONVOLUTION(S4, s4, f16, BM, BN, __VA_ARGS__)     \
   CONVOLUTION(U4, u4, f16, BM, BN, __VA_ARGS__)     \
@@ -47,14 +52,19 @@ TILES(CONVOLUTIONS)
   QUANTIZE_LAST(TYPE, BITS, SILU, silu)                  \
   QUANTIZE_LAST(TYPE, BITS, NORM, norm)                  \
   QUANTIZE_LAST(TYPE, BITS, NORM_SILU, norm_silu)        \
+  QUANTIZE_LAST(TYPE, BITS, GELU, gelu)                  \
+  QUANTIZE_LAST(TYPE, BITS, GELU_TANH, gelu_tanh)        \
+  QUANTIZE_LAST(TYPE, BITS, GEGLU, geglu)                \
   QUANTIZE_FIRST(TYPE, BITS, false, plain)               \
-  QUANTIZE_FIRST(TYPE, BITS, true, silu)
+  QUANTIZE_FIRST(TYPE, BITS, true, silu)                 \
+  QUANTIZE_ROWS(TYPE, BITS)
 #define OF_TYPE(TYPE)                                                                                                     \
   REDUCTION(S4, s4, TYPE)                                                                                                 \
   REDUCTION(U4, u4, TYPE)                                                                                                 \
   REDUCTION(S8, s8, TYPE)                                                                                                 \
   OF_TYPE_AND_BITS(TYPE, 4)                                                                                               \
   OF_TYPE_AND_BITS(TYPE, 8)                                                                                               \
+  extern "C" __global__ void __launch_bounds__(THREADS) rotary_##TYPE(RotaryParams p) { rotate<TYPE>(p); }                   \
   extern "C" __global__ void __launch_bounds__(THREADS) group_stats_partial_##TYPE(StatsParams p) { group_stats_partial<TYPE>(p); }
 OF_TYPE(f16)
 OF_TYPE(bf16)

@@ -13,10 +13,10 @@
 typedef unsigned char byte_t;
 
 // Operations before the rounding; a kernel is compiled for each.
-enum Prologue { PLAIN = 0, SILU = 1, NORM = 2, NORM_SILU = 3 };
+enum Prologue { PLAIN, SILU, NORM, NORM_SILU, GELU, GELU_TANH, GEGLU };
 
 struct QuantizeParams {
-  const void* x;           // float16 or bfloat16, channels last [N][HW][C] or channels first [N][C][HW]
+  const void* x;           // float16 or bfloat16, channels last [N][HW][C] or channels first [N][C][HW]; GEGLU: [N][HW][2C], values, then gates
   byte_t* codes;           // [N][HW][Cb]
   const int* row;          // [N] table row of each sample
   const float* inv_scale;  // [rows]
@@ -32,6 +32,31 @@ struct QuantizeParams {
 // n = rint(clip(value * inv_scale[row], qmin[row], qmax[row])), half to even, float32. NaN becomes qmin[row], -0.0 becomes 0.
 // NORM: value = ((x - mean) * rstd) * gamma + beta, each step rounded to float32 separately; a null gamma or beta omits its step.
 // SILU: value = v / (1 + exp(-v)) in float32, relative error below 2^-17 where |v| < 64, and below 2^-20 where v > -8 (below -8 the result is in [-0.003, 0]).
+// GELU: v * Phi(v), the cumulative normal distribution by a polynomial of degree 12 in v^2 (gelu() in quantize.cuh), fused multiply-adds in the order of that
+//   function, so defined bit for bit; within 2^-19 of the exact value, and relative to it within 2^-19 where v > -1. GEGLU: x * GELU(gate), rounded to float32.
+// GELU_TANH: v / (1 + exp(-2u)), u = sqrt(2 / pi) (v + 0.044715 v^3), which equals v (1 + tanh(u)) / 2; its error is that of SILU at 2u.
+
+struct RowNormParams {
+  const void* x;           // float16 or bfloat16 [N][HW][C]
+  byte_t* codes;           // [N][HW][Cb]
+  const int* row;          // [N], as the next three in QuantizeParams
+  const float* inv_scale;  // [rows]
+  const int* qmin;         // [rows]
+  const int* qmax;         // [rows]
+  const float* gamma;      // [C] or null
+  const float* beta;       // [C] or null
+  const void* scale;       // of x's type [N][C], or null
+  const void* shift;       // of x's type [N][C], or null
+  int N, HW, C, Cb;
+  int unsigned_codes;
+  int scale_stride, shift_stride;  // elements from one sample to the next
+  int lanes;               // threads that share a token: the smallest of 32, 64, 128, 256 with C <= 32 * lanes
+  int rms;                 // 1: RMSNorm, mean = 0
+  float eps;
+};
+// value = ((x - mean) * rstd * gamma + beta) * (1 + scale) + shift, each step rounded to float32 separately, then as QuantizeParams; a null operand omits its step.
+// mean = S(x) / C, rstd = 1 / sqrt(S((x - mean)^2) / C + eps). S sums in float32: thread t of a token adds channels 8t .. 8t + 7, then those of octets
+// t + lanes, t + 2 * lanes, ...; the 32 threads of a warp in five steps, each with the thread whose number differs in bit 4, 3, 2, 1, 0; then warps in order.
 
 struct StatsParams {
   const void* x;   // float16 or bfloat16 [N][HW][C]
@@ -43,6 +68,16 @@ struct StatsParams {
   float eps;
 };
 
+struct RotaryParams {
+  const void* x;        // float16 or bfloat16 [N][L][H][D], D a multiple of 8
+  const float* cosine;  // [L][D]
+  const float* sine;    // [L][D]
+  void* out;            // as x
+  int N, L, H, D;
+};
+// out[2i] = x[2i] * cosine[2i] - x[2i + 1] * sine[2i], out[2i + 1] = x[2i + 1] * cosine[2i + 1] + x[2i] * sine[2i + 1], products and sums rounded to float32
+// separately, then to x's type. All of them start at 16 bytes.
+
 struct ConvParams {
   const byte_t* codes;        // [N][H][W][Cb]
   const byte_t* weight;       // [K][R * S][Cb]
@@ -53,6 +88,8 @@ struct ConvParams {
   const float* weight_scale;  // [K]
   const int* weight_sum;      // [K] sum of an output channel's codes; read by u4 kernels only
   const float* bias;          // [K] or null
+  const void* sample_bias;    // [N][K] of the output's type, or null
+  const void* gate;           // [N][K] of the output's type, or null
   const void* residual;       // [M][K] of the output's type, or null
   void* out;                  // [M][K], M = N * P * Q: channels last
   int* partial;               // [splits][M][K] where the sum is split, else null
@@ -60,16 +97,20 @@ struct ConvParams {
   int K, R, S, P, Q;          // output channels, filter height and width, output height and width
   int padding, stride;
   int splits;                 // blocks that share one output tile, each summing a part of the filter taps and channels
+  int sample_bias_stride, gate_stride;  // elements from one sample to the next
+  int saturate;               // 1: y is clipped to [-65504, 65504], float16's range
 };
-// y = float(acc) * (act_scale[row] * weight_scale[k]) + bias[k] + residual, each step rounded to float32 separately (no fused multiply-add), then to
-// the output's type: equal to numpy's result bit for bit.
+// y = (float(acc) * (act_scale[row] * weight_scale[k]) + bias[k] + sample_bias[n][k]) * gate[n][k] + residual, from left to right, each step rounded to float32
+// separately (no fused multiply-add), clipped where `saturate` says so (NaN stays NaN), then rounded to the output's type: equal to numpy's result bit for bit.
 
 // How the host launches each entry point (grid, threads per block). The only parameter of every kernel is its struct, by value.
 //   quantize_last_*    (ceil(HW * channels / 8 / 256), N)              256   channels = Cb * 8 / bits; both axes stride over what a smaller grid leaves
 //   quantize_first_*   (ceil(HW / 64), ceil(channels / 64), N)         256   likewise
+//   quantize_rows_*    (ceil(HW / (256 / lanes)), N)                   256   likewise
 //   group_stats_partial_*  (ceil(HW / chunk), ceil(C / 8 / STATS_OCTETS), N)  256   likewise
 //   group_stats_merge  (groups, N)                                     256   likewise
 //   conv_*_BMxBN_*     (ceil(M / BM), ceil(K / BN), splits)            Tile::threads and Tile::shared_bytes of dynamic shared memory (TILES in kernels.cu)
+//   rotary_*           (ceil(N * L * H * D / 8 / 256))                 256   likewise
 //   reduce_*           (ceil(M * ceil(K / 8) / 256))                   256   likewise; only conv takes dynamic shared memory
 constexpr int THREADS = 256;  // of every kernel but conv
 constexpr int STATS_OCTETS = 64;  // octets of channels that a block of group_stats_partial takes at most

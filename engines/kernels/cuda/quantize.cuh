@@ -9,7 +9,8 @@ struct Row {
   float inv_scale, low, high;
   int offset;  // subtracted from the code before it is stored
 
-  __device__ __forceinline__ Row(const QuantizeParams& p, int n) {
+  template <class Params>
+  __device__ __forceinline__ Row(const Params& p, int n) {
     const int row = p.row[n];
     inv_scale = p.inv_scale[row];
     low = __int2float_rn(p.qmin[row]);
@@ -30,6 +31,26 @@ __device__ __forceinline__ int encode(float value, const Row& row) {
 // contributes little; where x < 0 it dominates the result: 2^-20 in total above -8, 2^-17 above -64, where the result itself is negligible.
 // From -89 on exp overflows to infinity and the result is -0, the limit.
 __device__ __forceinline__ float silu(float x) { return x * reciprocal_approx(1.0f + exp2_approx(-1.4426950408889634f * x)); }
+
+// x * Phi(x) = x * (1 / 2 + x * P(x^2)), Phi the cumulative normal distribution. P is the minimax polynomial of degree 12 for |x| < 5 (its argument scaled to
+// [-1, 1]; error of Phi 2^-22.6), fitted by Lawson's iteration; from 5 on Phi is 1, and 0 below -5, 2^-21.7 from the truth. Only fused multiply-adds, which round
+// once and are the same everywhere, so that the result is defined bit for bit, unlike erff's. NaN stays NaN.
+__device__ __forceinline__ float gelu(float x) {
+  constexpr float P[13] = {0.14136378467082977f,   -0.0702962800860405f,  0.05152052268385887f,  -0.040442608296871185f, 0.031442172825336456f,
+                           -0.023268653079867363f, 0.016402173787355423f, -0.011164339259266853f, 0.006410510279238224f,  -0.002685575047507882f,
+                           0.0017227994976565242f, -0.001613265136256814f, 0.0006087272777222097f};
+  const float s = fmaf(__fmul_rn(x, x), 0.08f, -1.0f);
+  float p = P[12];
+#pragma unroll
+  for (int k = 11; k >= 0; --k) p = fmaf(p, s, P[k]);
+  return fabsf(x) >= 5.0f ? fmaxf(x, 0.0f) : __fmul_rn(x, fmaf(x, p, 0.5f));
+}
+
+// x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3), as silu.
+__device__ __forceinline__ float gelu_tanh(float x) {
+  const float u = x * (1.0f + 0.044715f * (x * x));
+  return x * reciprocal_approx(1.0f + exp2_approx(-2.3022081978f * u));  // 2 sqrt(2 / pi) log2(e)
+}
 
 // Eight consecutive values of one pixel, `count` of which exist. One 16-byte load where alignment allows it.
 template <class T>
@@ -98,21 +119,26 @@ template <class T, int BITS, Prologue PROLOGUE>
 __device__ __forceinline__ void quantize_last(const QuantizeParams& p) {
   const unsigned octets = p.Cb / BITS, items = p.HW * octets;  // Cb bytes are Cb * 8 / BITS channels, an eighth of that many octets
   const bool wide = p.C % CHANNELS == 0 && aligned_16(p.x);
+  const int pitch = PROLOGUE == GEGLU ? 2 * p.C : p.C;
   for (int n = blockIdx.y; n < p.N; n += gridDim.y) {
     const Row row(p, n);
-    const T* x = static_cast<const T*>(p.x) + static_cast<long long>(n) * p.HW * p.C;
+    const T* x = static_cast<const T*>(p.x) + static_cast<long long>(n) * p.HW * pitch;
     byte_t* codes = p.codes + static_cast<long long>(n) * p.HW * p.Cb;
     for (unsigned item = blockIdx.x * THREADS + threadIdx.x; item < items; item += gridDim.x * THREADS) {
       const unsigned pixel = item / octets;
       const int c0 = (item - pixel * octets) * CHANNELS, count = min(max(p.C - c0, 0), CHANNELS);
       int stored[CHANNELS] = {};
       if (count > 0) {
-        float v[CHANNELS];
-        load_values(v, x + static_cast<long long>(pixel) * p.C + c0, count, wide);
+        float v[CHANNELS], gate[CHANNELS];
+        load_values(v, x + static_cast<long long>(pixel) * pitch + c0, count, wide);
+        if constexpr (PROLOGUE == GEGLU) load_values(gate, x + static_cast<long long>(pixel) * pitch + p.C + c0, count, wide);
         if constexpr (PROLOGUE == NORM || PROLOGUE == NORM_SILU) normalize(v, p, n, c0, count);
 #pragma unroll
         for (int e = 0; e < CHANNELS; ++e) {
           if constexpr (PROLOGUE == SILU || PROLOGUE == NORM_SILU) v[e] = silu(v[e]);
+          if constexpr (PROLOGUE == GELU) v[e] = gelu(v[e]);
+          if constexpr (PROLOGUE == GELU_TANH) v[e] = gelu_tanh(v[e]);
+          if constexpr (PROLOGUE == GEGLU) v[e] = __fmul_rn(v[e], gelu(gate[e]));
           stored[e] = e < count ? encode(v[e], row) : 0;
         }
       }

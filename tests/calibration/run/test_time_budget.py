@@ -6,6 +6,7 @@ import pytest
 from calibration import Interrupted, RunOptions, fit
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.run.time_budget import Budget, seconds_of
+from calibration.training import divergence
 from edm_deploy.errors import ArtifactError, InputError
 from tests.calibration.tiny import tiny_source
 from tests.calibration.training.test_distillation import SETTINGS, interrupted_at
@@ -66,14 +67,16 @@ def ticking(monkeypatch):
     monkeypatch.setattr("calibration.run.checkpoint.Budget", made)
 
 
-def test_training_stops_by_the_clock_and_the_provenance_states_the_steps(ticking):
-    shown = []
+def test_training_stops_by_the_clock_and_the_provenance_states_the_steps(ticking, monkeypatch):
+    shown, warnings = [], []
+    monkeypatch.setattr(divergence.log, "warning", lambda text, *values: warnings.append(text % values))
     recipe, options = EfficientDM(**SETTINGS | {"steps": 1_000_000}), RunOptions(budget_seconds=20)
     artifact = fit(tiny_source(), recipe, options, on_progress=lambda now: shown.append(now))
     steps = [now.step for now in shown if now.stage == "finetune"]
     assert artifact.provenance["budget_seconds"] == 20
     assert artifact.provenance["steps_done"] == steps[-1] == len(steps) >= 3
     assert shown[-1].total < 100  # estimated by the clock, not from the recipe's steps
+    assert any(f"The budget of 20 s had time for {len(steps)} training steps, fewer than 50" in warning for warning in warnings)
 
 
 def test_a_budget_that_calibration_uses_up_is_refused_with_what_calibration_took(ticking):

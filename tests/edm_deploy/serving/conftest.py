@@ -104,8 +104,8 @@ def replica_of() -> Iterator[Callable[..., Replica]]:
     """Makes replicas, which are closed at the end; their models stay open for other tests."""
     made: list[Replica] = []
 
-    def make(served: ServedModel, **limits) -> Replica:
-        made.append(Replica(served, Limits(**limits)))
+    def make(served: ServedModel, *, pad: bool = True, **limits) -> Replica:
+        made.append(Replica(served, Limits(**limits), pad=pad))
         return made[-1]
 
     yield make

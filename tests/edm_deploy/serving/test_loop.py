@@ -122,3 +122,27 @@ def test_the_engine_runs_on_while_a_prompt_is_encoded(model, replica_of, monkeyp
         await second
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("pad", "allowed"), [(True, {4}), (False, {1, 2})])
+def test_calls_have_all_slots_or_as_many_rows_as_wait(model, replica_of, breaking, pad, allowed):
+    """Two images in 4 slots; one may be begun before the other, and ends before it."""
+    seen = []
+    breaking(lambda output: seen.append(len(output)) or output)
+    replica = replica_of(model, pad=pad)
+
+    async def main():
+        requests = [ImageRequest(id=str(steps), seed=steps, steps=steps) for steps in (3, 12)]
+        return await asyncio.gather(*(events_of(replica, request) for request in requests))
+
+    results = asyncio.run(main())
+    assert set(seen) <= allowed
+    assert all(isinstance(events[-1], Finished) for events in results)
+
+
+def test_a_warm_up_calls_every_number_of_rows_that_will_be_called(model, breaking):
+    seen = []
+    breaking(lambda output: seen.append(len(output)) or output)
+    model.warm_up()
+    model.warm_up(pad=False)
+    assert seen == [4, 1, 2, 3, 4]

@@ -10,6 +10,8 @@ import pytest
 
 from tests.engines.kernels.emulator import SANITIZE, STRUCTS, EmulationError, Emulator, cached_library
 from tests.engines.kernels.emulator import cases as drawn
+from tests.engines.kernels.emulator.rotations import rotations
+from tests.engines.kernels.emulator.row_norms import row_norms
 
 SHAPES_EACH = [14, pytest.param(56, marks=pytest.mark.extended)]  # of each kind and type: 84 in every run
 
@@ -60,8 +62,19 @@ def test_more_splits_than_stages_add_zeros(emulator):
 
 def test_every_quantizing_kernel_stores_numpys_codes(emulator):
     cases = drawn.quantizations(seed=0)
-    assert len(cases) == 72
+    assert len(cases) == 108
     check_all(emulator, cases)
+
+
+def test_tokens_normalized_while_quantizing_have_numpys_codes(emulator):
+    cases = row_norms(seed=0)
+    assert {case.lanes for case in cases} == {32, 64, 128, 256}
+    assert {case.entry for case in cases} == {f"quantize_rows_{dtype}_i{bits}" for dtype in drawn.TYPES for bits in (4, 8)}
+    check_all(emulator, cases)
+
+
+def test_rotated_queries_are_numpys_bit_for_bit(emulator):
+    check_all(emulator, rotations(seed=0))
 
 
 def test_group_statistics_are_those_of_float64(emulator):
@@ -99,7 +112,7 @@ def test_a_launch_that_no_gpu_would_do_is_an_error(emulator, grid, threads, shar
 def run_sanitized(program: str) -> subprocess.CompletedProcess[str]:
     """Runs a Python program on the sanitized build. Its arrays come from the sanitizer's malloc, so that every one ends in a red zone."""
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
-    head = "import numpy as np\nfrom tests.engines.kernels.emulator import *\nfrom tests.engines.kernels.emulator import cases\n"
+    head = "import numpy as np\nfrom tests.engines.kernels.emulator import *\nfrom tests.engines.kernels.emulator import cases, rotations, row_norms\n"
     # Fibers that a failed launch leaves behind are no leak of the kernels', nor is what Python keeps.
     environment = os.environ | {
         "LD_PRELOAD": runtime,
@@ -118,7 +131,7 @@ def test_no_kernel_leaves_its_memory_or_does_what_is_undefined(shapes, every):
         "g = np.random.default_rng(1)\n"
         "for kind in cases.KINDS:\n"
         f"    for _ in range({shapes}): cases.Convolution.drawn(g, kind, 'f16').check(emulator)\n"
-        f"for case in (*cases.quantizations(1)[::{every}], *cases.statistics(1)[::3]): case.check(emulator)\n"
+        f"for case in (*cases.quantizations(1)[::{every}], *cases.statistics(1)[::3], *row_norms.row_norms(1)[::{every}], *rotations.rotations(1)): case.check(emulator)\n"
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -12,6 +12,8 @@ from engines.kernels.launch import (
     STATS_OCTETS,
     ConvParams,
     QuantizeParams,
+    RotaryParams,
+    RowNormParams,
     StatsParams,
     chunk_of,
     conv_launches,
@@ -21,7 +23,7 @@ from engines.kernels.launch import (
 )
 from engines.kernels.tiles import TILES
 
-STRUCTS = (QuantizeParams, StatsParams, ConvParams)
+STRUCTS = (QuantizeParams, RowNormParams, RotaryParams, StatsParams, ConvParams)
 
 
 def test_structs_lie_in_memory_as_the_compiler_has_them(tmp_path):
@@ -68,17 +70,17 @@ def quantize_params(**fields: int) -> QuantizeParams:
 
 def test_quantize_channels_last_gives_a_thread_eight_channels():
     """Cb = 32 bytes are 64 channels of 4 bits, 8 octets a pixel: 800 octets a sample are 4 blocks of 256."""
-    call = quantize_launch(quantize_params(), type_name="f16", bits=4, channels_last=True, norm=True, silu=True)
+    call = quantize_launch(quantize_params(), type_name="f16", bits=4, channels_last=True, norm=True, activation="silu")
     assert (call.entry, call.grid, call.threads) == ("quantize_last_f16_i4_norm_silu", (4, 2, 1), 256)
 
 
 def test_quantize_channels_first_gives_a_block_64_pixels_and_channels():
-    call = quantize_launch(quantize_params(Cb=80), type_name="bf16", bits=8, channels_last=False, norm=False, silu=False)
+    call = quantize_launch(quantize_params(Cb=80), type_name="bf16", bits=8, channels_last=False, norm=False, activation="none")
     assert (call.entry, call.grid, call.threads) == ("quantize_first_bf16_i8_plain", (2, 2, 2), 256)
 
 
 def test_a_grid_never_passes_what_a_gpu_takes():
-    call = quantize_launch(quantize_params(N=70000), type_name="f16", bits=4, channels_last=True, norm=False, silu=False)
+    call = quantize_launch(quantize_params(N=70000), type_name="f16", bits=4, channels_last=True, norm=False, activation="none")
     assert call.grid == (4, LARGEST_GRID[1], 1)
 
 

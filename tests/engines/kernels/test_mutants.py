@@ -98,7 +98,7 @@ MUTANTS = {
     ),
     "pixels past the end are stored": ("convolution.cuh", "if (m >= M || k >= p.K) continue;", "if (k >= p.K) continue;"),
     "the last split is left out": ("reduce.cuh", "split < p.splits;", "split < p.splits - 1;"),
-    "the scale is that of sample 0": ("epilogue.cuh", "p.row[m / (p.P * p.Q)]", "p.row[0]"),
+    "the scale is that of sample 0": ("epilogue.cuh", "row = p.row[n];", "row = p.row[0];"),
     "the correction of unsigned codes is dropped": ("epilogue.cuh", "sum += p.qmin[row] * columns.weight_sum[e];", "sum += 0;"),
     "the bias is added twice": (
         "epilogue.cuh",
@@ -110,15 +110,36 @@ MUTANTS = {
         "if (p.bias) y[e] = __fadd_rn(y[e], columns.bias[e]);",
         "if (p.bias) y[e] = fmaf(__int2float_rn(sum), __fmul_rn(act_scale, columns.scale[e]), columns.bias[e]);",
     ),
-    "the residual is skipped where channels are no octets": (
+    "an operand is skipped where channels are no octets": ("epilogue.cuh", "v[e] = e < count ? to_float(from[e]) : 0.0f;", "v[e] = 0.0f;"),
+    "the bias of a sample is that of sample 0": (
         "epilogue.cuh",
-        "if (p.residual) y[e] = __fadd_rn(y[e], to_float(residual[e]));",
-        "",
+        "load_of_sample<T>(operand, p.sample_bias, p.sample_bias_stride, n, k0, p.K);",
+        "load_of_sample<T>(operand, p.sample_bias, p.sample_bias_stride, 0, k0, p.K);",
     ),
+    "samples' gates are as far apart as their biases": ("epilogue.cuh", "p.gate, p.gate_stride, n", "p.gate, p.K, n"),
+    "the residual is not added behind a gate": (
+        "epilogue.cuh",
+        "if (p.residual) {\n    load_operand(operand",
+        "if (p.residual && p.gate) {\n    load_of_sample<T>(operand, p.gate, p.gate_stride, n, k0, p.K);\n  } else if (p.residual) {\n    load_operand(operand",
+    ),
+    "what is no number is clipped": ("epilogue.cuh", "y[e] > 65504.0f ? 65504.0f :", "!(y[e] <= 65504.0f) ? 65504.0f :"),
+    "nothing is clipped from below": ("epilogue.cuh", "y[e] < -65504.0f ? -65504.0f : y[e]", "y[e]"),
     "channels past the end are stored": ("epilogue.cuh", "if (k0 + e >= p.K) continue;", ""),
     "the nibbles of a byte are swapped": ("quantize.cuh", "<< (e * BITS % 32);", "<< ((BITS == 4 ? e ^ 1 : e) * BITS % 32);"),
     "codes are rounded half up": ("quantize.cuh", "__fadd_rn(clipped, 12582912.0f)", "__fadd_rn(floorf(clipped + 0.5f), 12582912.0f)"),
     "unsigned codes keep their sign": ("quantize.cuh", "- 0x4B400000 - row.offset;", "- 0x4B400000;"),
+    "a gate is the value again": (
+        "quantize.cuh",
+        "x + static_cast<long long>(pixel) * pitch + p.C + c0",
+        "x + static_cast<long long>(pixel) * pitch + c0",
+    ),
+    "the values of a GEGLU lie as close as its codes": (
+        "quantize.cuh",
+        "const int pitch = PROLOGUE == GEGLU ? 2 * p.C : p.C;",
+        "const int pitch = p.C;",
+    ),
+    "a coefficient of the GELU is left out": ("quantize.cuh", "for (int k = 11; k >= 0; --k)", "for (int k = 10; k >= 0; --k)"),
+    "the GELU by tanh has no cubic term": ("quantize.cuh", "0.044715f * (x * x)", "0.0f * (x * x)"),
     "a group's end is missed inside an octet": ("quantize.cuh", "    if (left == 0) {", "    if (left < 0) {"),
     "no barrier between turning and storing": (
         "quantize.cuh",
@@ -156,6 +177,38 @@ MUTANTS = {
         "high = reinterpret_cast<const float4*>(column)[1];",
         "high = reinterpret_cast<const float4*>(column)[0];",
     ),
+    "a rotation turns the wrong way": ("rotary.cuh", "= __fsub_rn(__fmul_rn(a, cosines[e])", "= __fadd_rn(__fmul_rn(a, cosines[e])"),
+    "samples have each other's angles": ("rotary.cuh", "token = head / p.H % p.L;", "token = head / p.H % (p.L + 1);"),
+    "the upper half of a rotation's octet has the lower one's angles": ("rotary.cuh", "(p.sine + angle)[half]", "(p.sine + angle)[0]"),
+    "the warps of a token are not added": ("row_norm.cuh", "if (lanes == 32) return own;", "return own;"),
+    "no barrier before the warps of a token are added": ("row_norm.cuh", "  __syncthreads();\n  const int first", "  const int first"),
+    "both sums of a token share their place": (
+        "row_norm.cuh",
+        "sum, slots + (slot ^= THREADS / 32), p.lanes) / channels;\n      const float rstd",
+        "sum, slots + slot, p.lanes) / channels;\n      const float rstd",
+    ),
+    "a token's padding is counted in its variance": (
+        "row_norm.cuh",
+        "e < count ? __fmul_rn(distance, distance) : 0.0f",
+        "__fmul_rn(distance, distance)",
+    ),
+    "RMSNorm subtracts the mean": ("row_norm.cuh", "p.rms ? 0.0f : row_sum", "row_sum"),
+    "the shift is that of sample 0": (
+        "row_norm.cuh",
+        "p.shift, static_cast<long long>(n) * p.shift_stride",
+        "p.shift, static_cast<long long>(0) * p.shift_stride",
+    ),
+    "the scale of adaLN is not added to 1": (
+        "row_norm.cuh",
+        "__fmul_rn(v[e], __fadd_rn(1.0f, column[e]))",
+        "__fmul_rn(v[e], column[e])",
+    ),
+    "tokens past the end are stored": ("row_norm.cuh", "if (!exists || octet >= octets) continue;", "if (octet >= octets) continue;"),
+    "the norm's affine part comes after adaLN's": (
+        "row_norm.cuh",
+        "        if (p.beta && count > 0) {",
+        "        if (p.beta && count > 0 && !p.scale) {",
+    ),
 }
 # An index, a bound and a rounding in every run; each takes about two seconds to compile and run.
 IN_EVERY_RUN = (
@@ -179,7 +232,7 @@ def outcome(folder: pathlib.Path, file: str, old: str, new: str) -> str | None:
     cuda = folder / "cuda"
     shutil.copytree(CUDA, cuda)
     entry_points = (cuda / "kernels.cu").read_text()
-    for pattern in LEFT_OUT + (NO_CONVOLVE if file in ("quantize.cuh", "norm.cuh") else NO_QUANTIZE):
+    for pattern in LEFT_OUT + (NO_CONVOLVE if file in ("quantize.cuh", "norm.cuh", "row_norm.cuh", "rotary.cuh") else NO_QUANTIZE):
         entry_points, found = re.subn(pattern, "", entry_points)
         assert found == 1, f"kernels.cu holds {pattern} {found} times"
     (cuda / "kernels.cu").write_text(entry_points)

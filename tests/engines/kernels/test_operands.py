@@ -29,10 +29,24 @@ def changed(op: str, **changes) -> tuple:
         ("quantize", {"qmax": torch.zeros(1, dtype=torch.int32)}, r"qmax is int32 \[1\] on cpu; expected int32 \[2\]"),
         ("quantize", {"bits": 5}, "codes of 5 bits: expected 4 or 8"),
         ("quantize", {"bits": 8}, "unsigned codes of 8 bits: expected 4"),
+        ("quantize", {"activation": "relu"}, "activation 'relu'; expected one of none, silu, gelu, gelu_tanh, geglu"),
+        ("quantize", {"activation": "geglu"}, r"geglu of x \[2, 8, 4, 4\]; expected \[B, ..., 2C\]"),
+        ("quantize", {"x": torch.zeros(2, 3, 7, dtype=HALF), "activation": "geglu"}, r"geglu of x \[2, 3, 7\]"),
+        ("quantize_normed", {"activation": "gelu"}, "activation 'gelu'; expected one of none, silu"),
         ("group_stats", {"groups": 3}, "8 channels do not fall into 3 equal groups"),
         ("group_stats", {"eps": -1.0}, "eps -1.0; expected at least 0"),
         ("quantize_normed", {"groups": 4}, r"mean is float32 \[2, 2\] on cpu; expected float32 \[2, 4\]"),
         ("quantize_normed", {"gamma": torch.ones(4)}, r"gamma is float32 \[4\] on cpu; expected float32 \[8\]"),
+        ("quantize_row_normed", {"x": torch.zeros(2, 8, 4, 4, dtype=HALF)}, r"x has shape \[2, 8, 4, 4\]; expected tokens"),
+        ("quantize_row_normed", {"eps": -1.0}, "quantize_row_normed: eps -1.0; expected at least 0"),
+        ("quantize_row_normed", {"gamma": torch.ones(8, dtype=HALF)}, r"gamma is float16 \[8\] on cpu; expected float32 \[8\]"),
+        ("quantize_row_normed", {"scale": torch.ones(1, 8, dtype=HALF)}, r"scale is float16 \[1, 8\] on cpu; expected float16 \[2, 8\]"),
+        (
+            "rotary",
+            {"x": torch.zeros(2, 5, 3, 12, dtype=HALF)},
+            r"x is torch.float16 \[2, 5, 3, 12\]; .* a multiple of 8. Rotate it in torch",
+        ),
+        ("rotary", {"sine": torch.zeros(4, 16)}, r"sine is torch.float32 \[4, 16\] on cpu; expected float32 \[5, 16\]"),
         ("conv2d", {"codes": torch.zeros(2, 4, 4, 8, dtype=torch.uint8)}, "expected .B, H, W, Cb., Cb a multiple of 16"),
         (
             "conv2d",
@@ -50,7 +64,13 @@ def changed(op: str, **changes) -> tuple:
             {"residual": torch.zeros(2, 6, 2, 2, dtype=HALF)},
             r"residual is float16 \[2, 6, 2, 2\] on cpu; expected float16 \[2, 6, 4, 4\]",
         ),
-        ("conv2d", {"dtype": torch.float32, "residual": None}, "output type float32; the kernels write float16 and bfloat16"),
+        ("conv2d", {"sample_bias": torch.zeros(2, 5, dtype=HALF)}, r"sample_bias is float16 \[2, 5\] on cpu; expected float16 \[2, 6\]"),
+        ("conv2d", {"gate": torch.zeros(2, 6)}, r"gate is float32 \[2, 6\] on cpu; expected float16 \[2, 6\]"),
+        (
+            "conv2d",
+            {"dtype": torch.float32, "residual": None, "sample_bias": None, "gate": None},
+            "output type float32; the kernels write float16 and bfloat16",
+        ),
         ("conv2d", {"kind": "u8"}, "No kernel kind 'u8'"),
         ("conv2d", {"padding": -2}, "a 3x3 filter with padding -2 does not fit into a map of 4x4"),
         ("linear", {"leading": [2, 9]}, r"codes \[B, L, 1, Cb\] are \[2, 16, 1, 16\], which is not \[2, 9\] vectors"),
@@ -74,10 +94,16 @@ def test_a_filter_without_a_kernel_is_named(changes, message):
         OPS.conv2d(*changed("conv2d", **changes))
 
 
+def test_a_token_of_more_channels_than_a_block_holds_is_refused():
+    x = torch.zeros(2, 1, 8200, dtype=HALF)
+    with pytest.raises(UnsupportedError, match="quantize_row_normed: 8200 channels; the kernel normalizes 8192 at most"):
+        OPS.quantize_row_normed(x, None, None, None, None, 1e-6, False, *example("quantize")[1:-1])
+
+
 def test_a_sum_that_could_pass_int32_is_refused():
     """131072 * 128 * 128 is 2^31 exactly."""
     rows, one, zero = torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1, dtype=torch.int32)
-    operands = (zero_codes(zero, 8, unsigned=False), one, zero, one, zero, None, None, "s8", [1], HALF)
+    operands = (zero_codes(zero, 8, unsigned=False), one, zero, one, zero, None, None, None, None, False, "s8", [1], HALF)
     codes, weight = torch.zeros(1, 1, 1, 131072, dtype=torch.uint8), torch.zeros(1, 1, 131072, dtype=torch.uint8)
     with pytest.raises(UnsupportedError, match="a sum of 131072 products of s8 codes may exceed int32"):
         OPS.linear(codes, rows, weight, *operands)

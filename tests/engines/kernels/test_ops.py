@@ -35,16 +35,41 @@ def site_of(op: str, kind: str, *shape: int) -> QuantizedLayer:
     return QuantizedLayer(op=op, codes=codes, weight_scale=weight_scale, weight_bits=bits_of(kind), activation=activation)
 
 
-def quantize_arguments(site: QuantizedLayer, kind: str, rows: torch.Tensor, silu: bool = False) -> tuple:
+def quantize_arguments(site: QuantizedLayer, kind: str, rows: torch.Tensor, activation: str = "none") -> tuple:
     a = site.activation
-    return rows, a.inv_scale, a.qmin.int(), a.qmax.int(), bits_of(kind), kind == "u4", silu
+    return rows, a.inv_scale, a.qmin.int(), a.qmax.int(), bits_of(kind), kind == "u4", activation
 
 
-def sum_arguments(site: QuantizedLayer, kind: str, codes: torch.Tensor, rows: torch.Tensor, bias=None, residual=None) -> tuple:
+def sum_arguments(
+    site: QuantizedLayer,
+    kind: str,
+    codes: torch.Tensor,
+    rows: torch.Tensor,
+    bias=None,
+    residual=None,
+    sample_bias=None,
+    gate=None,
+    saturate=False,
+) -> tuple:
     a, bits = site.activation, bits_of(kind)
     zero = zero_codes(a.qmin.int(), bits, unsigned=kind == "u4")
     packed = pack_weight(site.codes, bits)
-    return (codes, rows, packed, zero, a.scale, a.qmin.int(), site.weight_scale, weight_sum(site.codes), bias, residual, kind)
+    return (
+        codes,
+        rows,
+        packed,
+        zero,
+        a.scale,
+        a.qmin.int(),
+        site.weight_scale,
+        weight_sum(site.codes),
+        bias,
+        sample_bias,
+        gate,
+        residual,
+        saturate,
+        kind,
+    )
 
 
 def recorded(layer: nn.Module, site: QuantizedLayer, bias: torch.Tensor | None, x: torch.Tensor, rows: torch.Tensor) -> ReferenceSite:
@@ -58,10 +83,10 @@ def test_a_code_rounds_half_to_even_and_stops_at_its_bounds():
     x = torch.tensor([[0.5, 1.5, -2.5, 9.0, -9.0, float("nan")]], dtype=HALF)
     row, one = torch.zeros(1, dtype=torch.int32), torch.ones(1)
     qmin, qmax = torch.tensor([-3], dtype=torch.int32), torch.tensor([4], dtype=torch.int32)
-    codes = OPS.quantize(x, row, one, qmin, qmax, 8, False, False)
+    codes = OPS.quantize(x, row, one, qmin, qmax, 8, False, "none")
     assert codes.shape == (1, 1, 1, 16)
     assert codes.flatten().view(torch.int8)[:6].tolist() == [0, 2, -2, 4, -3, -3]
-    unsigned = OPS.quantize(x, row, one, qmin, qmax, 4, True, False)
+    unsigned = OPS.quantize(x, row, one, qmin, qmax, 4, True, "none")
     assert unsigned.flatten()[:3].tolist() == [0x53, 0x71, 0x00]  # n + 3, the even channel in the low nibble
 
 
@@ -69,7 +94,7 @@ def test_each_sample_has_its_own_row():
     x = torch.ones(2, 1, dtype=HALF)
     rows = torch.tensor([1, 0], dtype=torch.int32)
     bounds = torch.full((2,), -8, dtype=torch.int32), torch.full((2,), 7, dtype=torch.int32)
-    codes = OPS.quantize(x, rows, torch.tensor([1.0, 3.0]), *bounds, 8, False, False)
+    codes = OPS.quantize(x, rows, torch.tensor([1.0, 3.0]), *bounds, 8, False, "none")
     assert codes[:, 0, 0, 0].tolist() == [3, 1]
 
 
@@ -77,10 +102,10 @@ def test_one_product_by_hand():
     """(2 - -3) * 7 summed, corrected by -3 * 7, times 0.5 * 4, plus 1: 2 * 7 * 2 + 1 = 29; padding with real 0 adds nothing."""
     rows, one = torch.zeros(1, dtype=torch.int32), torch.ones(1)
     qmin, qmax = torch.tensor([-3], dtype=torch.int32), torch.tensor([12], dtype=torch.int32)
-    codes = OPS.quantize(torch.full((1, 1, 1, 1), 2.0, dtype=HALF), rows, one, qmin, qmax, 4, True, False)
+    codes = OPS.quantize(torch.full((1, 1, 1, 1), 2.0, dtype=HALF), rows, one, qmin, qmax, 4, True, "none")
     weight = torch.full((1, 1, 3, 3), 7, dtype=torch.int8)
     operands = (codes, rows, pack_weight(weight, 4), zero_codes(qmin, 4, unsigned=True), one * 0.5, qmin, one * 4, weight_sum(weight))
-    y = OPS.conv2d(*operands, one, None, "u4", [3, 3], 1, 1, HALF)
+    y = OPS.conv2d(*operands, one, None, None, None, False, "u4", [3, 3], 1, 1, HALF)
     assert y.item() == 29
 
 
@@ -129,13 +154,27 @@ def test_the_epilogue_is_float32_step_by_step():
     x = torch.randn(2, 4, 64, generator=generator).to(HALF)
     rows = torch.tensor([0, 1], dtype=torch.int32)
     bias, residual = torch.randn(50, generator=generator), torch.randn(2, 4, 50, generator=generator).to(HALF)
+    sample_bias, gate = torch.randn(2, 150, generator=generator).to(HALF).chunk(3, dim=1)[1:]  # rows 150 apart
     codes = OPS.quantize(x, *quantize_arguments(site, "s8", rows))
-    y = OPS.linear(*sum_arguments(site, "s8", codes, rows, bias, residual), [2, 4], HALF)
+    y = OPS.linear(*sum_arguments(site, "s8", codes, rows, bias, residual, sample_bias, gate), [2, 4], HALF)
     total = codes[:, :, 0].view(torch.int8).numpy().astype("int32") @ site.codes.numpy().astype("int32").T
     scale = site.activation.scale.numpy()[:, None, None] * site.weight_scale.numpy()
-    expected = ((total.astype("float32") * scale + bias.numpy()) + residual.numpy().astype("float32")).astype("float16")
+    before, factor, after = (column.numpy().astype("float32") for column in (sample_bias[:, None], gate[:, None], residual))
+    expected = (((total.astype("float32") * scale + bias.numpy()) + before) * factor + after).astype("float16")
     assert expected.dtype == "float16"
     assert (y.numpy() == expected).all()
+
+
+def test_a_saturated_result_is_the_largest_float16_and_nan_stays():
+    site = site_of("linear", "s8", 4, 16)
+    rows = torch.zeros(2, dtype=torch.int32)
+    codes = OPS.quantize(torch.zeros(2, 16, dtype=HALF), *quantize_arguments(site, "s8", rows))
+    sample_bias = torch.tensor([[6e4, -6e4, 1.0, float("nan")]] * 2).to(HALF)
+    residual = torch.tensor([[3e4, -3e4, 1.0, 1.0]] * 2).to(HALF)
+    for saturate, largest in ((True, 65504), (False, float("inf"))):
+        y = OPS.linear(*sum_arguments(site, "s8", codes, rows, None, residual, sample_bias, None, saturate), [2], HALF)
+        assert y[:, :3].tolist() == [[largest, -largest, 2.0]] * 2
+        assert y[:, 3].isnan().all()
 
 
 def test_a_long_sum_stays_exact():
@@ -146,7 +185,7 @@ def test_a_long_sum_stays_exact():
     rows, one, zero = torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1, dtype=torch.int32)
     tables = (zero_codes(zero, 8, unsigned=False), one * 2.0**-24, zero, one, weight_sum(weight))
     bias = torch.tensor([-128 * 127 * 2304 * 2.0**-24])
-    y = OPS.linear(codes, rows, pack_weight(weight, 8), *tables, bias, None, "s8", [1], torch.bfloat16)
+    y = OPS.linear(codes, rows, pack_weight(weight, 8), *tables, bias, None, None, None, False, "s8", [1], torch.bfloat16)
     assert y.item() == -128 * 2.0**-24  # float32 rounds the sum 37453824 - 127 = 37453697 to a multiple of 4: 37453696
 
 
@@ -169,7 +208,7 @@ def test_silu_comes_before_the_rounding():
         torch.tensor([-128], dtype=torch.int32),
         torch.tensor([127], dtype=torch.int32),
     )
-    codes = OPS.quantize(x, *table, 8, False, True).view(torch.int8).flatten()
+    codes = OPS.quantize(x, *table, 8, False, "silu").view(torch.int8).flatten()
     expected = (nn.functional.silu(x.double()) * 8).round()
     assert torch.equal(codes.double(), expected.flatten())
 
@@ -184,10 +223,27 @@ def test_group_norm_in_two_steps_agrees_with_torch(affine):
         norm.load_state_dict({"weight": gamma, "bias": beta})
     mean, rstd = OPS.group_stats(x, 4, 1e-5)
     rows, qmin, qmax = torch.zeros(2, dtype=torch.int32), torch.tensor([-128], dtype=torch.int32), torch.tensor([127], dtype=torch.int32)
-    codes = OPS.quantize_normed(x, mean, rstd, gamma, beta, 4, rows, torch.tensor([30.0]), qmin, qmax, 8, False, False)
+    codes = OPS.quantize_normed(x, mean, rstd, gamma, beta, 4, rows, torch.tensor([30.0]), qmin, qmax, 8, False, "none")
     codes = codes[..., :12].view(torch.int8).permute(0, 3, 1, 2).double()
     exact = (norm(x.double()).detach() * 30).clamp(-128, 127)
     assert float((codes - exact).abs().max()) <= 0.5 + 1e-3  # rounding, and float32's error of values near 128
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_the_norm_of_tokens_agrees_with_torch(rms):
+    """LayerNorm and adaLN as diffusers writes it, far from 0; RMSNorm. The rows of the batch have a table row each."""
+    generator = torch.Generator().manual_seed(3)
+    x = (torch.randn(2, 5, 40, generator=generator) * 3 + (0 if rms else 100)).to(HALF)
+    gamma, beta = torch.randn(2, 40, generator=generator)
+    scale, shift = torch.randn(2, 3 * 40, generator=generator).to(HALF)[:, :80].chunk(2, dim=1)
+    rows, qmin, qmax = (torch.tensor(values, dtype=torch.int32) for values in ([1, 0], [-128, -128], [127, 127]))
+    inv_scale = torch.tensor([10.0, 30.0])
+    codes = OPS.quantize_row_normed(x, gamma, beta, scale, shift, 1e-5, rms, rows, inv_scale, qmin, qmax, 8, False)
+    normed = nn.functional.rms_norm(x.double(), (40,), eps=1e-5) if rms else nn.functional.layer_norm(x.double(), (40,), eps=1e-5)
+    exact = (normed * gamma + beta) * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    exact = (exact * inv_scale[rows][:, None, None]).clamp(-128, 127)
+    assert codes.shape == (2, 5, 1, 48)
+    assert float((codes[:, :, 0, :40].view(torch.int8) - exact).abs().max()) <= 0.5 + 1e-3
 
 
 # ---- tracing
@@ -197,7 +253,7 @@ def example(op: str) -> tuple:
     site = site_of("conv2d", "u4", 6, 8, 3, 3)
     rows = torch.tensor([0, 1], dtype=torch.int32)
     x = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(4)).to(HALF)
-    arguments = quantize_arguments(site, "u4", rows, silu=True)
+    arguments = quantize_arguments(site, "u4", rows, activation="silu")
     mean, rstd = OPS.group_stats(x, 2, 1e-6)
     if op == "quantize":
         return x, *arguments
@@ -205,10 +261,16 @@ def example(op: str) -> tuple:
         return x, 2, 1e-6
     if op == "quantize_normed":
         return x, mean, rstd, torch.ones(8), None, 2, *arguments
+    if op == "rotary":
+        return torch.randn(2, 5, 3, 16).to(HALF), *torch.randn(2, 5, 16)
+    if op == "quantize_row_normed":
+        scale, shift = torch.randn(2, 16, generator=torch.Generator().manual_seed(5)).to(HALF).chunk(2, dim=1)
+        return x.flatten(2).mT, torch.ones(8), torch.zeros(8), scale, shift, 1e-6, False, *arguments[:-1]
     if op == "conv2d":
         codes = OPS.quantize(x, *arguments)
         residual = torch.randn(2, 6, 4, 4).to(HALF)
-        return *sum_arguments(site, "u4", codes, rows, torch.ones(6), residual), [3, 3], 1, 1, HALF
+        sample_bias, gate = torch.randn(2, 12).to(HALF).chunk(2, dim=1)
+        return *sum_arguments(site, "u4", codes, rows, torch.ones(6), residual, sample_bias, gate, True), [3, 3], 1, 1, HALF
     linear = site_of("linear", "s8", 6, 8)
     codes = OPS.quantize(x.flatten(2).mT, *quantize_arguments(linear, "s8", rows))
     return *sum_arguments(linear, "s8", codes, rows), [2, 4, 4], torch.bfloat16

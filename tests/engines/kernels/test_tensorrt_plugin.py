@@ -53,7 +53,7 @@ def test_a_map_is_quantized_by_the_launch_that_the_torch_operator_makes(trt, n, 
     kernel = quantize(trt, (n, c, h, w), bits=4, unsigned_codes=1, channels_last=0)
     cb = code_bytes(c, 4)
     params = QuantizeParams(N=n, HW=h * w, C=c, Cb=cb)
-    own = quantize_launch(params, type_name="f16", bits=4, channels_last=False, norm=False, silu=False)
+    own = quantize_launch(params, type_name="f16", bits=4, channels_last=False, norm=False, activation="none")
     assert (kernel.grid, kernel.threads, kernel.shared_bytes) == (own.grid, own.threads, 0)
     assert kernel.integers == (n, h * w, c, cb)
     assert (kernel.shape, kernel.dtype) == ((n, h, w, cb), DataType.INT8)
@@ -64,7 +64,9 @@ def test_a_map_is_quantized_by_the_launch_that_the_torch_operator_makes(trt, n, 
 def test_tokens_are_quantized_by_the_launch_that_the_torch_operator_makes(trt, n, length, c):
     kernel = quantize(trt, (n, length, 1, c), bits=4, unsigned_codes=0, channels_last=1)
     cb = code_bytes(c, 4)
-    own = quantize_launch(QuantizeParams(N=n, HW=length, C=c, Cb=cb), type_name="f16", bits=4, channels_last=True, norm=False, silu=False)
+    own = quantize_launch(
+        QuantizeParams(N=n, HW=length, C=c, Cb=cb), type_name="f16", bits=4, channels_last=True, norm=False, activation="none"
+    )
     assert (kernel.grid, kernel.threads, kernel.integers) == (own.grid, own.threads, (n, length, c, cb))
     assert (kernel.shape, kernel.name) == ((n, length, 1, cb), "plugin_quantize_last_s4")
 

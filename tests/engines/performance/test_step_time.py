@@ -94,6 +94,40 @@ def test_our_operators_are_counted_by_their_own_kernels():
     assert "norms" not in by_kind
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_enters_our_kernels_is_no_kernel_of_its_own(compiled):
+    """A transformer block's MLP: a norm with scale and shift, GEGLU, a gate and the residual. Four kernels; torch.compile fuses nothing into them."""
+
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(256, elementwise_affine=False), nn.Linear(256, 1024), nn.Linear(512, 256)
+
+        def forward(self, x):
+            shift, scale, gate = x[:, 0], x[:, 1], x[:, 2]
+            values, gates = self.up(self.norm(x) * (1 + scale[:, None]) + shift[:, None]).chunk(2, dim=-1)
+            return x + gate[:, None] * self.down(values * functional.gelu(gates))
+
+    from engines.torch_graph import fusions
+
+    model, x = Mlp(), torch.randn(2, 2048, 256).half()
+    rewritten = drafted(model, {name: site_of(getattr(model, name)) for name in ("up", "down")}, x)
+    fusions.fuse(rewritten)
+    rewritten.tensors = {name: value.to("meta") for name, value in rewritten.tensors.items()}
+    found = step_time(rewritten.module(), [x.to("meta"), torch.zeros(2, device="meta")], GPU, compiled=compiled)
+    kernels = [cost for cost in found.costs if "edm_deploy" in cost.name]
+    assert [cost.name.split(".")[1] for cost in sorted(kernels, key=lambda cost: cost.name)] == [
+        "linear",
+        "linear",
+        "quantize",
+        "quantize_row_normed",
+    ]
+    assert len(found.costs) == 5  # and the rows of the table
+    tokens = 2 * 2048
+    both = moved(tokens * 256 * 2.5) + moved(tokens * (1024 * 2 + 512 / 2)) + 2 * LAUNCH
+    assert found.by_kind()["quantize"] == pytest.approx(both, rel=0.01)
+
+
 @pytest.mark.parametrize(("width", "padded"), [(40, 64), (64, 64), (72, 96), (80, 96), (160, 192)])
 def test_attention_computes_the_head_dimension_that_its_kernel_has(width, padded):
     shape = (2, 41, 4096, width)  # 2624 tiles, 32 for each multiprocessor

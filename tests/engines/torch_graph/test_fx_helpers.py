@@ -18,6 +18,17 @@ def test_what_the_tracer_leaves_behind_is_taken_out():
     assert not targets & {aten.dropout.default, aten.view.default, aten.contiguous.default, aten._assert_tensor_metadata.default}
 
 
+def test_a_slice_of_everything_is_taken_out_and_a_part_is_not():
+    class Slices(nn.Module):
+        def forward(self, x):
+            return x[:, None, :], x[:, :3], x[:, 2:], x[:, ::2]
+
+    graph = torch.export.export(Slices(), (torch.randn(2, 5),), strict=False).module(check_guards=False).graph
+    clean(graph, torch.device("cpu"))
+    slices = [node.args for node in graph.nodes if node.target is aten.slice.Tensor]
+    assert [arguments[1] for arguments in slices] == [1, 1, 1]
+
+
 def test_equal_nodes_are_merged_and_random_or_different_ones_are_not():
     class Repeats(nn.Module):
         def forward(self, x):

@@ -3,7 +3,7 @@ import torch
 
 from edm_deploy_tools.benchmarks import gpu_correctness
 from edm_deploy_tools.benchmarks.gpu_stage import StageRun
-from engines.kernels import cpu_ops, cuda_ops
+from engines.kernels import cpu_ops, cuda_ops, rotary
 from engines.kernels.launch import entry_points
 from tests.engines.kernels.conftest import launched
 
@@ -15,6 +15,7 @@ RUN = StageRun(device=torch.device("cpu"), small=True)
 def test_the_stage_starts_every_kernel_and_finds_none_wrong(launched, monkeypatch):
     """cuda_ops on CPU tensors: each launch goes to the emulator."""
     monkeypatch.setattr(gpu_correctness, "operators_on", lambda device: cuda_ops)
+    monkeypatch.setattr(gpu_correctness, "rotary_on", lambda device: rotary.on_cuda)
     found = gpu_correctness.kernels(RUN)
     assert found.problems == []
     assert set(launched) == set(entry_points())
@@ -23,6 +24,7 @@ def test_the_stage_starts_every_kernel_and_finds_none_wrong(launched, monkeypatc
 def test_a_wrong_value_is_named(monkeypatch):
     class Wrong:
         quantize, group_stats = staticmethod(cpu_ops.quantize), staticmethod(cpu_ops.group_stats)
+        quantize_rows = staticmethod(cpu_ops.quantize_rows)
 
         @staticmethod
         def convolve(operands, shape, dtype, *, on):

@@ -32,6 +32,7 @@ from edm_deploy_tools.serving.gate import RequestLog
 from edm_deploy_tools.serving.server import HttpServer, bound_socket
 
 IN_FLIGHT = "in-flight"
+UNPADDED = "in-flight, --no-pad"
 CLIENT = "edm_deploy_tools.serving.bench.client"
 UNLIMITED = Limits(queue=1_000_000, memory=1 << 50)
 BARE_SECONDS = 2.0  # of the bare loop, before and after each measurement of the server
@@ -114,7 +115,9 @@ def bench_serving(engine: Path, settings: BenchSettings | None = None, *, notify
         model = ServedModel(engine, name="model", slots=settings.slots, threads=settings.threads)
         replica = Replica(model, UNLIMITED)
         stack.callback(replica.close)
-        services: dict[str, Service] = {IN_FLIGHT: replica}
+        unpadded = Replica(model, UNLIMITED, pad=False)
+        stack.callback(unpadded.close)
+        services: dict[str, Service] = {IN_FLIGHT: replica, UNPADDED: unpadded}
         for name, most, shrinks in (
             ("static batch", model.slots, False),
             ("static batch, shrinking calls", model.slots, True),
@@ -132,7 +135,8 @@ def bench_serving(engine: Path, settings: BenchSettings | None = None, *, notify
 
 async def _measured(model: ServedModel, services: dict[str, Service], settings: BenchSettings, notify: Notify) -> BenchResult:
     saturating = mixed_requests(model.card, max(settings.requests, 4 * model.slots), settings.seed, steps=settings.steps)
-    for name, service in services.items():  # each batch size is compiled at its first call
+    model.warm_up(pad=False)  # each number of rows is compiled at its first call
+    for name, service in services.items():
         notify(f"{name}: first calls")
         await play(service, _named(saturating[: model.slots], "warm"), [0.0] * model.slots)
     capacities = {}
@@ -144,11 +148,16 @@ async def _measured(model: ServedModel, services: dict[str, Service], settings: 
         for round_ in range(settings.rounds):
             seed = settings.seed + 1 + round_
             requests = mixed_requests(model.card, settings.requests, seed, steps=settings.steps)
-            times = poisson_arrivals(settings.requests, load * capacities[IN_FLIGHT], seed)
+            work = _mean_steps(requests) / _mean_steps(saturating)  # of a request, in those of the capacity's
+            times = poisson_arrivals(settings.requests, load * capacities[IN_FLIGHT] / work, seed)
             for name, service in services.items():
                 notify(f"{name}: {load:.0%} load, round {round_ + 1} of {settings.rounds}")
                 loaded[name].append(await play(service, _named(requests, f"{load}"), times, load=load))
     return BenchResult(slots=model.slots, capacities=capacities, loaded=loaded, overhead={})
+
+
+def _mean_steps(requests: Sequence[Any]) -> float:
+    return sum(request.steps for request in requests) / len(requests)
 
 
 def _named(requests: Sequence[Any], prefix: str) -> list[Any]:

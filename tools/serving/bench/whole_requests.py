@@ -92,7 +92,7 @@ class WholeRequests:
             start = time.perf_counter()
             samples = [sample for *_, sample in running]
             rows = sum(len(sample.rows) for sample in samples)
-            predictions = self.model.predict(samples, size=rows if self.shrinks else None)
+            predictions = self.model.predict(samples, pad=not self.shrinks)
             seconds = time.perf_counter() - start
             advance(samples, predictions)
             with self._changed:

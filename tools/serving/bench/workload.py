@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import accumulate
 
 from edm_deploy.serving.interface import ImageRequest, ModelCard
 
@@ -34,12 +35,14 @@ def mixed_requests(card: ModelCard, count: int, seed: int, *, steps: tuple[int, 
 
 
 def poisson_arrivals(count: int, rate: float, seed: int) -> list[float]:
-    """Times in seconds, ascending, of a Poisson process of `rate` arrivals a second; the first one is at 0."""
+    """Times in seconds, ascending, of a Poisson process, given that it has `count` arrivals at `rate` a second; the first one is at 0.
+
+    Exponential gaps, scaled to their expected sum: with a hundred arrivals the rate of a draw would else differ from `rate` by ten percent.
+    """
     chance = random.Random(seed)
-    times = [0.0]
-    while len(times) < count:
-        times.append(times[-1] + chance.expovariate(rate))
-    return times[:count]
+    gaps = [chance.expovariate(1.0) for _ in range(count - 1)]
+    scale = (count - 1) / rate / sum(gaps) if gaps else 0.0
+    return [0.0, *(scale * passed for passed in accumulate(gaps))]
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -39,6 +39,14 @@ def pack(codes: NDArray[np.integer], bits: int, padding: np.random.Generator | N
     return np.ascontiguousarray(whole if bits == 8 else whole[..., 0::2] | whole[..., 1::2] << 4)
 
 
+def unpacked(codes: NDArray[np.uint8], bits: int, *, unsigned: bool) -> NDArray[np.int64]:
+    """The inverse of `pack`, [..., Cb] to [..., channels], the padding ones included."""
+    if bits == 8:
+        return codes.view(np.int8).astype(np.int64)
+    nibbles = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1).astype(np.int64)
+    return nibbles if unsigned else (nibbles ^ 8) - 8
+
+
 def to_type(x: NDArray[np.float32], dtype: str) -> NDArray[np.uint16]:
     """float32 rounded to the bits of float16 or bfloat16, half to even."""
     if dtype == "f16":
@@ -50,6 +58,26 @@ def to_type(x: NDArray[np.float32], dtype: str) -> NDArray[np.uint16]:
 
 def to_float(bits: NDArray[np.uint16], dtype: str) -> NDArray[np.float32]:
     return bits.view(np.float16).astype(np.float32) if dtype == "f16" else (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+# Of params.h's GELU, the lowest power first: read from the kernel, whose value is tested against the exact function.
+POLYNOMIAL = [
+    float(number)
+    for number in re.search(r"P\[13\] = \{(.*?)\}", (CUDA / "quantize.cuh").read_text(), flags=re.S)[1].replace("f", "").split(",")
+]
+
+
+def fused(a: NDArray[np.float32], b: NDArray[np.float32] | float, c: NDArray[np.float32] | float) -> NDArray[np.float32]:
+    """a * b + c rounded once; x86's long double has 64 bits, so that the second rounding is wrong once in 2^40 only."""
+    product = a.astype(np.float64) * np.float64(np.float32(b))
+    return (product.astype(np.longdouble) + np.asarray(c, np.float32).astype(np.longdouble)).astype(np.float32)
+
+
+def gelu(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    s, p = fused(x * x, 0.08, -1.0), np.full_like(x, POLYNOMIAL[-1])
+    for coefficient in POLYNOMIAL[-2::-1]:
+        p = fused(p, s, coefficient)
+    return np.where(np.abs(x) >= 5, np.maximum(x, 0), x * fused(x, p, 0.5)).astype(np.float32)
 
 
 def address(array: NDArray | None) -> int | None:
@@ -76,6 +104,9 @@ class Convolution:
     splits: int = 1
     bias: bool = True
     residual: bool = False
+    sample_bias: bool = False
+    gate: bool = False
+    saturate: bool = False
     short: int = 0  # elements by which the output is too small: for the sanitizer's own test
     seed: int = 0
 
@@ -106,6 +137,9 @@ class Convolution:
                 splits=int(g.integers(1, 5)),
                 bias=bool(g.integers(2)),
                 residual=bool(g.integers(2)),
+                sample_bias=bool(g.integers(2)),
+                gate=bool(g.integers(2)),
+                saturate=bool(g.integers(2)),
                 seed=int(g.integers(1 << 30)),
             )
             n, P, Q, K = drawn.out_shape
@@ -135,8 +169,21 @@ class Convolution:
         bias = np.where(g.random(self.K) < 0.5, cancelling, g.standard_normal(self.K)).astype(np.float32) if self.bias else None
         if bias is not None:
             y = y + bias
-        if residual is not None:
-            y = y + to_float(residual, self.dtype)
+        # As chunks of a projection; the last channel's gate makes float16 overflow, and one value is no number.
+        stride = 2 * self.K + int(g.integers(0, 2)) * 8 + int(g.integers(0, 2))
+        projection = g.standard_normal((self.N, stride)).astype(np.float32)
+        projection[:, 2 * self.K - 1] = g.choice([3e4, -3e4, np.nan])
+        sample_bias = to_type(projection, self.dtype)[:, : self.K] if self.sample_bias else None
+        gate = to_type(projection, self.dtype)[:, self.K : 2 * self.K] if self.gate else None
+        with np.errstate(all="ignore"):
+            if sample_bias is not None:
+                y = y + to_float(np.ascontiguousarray(sample_bias), self.dtype)[:, None, None]
+            if gate is not None:
+                y = y * to_float(np.ascontiguousarray(gate), self.dtype)[:, None, None]
+            if residual is not None:
+                y = y + to_float(residual, self.dtype)
+            if self.saturate:
+                y = np.clip(y, -65504, 65504)
 
         _, P, Q, K = self.out_shape
         M = self.N * P * Q
@@ -153,7 +200,12 @@ class Convolution:
             weight_scale=address(weight_scale),
             weight_sum=address(weight_sum) if u4 else None,
             bias=address(bias),
+            sample_bias=None if sample_bias is None else sample_bias.ctypes.data,
+            gate=None if gate is None else gate.ctypes.data,
             residual=address(residual),
+            sample_bias_stride=stride,
+            gate_stride=stride,
+            saturate=int(self.saturate),
             out=address(out),
             partial=address(partial),
             **{name: getattr(self, name) for name in ("N", "H", "W", "K", "R", "S", "padding", "stride", "splits")},
@@ -210,7 +262,7 @@ class Quantization:
         inv_scale[0] = 1.0  # row 0 meets exact ties
         qmin = g.integers(-15 if self.unsigned else -(1 << self.bits - 1), 1, TABLE_ROWS).astype(np.int32)
         qmax = qmin + (1 << self.bits) - 1 if self.unsigned else np.full(TABLE_ROWS, (1 << self.bits - 1) - 1, np.int32)
-        x = g.standard_normal((self.N, self.HW, self.C)).astype(np.float32) * g.choice([0.5, 3.0])
+        x = g.standard_normal((self.N, self.HW, self.C * (2 if self.prologue == "geglu" else 1))).astype(np.float32) * g.choice([0.5, 3.0])
         x[g.random(x.shape) < 0.2] = 0.5 * g.integers(-20, 20)  # ties, and one value in many places
         for special in (np.nan, np.inf, -np.inf, -0.0):
             x[tuple(g.integers(0, size) for size in x.shape)] = special
@@ -226,6 +278,13 @@ class Quantization:
                 value = value * gamma + beta if self.affine else value
             if "silu" in self.prologue:
                 value = value / (np.float32(1) + np.exp(-value))
+            if self.prologue == "gelu_tanh":
+                u = value * (1 + np.float32(0.044715) * value * value)
+                value = value / (np.float32(1) + np.exp(np.float32(-2 * np.sqrt(2 / np.pi)) * u))
+            if self.prologue == "gelu":
+                value = gelu(value)
+            if self.prologue == "geglu":
+                value = value[..., : self.C] * gelu(value[..., self.C :])
             scaled = value * inv_scale[row][:, None, None]
             low, high = (bound[row][:, None, None] for bound in (qmin, qmax))
             clipped = np.where(np.isnan(scaled), low, np.clip(scaled, low, high))
@@ -258,21 +317,15 @@ class Quantization:
         grid = (1, 1, 1) if g.random() < 0.3 else grid
         emulator.run(self.entry, params, grid, 256)
         assert (codes[-GUARD:] == 0xAD).all(), "wrote behind the codes"
-        found = self.unpacked(codes[:-GUARD].reshape(self.N, self.HW, Cb))
+        found = unpacked(codes[:-GUARD].reshape(self.N, self.HW, Cb), self.bits, unsigned=self.unsigned)
         assert (found[..., self.C :] == 0).all(), "padding channels are not 0"
         found = found[..., : self.C] + (qmin[row][:, None, None] if self.unsigned else 0)
-        # exp2 on a GPU, exp2f here and numpy's exp differ in the last bits: at a tie the code may fall to either side. Without SiLU all is exact.
+        # exp2 on a GPU, exp2f here and numpy's exp differ in the last bits: at a tie the code may fall to either side. The rest is exact.
         near_tie = np.abs(np.abs(clipped - np.floor(clipped)) - 0.5) < 1e-4
-        allowed = near_tie & (np.abs(found - expected) == 1) if "silu" in self.prologue else False
+        allowed = near_tie & (np.abs(found - expected) == 1) if self.prologue in ("silu", "norm_silu", "gelu_tanh") else False
         wrong = (found != expected) & ~np.asarray(allowed)
         at = np.unravel_index(wrong.argmax(), wrong.shape)
         assert not wrong.any(), f"{int(wrong.sum())} of {wrong.size} codes differ, the first at {at}: {found[at]}, expected {expected[at]}"
-
-    def unpacked(self, codes: NDArray[np.uint8]) -> NDArray[np.int64]:
-        if self.bits == 8:
-            return codes.view(np.int8).astype(np.int64)
-        nibbles = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1).astype(np.int64)
-        return nibbles if self.unsigned else (nibbles ^ 8) - 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -318,7 +371,7 @@ def quantizations(seed: int) -> list[Quantization]:
     """Every quantize kernel, at shapes that take 16-byte loads and at shapes that cannot."""
     g = np.random.default_rng(seed)
     found = []
-    for layout, prologues in (("last", ("plain", "silu", "norm", "norm_silu")), ("first", ("plain", "silu"))):
+    for layout, prologues in (("last", ("plain", "silu", "norm", "norm_silu", "gelu", "gelu_tanh", "geglu")), ("first", ("plain", "silu"))):
         for prologue in prologues:
             for dtype in TYPES:
                 for bits, unsigned in ((4, False), (4, True), (8, False)):
@@ -356,9 +409,12 @@ def statistics(seed: int) -> list[Statistics]:
 
 
 def check_build(library: pathlib.Path, seed: int, count: int) -> None:
-    """`count` convolutions of each kind, the quantizations and the statistics, all in float16, as far as the library has their kernels."""
+    """`count` convolutions of each kind, the quantizations, the statistics and the norms of tokens, all in float16, as far as the library has their kernels."""
+    from tests.engines.kernels.emulator.rotations import rotations  # which are built on this file
+    from tests.engines.kernels.emulator.row_norms import row_norms
+
     emulator, g = Emulator(library), np.random.default_rng(seed)
-    for case in (*quantizations(seed), *statistics(seed)):
+    for case in (*quantizations(seed), *statistics(seed), *row_norms(seed), *rotations(seed)):
         if case.dtype == "f16" and emulator.has(case.entry):
             case.check(emulator)
     tiles = [(BM, BN) for BM, BN in TILES if emulator.has(f"conv_s4_{BM}x{BN}_f16")]

@@ -12,7 +12,9 @@ extern "C" __attribute__((visibility("default"))) const char* emulate(const char
     kernel = [=] { reinterpret_cast<void (*)(decltype(copy))>(const_cast<void*>(entry))(copy); };
   };
   const std::string called = name;
-  if (called.rfind("quantize_", 0) == 0) bind(QuantizeParams{});
+  if (called.rfind("quantize_rows_", 0) == 0) bind(RowNormParams{});
+  else if (called.rfind("rotary_", 0) == 0) bind(RotaryParams{});
+  else if (called.rfind("quantize_", 0) == 0) bind(QuantizeParams{});
   else if (called.rfind("group_stats_", 0) == 0) bind(StatsParams{});
   else bind(ConvParams{});
   error = emulated::launch({x, y, z}, threads, shared_bytes, kernel);

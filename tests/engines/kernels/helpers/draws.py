@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.numerics.kernel_layout import bits_of, pack_codes, pack_weight, weight_sum, zero_codes
-from engines.kernels.operands import Norm, Operands, Table
+from engines.kernels.operands import ACTIVATIONS, NORM_ACTIVATIONS, Norm, Operands, RowNorm, Table
 
 ROWS = 7
 KINDS = ("s4", "u4", "s8")
@@ -42,13 +42,13 @@ class Quantization:
     x: Tensor
     norm: Norm | None
     table: Table
-    silu: bool
+    activation: str
 
     def arguments(self, device: str) -> tuple:
         """Of the operator."""
         table, norm = self.table, self.norm
         columns = tuple(column.to(device) for column in (table.rows, table.inv_scale, table.qmin, table.qmax))
-        tail = (*columns, table.bits, table.unsigned, self.silu)
+        tail = (*columns, table.bits, table.unsigned, self.activation)
         x = self.x.to(device)
         assert x.stride() == self.x.stride()
         if norm is None:
@@ -78,12 +78,54 @@ def quantization(seed: int, largest: int) -> Quantization:
     if dice.number(0, 1):
         affine = [dice.normal(channels) if dice.number(0, 1) else None for _ in range(2)]
         norm = Norm(dice.normal(batch, groups), dice.normal(batch, groups).abs() + 0.1, *affine)
+    table = table_of(dice, batch)
+    activation = dice.one_of(NORM_ACTIVATIONS if norm else ACTIVATIONS)
+    if activation == "geglu":
+        x = torch.cat([x.flatten(2).transpose(1, 2) if x.ndim == 4 else x, dice.normal(*gates_of(x)) * 3], -1)
+    return Quantization(x.to(dice.one_of(TYPES)), norm, table, activation)
+
+
+def table_of(dice: Dice, batch: int) -> Table:
+    """Scales and bounds at every row, of signed or unsigned codes."""
     bits, unsigned = dice.one_of(((4, False), (4, True), (8, False)))
     qmin = dice.codes(-15, 0, ROWS) if unsigned else dice.codes(-8 if bits == 4 else -128, 0, ROWS)
     qmax = qmin + 15 if unsigned else dice.codes(0, 7 if bits == 4 else 127, ROWS)
     inv_scale = dice.normal(ROWS).abs() * (4 if bits == 4 else 40) + 0.1
-    table = Table(dice.codes(0, ROWS - 1, batch), inv_scale, qmin, qmax, bits, unsigned)
-    return Quantization(x.to(dice.one_of(TYPES)), norm, table, bool(dice.number(0, 1)))
+    return Table(dice.codes(0, ROWS - 1, batch), inv_scale, qmin, qmax, bits, unsigned)
+
+
+def gates_of(x: Tensor) -> list[int]:
+    """Shape [B, ..., C] of the gates of an activation, a map read as tokens."""
+    return [x.shape[0], x.shape[2] * x.shape[3], x.shape[1]] if x.ndim == 4 else list(x.shape)
+
+
+@dataclass
+class RowNormalization:
+    """Arguments of `quantize_row_normed`."""
+
+    x: Tensor
+    norm: RowNorm
+    table: Table
+
+    def arguments(self, device: str) -> tuple:
+        """Of the operator."""
+        values = (self.x, *vars(self.norm).values(), *vars(self.table).values())
+        return tuple(value.to(device) if isinstance(value, Tensor) else value for value in values)
+
+
+def row_normalization(seed: int, largest: int) -> RowNormalization:
+    """`largest` bounds the number of tokens, and a hundredth of the channels."""
+    dice = Dice(seed)
+    batch, channels, dtype = dice.number(1, 4), dice.number(1, 100 * largest), dice.one_of(TYPES)
+    if dice.number(0, 1):
+        channels = -(-channels // 8) * 8
+    x = dice.normal(batch, *[dice.number(1, largest) for _ in range(dice.number(0, 1))], channels) * 3 + dice.one_of((0, 20))
+    projection = dice.normal(batch, 6 * channels).to(dtype)
+    pieces = projection.chunk(6, dim=1) if dice.number(0, 1) else projection.view(batch, -1, 6).unbind(-1)
+    affine = [dice.normal(channels) if dice.number(0, 1) else None for _ in range(2)]
+    ada = [piece if dice.number(0, 1) else None for piece in pieces[2:4]]
+    norm = RowNorm(*affine, *ada, 1e-6, bool(dice.number(0, 1)))
+    return RowNormalization(x.to(dtype), norm, table_of(dice, batch))
 
 
 @dataclass
@@ -124,6 +166,8 @@ def a_sum(seed: int, largest: int) -> Sum:
     weight = dice.codes(-limit, limit - 1, outputs, channels, kernel, kernel).to(torch.int8)
     leading = [batch, height] if linear else None
     shape = (*leading, outputs) if leading else (batch, outputs, P, Q)
+    projection = (dice.normal(batch, 3 * outputs) * dice.one_of((1, 1, 3e4))).to(dtype)  # sometimes beyond float16's range
+    sample_bias, gate = (piece if dice.number(0, 1) else None for piece in projection.chunk(3, dim=1)[1:])
     operands = Operands(
         codes=pack_codes(stored, bits),
         rows=dice.codes(0, ROWS - 1, batch),
@@ -134,6 +178,9 @@ def a_sum(seed: int, largest: int) -> Sum:
         weight_scale=dice.normal(outputs).abs() * 0.01 + 0.001,
         weight_sum=weight_sum(weight),
         bias=dice.normal(outputs) if dice.number(0, 1) else None,
+        sample_bias=sample_bias,
+        gate=gate,
+        saturate=bool(dice.number(0, 1)),
         residual=dice.normal(*shape).to(dtype) if dice.number(0, 1) else None,
         kind=kind,
     )

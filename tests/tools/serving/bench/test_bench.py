@@ -3,13 +3,14 @@ from __future__ import annotations
 import pytest
 
 from edm_deploy.errors import InputError
-from edm_deploy_tools.serving.bench.bench import IN_FLIGHT, BenchSettings, bench_serving
+from edm_deploy_tools.serving.bench.bench import IN_FLIGHT, UNPADDED, BenchSettings, bench_serving
 
 
 def test_every_service_is_measured_at_every_load(chain):
     settings = BenchSettings(slots=2, requests=6, loads=(0.5, 0.9), steps=(1, 3), overhead_seconds=0)
     result = bench_serving(chain.engine, settings)
-    assert set(result.capacities) == set(result.loaded) == {IN_FLIGHT, "static batch", "static batch, shrinking calls", "one at a time"}
+    others = {"static batch", "static batch, shrinking calls", "one at a time"}
+    assert set(result.capacities) == set(result.loaded) == {IN_FLIGHT, UNPADDED, *others}
     for name, figures in result.loaded.items():
         assert [each.load for each in figures] == [0.5, 0.9]
         assert all(0 < each.p50 <= each.p95 <= each.p99 for each in figures)

@@ -37,7 +37,9 @@ def test_a_batch_of_whole_requests_has_the_images_of_the_loop_and_rows_leave_ear
 def test_one_at_a_time_calls_the_engine_with_its_rows_alone(replica, monkeypatch):
     sizes = []
     predict = replica.model.predict
-    monkeypatch.setattr(replica.model, "predict", lambda samples, size=None: sizes.append(size) or predict(samples, size=size))
+    monkeypatch.setattr(
+        replica.model, "predict", lambda samples, pad=True: sizes.append(len(samples) if not pad else None) or predict(samples, pad=pad)
+    )
     service = WholeRequests(replica.model, 1, shrinks=True)
     images(service, REQUESTS)
     service.close()

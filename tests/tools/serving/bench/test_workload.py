@@ -19,11 +19,13 @@ def test_requests_are_mixed_and_repeat_with_the_seed(replica):
         replica.model.check(request)
 
 
-def test_arrivals_have_their_rate_and_the_spread_of_a_poisson_process():
+def test_arrivals_have_exactly_their_rate_and_the_spread_of_a_poisson_process():
     times = poisson_arrivals(4000, 5.0, 0)
     gaps = [late - early for early, late in itertools.pairwise(times)]
     mean = sum(gaps) / len(gaps)
-    assert mean == pytest.approx(0.2, rel=0.06)  # 1 / sqrt(4000) is 1.6 %
+    assert mean == pytest.approx(0.2)
+    assert poisson_arrivals(3, 5.0, 1)[-1] == pytest.approx(0.4)
+    assert poisson_arrivals(1, 5.0, 1) == [0.0]
     assert (sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5 == pytest.approx(mean, rel=0.1)  # of an exponential distribution
     assert times[0] == 0
 
