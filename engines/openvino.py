@@ -31,6 +31,8 @@ from engines.openvino_graph.compiled_model import CompiledModel
 from engines.openvino_graph.group_norm import split_group_norms
 from engines.openvino_graph.integer_products import IN_FLOAT_REASON, exact_integer_products, weights_to_float32
 from engines.openvino_graph.scale_inputs import keep_float32, scales_to_inputs, timestep_path, widen_int4
+from engines.openvino_graph.silu import split_silus
+from engines.openvino_graph.token_layout import transposes_as_views
 
 log = logging.getLogger(__name__)
 PACKAGE = "openvino"
@@ -64,14 +66,7 @@ class OpenvinoBackend(GraphBackend):
             model = ov.Core().read_model(content)
             model.reshape({declared.name: _partial_shape(ov, declared.dims, options.profile) for declared in manifest.graph_inputs})
         save_file(scales_to_inputs(ov, model, manifest.sites), out / TABLES_NAME)
-        kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model)
-        try:
-            ov.save_model(model, out / ENGINE_NAME, compress_to_fp16=False)
-        except RuntimeError as err:  # OpenVINO does not report the system's reason
-            raise ArtifactError(
-                f"OpenVINO cannot write {ENGINE_NAME}. Nothing was left behind; free space or choose another path."
-            ) from err
-        keep_float32(out / ENGINE_NAME, kept)
+        write_graph(ov, model, out / ENGINE_NAME, effective["precision"])
         return BuildResult(
             versions={PACKAGE: _version(ov)},
             options=effective,
@@ -92,6 +87,36 @@ class OpenvinoBackend(GraphBackend):
 
 
 BACKEND = OpenvinoBackend()
+
+
+def write_graph(ov: Any, model: Any, xml: Path, precision: Any) -> None:
+    """Prepare a graph for the CPU, in place, and write it.
+
+    Args:
+        ov: The openvino module.
+        model: An ov.Model, as read from an exported graph.
+        xml: The file; the weights are written to a `.bin` of the same name.
+        precision: Of the nodes that are not quantized, as in BuildOptions.
+
+    Raises:
+        ArtifactError: The file cannot be written.
+    """
+    transposes_as_views(ov, model)
+    bf16 = precision == "bf16"
+    kept = timestep_path(model, TIMESTEP.name) | split_group_norms(ov, model, bf16=bf16)
+    if bf16:  # float32 keeps OpenVINO's own SiLU, and with it its last bits
+        split_silus(ov, model)
+    try:
+        ov.save_model(model, xml, compress_to_fp16=False)
+    except RuntimeError as err:  # OpenVINO does not report the system's reason
+        raise ArtifactError(f"OpenVINO cannot write {xml.name}. Nothing was left behind; free space or choose another path.") from err
+    keep_float32(xml, kept)
+
+
+def compile_graph(ov: Any, xml: Path, options: Mapping[str, Any]) -> Any:
+    """Compile a graph of `write_graph` for this CPU, with the options of a build."""
+    with _refusals(ov):
+        return ov.Core().compile_model(_read(ov, xml), "CPU", properties(ov, options))
 
 
 def save_graph(graph: Path, xml: Path) -> None:
@@ -218,8 +243,7 @@ def properties(ov: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _executed(ov: Any, xml: Path, options: Mapping[str, Any], manifest: Manifest) -> dict[str, Execution]:
     """How each site is executed on this machine, from the data type of its product in the compiled graph."""
-    with _refusals(ov):
-        compiled = ov.Core().compile_model(_read(ov, xml), "CPU", properties(ov, options))
+    compiled = compile_graph(ov, xml, options)
     precisions: dict[str, str] = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()

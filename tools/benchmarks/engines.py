@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.models import family_named
@@ -21,18 +21,14 @@ from edm_deploy.registry import suggestion
 from edm_deploy.runtime.denoiser import EngineDenoiser
 from edm_deploy.runtime.load import load_denoiser
 from edm_deploy.runtime.manifest import Manifest
-from edm_deploy.storage.weight_loading import cast
-from edm_deploy_tools.benchmarks.float_engine import float_engine
+from edm_deploy_tools.benchmarks.baselines import BASELINES, Baselines, Call
 from edm_deploy_tools.common.console import Row
 from edm_deploy_tools.common.machine import measurement_conditions
 from engines import backend_named
 
 log = logging.getLogger(__name__)
 
-BASELINES = ("torch", "torch-bf16", "torch-fp16", "openvino-fp32", "openvino-bf16", "ort-fp32")
-HALVES: Mapping[str, torch.dtype] = {"torch-bf16": torch.bfloat16, "torch-fp16": torch.float16}
 WARM_UP = 3  # calls before the first measured one: compilation, caches, memory pools
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +99,13 @@ def bench_engines(
     threads: int | None = None,
     device: str | None = None,
 ) -> Bench:
-    """Time one forward pass of a batch: baselines first, then the engines.
+    """Time one forward pass of a batch, at the usual height and width of the first engine's profile: baselines first, then the engines.
 
     An engine that cannot run on this machine is skipped with a warning if another one can.
 
     Args:
         engines: Engine directories of one architecture.
-        against: Names from BASELINES: the float model of the engines' architecture, with random weights, which do not change the time.
+        against: Names from BASELINES.
         batch: Samples per call, each at a different timestep.
         rounds: Measurements of each baseline and engine; every round measures each once.
         threads: CPU threads of torch and of the float baselines; None is their default. An engine uses the threads it was built with.
@@ -127,14 +123,12 @@ def bench_engines(
     manifest = manifests[next(iter(denoisers))]
     for path in denoisers:
         check_batch(path, manifests[path], batch)
-    family, config = family_named(manifest.family), manifest.config
+    family, config = family_named(manifest.family), config_at_profile(manifest)
     device = device or backend_named(str(manifest.backend)).default_device(manifest)
     inputs = {name: value.to(device) for name, value in inputs_of(family, config, manifest.num_train_timesteps, batch).items()}
     with ExitStack() as scratch:
-        model = random_model(family, config).to(device)
-        calls: dict[str, Call] = {}
-        for name in against:
-            calls[name] = baseline(name, manifest, model, inputs, threads, scratch)
+        baselines = Baselines(manifest=manifest, config=config, inputs=inputs, threads=threads, scratch=scratch)
+        calls = baselines.calls(tuple(dict.fromkeys(against)))
         for path, denoiser in denoisers.items():
             for part, call in engine_calls(denoiser, inputs).items():
                 calls[unused(f"{path.resolve().name}{part}", calls)] = call
@@ -195,11 +189,12 @@ def check_counts(batch: int, rounds: int, threads: int | None) -> None:
             raise InputError(f"{name} {value}: expected 1 or more.")
 
 
-def random_model(family: Family, config: Mapping[str, Any]) -> nn.Module:
-    """The float model with random weights; torch's random state is not changed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return family.build(config).eval().requires_grad_(False)
+def config_at_profile(manifest: Manifest) -> Mapping[str, Any]:
+    """The model's config, with the usual height and width of the engine's profile as its sample size."""
+    sizes = tuple(manifest.profile[side].opt for side in ("height", "width") if side in manifest.profile)
+    if len(sizes) != 2 or sizes == family_named(manifest.family).sample_size(manifest.config):
+        return manifest.config
+    return {**manifest.config, "sample_size": list(sizes)}
 
 
 def inputs_of(family: Family, config: Mapping[str, Any], num_train_timesteps: int, batch: int) -> dict[str, Tensor]:
@@ -208,26 +203,6 @@ def inputs_of(family: Family, config: Mapping[str, Any], num_train_timesteps: in
     timesteps = torch.linspace(0, num_train_timesteps - 1, batch).round()
     sample = torch.randn(batch, *family.sample_shape(config), generator=generator)
     return {SAMPLE: sample, "timestep": timesteps} | family.random_conditioning(config, batch, generator)
-
-
-def baseline(
-    name: str, manifest: Manifest, model: nn.Module, inputs: Mapping[str, Tensor], threads: int | None, scratch: ExitStack
-) -> Call:
-    """One call of a float baseline."""
-    family = family_named(manifest.family)
-    if not name.startswith("torch"):
-        backend, _, precision = name.partition("-")
-        path = scratch.enter_context(
-            float_engine(manifest, model, backend=backend, precision=precision, threads=threads, batch=len(inputs[SAMPLE]))
-        )
-        (call,) = engine_calls(load_denoiser(path), inputs).values()
-        return call
-    if name in HALVES:
-        model = cast(random_model(family, manifest.config).to(inputs[SAMPLE].device), HALVES[name])
-        inputs = {
-            key: value.to(HALVES[name]) if value.is_floating_point() and key != "timestep" else value for key, value in inputs.items()
-        }
-    return torch.no_grad()(lambda: family.forward(model, inputs))
 
 
 def engine_calls(denoiser: EngineDenoiser, inputs: Mapping[str, Tensor]) -> dict[str, Call]:

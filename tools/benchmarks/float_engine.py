@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,21 +35,31 @@ def float_engine(manifest: Manifest, model: nn.Module, *, backend: str, precisio
     Raises:
         UnsupportedError: The backend is not installed.
     """
+    with scratch_directory("float") as scratch:
+        float_graph(manifest, manifest.config, model, scratch / "onnx")
+        build_float_engine(scratch / "onnx", scratch / "engine", backend=backend, precision=precision, threads=threads, batch=batch)
+        yield scratch / "engine"
+
+
+def float_graph(manifest: Manifest, config: Mapping[str, Any], model: nn.Module, out: Path) -> None:
+    """Export the float model: an ONNX directory without quantized sites, for the shapes of `config`."""
     artifact = Artifact(
         family=manifest.family,
-        config=manifest.config,
+        config=config,
         timesteps=torch.zeros(1, dtype=torch.int32),
         row_of_timestep=torch.zeros(manifest.num_train_timesteps, dtype=torch.int32),
         sites={},
         params={name: value.float() for name, value in model.state_dict().items()},
     )
+    onnx_from_artifact(artifact, out)
+
+
+def build_float_engine(onnx: Path, out: Path, *, backend: str, precision: str, threads: int | None, batch: int) -> None:
+    """Build an engine from a directory of `float_graph`; the other arguments are those of `float_engine`."""
     options = BuildOptions(
         profile={"batch": ShapeRange(batch, batch, batch)}, threads=threads, precision=None if backend == "ort" else precision
     )
-    with scratch_directory("float") as scratch:
-        onnx_from_artifact(artifact, scratch / "onnx")
-        build(scratch / "onnx", scratch / "engine", backend=backend, options=options)
-        yield scratch / "engine"
+    build(onnx, out, backend=backend, options=options)
 
 
 def artifact_or_float(path: Path) -> Artifact:

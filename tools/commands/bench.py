@@ -22,7 +22,10 @@ def bench(
     ] = None,
     against: Annotated[
         str,
-        typer.Option(help="Float baselines, separated by commas: torch, torch-bf16, torch-fp16, openvino-fp32, openvino-bf16, ort-fp32."),
+        typer.Option(
+            help="Baselines, separated by commas: the float model in torch, torch-bf16, torch-fp16, openvino-fp32, openvino-bf16, ort-fp32; "
+            "nncf-int8 (pip install nncf)."
+        ),
     ] = "torch",
     batch: Annotated[int, typer.Option(help="Samples per call.")] = 16,
     rounds: Annotated[int, typer.Option(help="Measurements of each engine and baseline, made alternately.")] = 20,

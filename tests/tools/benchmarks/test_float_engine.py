@@ -4,7 +4,8 @@ import torch
 
 from edm_deploy.runtime.load import load_denoiser
 from edm_deploy.runtime.manifest import Manifest
-from edm_deploy_tools.benchmarks.engines import inputs_of, random_model
+from edm_deploy_tools.benchmarks.baselines import random_model
+from edm_deploy_tools.benchmarks.engines import inputs_of
 from edm_deploy_tools.benchmarks.float_engine import float_engine
 
 
