@@ -8,7 +8,7 @@ import torch
 
 from edm_deploy_tools.bench_gpu import __main__ as bench_gpu
 from edm_deploy_tools.bench_gpu.__main__ import LIMITS, app, run_stage, update_profile
-from edm_deploy_tools.benchmarks.gpu_stage import StageRun
+from edm_deploy_tools.bench_gpu.stage import StageRun
 from edm_deploy_tools.common import run_app
 from engines.performance.gpus import gpu_named
 

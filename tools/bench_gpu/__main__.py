@@ -22,8 +22,8 @@ import torch
 import typer
 
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy_tools.benchmarks import gpu_correctness, gpu_kernels, gpu_report
-from edm_deploy_tools.benchmarks.gpu_stage import StageResult, StageRun
+from edm_deploy_tools.bench_gpu import correctness, kernels, report
+from edm_deploy_tools.bench_gpu.stage import StageResult, StageRun
 from edm_deploy_tools.common import console, run_app
 from edm_deploy_tools.common.child_process import tied
 from engines.performance.gpus import TABLE, Gpu, gpu_named
@@ -38,13 +38,13 @@ def run_stage(name: str, run: StageRun) -> StageResult:
     if name == "model":
         return _model(run)
     if name == "training":
-        from edm_deploy_tools.benchmarks.gpu_model import training  # imports diffusers
+        from edm_deploy_tools.bench_gpu.model import training  # imports diffusers
 
         return training(run)
     if name == "kernels":
-        return gpu_correctness.kernels(run)
+        return correctness.kernels(run)
     stages: dict[str, Callable[[StageRun], StageResult]] = {
-        each: getattr(gpu_kernels, each) for each in ("versions", "sanitizer", "operators", "layers")
+        each: getattr(kernels, each) for each in ("versions", "sanitizer", "operators", "layers")
     }
     return stages[name](run)
 
@@ -52,7 +52,7 @@ def run_stage(name: str, run: StageRun) -> StageResult:
 def _model(run: StageRun) -> StageResult:
     """One step of SD 1.5 at 512x512 with guidance, random weights."""
     from edm_deploy.models import family_named, name_of_family
-    from edm_deploy_tools.benchmarks.gpu_model import whole_model
+    from edm_deploy_tools.bench_gpu.model import whole_model
     from edm_deploy_tools.benchmarks.traced_step import TracedModel
     from edm_deploy_tools.inspection.architectures import architecture
 
@@ -75,7 +75,7 @@ def bench(out: Path, stages: list[str], arguments: list[str]) -> dict[str, dict[
         start = time.perf_counter()
         found = _in_new_process(stage, arguments)
         results[stage] = found | {"seconds": round(time.perf_counter() - start, 1)}
-        gpu_report.write(out, results)
+        report.write(out, results)
         console.say(f"{stage}: {found.get('error') or '; '.join(found['problems']) or 'done'} ({results[stage]['seconds']} s)")
     return results
 
@@ -121,7 +121,7 @@ def update_profile(out: Path, profile: Path) -> None:
     """Put the measured layers of `out` into a profile in place of those that an earlier run put there."""
     marker = "# Measured by bench_gpu on "
     kept = profile.read_text().split(marker)[0].rstrip() + "\n\n"
-    profile.write_text(kept + (out / gpu_report.MEASURED).read_text())
+    profile.write_text(kept + (out / report.MEASURED).read_text())
 
 
 app = run_app.app_with()
@@ -150,10 +150,10 @@ def command(
         return
     _figures(on, gpu)  # a name that is not known ends here, not in each stage
     results = bench(out, chosen, ["--device", device, *(["--gpu", gpu] if gpu else []), *(["--small"] if small else [])])
-    console.say(f"Written: {out / gpu_report.PAGE}")
-    for sentence in gpu_report.summary(results):
+    console.say(f"Written: {out / report.PAGE}")
+    for sentence in report.summary(results):
         console.say(sentence)
-    if update_profiles and (out / gpu_report.MEASURED).is_file():
+    if update_profiles and (out / report.MEASURED).is_file():
         update_profile(out, TABLE.parent / "measured.toml")
 
 

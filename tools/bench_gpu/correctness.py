@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from edm_deploy.numerics.kernel_layout import bits_of, pack_codes, pack_weight, weight_sum, zero_codes
-from edm_deploy_tools.benchmarks.gpu_attention import attention_results
-from edm_deploy_tools.benchmarks.gpu_stage import StageResult, StageRun
+from edm_deploy_tools.bench_gpu.attention import attention_results
+from edm_deploy_tools.bench_gpu.stage import StageResult, StageRun
 from edm_deploy_tools.benchmarks.kernel_problems import BOUNDS
 from edm_deploy_tools.common.console import Row
 from engines.kernels import build, cpu_ops, cuda_ops, driver, rotary

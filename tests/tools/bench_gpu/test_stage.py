@@ -1,6 +1,6 @@
 import torch
 
-from edm_deploy_tools.benchmarks.gpu_stage import StageResult, StageRun
+from edm_deploy_tools.bench_gpu.stage import StageResult, StageRun
 
 
 def test_on_the_cpu_a_call_is_timed_once():

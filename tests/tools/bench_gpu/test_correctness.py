@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from edm_deploy_tools.benchmarks import gpu_correctness
-from edm_deploy_tools.benchmarks.gpu_stage import StageRun
+from edm_deploy_tools.bench_gpu import correctness
+from edm_deploy_tools.bench_gpu.stage import StageRun
 from engines.kernels import cpu_ops, cuda_ops, rotary
 from engines.kernels.launch import entry_points
 from tests.engines.kernels.conftest import launched
@@ -14,9 +14,9 @@ RUN = StageRun(device=torch.device("cpu"), small=True)
 @pytest.mark.extended  # a hundred kernels under the emulator
 def test_the_stage_starts_every_kernel_and_finds_none_wrong(launched, monkeypatch):
     """cuda_ops on CPU tensors: each launch goes to the emulator."""
-    monkeypatch.setattr(gpu_correctness, "operators_on", lambda device: cuda_ops)
-    monkeypatch.setattr(gpu_correctness, "rotary_on", lambda device: rotary.on_cuda)
-    found = gpu_correctness.kernels(RUN)
+    monkeypatch.setattr(correctness, "operators_on", lambda device: cuda_ops)
+    monkeypatch.setattr(correctness, "rotary_on", lambda device: rotary.on_cuda)
+    found = correctness.kernels(RUN)
     assert found.problems == []
     assert set(launched) == set(entry_points())
 
@@ -33,7 +33,7 @@ def test_a_wrong_value_is_named(monkeypatch):
                 y[0, 0, 0, 0] += 1
             return y
 
-    monkeypatch.setattr(gpu_correctness, "operators_on", lambda device: Wrong)
-    found = gpu_correctness.kernels(RUN)
+    monkeypatch.setattr(correctness, "operators_on", lambda device: Wrong)
+    found = correctness.kernels(RUN)
     assert found.problems == [f"conv u4 64x64 {dtype}, 3 splits: 1 of 11664 values differ from the CPU's." for dtype in ("f16", "bf16")]
     assert found.facts["kernels"] - found.facts["correct"] == 2

@@ -1,14 +1,14 @@
 import torch
 
-from edm_deploy_tools.benchmarks import gpu_kernels
-from edm_deploy_tools.benchmarks.gpu_stage import StageRun
+from edm_deploy_tools.bench_gpu import kernels
+from edm_deploy_tools.bench_gpu.stage import StageRun
 from engines.performance.gpus import gpu_named
 
 RUN = StageRun(device=torch.device("cpu"), gpu=gpu_named("rtx3090"), small=True)
 
 
 def test_each_operator_stands_beside_torchs_and_its_expected_time():
-    rows, attention = gpu_kernels.operators(RUN).tables.values()
+    rows, attention = kernels.operators(RUN).tables.values()
     names = [row["operator"].split(" [")[0] for row in rows]
     assert {"group_stats", "quantize_normed, SiLU", "torch: group_norm, SiLU", "torch: layer_norm"} <= set(names)
     assert [row["heads"] for row in attention] == ["[1, 2, 64, 40]"]
@@ -16,7 +16,7 @@ def test_each_operator_stands_beside_torchs_and_its_expected_time():
 
 
 def test_each_layer_is_a_point_of_the_profile():
-    found = gpu_kernels.layers(RUN)
+    found = kernels.layers(RUN)
     (rows,) = found.tables.values()
     assert [row["layer"] for row in rows] == ["conv 3x3 32->32, 8x8", "linear 64->32, 24 tokens"]
     assert {point["precision"] for point in found.points} == {"float16", "int8", "int4"}
@@ -25,12 +25,12 @@ def test_each_layer_is_a_point_of_the_profile():
 
 def test_without_int4_tensor_cores_four_bits_are_not_timed():
     run = StageRun(device=torch.device("cpu"), gpu=gpu_named("h100"), small=True)
-    (rows,) = gpu_kernels.layers(run).tables.values()
+    (rows,) = kernels.layers(run).tables.values()
     assert all("int4 us" not in row for row in rows)
 
 
 def test_versions_name_what_is_missing():
-    facts = gpu_kernels.versions(RUN).facts
+    facts = kernels.versions(RUN).facts
     assert facts["torch"] == torch.__version__
     assert facts["device"] == "cpu"
     assert facts["compute-sanitizer"]

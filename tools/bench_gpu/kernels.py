@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from edm_deploy_tools.benchmarks.gpu_attention import attention_times
-from edm_deploy_tools.benchmarks.gpu_correctness import activation_table
-from edm_deploy_tools.benchmarks.gpu_stage import StageResult, StageRun
+from edm_deploy_tools.bench_gpu.attention import attention_times
+from edm_deploy_tools.bench_gpu.correctness import activation_table
+from edm_deploy_tools.bench_gpu.stage import StageResult, StageRun
 from edm_deploy_tools.benchmarks.kernel_problems import Call, Problem, fits_int_mm, float_call, int_mm_call
 from edm_deploy_tools.benchmarks.layer_shapes import LAYERS, Layer
 from edm_deploy_tools.common.console import Row

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edm_deploy_tools.benchmarks.gpu_stage import StageRun
+from edm_deploy_tools.bench_gpu.stage import StageRun
 from edm_deploy_tools.common.console import Row
 from engines.kernels.attention import cpu, cuda
 from engines.kernels.attention.launch import WIDTHS

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from edm_deploy.pipelines.source import load_source
+from edm_deploy_tools.bench_gpu.stage import StageResult, StageRun
 from edm_deploy_tools.benchmarks.finetune_step import step_cost
-from edm_deploy_tools.benchmarks.gpu_stage import StageResult, StageRun
 from edm_deploy_tools.benchmarks.traced_step import TracedModel, code_formats
 from edm_deploy_tools.common.assets import REFERENCE_MODEL
 from edm_deploy_tools.common.console import Row

@@ -1,6 +1,6 @@
 import tomllib
 
-from edm_deploy_tools.benchmarks.gpu_report import measured_toml, page, summary, write
+from edm_deploy_tools.bench_gpu.report import measured_toml, page, summary, write
 
 LAYER = {"layer": "conv", "float16 of expected": 1.1, "int8 of expected": 1.5, "ours with quantize, over float16": 2.0}
 SLOW = {"layer": "linear", "float16 of expected": 0.9, "int8 of expected": 2.5, "ours with quantize, over float16": 0.5}
