@@ -28,6 +28,7 @@ from engines.common.precision import supported_precision
 from engines.common.source_backends import GraphBackend
 from engines.common.vendor_package import refuse_other_build, vendor
 from engines.openvino_graph.compiled_model import CompiledModel
+from engines.openvino_graph.core import core
 from engines.openvino_graph.group_norm import split_group_norms
 from engines.openvino_graph.integer_products import IN_FLOAT_REASON, exact_integer_products, weights_to_float32
 from engines.openvino_graph.scale_inputs import keep_float32, scales_to_inputs, timestep_path, widen_int4
@@ -63,7 +64,7 @@ class OpenvinoBackend(GraphBackend):
         ov = _openvino()
         effective = {"precision": supported_precision(options.precision, self.target), "threads": options.threads}
         with _refusals(ov):
-            model = ov.Core().read_model(content)
+            model = core(ov).read_model(content)
             model.reshape({declared.name: _partial_shape(ov, declared.dims, options.profile) for declared in manifest.graph_inputs})
         save_file(scales_to_inputs(ov, model, manifest.sites), out / TABLES_NAME)
         write_graph(ov, model, out / ENGINE_NAME, effective["precision"])
@@ -116,14 +117,14 @@ def write_graph(ov: Any, model: Any, xml: Path, precision: Any) -> None:
 def compile_graph(ov: Any, xml: Path, options: Mapping[str, Any]) -> Any:
     """Compile a graph of `write_graph` for this CPU, with the options of a build."""
     with _refusals(ov):
-        return ov.Core().compile_model(_read(ov, xml), "CPU", properties(ov, options))
+        return core(ov).compile_model(_read(ov, xml), "CPU", properties(ov, options))
 
 
 def save_graph(graph: Path, xml: Path) -> None:
     """Write an ONNX graph, with its tables inside and dynamic sizes, as OpenVINO's `model.xml` and `model.bin`, for servers that look nothing up themselves."""
     ov = _openvino()
     with _refusals(ov):
-        ov.save_model(ov.Core().read_model(graph), xml, compress_to_fp16=False)
+        ov.save_model(core(ov).read_model(graph), xml, compress_to_fp16=False)
 
 
 class OpenvinoSession(Session):
@@ -185,7 +186,7 @@ class OpenvinoSession(Session):
         with _refusals(self._ov):
             model = _read(self._ov, self._xml)
             model.reshape({**shapes, **lookups})
-            compiled = self._ov.Core().compile_model(model, "CPU", self._properties)
+            compiled = core(self._ov).compile_model(model, "CPU", self._properties)
         return CompiledModel(self._ov, compiled, lookups)
 
 
@@ -204,7 +205,7 @@ def compiled_batches(allowed: ShapeRange) -> tuple[int, ...]:
 def _check_files(ov: Any, directory: Path, manifest: Manifest) -> None:
     """Raises ArtifactError where the graph or the tables are not those that the manifest describes."""
     with _refusals(ov):
-        model = ov.Core().read_model(directory / ENGINE_NAME)
+        model = core(ov).read_model(directory / ENGINE_NAME)
         shapes = {
             port.get_any_name(): [None if dim.is_dynamic else dim.get_length() for dim in port.get_partial_shape()] for port in model.inputs
         }
@@ -225,7 +226,7 @@ def _check_files(ov: Any, directory: Path, manifest: Manifest) -> None:
 
 def _read(ov: Any, xml: Path) -> Any:
     """Read an engine's graph, ready to compile on this CPU."""
-    model = ov.Core().read_model(xml)
+    model = core(ov).read_model(xml)
     widen_int4(ov, model)
     if not exact_integer_products(ov):
         weights_to_float32(ov, model)
@@ -260,7 +261,7 @@ def _executed(ov: Any, xml: Path, options: Mapping[str, Any], manifest: Manifest
 
 def _computes_bf16(ov: Any) -> bool:
     # Each CPU with bfloat16 has VNNI; where ONEDNN_MAX_CPU_ISA hides both, OpenVINO still lists bfloat16.
-    return exact_integer_products(ov) and "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return exact_integer_products(ov) and "BF16" in core(ov).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _warnings(ov: Any, precision: Any) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from engines.openvino_graph.core import core
+
 CHANNELS = 32
 LARGEST = 127  # code
 WEIGHT_CODES = (127, 3)  # of two products of the first the sum exceeds 16 bits; halving the second changes it
@@ -36,7 +38,7 @@ def exact_integer_products(ov: Any) -> bool:
 def _products(ov: Any, code: int) -> tuple[float, float]:
     """The sums of a convolution's inner pixel and of a linear layer, whose inputs all have the largest code and whose weights all have this one."""
     model = two_products(ov, np.full((CHANNELS, CHANNELS, 3, 3), code, np.int8))
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
+    compiled = core(ov).compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
     results = compiled([np.full([int(size) for size in port.shape], LARGEST, np.float32) for port in compiled.inputs])
     convolved, linear = (results[index] for index in range(2))
     return float(convolved[0, 0, 1, 1]), float(linear[0, 0])

@@ -22,6 +22,7 @@ from edm_deploy.storage.weight_loading import cast
 from edm_deploy_tools.benchmarks.float_engine import build_float_engine, float_graph
 from engines.common.vendor_package import vendor
 from engines.openvino import compile_graph, write_graph
+from engines.openvino_graph.core import core
 
 NNCF = "nncf-int8"
 BASELINES = ("torch", "torch-bf16", "torch-fp16", "openvino-fp32", "openvino-bf16", NNCF, "ort-fp32")
@@ -108,7 +109,7 @@ class Baselines:
             declared.name: self.inputs[declared.name].to(declared.dtype(torch.float32)).numpy()
             for declared in Manifest.read(directory / "onnx", kind="onnx").inputs
         }
-        model = ov.Core().read_model(directory / "onnx" / GRAPH_NAME)
+        model = core(ov).read_model(directory / "onnx" / GRAPH_NAME)
         model.reshape({name: value.shape for name, value in values.items()})
         quantized = nncf.quantize(
             model,

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from engines.openvino_graph.core import core
 from engines.openvino_graph.group_norm import split_group_norms
 
 ov = pytest.importorskip("openvino")
@@ -9,7 +10,7 @@ ops = ov.opset13
 
 
 def compiled(model, precision):
-    return ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    return core(ov).compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import engines.openvino
 from edm_deploy.runtime.load import open_session
 from engines import build_engine
 from engines.openvino_graph import integer_products
+from engines.openvino_graph.core import core
 from engines.openvino_graph.integer_products import exact_integer_products, two_products, weights_to_float32
 from tests.conftest import tiny_inputs
 from tests.engines.reference_check import check_against_reference
@@ -32,9 +33,9 @@ def precisions(compiled) -> set[str]:
 def test_both_products_are_computed_in_integers_unless_told_otherwise():
     weight = np.random.default_rng(0).integers(-127, 128, (32, 32, 3, 3)).astype(np.int8)
     model = two_products(ov, weight)
-    assert precisions(ov.Core().compile_model(model, "CPU")) <= {"i8", "u8"}
+    assert precisions(core(ov).compile_model(model, "CPU")) <= {"i8", "u8"}
     weights_to_float32(ov, model)
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core(ov).compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert precisions(compiled) == {"f32"}
     x = np.random.default_rng(1).integers(-128, 128, (4, 32)).astype(np.float32)
     _, linear = compiled([np.zeros((1, 32, 4, 4), np.float32), x]).values()

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from engines.openvino_graph.core import core
 from engines.openvino_graph.silu import split_silus
 
 ov = pytest.importorskip("openvino")
@@ -23,7 +24,7 @@ def test_silu_of_a_feature_map_is_computed_by_exponential_and_division():
     assert {"Exp", "Divide"} <= types(model)
     assert "Sigmoid" not in types(model)
     x = np.array([-200, -20, -3, -1, -1e-3, 0, 1e-3, 1, 20, 200], np.float32).reshape(1, 2, 5, 1)
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core(ov).compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     # OpenVINO's own SiLU is not put back.
     assert "Swish" not in str([node.get_rt_info()["originalLayersNames"].astype(str) for node in compiled.get_runtime_model().get_ops()])
     np.testing.assert_allclose(compiled(x)[0], torch.nn.functional.silu(torch.from_numpy(x)).numpy(), rtol=1e-5, atol=1e-30)

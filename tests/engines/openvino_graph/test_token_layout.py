@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from engines.openvino_graph.core import core
 from engines.openvino_graph.token_layout import transposes_as_views
 
 ov = pytest.importorskip("openvino")
@@ -39,7 +40,7 @@ def orders(model) -> list[list[int]]:
 
 def test_feature_maps_become_tokens_and_back_through_channels_last():
     x = torch.randn(2, C, 3, 5, generator=torch.Generator().manual_seed(0)).numpy()
-    expected = ov.Core().compile_model(attention(), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
+    expected = core(ov).compile_model(attention(), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
     model = attention()
     assert [0, 2, 1] in orders(model)
     transposes_as_views(ov, model)
@@ -47,7 +48,7 @@ def test_feature_maps_become_tokens_and_back_through_channels_last():
     assert orders(model) == [[0, 2, 1, 3]] * 3 + [[0, 2, 3, 1]] * 2 + [[0, 3, 1, 2]]
     (norm,) = (node for node in model.get_ops() if node.get_type_name() == "GroupNormalization")
     assert len(norm.get_output_partial_shape(0)) == 4
-    found = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
+    found = core(ov).compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
