@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -138,7 +139,12 @@ def command_of(results: Mapping[str, Any]) -> str:
     """The command line of this comparison."""
     request = results["asked"]
     settings = request["setup"]
-    words = ["edm-deploy compare", Path(results["model"]["name"]).name, f"--recipes {request['recipes']}", f"--bits {request['bits']}"]
+    words = [
+        "edm-deploy compare",
+        shlex.quote(str(results["model"].get("asked") or results["model"]["name"])),
+        f"--recipes {request['recipes']}",
+        f"--bits {request['bits']}",
+    ]
     words += [f"--budget {request['budget']:g}s", f"--rows {request['rows']}", f"--seeds {request['seeds']}"]
     words += [f"--samples {settings['samples']}", f"--steps {settings['steps']}", *(f"--seed {seed}" for seed in settings["seeds"])]
     words += [f"--preset {recipe}={preset}" for recipe, preset in request["presets"].items()]

@@ -24,7 +24,7 @@ def results(*cells):
         "date": "2026-11-21T10:00:00",
         "machine": {"cpu": "a <cpu>", "cores": 2},
         "versions": {"torch": "2"},
-        "model": {"name": "somewhere/model"},
+        "model": {"name": "somewhere/model", "asked": "../my models/model"},
         "asked": {"rows": 2, "budget": 30.0, "seeds": 2, "recipes": "a,b", "bits": "W4A4", "presets": {"a": "demo"}, "setup": settings},
         "walk": {"scheduler": "ddim", "timesteps": [500.0, 0.0]},
         "frechet_floor": 0.25,
@@ -56,6 +56,7 @@ def test_the_markdown_has_the_spread_over_seeds_and_the_conditions():
     text = comparison_markdown(results(cell("a", 0.1), cell("a", 0.3, seed=1)))
     assert "| 19.8 ± 0.4 (19.7 to 19.9) | 0.02 (1) | 0.2000 |" in text
     assert "| 60 s | 1.0 GB | 4.0 MB | 98.0 % |" in text
+    assert "`edm-deploy compare '../my models/model' --recipes a,b --bits W4A4" in text
     assert "16 samples in 2 steps of ddim from seeds 123, 1" in describe_conditions(results())
     assert "from different noise, is 0.25." in describe_conditions(results())
     assert "--preset a=demo" in text
