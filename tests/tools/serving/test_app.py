@@ -192,7 +192,7 @@ def test_a_server_that_stops_answers_every_request_that_it_has_accepted(replica,
 def test_an_engine_that_fails_in_a_stream_is_an_event(replica, monkeypatch):
     calls = []
 
-    def failing(samples):
+    def failing(*_, **__):
         calls.append(1)
         raise RuntimeError("out of luck")
 

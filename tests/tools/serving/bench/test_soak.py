@@ -15,7 +15,8 @@ def test_a_server_answers_every_request_and_none_stays_in_its_queue(client):
     assert figures.messages == []
     assert not figures.failed(1000)
     assert sum(figures.answers.values()) + sum(figures.malformed.values()) + figures.cancelled == 60
-    assert set(figures.answers) == {200}
+    assert figures.answers[200] > 0
+    assert set(figures.answers) <= {200, 429}  # cancelled requests keep their places until the server has seen that their clients are gone
     assert figures.cancelled > 4
     assert figures.malformed[400] > 8
 
