@@ -86,8 +86,7 @@ class CudaBackend(ArtifactBackend):
         )
 
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
-        from engines.kernels import driver
-        from engines.kernels.attention.launch import SOURCE as ATTENTION_SOURCE
+        from engines.kernels import build, driver
         from engines.torch_graph.cuda_graph_session import CudaSession  # registers operators, so imported on use
 
         _refuse_foreign(manifest)
@@ -96,7 +95,7 @@ class CudaBackend(ArtifactBackend):
         if device.type == "cuda":
             driver.prepare(device)  # report a missing compiler or an old driver before any weight is read
             if chosen.attention == "int8":
-                driver.prepare(device, ATTENTION_SOURCE)
+                driver.prepare(device, build.ATTENTION)
         module = _graph(manifest, load_tensors(directory / ENGINE_NAME, device=str(device)), kinds)[0].module()
         if chosen.rest == "inductor":
             from engines.torch_graph.compiled_rest import compiled_rest

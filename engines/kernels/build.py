@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "cuda"
 MAIN = "kernels.cu"
-SOURCES = (MAIN, "attention.cu")  # each is compiled alone, when one of its kernels is first used
+ATTENTION = "attention.cu"
+SOURCES = (MAIN, ATTENTION)  # each is compiled alone, when one of its kernels is first used
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90")
 UNFINISHED = ".unfinished-"  # prefix of the directories in the cache in which a cubin is written
 SEAL = b"edm-deploy sha256 "  # follows a cached cubin, before its checksum; tools that read the cubin ignore what follows it

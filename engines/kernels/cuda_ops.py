@@ -40,10 +40,6 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "n
     params = QuantizeParams(
         x=values.data_ptr(),
         codes=codes.data_ptr(),
-        row=table.rows.data_ptr(),
-        inv_scale=table.inv_scale.data_ptr(),
-        qmin=table.qmin.data_ptr(),
-        qmax=table.qmax.data_ptr(),
         mean=_address(norm.mean if norm else None),
         rstd=_address(norm.rstd if norm else None),
         gamma=_address(norm.gamma if norm else None),
@@ -53,7 +49,7 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "n
         C=channels,
         Cb=codes.shape[-1],
         groups=norm.mean.shape[1] if norm else 0,
-        unsigned_codes=table.unsigned,
+        **_of_table(table),
     )
     type_name = TYPE_NAMES[x.dtype]
     call = quantize_launch(
@@ -72,10 +68,6 @@ def quantize_rows(x: Tensor, norm: RowNorm, table: Table) -> Tensor:
     params = RowNormParams(
         x=values.data_ptr(),
         codes=codes.data_ptr(),
-        row=table.rows.data_ptr(),
-        inv_scale=table.inv_scale.data_ptr(),
-        qmin=table.qmin.data_ptr(),
-        qmax=table.qmax.data_ptr(),
         gamma=_address(norm.gamma),
         beta=_address(norm.beta),
         scale=_address(scale),
@@ -84,7 +76,7 @@ def quantize_rows(x: Tensor, norm: RowNorm, table: Table) -> Tensor:
         HW=tokens,
         C=channels,
         Cb=codes.shape[-1],
-        unsigned_codes=table.unsigned,
+        **_of_table(table),
         scale_stride=0 if scale is None else scale.stride(0),
         shift_stride=0 if shift is None else shift.stride(0),
         lanes=row_lanes(channels),
@@ -161,6 +153,12 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
     )
     driver.launch(conv_launches(params, kind=operands.kind, tile=tile, type_name=TYPE_NAMES[dtype]), device)
     return out
+
+
+def _of_table(table: Table) -> dict[str, int]:
+    """What the structs of quantizers have of a table."""
+    columns = {"row": table.rows, "inv_scale": table.inv_scale, "qmin": table.qmin, "qmax": table.qmax}
+    return {name: column.data_ptr() for name, column in columns.items()} | {"unsigned_codes": table.unsigned}
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edm_deploy.numerics.kernel_layout import CODE_FORMATS
+from engines.kernels.build import MAIN
 from engines.kernels.tiles import TILES, Tile
 
 THREADS = 256  # of every kernel but the convolutions
@@ -91,7 +92,7 @@ class Launch:
     threads: int
     shared_bytes: int
     params: ctypes.Structure
-    source: str = "kernels.cu"
+    source: str = MAIN
 
 
 def quantize_launch(params: QuantizeParams, *, type_name: str, bits: int, channels_last: bool, norm: bool, activation: str) -> Launch:

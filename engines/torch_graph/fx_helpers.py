@@ -89,7 +89,7 @@ def value_of(node: Any) -> Tensor:
 def same_shape(a: fx.Node, b: fx.Node) -> bool:
     """Whether two nodes hold tensors of one shape, whatever the batch and size."""
     shapes = value_of(a).shape, value_of(b).shape
-    return len(shapes[0]) == len(shapes[1]) and all(str(x) == str(y) for x, y in zip(*shapes, strict=True))
+    return len(shapes[0]) == len(shapes[1]) and all(same_size(x, y) for x, y in zip(*shapes, strict=True))
 
 
 def same_size(a: Any, b: Any) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,7 @@ from edm_deploy.pipelines.source import float_artifact, load_source
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
 from edm_deploy.storage.directories import INDEX_FILE
-from edm_deploy.storage.leftovers import scratch_directory
 from edm_deploy_tools.common.build_options import build
-
-
-@contextlib.contextmanager
-def float_engine(manifest: Manifest, model: nn.Module, *, backend: str, precision: str, threads: int | None, batch: int) -> Iterator[Path]:
-    """The directory of an engine of the float model, deleted at the end of the block.
-
-    Args:
-        manifest: Manifest of an engine of the same architecture.
-        model: The float model.
-        backend: `openvino` or `ort`.
-        precision: `fp32` or `bf16`; ignored by ort, which uses that of the graph.
-        threads: CPU threads; None is the backend's default.
-        batch: The batch size of all calls.
-
-    Raises:
-        UnsupportedError: The backend is not installed.
-    """
-    with scratch_directory("float") as scratch:
-        float_graph(manifest, manifest.config, model, scratch / "onnx")
-        build_float_engine(scratch / "onnx", scratch / "engine", backend=backend, precision=precision, threads=threads, batch=batch)
-        yield scratch / "engine"
 
 
 def float_graph(manifest: Manifest, config: Mapping[str, Any], model: nn.Module, out: Path) -> None:
@@ -55,7 +32,19 @@ def float_graph(manifest: Manifest, config: Mapping[str, Any], model: nn.Module,
 
 
 def build_float_engine(onnx: Path, out: Path, *, backend: str, precision: str, threads: int | None, batch: int) -> None:
-    """Build an engine from a directory of `float_graph`; the other arguments are those of `float_engine`."""
+    """Build an engine from a directory of `float_graph`.
+
+    Args:
+        onnx: The directory written by `float_graph`.
+        out: The directory of the engine.
+        backend: `openvino` or `ort`.
+        precision: `fp32` or `bf16`; ignored by ort, which uses that of the graph.
+        threads: CPU threads; None is the backend's default.
+        batch: The batch size of all calls.
+
+    Raises:
+        UnsupportedError: The backend is not installed.
+    """
     options = BuildOptions(
         profile={"batch": ShapeRange(batch, batch, batch)}, threads=threads, precision=None if backend == "ort" else precision
     )

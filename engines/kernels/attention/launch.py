@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
+from engines.kernels.build import ATTENTION
 from engines.kernels.launch import THREADS, TYPES, Launch
 
-SOURCE = "attention.cu"  # compiled apart from the other kernels
 CODE_TOKENS = 64  # tokens of a block of attention_key_codes
 LEAST_CHUNK, MOST_CHUNKS = 64, 32  # tokens per block of attention_key_sums; blocks per head, which every block of attention_key_codes adds
 
@@ -88,15 +88,15 @@ def attention_launches(params: AttentionParams, *, batch: int, type_name: str) -
     """
     width = width_for(params.D)
     return [
-        Launch(f"attention_key_sums_{type_name}", (params.chunks, params.H, batch), THREADS, 0, params, SOURCE),
-        Launch(f"attention_key_codes_{type_name}", (params.tokens // CODE_TOKENS, params.H, batch), THREADS, 0, params, SOURCE),
+        Launch(f"attention_key_sums_{type_name}", (params.chunks, params.H, batch), THREADS, 0, params, ATTENTION),
+        Launch(f"attention_key_codes_{type_name}", (params.tokens // CODE_TOKENS, params.H, batch), THREADS, 0, params, ATTENTION),
         Launch(
             f"attention_s8_{width.elements}_{type_name}",
             (-(-params.Lq // width.queries), params.H, batch),
             width.threads,
             width.shared_bytes,
             params,
-            SOURCE,
+            ATTENTION,
         ),
     ]
 

@@ -9,21 +9,12 @@
 #pragma once
 #include "device.cuh"
 
-constexpr int ATTENTION_OCTET = 8;      // elements of 16 bytes
 constexpr int WIDEST_HEAD = 160;        // elements of a head
 constexpr int CODE_TOKENS = 64;         // tokens of a block of encode_keys: four threads for each
 constexpr float LARGEST_HEAD_CODE = 127.0f, LEAST_MAGNITUDE = 1e-30f;  // below the latter x is 0: its reciprocal has to be finite
 // Sums of 160 products of codes stay below 2^22 = 4194304 > 160 * 127^2. They start at the bits of 1.5 * 2^23, so that as a float32 they are 1.5 * 2^23 + sum, exactly.
 constexpr int SUM_START = 0x4B400000;
 constexpr float SUM_OFFSET = 12582912.0f;
-
-// Eight numbers of 16 bytes.
-template <class T>
-__device__ __forceinline__ void to_floats(float (&v)[ATTENTION_OCTET], const uint4& words) {
-  const unsigned pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int e = 0; e < ATTENTION_OCTET; e += 2) v[e] = low_float<T>(pairs[e / 2]), v[e + 1] = high_float<T>(pairs[e / 2]);
-}
 
 // The low byte is the code of a value. As encode in quantize.cuh.
 __device__ __forceinline__ unsigned head_code(float value, float inverse) {
@@ -47,21 +38,21 @@ __device__ __forceinline__ float quad_sum(float x) {
 // A block sums a chunk of one head's tokens: a thread an octet of every lanes-th token, then the lanes are added in order.
 template <class T>
 __device__ __forceinline__ void sum_keys(const AttentionParams& p) {
-  float* const sums = reinterpret_cast<float*>(fixed_shared<THREADS * ATTENTION_OCTET * 4>());  // [lanes][D]
-  const int octets = p.D / ATTENTION_OCTET, lanes = THREADS / octets, lane = threadIdx.x / octets, octet = threadIdx.x - lane * octets;
+  float* const sums = reinterpret_cast<float*>(fixed_shared<THREADS * OCTET * 4>());  // [lanes][D]
+  const int octets = p.D / OCTET, lanes = THREADS / octets, lane = threadIdx.x / octets, octet = threadIdx.x - lane * octets;
   const T* key = static_cast<const T*>(p.key) + static_cast<long long>(blockIdx.z) * p.key_batch + static_cast<long long>(blockIdx.y) * p.key_head;
   const int first = blockIdx.x * p.chunk, end = min(first + p.chunk, p.Lk);
   if (lane < lanes) {
-    float sum[ATTENTION_OCTET] = {};
+    float sum[OCTET] = {};
 #pragma unroll 4
     for (int token = first + lane; token < end; token += lanes) {
-      float v[ATTENTION_OCTET];
-      to_floats<T>(v, *reinterpret_cast<const uint4*>(key + static_cast<long long>(token) * p.key_token + octet * ATTENTION_OCTET));
+      float v[OCTET];
+      to_floats<T>(v, *reinterpret_cast<const uint4*>(key + static_cast<long long>(token) * p.key_token + octet * OCTET));
 #pragma unroll
-      for (int e = 0; e < ATTENTION_OCTET; ++e) sum[e] = __fadd_rn(sum[e], v[e]);
+      for (int e = 0; e < OCTET; ++e) sum[e] = __fadd_rn(sum[e], v[e]);
     }
 #pragma unroll
-    for (int e = 0; e < ATTENTION_OCTET; ++e) sums[lane * p.D + octet * ATTENTION_OCTET + e] = sum[e];
+    for (int e = 0; e < OCTET; ++e) sums[lane * p.D + octet * OCTET + e] = sum[e];
   }
   __syncthreads();
   for (int d = threadIdx.x; d < p.D; d += THREADS) {
@@ -74,7 +65,7 @@ __device__ __forceinline__ void sum_keys(const AttentionParams& p) {
 // A block encodes 64 tokens of one head: four neighbouring threads take every fourth octet of one token each.
 template <class T>
 __device__ __forceinline__ void encode_keys(const AttentionParams& p) {
-  constexpr int EACH = WIDEST_HEAD / ATTENTION_OCTET / 4;
+  constexpr int EACH = WIDEST_HEAD / OCTET / 4;
   float* const mean = reinterpret_cast<float*>(fixed_shared<WIDEST_HEAD * 4>());
   const long long head = static_cast<long long>(blockIdx.z) * p.H + blockIdx.y;
   for (int d = threadIdx.x; d < p.D; d += THREADS) {
@@ -86,14 +77,14 @@ __device__ __forceinline__ void encode_keys(const AttentionParams& p) {
   const int token = blockIdx.x * CODE_TOKENS + threadIdx.x / 4, part = threadIdx.x % 4;
   const T* key = static_cast<const T*>(p.key) + static_cast<long long>(blockIdx.z) * p.key_batch + static_cast<long long>(blockIdx.y) * p.key_head +
                  static_cast<long long>(token) * p.key_token;
-  float v[EACH][ATTENTION_OCTET], largest = LEAST_MAGNITUDE;
+  float v[EACH][OCTET], largest = LEAST_MAGNITUDE;
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
-    const int d = (part + 4 * i) * ATTENTION_OCTET;
+    const int d = (part + 4 * i) * OCTET;
     const bool inside = token < p.Lk && d < p.D;
     to_floats<T>(v[i], inside ? *reinterpret_cast<const uint4*>(key + d) : uint4{0, 0, 0, 0});
 #pragma unroll
-    for (int e = 0; e < ATTENTION_OCTET; ++e) {
+    for (int e = 0; e < OCTET; ++e) {
       if (inside) v[i][e] = __fsub_rn(v[i][e], mean[d + e]);
       largest = fmaxf(largest, fabsf(v[i][e]));
     }
@@ -103,10 +94,10 @@ __device__ __forceinline__ void encode_keys(const AttentionParams& p) {
   byte_t* codes = p.key_codes + (head * p.tokens + token) * p.Cb;
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
-    const int d = (part + 4 * i) * ATTENTION_OCTET;
-    unsigned n[ATTENTION_OCTET];
+    const int d = (part + 4 * i) * OCTET;
+    unsigned n[OCTET];
 #pragma unroll
-    for (int e = 0; e < ATTENTION_OCTET; ++e) n[e] = head_code(v[i][e], inverse);
+    for (int e = 0; e < OCTET; ++e) n[e] = head_code(v[i][e], inverse);
     if (d < p.Cb) *reinterpret_cast<uint2*>(codes + d) = uint2{four_codes(n[0], n[1], n[2], n[3]), four_codes(n[4], n[5], n[6], n[7])};
   }
   if (part == 0) p.key_scale[head * p.tokens + token] = __fdiv_rn(largest, LARGEST_HEAD_CODE);
@@ -133,7 +124,7 @@ struct AttentionTile {
 template <class TILE, class T>
 __device__ __forceinline__ void load_stage(const AttentionParams& p, unsigned stage, int first) {
   const long long token = (static_cast<long long>(blockIdx.z) * p.H + blockIdx.y) * p.tokens + first;
-  constexpr int KEY_CHUNKS = TILE::CODES / 16, VALUE_CHUNKS = TILE::WIDTH / ATTENTION_OCTET;
+  constexpr int KEY_CHUNKS = TILE::CODES / 16, VALUE_CHUNKS = TILE::WIDTH / OCTET;
   const byte_t* codes = p.key_codes + token * TILE::CODES;
 #pragma unroll
   for (int i = 0; i < (TILE::KEYS * KEY_CHUNKS + TILE::THREADS - 1) / TILE::THREADS; ++i) {
@@ -143,7 +134,7 @@ __device__ __forceinline__ void load_stage(const AttentionParams& p, unsigned st
   const T* value = static_cast<const T*>(p.value) + static_cast<long long>(blockIdx.z) * p.value_batch + static_cast<long long>(blockIdx.y) * p.value_head;
 #pragma unroll
   for (int i = 0; i < (TILE::KEYS * VALUE_CHUNKS + TILE::THREADS - 1) / TILE::THREADS; ++i) {
-    const int item = threadIdx.x + i * TILE::THREADS, row = item / VALUE_CHUNKS, d = item % VALUE_CHUNKS * ATTENTION_OCTET;
+    const int item = threadIdx.x + i * TILE::THREADS, row = item / VALUE_CHUNKS, d = item % VALUE_CHUNKS * OCTET;
     if (row >= TILE::KEYS) continue;
     const bool inside = first + row < p.Lk && d < p.D;
     const T* from = inside ? value + static_cast<long long>(first + row) * p.value_token + d : value;
@@ -274,11 +265,11 @@ __device__ __forceinline__ void store_rows(const AttentionParams& p, const float
     }
   }
   __syncwarp();
-  constexpr int CHUNKS = TILE::WIDTH / ATTENTION_OCTET;
+  constexpr int CHUNKS = TILE::WIDTH / OCTET;
   T* to = static_cast<T*>(p.out) + (static_cast<long long>(blockIdx.z) * p.Lq * p.H + blockIdx.y) * p.D;
 #pragma unroll
   for (int i = 0; i < 16 * CHUNKS / 32; ++i) {
-    const int item = lane + i * 32, row = item / CHUNKS, d = item % CHUNKS * ATTENTION_OCTET, token = blockIdx.x * TILE::QUERIES + warp * 16 + row;
+    const int item = lane + i * 32, row = item / CHUNKS, d = item % CHUNKS * OCTET, token = blockIdx.x * TILE::QUERIES + warp * 16 + row;
     if (token < p.Lq && d < p.D)
       *reinterpret_cast<uint4*>(to + static_cast<long long>(token) * p.H * p.D + d) = *reinterpret_cast<const uint4*>(rows + row * TILE::VALUE_PITCH + d * 2);
   }

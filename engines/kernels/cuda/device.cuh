@@ -146,6 +146,23 @@ __device__ __forceinline__ float high_float(unsigned pair) {
   return to_float(T{static_cast<unsigned short>(pair >> 16)});
 }
 
+constexpr int OCTET = 8;  // numbers of 16 bits in 16 bytes
+
+// The eight numbers of 16 bytes.
+template <class T>
+__device__ __forceinline__ void to_floats(float (&v)[OCTET], const uint4& words) {
+  const unsigned pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int e = 0; e < OCTET; e += 2) v[e] = low_float<T>(pairs[e / 2]), v[e + 1] = high_float<T>(pairs[e / 2]);
+}
+// Eight consecutive numbers, `count` of which exist; those that do not are 0. One 16-byte load where `wide`, which needs all of them, and alignment.
+template <class T>
+__device__ __forceinline__ void load_values(float (&v)[OCTET], const T* from, int count, bool wide) {
+  if (wide) return to_floats<T>(v, *reinterpret_cast<const uint4*>(from));
+#pragma unroll
+  for (int e = 0; e < OCTET; ++e) v[e] = e < count ? to_float(from[e]) : 0.0f;
+}
+
 __device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b; }
 // Whether a pointer may be accessed 16 bytes at a time.
 __device__ __forceinline__ bool aligned_16(const void* pointer) { return (reinterpret_cast<unsigned long long>(pointer) & 15) == 0; }

@@ -3,8 +3,6 @@
 #pragma once
 #include "device.cuh"
 
-constexpr int OCTET = 8;
-
 // Values that depend on the output channel only. A thread of a convolution keeps one of these for all of its pixels.
 template <Kind KIND>
 struct Columns {
@@ -32,25 +30,11 @@ __device__ __forceinline__ void store_octet(int* to, const int (&v)[OCTET]) {
   reinterpret_cast<int4*>(to)[1] = int4{v[4], v[5], v[6], v[7]};
 }
 
-// Eight consecutive values of the output's type from `from`, `count` of which exist; one 16-byte load where `whole`.
-template <class T>
-__device__ __forceinline__ void load_operand(float (&v)[OCTET], const T* from, int count, bool whole) {
-  if (whole) {
-    const uint4 words = *reinterpret_cast<const uint4*>(from);
-    const unsigned pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int e = 0; e < OCTET; e += 2) v[e] = low_float<T>(pairs[e / 2]), v[e + 1] = high_float<T>(pairs[e / 2]);
-  } else {
-#pragma unroll
-    for (int e = 0; e < OCTET; ++e) v[e] = e < count ? to_float(from[e]) : 0.0f;
-  }
-}
-
-// Those of sample n in a tensor [N][K] whose samples are `stride` apart.
+// Eight values of sample n in a tensor [N][K] whose samples are `stride` apart.
 template <class T>
 __device__ __forceinline__ void load_of_sample(float (&v)[OCTET], const void* tensor, int stride, int n, int k0, int K) {
   const T* from = static_cast<const T*>(tensor) + static_cast<long long>(n) * stride + k0;
-  load_operand(v, from, K - k0, K % OCTET == 0 && aligned_16(from));
+  load_values(v, from, K - k0, K % OCTET == 0 && aligned_16(from));
 }
 
 // Writes y[m][k0 .. k0 + 7]. m < M; channels from K on are not written.
@@ -80,7 +64,7 @@ __device__ __forceinline__ void finish(const ConvParams& p, const Columns<KIND>&
   const long long at = static_cast<long long>(m) * p.K + k0;
   T* out = static_cast<T*>(p.out) + at;
   if (p.residual) {
-    load_operand(operand, static_cast<const T*>(p.residual) + at, p.K - k0, whole);
+    load_values(operand, static_cast<const T*>(p.residual) + at, p.K - k0, whole);
 #pragma unroll
     for (int e = 0; e < OCTET; ++e) y[e] = __fadd_rn(y[e], operand[e]);
   }

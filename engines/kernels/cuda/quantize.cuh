@@ -2,7 +2,7 @@
 #pragma once
 #include "device.cuh"
 
-constexpr int CHANNELS = 8;  // per thread: 16 bytes of input; 4 bytes (4 bits) or 8 bytes (8 bits) of codes, so as many bytes as a code has bits
+constexpr int CHANNELS = OCTET;  // per thread: 16 bytes of input; 4 bytes (4 bits) or 8 bytes (8 bits) of codes, so as many bytes as a code has bits
 
 // The table row of one sample.
 struct Row {
@@ -50,20 +50,6 @@ __device__ __forceinline__ float gelu(float x) {
 __device__ __forceinline__ float gelu_tanh(float x) {
   const float u = x * (1.0f + 0.044715f * (x * x));
   return x * reciprocal_approx(1.0f + exp2_approx(-2.3022081978f * u));  // 2 sqrt(2 / pi) log2(e)
-}
-
-// Eight consecutive values of one pixel, `count` of which exist. One 16-byte load where alignment allows it.
-template <class T>
-__device__ __forceinline__ void load_values(float (&v)[CHANNELS], const T* x, int count, bool wide) {
-  if (wide) {
-    const uint4 words = *reinterpret_cast<const uint4*>(x);
-    const unsigned pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int e = 0; e < CHANNELS; e += 2) v[e] = low_float<T>(pairs[e / 2]), v[e + 1] = high_float<T>(pairs[e / 2]);
-  } else {
-#pragma unroll
-    for (int e = 0; e < CHANNELS; ++e) v[e] = e < count ? to_float(x[e]) : 0.0f;
-  }
 }
 
 // Eight consecutive float32 of a column with one number per channel, as load_values.

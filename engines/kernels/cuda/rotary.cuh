@@ -10,7 +10,7 @@ __device__ __forceinline__ void rotate(const RotaryParams& p) {
     const int head = item / octets, octet = item - head * octets, token = head / p.H % p.L;
     const long long at = static_cast<long long>(item) * OCTET, angle = (static_cast<long long>(token) * p.D + octet * OCTET);
     float v[OCTET], y[OCTET];
-    load_operand(v, static_cast<const T*>(p.x) + at, OCTET, true);
+    load_values(v, static_cast<const T*>(p.x) + at, OCTET, true);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float4 cosine = reinterpret_cast<const float4*>(p.cosine + angle)[half], sine = reinterpret_cast<const float4*>(p.sine + angle)[half];

@@ -110,7 +110,7 @@ MUTANTS = {
         "if (p.bias) y[e] = __fadd_rn(y[e], columns.bias[e]);",
         "if (p.bias) y[e] = fmaf(__int2float_rn(sum), __fmul_rn(act_scale, columns.scale[e]), columns.bias[e]);",
     ),
-    "an operand is skipped where channels are no octets": ("epilogue.cuh", "v[e] = e < count ? to_float(from[e]) : 0.0f;", "v[e] = 0.0f;"),
+    "an operand is skipped where channels are no octets": ("device.cuh", "v[e] = e < count ? to_float(from[e]) : 0.0f;", "v[e] = 0.0f;"),
     "the bias of a sample is that of sample 0": (
         "epilogue.cuh",
         "load_of_sample<T>(operand, p.sample_bias, p.sample_bias_stride, n, k0, p.K);",
@@ -119,8 +119,8 @@ MUTANTS = {
     "samples' gates are as far apart as their biases": ("epilogue.cuh", "p.gate, p.gate_stride, n", "p.gate, p.K, n"),
     "the residual is not added behind a gate": (
         "epilogue.cuh",
-        "if (p.residual) {\n    load_operand(operand",
-        "if (p.residual && p.gate) {\n    load_of_sample<T>(operand, p.gate, p.gate_stride, n, k0, p.K);\n  } else if (p.residual) {\n    load_operand(operand",
+        "if (p.residual) {\n    load_values(operand",
+        "if (p.residual && p.gate) {\n    load_of_sample<T>(operand, p.gate, p.gate_stride, n, k0, p.K);\n  } else if (p.residual) {\n    load_values(operand",
     ),
     "what is no number is clipped": ("epilogue.cuh", "y[e] > 65504.0f ? 65504.0f :", "!(y[e] <= 65504.0f) ? 65504.0f :"),
     "nothing is clipped from below": ("epilogue.cuh", "y[e] < -65504.0f ? -65504.0f : y[e]", "y[e]"),

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from engines.kernels.attention.launch import SOURCE, entry_points
+from engines.kernels.attention.launch import entry_points
+from engines.kernels.build import ATTENTION
 from tests.engines.kernels.helpers.sass import MULTIPROCESSORS, kernels
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the wheels of NVRTC, nvdisasm and cuobjdump are for Linux")
@@ -14,7 +15,7 @@ ARCHS = [arch if arch == "sm_86" else pytest.param(arch, marks=pytest.mark.exten
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_entry_point_is_compiled_and_nothing_spills(arch):
-    found = kernels(arch, SOURCE)
+    found = kernels(arch, ATTENTION)
     assert set(found) == set(entry_points())
     assert {name: (kernel.stack, kernel.spills) for name, kernel in found.items() if kernel.stack or kernel.spills} == {}
 
@@ -22,7 +23,7 @@ def test_every_entry_point_is_compiled_and_nothing_spills(arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_both_products_run_on_tensor_cores_and_scores_are_converted_by_an_addition(arch):
     """A stage is unrolled: keys / 8 fragments times 32 bytes of codes, keys / 16 steps times width / 8 fragments of values."""
-    for name, kernel in kernels(arch, SOURCE).items():
+    for name, kernel in kernels(arch, ATTENTION).items():
         if (width := kernel.width) is None:
             continue
         type_name = {"f16": "", "bf16": ".BF16"}[name.rsplit("_", 1)[1]]
@@ -36,7 +37,7 @@ def test_both_products_run_on_tensor_cores_and_scores_are_converted_by_an_additi
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_memory_is_read_and_written_16_bytes_at_a_time(arch):
-    for name, kernel in kernels(arch, SOURCE).items():
+    for name, kernel in kernels(arch, ATTENTION).items():
         if (width := kernel.width) is not None:
             assert kernel.count("LDGSTS.E.BYPASS.128") == kernel.count("LDGSTS") > 0, name
             assert kernel.count("STG.E.128") == kernel.count("STG") == width.elements // 16, name
@@ -46,6 +47,6 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_as_many_blocks_fit_as_the_widths_were_made_for(arch):
-    for name, kernel in kernels(arch, SOURCE).items():
+    for name, kernel in kernels(arch, ATTENTION).items():
         if kernel.width is not None:
             assert kernel.blocks(MULTIPROCESSORS[arch]) >= kernel.width.blocks, name

@@ -235,6 +235,47 @@ class Convolution:
         return total.astype(np.int64)
 
 
+@dataclasses.dataclass(frozen=True)
+class ScaleTable:
+    """What every quantizer takes: the scales and ranges of each row of a table, and the row of each sample [N]."""
+
+    row: NDArray[np.int32]
+    inv_scale: NDArray[np.float32]
+    qmin: NDArray[np.int32]
+    qmax: NDArray[np.int32]
+    bits: int
+    unsigned: bool
+
+    @classmethod
+    def drawn(cls, g: np.random.Generator, samples: int, bits: int, *, unsigned: bool) -> "ScaleTable":
+        row = g.integers(0, TABLE_ROWS, samples).astype(np.int32)
+        inv_scale = g.uniform(1, 20, TABLE_ROWS).astype(np.float32)
+        qmin = g.integers(-15 if unsigned else -(1 << bits - 1), 1, TABLE_ROWS).astype(np.int32)
+        qmax = qmin + (1 << bits) - 1 if unsigned else np.full(TABLE_ROWS, (1 << bits - 1) - 1, np.int32)
+        return cls(row, inv_scale, qmin, qmax, bits, unsigned)
+
+    def params(self) -> dict[str, int | None]:
+        """The fields of a struct of params.h."""
+        columns = {name: address(getattr(self, name)) for name in ("row", "inv_scale", "qmin", "qmax")}
+        return columns | {"unsigned_codes": int(self.unsigned)}
+
+    def of_samples(self, column: NDArray) -> NDArray:
+        return column[self.row][:, None, None]
+
+    def clipped(self, value: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What is rounded to codes, of value [N, HW, C]; NaN becomes the lowest code."""
+        scaled, low = value * self.of_samples(self.inv_scale), self.of_samples(self.qmin)
+        return np.where(np.isnan(scaled), low, np.clip(scaled, low, self.of_samples(self.qmax)))
+
+    def found(self, codes: NDArray[np.uint8], shape: tuple[int, int, int]) -> NDArray[np.int64]:
+        """The integers [N, HW, C] in the bytes that a kernel wrote, whose padding channels and guard are checked."""
+        assert (codes[-GUARD:] == 0xAD).all(), "wrote behind the codes"
+        channels = shape[-1]
+        found = unpacked(codes[:-GUARD].reshape(*shape[:2], -1), self.bits, unsigned=self.unsigned)
+        assert (found[..., channels:] == 0).all(), "padding channels are not 0"
+        return found[..., :channels] + (self.of_samples(self.qmin) if self.unsigned else 0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantization:
     """One call of quantize_*."""
@@ -257,11 +298,8 @@ class Quantization:
 
     def check(self, emulator: Emulator) -> None:
         g = np.random.default_rng(self.seed)
-        row = g.integers(0, TABLE_ROWS, self.N).astype(np.int32)
-        inv_scale = g.uniform(1, 20, TABLE_ROWS).astype(np.float32)
-        inv_scale[0] = 1.0  # row 0 meets exact ties
-        qmin = g.integers(-15 if self.unsigned else -(1 << self.bits - 1), 1, TABLE_ROWS).astype(np.int32)
-        qmax = qmin + (1 << self.bits) - 1 if self.unsigned else np.full(TABLE_ROWS, (1 << self.bits - 1) - 1, np.int32)
+        table = ScaleTable.drawn(g, self.N, self.bits, unsigned=self.unsigned)
+        table.inv_scale[0] = 1.0  # row 0 meets exact ties
         x = g.standard_normal((self.N, self.HW, self.C * (2 if self.prologue == "geglu" else 1))).astype(np.float32) * g.choice([0.5, 3.0])
         x[g.random(x.shape) < 0.2] = 0.5 * g.integers(-20, 20)  # ties, and one value in many places
         for special in (np.nan, np.inf, -np.inf, -0.0):
@@ -285,9 +323,7 @@ class Quantization:
                 value = gelu(value)
             if self.prologue == "geglu":
                 value = value[..., : self.C] * gelu(value[..., self.C :])
-            scaled = value * inv_scale[row][:, None, None]
-            low, high = (bound[row][:, None, None] for bound in (qmin, qmax))
-            clipped = np.where(np.isnan(scaled), low, np.clip(scaled, low, high))
+            clipped = table.clipped(value)
             expected = np.rint(clipped).astype(np.int64)
 
         Cb = -(-self.C * self.bits // 128) * 16
@@ -296,10 +332,7 @@ class Quantization:
         params = STRUCTS["QuantizeParams"](
             x=address(held),
             codes=address(codes),
-            row=address(row),
-            inv_scale=address(inv_scale),
-            qmin=address(qmin),
-            qmax=address(qmax),
+            **table.params(),
             mean=address(mean),
             rstd=address(rstd),
             gamma=address(gamma),
@@ -309,17 +342,13 @@ class Quantization:
             C=self.C,
             Cb=Cb,
             groups=self.groups,
-            unsigned_codes=int(self.unsigned),
         )
         octets = Cb // self.bits
         # Sometimes a grid smaller than in params.h: the kernels stride over the rest.
         grid = (-(-self.HW * octets // 256), self.N) if self.layout == "last" else (-(-self.HW // 64), -(-octets * 8 // 64), self.N)
         grid = (1, 1, 1) if g.random() < 0.3 else grid
         emulator.run(self.entry, params, grid, 256)
-        assert (codes[-GUARD:] == 0xAD).all(), "wrote behind the codes"
-        found = unpacked(codes[:-GUARD].reshape(self.N, self.HW, Cb), self.bits, unsigned=self.unsigned)
-        assert (found[..., self.C :] == 0).all(), "padding channels are not 0"
-        found = found[..., : self.C] + (qmin[row][:, None, None] if self.unsigned else 0)
+        found = table.found(codes, (self.N, self.HW, self.C))
         # exp2 on a GPU, exp2f here and numpy's exp differ in the last bits: at a tie the code may fall to either side. The rest is exact.
         near_tie = np.abs(np.abs(clipped - np.floor(clipped)) - 0.5) < 1e-4
         allowed = near_tie & (np.abs(found - expected) == 1) if self.prologue in ("silu", "norm_silu", "gelu_tanh") else False

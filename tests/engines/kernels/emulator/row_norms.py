@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.engines.kernels.emulator import STRUCTS, Emulator
-from tests.engines.kernels.emulator.cases import GUARD, TABLE_ROWS, TYPES, address, to_float, to_type, unpacked
+from tests.engines.kernels.emulator.cases import GUARD, TYPES, ScaleTable, address, to_float, to_type
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,7 @@ class RowNormalization:
 
     def check(self, emulator: Emulator) -> None:
         g = np.random.default_rng(self.seed)
-        row = g.integers(0, TABLE_ROWS, self.N).astype(np.int32)
-        inv_scale = g.uniform(1, 20, TABLE_ROWS).astype(np.float32)
-        qmin = g.integers(-15 if self.unsigned else -(1 << self.bits - 1), 1, TABLE_ROWS).astype(np.int32)
-        qmax = qmin + (1 << self.bits) - 1 if self.unsigned else np.full(TABLE_ROWS, (1 << self.bits - 1) - 1, np.int32)
+        table = ScaleTable.drawn(g, self.N, self.bits, unsigned=self.unsigned)
         x = g.standard_normal((self.N, self.HW, self.C)).astype(np.float32) + np.float32(self.mean)
         for special in (np.nan, np.inf) if self.HW > 2 else ():
             x[tuple(g.integers(0, size) for size in x.shape)] = special
@@ -61,9 +58,7 @@ class RowNormalization:
             value = value + beta if beta is not None else value
             value = value * (np.float32(1) + to_float(scale, self.dtype)[:, None]) if scale is not None else value
             value = value + to_float(shift, self.dtype)[:, None] if shift is not None else value
-            scaled = value * inv_scale[row][:, None, None]
-            low, high = (bound[row][:, None, None] for bound in (qmin, qmax))
-            expected = np.rint(np.where(np.isnan(scaled), low, np.clip(scaled, low, high))).astype(np.int64)
+            expected = np.rint(table.clipped(value)).astype(np.int64)
         assert value.dtype == np.float32
 
         Cb = -(-self.C * self.bits // 128) * 16
@@ -71,10 +66,7 @@ class RowNormalization:
         params = STRUCTS["RowNormParams"](
             x=address(held) + 2 * self.shifted,
             codes=address(codes),
-            row=address(row),
-            inv_scale=address(inv_scale),
-            qmin=address(qmin),
-            qmax=address(qmax),
+            **table.params(),
             gamma=address(gamma),
             beta=address(beta),
             scale=None if scale is None else scale.ctypes.data,
@@ -83,7 +75,6 @@ class RowNormalization:
             HW=self.HW,
             C=self.C,
             Cb=Cb,
-            unsigned_codes=int(self.unsigned),
             scale_stride=stride,
             shift_stride=stride,
             lanes=self.lanes,
@@ -91,10 +82,7 @@ class RowNormalization:
             eps=1e-5,
         )
         emulator.run(self.entry, params, (-(-self.HW * self.lanes // 256), self.N) if self.whole else (1, 1), 256)
-        assert (codes[-GUARD:] == 0xAD).all(), "wrote behind the codes"
-        found = unpacked(codes[:-GUARD].reshape(self.N, self.HW, Cb), self.bits, unsigned=self.unsigned)
-        assert (found[..., self.C :] == 0).all(), "padding channels are not 0"
-        wrong = found[..., : self.C] + (qmin[row][:, None, None] if self.unsigned else 0) != expected
+        wrong = table.found(codes, x.shape) != expected
         assert not wrong.any(), (
             f"{int(wrong.sum())} of {wrong.size} codes differ, the first at {np.unravel_index(wrong.argmax(), wrong.shape)}"
         )

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 
 from engines.kernels.attention import launch as attention
-from engines.kernels.build import MAIN, cubin
+from engines.kernels.build import ATTENTION, MAIN, cubin
 from engines.kernels.launch import THREADS, entry_points
 from engines.kernels.tiles import TILES
 
@@ -112,7 +112,7 @@ def kernels(arch: str, source: str = MAIN) -> dict[str, Kernel]:
 
 def table(arch: str) -> str:
     """Registers, shared memory and occupancy of the float16 kernels (bfloat16's are the same to a few registers), in markdown."""
-    on, found = MULTIPROCESSORS[arch], kernels(arch) | kernels(arch, attention.SOURCE)
+    on, found = MULTIPROCESSORS[arch], kernels(arch) | kernels(arch, ATTENTION)
     lines = [
         "| kernel | threads | registers | spilled bytes | shared bytes | blocks | warps of " + str(on.warps) + " |",
         "|---|---|---|---|---|---|---|",
