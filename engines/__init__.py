@@ -30,7 +30,7 @@ def build_engine(source: Path, out: Path, *, backend: str, options: BuildOptions
     Args:
         source: The directory that `edm-deploy export` wrote, or an artifact, as the backend requires.
         out: Directory to write; an engine that is there is replaced.
-        backend: `ort`, `openvino`, `trt-rtx`, `trt` from ONNX; `cuda` from the artifact.
+        backend: `ort`, `openvino`, `trt-rtx`, `trt` from ONNX; `cuda`, `cpu` from the artifact.
         options: Build options; dynamic dimensions without a ShapeRange get a default one.
         pipeline: The source pipeline, whose text encoders, tokenizers and VAE are copied into the engine directory and listed in its manifest;
             None copies none, and the engine's pipeline takes them from the model's source.

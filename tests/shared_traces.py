@@ -114,8 +114,8 @@ def share_traces(patch: pytest.MonkeyPatch) -> None:
     """Let every module of ours that traces take the shared graphs."""
     import edm_deploy.artifact.fold_pre_scales
     import edm_deploy.export.onnx
-    import engines.cuda
+    import engines.from_artifact.packed_engine
 
-    for module in (tracing, engines.cuda, edm_deploy.artifact.fold_pre_scales):
+    for module in (tracing, engines.from_artifact.packed_engine, edm_deploy.artifact.fold_pre_scales):
         patch.setattr(module, "exported_program", shared_program)
     patch.setattr(edm_deploy.export.onnx, "trace", shared_trace)

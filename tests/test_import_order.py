@@ -44,8 +44,8 @@ ORDER = {
         ("performance",),
         ("common",),
         ("torch_graph", "openvino_graph"),
-        ("nvidia",),
-        ("ort", "openvino", "trt", "trt_rtx", "cuda"),
+        ("nvidia", "from_artifact"),
+        ("ort", "openvino", "trt", "trt_rtx", "cuda", "cpu"),
     ),
     "tools": (
         ("__init__",),

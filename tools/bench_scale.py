@@ -23,7 +23,7 @@ RESULTS = "results.json"
 EXPORT_LIMIT = 1.5  # peak memory of the export over the size of the float16 weights
 ARTIFACT_LIMIT = 0.30  # size of a 4-bit artifact over that of the float16 weights
 BUILD = "build "  # prefix of the names of the build steps
-FROM_ARTIFACT = ("cuda",)
+FROM_ARTIFACT = ("cuda", "cpu")
 FOR_A_GPU = ("trt-rtx", "cuda")
 DTYPES = {"trt-rtx": "fp16", "trt": "fp16"}  # dtype of the graph that a backend is built from; the others take float32
 
@@ -170,7 +170,7 @@ def main(
     trajectories: Annotated[int, typer.Option(help="Number of calibration trajectories.")] = 2,
     size: Annotated[int | None, typer.Option(help="Height and width of a sample in latents. Default: the model's.")] = None,
     layers: Annotated[int | None, typer.Option(help="Blocks of each kind of a transformer. Default: all.")] = None,
-    backends: Annotated[str, typer.Option(help="Backends, separated by commas: ort, openvino, trt-rtx, trt, cuda.")] = "trt-rtx",
+    backends: Annotated[str, typer.Option(help="Backends, separated by commas: ort, openvino, trt-rtx, trt, cuda, cpu.")] = "trt-rtx",
     gpu: Annotated[str, typer.Option(help="GPU that trt-rtx and cuda build for.")] = "sm_86",
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Calibrate with --low-memory.")] = False,
     work: Annotated[Path, typer.Option(metavar="DIR", help="Directory for all results; completed steps in it are kept.")] = Path(

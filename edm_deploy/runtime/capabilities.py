@@ -32,6 +32,7 @@ class BackendCapabilities:
         reason: Why `executes` is not an integer kernel, where it is not.
         weight_only: How a site with quantized weights only is computed; None where the backend does not support one.
         int4: Whether it multiplies 4-bit integers where a site's codes fit.
+        packs_weights: Whether it builds from the artifact and packs weights for its own kernels, in 4 bits where a site's codes fit; the plan states it.
         filters: Filter sizes of the convolutions that it computes in integers; None for any convolution.
         plugins: Whether it runs the nodes of our INT4 plugins.
         int4_storage: Whether packed INT4 initialisers are supported together with quantized activations.
@@ -44,12 +45,15 @@ class BackendCapabilities:
     reason: str = ""
     weight_only: Execution | None = "weight-only"
     int4: bool = False
+    packs_weights: bool = False
     filters: tuple[tuple[int, int], ...] | None = None
     plugins: bool = False
     int4_storage: bool = False
     float_dtypes: tuple[str, ...] = ("fp32",)
     recorded_options: tuple[str, ...] = ()
 
+
+KERNEL_FILTERS = ((1, 1), (2, 2), (3, 3))  # of our own kernels; 2x2: a transformer's patches
 
 CAPABILITIES: Mapping[str, BackendCapabilities] = {
     target.backend: target
@@ -79,9 +83,19 @@ CAPABILITIES: Mapping[str, BackendCapabilities] = {
             executes={"conv2d": "int8", "linear": "int8"},
             weight_only="float",
             int4=True,
-            filters=((1, 1), (2, 2), (3, 3)),  # 2x2: a transformer's patches
+            packs_weights=True,
+            filters=KERNEL_FILTERS,
             float_dtypes=("fp16", "bf16"),
             recorded_options=("gpu", "precision"),
+        ),
+        BackendCapabilities(
+            backend="cpu",
+            executes={"conv2d": "int8", "linear": "int8"},
+            weight_only="float",
+            packs_weights=True,
+            filters=KERNEL_FILTERS,
+            float_dtypes=("bf16", "fp16"),
+            recorded_options=("precision", "threads"),
         ),
     )
 }
@@ -165,14 +179,14 @@ def plan_layers(artifact: Artifact, target: BackendCapabilities) -> dict[str, Si
 
 
 def site_plan(site: QuantizedLayer, layer: nn.Conv2d | nn.Linear, target: BackendCapabilities) -> SitePlan:
-    """The planned execution of one site: determined by its op, the shape of its layer and, with 4-bit kernels, its codes and bounds."""
+    """The planned execution of one site: determined by its op, the shape of its layer and, with kernels of our own, its codes and bounds."""
     executed = execution(site.op, site.activation is not None, target)
     if target.filters is not None and site.activation is not None:
         executed = "float" if unsupported_reason(layer, target.filters) else executed
-    if not target.int4 or executed != "int8":
+    if not target.packs_weights or executed != "int8":
         return SitePlan(site.scheme, executed)
     kind = code_format(site)
-    return SitePlan(site.scheme, "int8" if kind == "s8" else "int4", kind)
+    return SitePlan(site.scheme, "int4" if target.int4 and kind != "s8" else "int8", kind)
 
 
 def execution(op: Op, quantized_input: bool, target: BackendCapabilities) -> Execution:

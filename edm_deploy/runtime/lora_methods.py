@@ -19,6 +19,7 @@ from edm_deploy.adapters.slots import LoadedAdapter, SlotState, packed
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.network.family import Family
 from edm_deploy.network.restructure import NetworkRewrite
+from edm_deploy.runtime.capabilities import CAPABILITIES
 from edm_deploy.runtime.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,8 @@ class LoraMethods:
     def _target(self) -> LoraTarget:
         declared = self.manifest.adapters
         if declared is None:
-            remedy = "build it again with build-engine" if self.manifest.backend == "cuda" else "export the graph again with export"
+            target = CAPABILITIES.get(self.manifest.backend or "")
+            remedy = "build it again with build-engine" if target and target.packs_weights else "export the graph again with export"
             raise InputError(f"This engine was built without rank slots for adapters. To load a LoRA, {remedy} --lora-rank 64.")
         return LoraTarget(self.family, self.manifest.config, max(1, declared.rank - self._state().used))
 

@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +67,19 @@ def cubin(arch: str, nvcc: str | None = None, *, main: str = MAIN) -> Cubin:
     compiler = compiler_in_use(nvcc)
     files = source_files()
     name = f"{Path(main).stem}-{arch}-{_key(files, main, arch, compiler)}.{'ptx' if virtual(arch) else 'cubin'}"
-    cached = cache_directory() / name
-    if (code := _read(cached)) is None:
-        code = compiled(files, main, arch, compiler)
-        cached = _write(cached, code)
-    return Cubin(cached, code, arch, compiler)
+    return Cubin(*cached_code(name, lambda: compiled(files, main, arch, compiler)), arch, compiler)
+
+
+def cached_code(name: str, compile_now: Callable[[], bytes]) -> tuple[Path, bytes]:
+    """Compiled code by a name that stands for everything it depends on, from the cache or compiled now: its path and content.
+
+    The file ends with a checksum, which loaders of cubins and of shared libraries ignore.
+    """
+    path = cache_directory() / name
+    if (code := _read(path)) is None:
+        code = compile_now()
+        path = _write(path, code)
+    return path, code
 
 
 def compiler_in_use(nvcc: str | None = None) -> Compiler:

@@ -22,8 +22,10 @@ Raises InputError for operands that do not fit, UnsupportedError for what no ker
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -70,6 +72,23 @@ SCHEMAS = {
 }
 
 
+_ON_CPU: ContextVar[Any] = ContextVar("on_cpu", default=cpu_ops)
+
+
+@contextlib.contextmanager
+def implemented_by(functions: Any) -> Iterator[None]:
+    """Within it, and in this thread, operators on CPU tensors call these functions, those of `cpu_ops.py` by the same names."""
+    token = _ON_CPU.set(functions)
+    try:
+        yield
+    finally:
+        _ON_CPU.reset(token)
+
+
+def _implementation(x: Tensor) -> Any:
+    return cuda_ops if x.is_cuda else _ON_CPU.get()
+
+
 def codes_shape(x: Tensor, bits: int, activation: str) -> list[int]:
     """[B, H, W, Cb] of the packed codes of an activation; those of a GEGLU have half the channels."""
     if x.ndim == 4:
@@ -95,8 +114,8 @@ def _to_codes(op: str, traced: bool, x: Tensor, norm: Norm | None, table: Table,
     shape = _checked_codes(op, traced, x, table, activation)
     if traced:
         return x.new_empty(shape, dtype=torch.uint8)
-    run = cuda_ops.quantize if x.is_cuda else cpu_ops.quantize
-    return run(x, norm, table, activation=activation).view(shape)
+    codes: Tensor = _implementation(x).quantize(x, norm, table, activation=activation)
+    return codes.view(shape)
 
 
 def _checked_codes(op: str, traced: bool, x: Tensor, table: Table, activation: str = "none") -> list[int]:
@@ -116,8 +135,8 @@ def _quantize_row_normed(traced: bool, x: Tensor, *arguments: Any) -> Tensor:
     shape = _checked_codes(op, traced, x, table)
     if traced:
         return x.new_empty(shape, dtype=torch.uint8)
-    run = cuda_ops.quantize_rows if x.is_cuda else cpu_ops.quantize_rows
-    return run(x, norm, table).view(shape)
+    codes: Tensor = _implementation(x).quantize_rows(x, norm, table)
+    return codes.view(shape)
 
 
 def _group_stats(traced: bool, x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -127,8 +146,8 @@ def _group_stats(traced: bool, x: Tensor, groups: int, eps: float) -> tuple[Tens
         mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
         return mean, torch.empty_like(mean)
     check_size("group_stats", x=x.shape)
-    run = cuda_ops.group_stats if x.is_cuda else cpu_ops.group_stats
-    return run(x, groups, eps)
+    statistics: tuple[Tensor, Tensor] = _implementation(x).group_stats(x, groups, eps)
+    return statistics
 
 
 def _conv2d(traced: bool, *arguments: Any) -> Tensor:
@@ -157,8 +176,8 @@ def _convolved(op: str, traced: bool, operands: Operands, shape: ConvShape, dtyp
     check_rows(op, operands.rows, len(operands.act_scale))
     if operands.residual is not None:
         operands = replace(operands, residual=operands.residual.reshape(shape.M, shape.K).contiguous())
-    run = cuda_ops.convolve if operands.codes.is_cuda else cpu_ops.convolve
-    return run(operands, shape, dtype)
+    y: Tensor = _implementation(operands.codes).convolve(operands, shape, dtype)
+    return y
 
 
 def _attention_s8(traced: bool, *arguments: Any) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from edm_deploy.runtime.backend import Session
+from engines.common.kept_inputs import KeptInputs
 from engines.common.serialized_runs import SerializedRuns
 
 CAPTURED_SHAPES = 4  # graphs kept; all allocate from one memory pool
@@ -63,8 +64,7 @@ class CudaSession(Session):
         self._module: fx.GraphModule | None = module
         self._runs = SerializedRuns(device)
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
-        self._kept: dict[str, Tensor | None] = dict.fromkeys(kept)  # static memory, and the tensors that it was filled from
-        self._filled_from: dict[str, Tensor] = {}
+        self._kept = KeptInputs(kept)
         self._capture = capture and device.type == "cuda"
         self._captured: OrderedDict[tuple[tuple[int, ...], ...], Captured] = OrderedDict()
         self._pool: Any = None
@@ -75,30 +75,18 @@ class CudaSession(Session):
         if not self._capture:
             return self._eager(inputs)
         with self._runs.next():
-            self._renew(inputs)
+            self._kept.renew(inputs)
             captured = self._for_shapes(inputs)
             for name, value in captured.inputs.items():
-                if name not in self._kept:
+                if name not in self._kept.names:
                     value.copy_(inputs[name], non_blocking=True)
             captured.graph.replay()
             return {name: value.clone() for name, value in captured.outputs.items()}
-
-    def _renew(self, inputs: Mapping[str, Tensor]) -> None:
-        """Copy those kept inputs that are other tensors than before into the memory that captured graphs read."""
-        for name, memory in self._kept.items():
-            if self._filled_from.get(name) is inputs[name]:
-                continue
-            if memory is None:
-                self._kept[name] = inputs[name].clone()
-            else:
-                memory.copy_(inputs[name], non_blocking=True)
-            self._filled_from[name] = inputs[name]
 
     def _release(self) -> None:
         self._runs.finish()
         self._captured.clear()
         self._kept.clear()
-        self._filled_from.clear()
         self._module = self._pool = None
 
     def _eager(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -36,8 +36,10 @@ class Subject:
     def opened(self, backend):
         path = self.folder / backend
         if not path.is_dir():
-            options = BuildOptions(gpu="sm_86", lora_rank=RANK, lora_layers=".") if backend == "cuda" else BuildOptions()
-            engines.build_engine(self.folder / ("artifact" if backend == "cuda" else "onnx"), path, backend=backend, options=options)
+            source = engines.backend_named(backend).builds_from
+            slots = {"precision": "fp16", "lora_rank": RANK, "lora_layers": "."} if source == "artifact" else {}
+            options = BuildOptions(gpu="sm_86" if backend == "cuda" else None, **slots)
+            engines.build_engine(self.folder / source, path, backend=backend, options=options)
         return load_denoiser(path, device="cpu")
 
 

@@ -17,7 +17,7 @@ from tests.conftest import artifact_by_hand, tiny_inputs
 
 NAMES = registry.names(engines)
 OPTIONS = {"trt-rtx": BuildOptions(gpu="rtx3090")}
-RUNS_HERE = ["ort", "openvino", "cuda"]  # cuda: its kernels' arithmetic on the CPU; with a GPU, tests/engines/test_cuda.py
+RUNS_HERE = ["ort", "openvino", "cuda", "cpu"]  # cuda: its kernels' arithmetic on the CPU; with a GPU, tests/engines/test_cuda.py
 
 
 def test_every_backend_has_its_target():
@@ -37,7 +37,7 @@ def test_naming_a_backend_imports_no_vendor_package():
 
 
 def missing_package(name):
-    """Whether the backend's vendor package cannot be imported on this machine; `cuda` builds with torch alone."""
+    """Whether the backend's vendor package cannot be imported on this machine; `cuda` and `cpu` build with torch alone."""
     packages = {"ort": "onnxruntime", "openvino": "openvino", "trt-rtx": "tensorrt_rtx", "trt": "tensorrt"}
     return name in packages and importlib.util.find_spec(packages[name]) is None
 

@@ -53,8 +53,10 @@ class Subject:
     def built(self, backend: str):
         """The manifest of its engine; for a GPU, of an RTX 3090."""
         asked = {"gpu": "sm_86"} if backend in ("trt-rtx", "cuda") else {}
+        if backend == "cpu" and self.kind not in SMALL:
+            asked = {"precision": "fp16"}  # cuda's, whose trace is there already; the default, bfloat16, for the smallest
         source = self.folder / "artifact"
-        if backend != "cuda":
+        if engines.backend_named(backend).builds_from == "onnx":
             source = self.exported("fp16" if backend == "trt-rtx" and self.kind in HALF else "fp32")
         elif not source.is_dir():
             self.artifact.save(source)
@@ -71,7 +73,7 @@ def subject(request, tmp_path_factory):
 
 def is_long(kind, backend):
     """Whether a case takes more than five seconds."""
-    return (kind not in SMALL and backend in LONG_BUILDS) or (kind in LONG_TRACES and backend != "cuda")
+    return (kind not in SMALL and backend in LONG_BUILDS) or (kind in LONG_TRACES and backend not in ("cuda", "cpu"))
 
 
 def on_every_kind(*backends):
@@ -80,7 +82,7 @@ def on_every_kind(*backends):
     return pytest.mark.parametrize(("subject", "name"), cases, indirect=["subject"])
 
 
-@on_every_kind("ort", "openvino", "cuda")
+@on_every_kind("ort", "openvino", "cuda", "cpu")
 def test_at_every_site_the_codes_are_those_of_the_reference(name, subject):
     pytest.importorskip({"ort": "onnxruntime", "openvino": "openvino"}.get(name, "torch"))
     engine = subject.built(name)
@@ -94,7 +96,7 @@ def test_at_every_site_the_codes_are_those_of_the_reference(name, subject):
     assert max(site.output_error for site in sites) <= rounding
 
 
-@on_every_kind("openvino", "trt-rtx", "cuda")
+@on_every_kind("openvino", "trt-rtx", "cuda", "cpu")
 def test_every_planned_site_is_computed_in_integers(name, subject):
     pytest.importorskip({"openvino": "openvino", "trt-rtx": "tensorrt_rtx"}.get(name, "torch"))
     engine = subject.built(name)
@@ -102,6 +104,7 @@ def test_every_planned_site_is_computed_in_integers(name, subject):
         "openvino": {openvino_executes()},
         "trt-rtx": {"int8"},
         "cuda": {"int4", "int8"},
+        "cpu": {"int8"},
     }[name]
     kept = sum(subject.artifact.family_object.placement(site) == "w8a8" for site in subject.artifact.sites)
     assert Counter(plan.stored for plan in engine.plan.values()) == {"W4A4": len(subject.artifact.sites) - kept, "W8A8": kept}
@@ -110,13 +113,14 @@ def test_every_planned_site_is_computed_in_integers(name, subject):
         assert [warning for warning in engine.build["warnings"] if "export with --dtype fp16" not in warning] == []
 
 
+@pytest.mark.parametrize("name", ["cuda", "cpu"])
 @pytest.mark.parametrize("subject", KINDS, indirect=True)
-def test_its_integer_kernels_run_the_whole_model(subject):
-    """float16 between the sites: no further from the float model than twice as far as the reference is."""
+def test_its_integer_kernels_run_the_whole_model(name, subject):
+    """float16, or bfloat16, between the sites: no further from the float model than twice as far as the reference is."""
     from edm_deploy.runtime.load import load_denoiser
 
-    subject.built("cuda")
+    subject.built(name)
     family, _, model = tiny_model(subject.kind)
     exact, expected = family.forward(model, subject.inputs), Reference(subject.artifact)(subject.inputs)
-    found = load_denoiser(subject.folder / "cuda", device="cpu").run(subject.inputs)
+    found = load_denoiser(subject.folder / name, device="cpu").run(subject.inputs)
     assert (found - exact).norm() <= 2 * (expected - exact).norm()

@@ -30,7 +30,7 @@ def relaxed(tmp_path_factory):
     return artifact, path
 
 
-@pytest.mark.parametrize("name", [name if name == "ort" else pytest.param(name, marks=pytest.mark.extended) for name in RUNS_HERE])
+@pytest.mark.parametrize("name", [name if name in ("ort", "cpu") else pytest.param(name, marks=pytest.mark.extended) for name in RUNS_HERE])
 def test_samples_at_relaxed_timesteps_are_computed_by_a_second_engine_of_8_bit_inputs(name, relaxed, tmp_path):
     _, path = relaxed
     source = path / engines.backend_named(name).builds_from

@@ -15,7 +15,7 @@ from edm_deploy.runtime.load import load_denoiser
 from tests.conftest import tiny_inputs
 from tests.contracts.test_backends import RUNS_HERE
 
-OPTIONS = {"ort": BuildOptions(threads=1), "openvino": BuildOptions(threads=1), "cuda": BuildOptions(gpu="rtx3090")}
+OPTIONS = {name: BuildOptions(threads=1) for name in ("ort", "openvino", "cpu")} | {"cuda": BuildOptions(gpu="rtx3090")}
 CALLS = 15  # of each thread
 
 

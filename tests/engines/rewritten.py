@@ -67,9 +67,11 @@ def program_of(kind: str, dtype: torch.dtype = torch.float16) -> ExportedProgram
     return shared_program(family, config, dtype, input_dtype=torch.float32)
 
 
-def drafted_artifact(artifact: Artifact, program: ExportedProgram, dtype: torch.dtype = torch.float16) -> GraphRewrite:
-    """A whole denoiser, rewritten and not fused."""
-    packed = {name: packed_site(site, artifact.params.get(f"{name}.bias"), dtype) for name, site in artifact.sites.items()}
+def drafted_artifact(
+    artifact: Artifact, program: ExportedProgram, dtype: torch.dtype = torch.float16, kind: CodeFormat | str | None = "own"
+) -> GraphRewrite:
+    """A whole denoiser, rewritten and not fused; `kind` as of `packed_site`."""
+    packed = {name: packed_site(site, artifact.params.get(f"{name}.bias"), dtype, kind) for name, site in artifact.sites.items()}
     return rewrite_layers(program, packed, artifact.params, artifact.row_of_timestep, dtype)
 
 

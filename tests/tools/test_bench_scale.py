@@ -31,6 +31,13 @@ def test_cuda_is_built_from_the_artifact_for_the_same_gpu():
     assert made["build cuda"][-2:] == ("--gpu", "sm_86")
 
 
+def test_cpu_is_built_from_the_artifact_for_no_gpu():
+    made = {step.name: step.arguments for step in steps(["cpu"])}
+    assert list(made) == ["calibrate", "build cpu"]
+    assert made["build cpu"][:2] == ("build-engine", "artifact")
+    assert "--gpu" not in made["build cpu"]
+
+
 def test_bits_that_are_no_scheme_are_refused():
     with pytest.raises(InputError, match=r"--bits '4': expected a scheme such as W4A8"):
         steps_of("sd15", "4", 20, 2, [], "sm_86", low_memory=False)

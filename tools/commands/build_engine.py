@@ -21,9 +21,9 @@ class OrtProvider(StrEnum):
 
 
 def build_engine(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Directory written by export; for cuda the artifact.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Directory written by export; for cuda and cpu the artifact.")],
     out: opt.Out,
-    backend: Annotated[str, typer.Option(help="ort, openvino, trt-rtx or trt, from ONNX; cuda, from the artifact.")],
+    backend: Annotated[str, typer.Option(help="ort, openvino, trt-rtx or trt, from ONNX; cuda or cpu, from the artifact.")],
     gpu: Annotated[
         str | None, typer.Option(help="GPU to build for (trt-rtx, cuda): rtx3090, rtx4090, sm_86, ...; several with commas.")
     ] = None,
@@ -69,7 +69,7 @@ def build_engine(
 ) -> None:
     """Build an engine for one backend. trt-rtx and cuda build for a named GPU on a machine that has none.
 
-    The three options for LoRA are for cuda; other backends build from a graph, and export has them.
+    The three options for LoRA are for cuda and cpu; other backends build from a graph, and export has them.
     """
     from edm_deploy.runtime.capabilities import summary
     from edm_deploy_tools.common.build_options import build, build_options, pipeline_to_copy

@@ -102,7 +102,7 @@ def engine_bytes(family: Family, work: ModelWork, scheme: Scheme, target: Backen
     """Size of the constants of an engine in bytes: codes as the backend reads them, the rest in its first floating-point type."""
     total = FLOAT_BYTES[target.float_dtypes[0]] * (work.parameters - sum(site.weights for site in work.sites.values()))
     for name, site in work.sites.items():
-        packed = scheme.of(family.placement(name)).weight_bits <= 4 and (target.int4_storage or plans[name].executed == "int4")
+        packed = scheme.of(family.placement(name)).weight_bits <= 4 and (target.int4_storage or plans[name].codes in ("s4", "u4"))
         total += _code_bytes(site.weights, packed=packed) + 4 * site.outputs
     return total
 

@@ -52,6 +52,15 @@ def test_an_unknown_backend_gets_the_nearest():
         capabilities_of("trtrtx")
 
 
+def test_weights_that_are_packed_in_four_bits_run_as_int4_only_where_that_is_multiplied():
+    artifact = artifact_by_hand()
+    on_gpu, on_cpu = (plan_layers(artifact, capabilities_of(name)) for name in ("cuda", "cpu"))
+    assert {name: plan.codes for name, plan in on_gpu.items()} == {name: plan.codes for name, plan in on_cpu.items()}
+    assert {plan.executed for plan in on_gpu.values()} == {"int4", "int8"}
+    assert {plan.executed for plan in on_cpu.values()} == {"int8"}
+    assert {plan.codes for plan in plan_layers(artifact, capabilities_of("openvino")).values()} == {None}
+
+
 def test_the_plan_says_what_is_stored_and_what_is_executed():
     sites = plan_layers(artifact_by_hand(), capabilities_of("ort"))
     assert (sites["conv_in"].stored, sites["conv_in"].executed) == ("W8A8", "float")

@@ -14,8 +14,8 @@ from engines import backend_named, build_engine
 from tests.conftest import tiny_inputs
 from tests.mutations import flip_bytes, mutated, mutated_tensors, outcome, replace_file, write_manifest
 
-# Which share of the mutations each directory gets: opening a cuda engine traces its model.
-COUNTS = {"onnx": 80, "ort": 80, "openvino": 12, "cuda": 8}
+# Which share of the mutations each directory gets: opening a cuda or cpu engine traces its model.
+COUNTS = {"onnx": 80, "ort": 80, "openvino": 12, "cuda": 8, "cpu": 4}
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,7 @@ def directories(onnx_w4a4, artifact_w4a4, tmp_path_factory):
         build_engine(onnx_w4a4, root / backend, backend=backend, options=BuildOptions(profile=profile, threads=1))
     artifact_w4a4.save(root / "artifact")
     build_engine(root / "artifact", root / "cuda", backend="cuda", options=BuildOptions(profile=profile, gpu="sm_86"))
+    build_engine(root / "artifact", root / "cpu", backend="cpu", options=BuildOptions(profile=profile, threads=1))
     shutil.copytree(onnx_w4a4, root / "onnx")
     return root
 
@@ -79,4 +80,4 @@ def test_mutated_directories_are_opened_or_refused(directories, kind, tmp_path):
 @pytest.mark.extended
 @pytest.mark.parametrize("kind", COUNTS)
 def test_many_mutated_directories_are_opened_or_refused(directories, kind, tmp_path):
-    assert faults(directories, kind, tmp_path, range(1000, 1000 + (300 if kind == "cuda" else 1900))) == {}
+    assert faults(directories, kind, tmp_path, range(1000, 1000 + (300 if kind in ("cuda", "cpu") else 1900))) == {}

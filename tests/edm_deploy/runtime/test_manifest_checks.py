@@ -31,6 +31,7 @@ BUILD = {"versions": {"openvino": "2026.1"}, "options": {"precision": "fp32", "t
         ("openvino", {"threads": True}, r"build\.options\.threads is true, expected an integer or null"),
         ("openvino", {"precision": "fp16"}, r"build\.options\.precision is 'fp16', expected fp32 or bf16"),
         ("openvino", {"precision": None}, r"build\.options\.precision is None, expected fp32 or bf16"),
+        ("cpu", {"precision": "fp32"}, r"build\.options\.precision is 'fp32', expected bf16 or fp16"),
         ("cuda", {"precision": "fp16"}, r"build\.options has no field 'gpu', which cuda reads"),
         ("cuda", {"precision": "fp16", "gpu": None}, r"build\.options\.gpu is null, expected a compute capability"),
         ("cuda", {"precision": "fp16", "gpu": "sm_"}, r'build\.options\.gpu is "sm_", expected a string matching regex'),

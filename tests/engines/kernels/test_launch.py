@@ -28,9 +28,9 @@ def test_structs_lie_in_memory_as_the_compiler_has_them(tmp_path):
     check_memory(STRUCTS, tmp_path)
 
 
-def check_memory(structs, tmp_path) -> None:
+def check_memory(structs, tmp_path, header=SOURCE / "params.h") -> None:
     """Raises AssertionError where a field is not where a C++ compiler has it."""
-    lines = ["#include <cstddef>", "#include <cstdio>", f'#include "{SOURCE / "params.h"}"', "int main() {"]
+    lines = ["#include <cstddef>", "#include <cstdio>", f'#include "{header}"', "int main() {"]
     for struct in structs:
         name = struct.__name__
         lines.append(f'std::printf("{name} %zu\\n", sizeof({name}));')

@@ -25,7 +25,7 @@ def test_a_branch_enters_the_epilogue_of_its_site_with_all_fusions(saved, tmp_pa
     manifest = Manifest.read(tmp_path / "engine", kind="engine")
     tensors = cuda.load_tensors(tmp_path / "engine" / cuda.ENGINE_NAME)
     kinds = {name: plan.codes for name, plan in manifest.plan.items()}
-    rewritten, placeholders = cuda._graph(manifest, tensors, kinds)
+    rewritten, placeholders = cuda.fused_graph(manifest, tensors, kinds)
     assert list(placeholders) == [declared.name for declared in manifest.adapters.inputs]
     products = [node for node in rewritten.graph.nodes if node.target in cuda_products()]
     assert len(products) == len(manifest.sites)

@@ -1,0 +1,118 @@
+// Attention in float32 without a mask: softmax(Q K^T * scale) V, keys in blocks, the softmax corrected from block to block.
+// Each lane of a vector is a query, so that nothing is summed across lanes.
+// Source: Dao et al., "FlashAttention", arXiv:2205.14135, algorithm 1, for the blocks.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "params.h"
+#include "simd.h"
+
+#if defined(__AVX512F__)
+constexpr int QUERY_VECTORS = 4;
+#else
+constexpr int QUERY_VECTORS = 1;
+#endif
+constexpr int QUERIES = QUERY_VECTORS * LANES;  // of a piece of work
+constexpr int KEYS = 32;                        // of a block
+constexpr int TILE = 6;                         // keys, or channels, whose sums are in registers
+
+struct AttentionBuffers {
+  std::vector<float> memory;
+  float *queries, *keys, *values, *scores, *sums;  // [D][QUERIES], [KEYS][D], [KEYS][D], [KEYS][QUERIES], [D][QUERIES]
+  explicit AttentionBuffers(int D) : memory(2 * (D * QUERIES + KEYS * D) + KEYS * QUERIES + LANES) {
+    queries = memory.data() + (-(uintptr_t)memory.data() / sizeof(float) & (LANES - 1));  // whole cache lines
+    keys = queries + D * QUERIES, values = keys + KEYS * D;
+    scores = values + KEYS * D, sums = scores + KEYS * QUERIES;
+  }
+};
+
+// to[i][:] += sum over k of a[k][:] * b[i * step + k * stride] for `ROWS` i, where a and to are rows of QUERIES; starts at 0 where `fresh`.
+template <int ROWS>
+inline __attribute__((always_inline)) void add_tile(const float* a, const float* b, int step, int stride, int count, float* to, bool fresh) {
+  Floats sums[ROWS][QUERY_VECTORS];
+  for (int i = 0; i < ROWS; i++)
+    for (int v = 0; v < QUERY_VECTORS; v++) sums[i][v] = fresh ? Floats{} : load<Floats>(to + i * QUERIES + v * LANES);
+  for (int k = 0; k < count; k++) {
+    Floats row[QUERY_VECTORS];
+    for (int v = 0; v < QUERY_VECTORS; v++) row[v] = load<Floats>(a + k * QUERIES + v * LANES);
+    for (int i = 0; i < ROWS; i++) {
+      const Floats factor = all(b[i * step + k * stride]);
+      for (int v = 0; v < QUERY_VECTORS; v++) sums[i][v] = fused(row[v], factor, sums[i][v]);
+    }
+  }
+  for (int i = 0; i < ROWS; i++)
+    for (int v = 0; v < QUERY_VECTORS; v++) store(to + i * QUERIES + v * LANES, sums[i][v]);
+}
+
+inline void add_products(const float* a, const float* b, int rows, int step, int stride, int count, float* to, bool fresh) {
+  int i = 0;
+  for (; i + TILE <= rows; i += TILE) add_tile<TILE>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh);
+  for (; i < rows; i++) add_tile<1>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh);
+}
+
+template <typename T>
+inline void widen_rows(const T* from, int64_t stride, int rows, int D, float* to) {
+  for (int i = 0; i < rows; i++)
+    for (int d = 0; d < D; d += LANES) {
+      const int count = D - d < LANES ? D - d : LANES;
+      store(to + i * D + d, values(from + i * stride + d, count), count);
+    }
+}
+
+template <typename T>
+inline void attend(const AttentionParams& p, int n, int head, int first, AttentionBuffers& at) {
+  const int D = p.D, count = p.queries - first < QUERIES ? p.queries - first : QUERIES;
+  const T* q = (const T*)p.query + n * p.query_stride[0] + head * p.query_stride[1];
+  const T* k = (const T*)p.key + n * p.key_stride[0] + head * p.key_stride[1];
+  const T* v = (const T*)p.value + n * p.value_stride[0] + head * p.value_stride[1];
+  for (int i = 0; i < QUERIES; i++) {  // transposed; queries behind the last are copies of it
+    widen_rows(q + (first + (i < count ? i : count - 1)) * p.query_stride[2], 0, 1, D, at.keys);
+    for (int d = 0; d < D; d++) at.queries[d * QUERIES + i] = at.keys[d] * p.scale;
+  }
+  Floats most[QUERY_VECTORS], total[QUERY_VECTORS];
+  for (int w = 0; w < QUERY_VECTORS; w++) most[w] = all(-INFINITY), total[w] = Floats{};
+  for (int start = 0; start < p.keys; start += KEYS) {
+    const int keys = p.keys - start < KEYS ? p.keys - start : KEYS;
+    widen_rows(k + start * p.key_stride[2], p.key_stride[2], keys, D, at.keys);
+    widen_rows(v + start * p.value_stride[2], p.value_stride[2], keys, D, at.values);
+    add_products(at.queries, at.keys, keys, D, 1, D, at.scores, true);
+    for (int w = 0; w < QUERY_VECTORS; w++) {
+      float* scores = at.scores + w * LANES;
+      Floats larger_one = most[w];
+      for (int j = 0; j < keys; j++) larger_one = larger(load<Floats>(scores + j * QUERIES), larger_one);
+      const Floats correction = exponential(most[w] - larger_one);
+      Floats sum = total[w] * correction;
+      for (int j = 0; j < keys; j++) {
+        const Floats e = exponential(load<Floats>(scores + j * QUERIES) - larger_one);
+        store(scores + j * QUERIES, e), sum = sum + e;
+      }
+      if (start)
+        for (int d = 0; d < D; d++) store(at.sums + d * QUERIES + w * LANES, load<Floats>(at.sums + d * QUERIES + w * LANES) * correction);
+      most[w] = larger_one, total[w] = sum;
+    }
+    add_products(at.scores, at.values, D, 1, D, keys, at.sums, start == 0);
+  }
+  float inverse[QUERIES];
+  for (int w = 0; w < QUERY_VECTORS; w++) store(inverse + w * LANES, 1.0f / total[w]);
+  for (int i = 0; i < count; i++) {
+    T* out = (T*)p.out + (((int64_t)n * p.queries + first + i) * p.heads + head) * D;
+    for (int d = 0; d < D; d += LANES) {
+      Floats y{};
+      for (int e = 0; e < LANES && d + e < D; e++) y[e] = at.sums[(d + e) * QUERIES + i] * inverse[i];
+      put(out + d, y, D - d < LANES ? D - d : LANES);
+    }
+  }
+}
+
+template <typename T>
+inline void attention(const AttentionParams& p, int thread, int threads) {
+  AttentionBuffers buffers(p.D);
+  const int blocks = (p.queries + QUERIES - 1) / QUERIES;
+  const int64_t items = (int64_t)p.N * p.heads * blocks;
+  for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads; item++) {
+    const int pair = (int)(item / blocks);
+    attend<T>(p, pair / p.heads, pair % p.heads, (int)(item % blocks) * QUERIES, buffers);
+  }
+}

@@ -1,0 +1,84 @@
+"""Errors sown into the kernels, one at a time: each must be found by test_ops.py, or those tests prove nothing."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from engines.kernels.cpu.build import SOURCE, source_files
+
+# What goes wrong -> file, a text that it holds exactly once, what that becomes.
+MUTANTS = {
+    "columns left of the map are read": ("convolution.h", "(unsigned)(pixels[i].x + s) < (unsigned)p.W", "pixels[i].x + s < p.W"),
+    "rows below the map are read": ("convolution.h", "(unsigned)(pixels[i].y + r) < (unsigned)p.H", "pixels[i].y + r >= 0"),
+    "codes are not made unsigned": ("convolution.h", "codes ^ 0x80808080u", "codes"),
+    "the next sample is not reached": ("convolution.h", "pixel.y = -p.padding, pixel.sample++;", "pixel.y = -p.padding;"),
+    "the bias comes before the scale": (
+        "convolution.h",
+        "y[v] = y[v] + column(p.bias, v);",
+        "y[v] = y[v] + column(p.bias, v) * (scale * column(p.weight_scale, v));",
+    ),
+    "nothing is clipped to float16": ("convolution.h", "if (p.saturate)", "if (false)"),
+    "the last output channels are those of a whole vector": ("convolution.h", "if (k + VECTORS * LANES <= p.K)", "if (true)"),
+    "a transformed row has another sign": ("winograd.h", "rows[8 + j] = d[8 + j] - d[4 + j]", "rows[8 + j] = d[8 + j] + d[4 + j]"),
+    "an output adds a place that it subtracts": ("winograd.h", "second - third - at(3)", "second - third + at(3)"),
+    "outputs are not divided by four": ("winograd.h", "(row[0] + row[1] + row[2]) >> 2", "(row[0] + row[1] + row[2]) >> 1"),
+    "a tile beyond the right edge is written": ("winograd.h", "j < 2 && tile.x + j < p.Q", "j < 2"),
+    "the last vector of channels is not transformed": ("winograd.h", "c < p.Cb; c += 16", "c + 16 < p.Cb; c += 16"),
+    "codes are rounded half up": (
+        "quantize.h",
+        "__builtin_convertvector(as<Ints>((clipped + magic)) - as<Ints>(magic), Bytes)",
+        "__builtin_convertvector(__builtin_convertvector(clipped + 0.5f + magic - magic, Ints), Bytes)",
+    ),
+    "padding channels keep what was there": ("quantize.h", "if (Cb > C) memset(codes + C, 0, Cb - C);", ""),
+    "a group's statistics reach one channel too far": ("quantize.h", "last_channel = (group + 1) * size < end", "last_channel = (group + 1) * size + 1 < end"),
+    "gelu ends too early": ("quantize.h", "(x >= 5.0f) | (x <= -5.0f)", "(x >= 3.0f) | (x <= -3.0f)"),
+    "a reciprocal is not refined": ("simd.h", "x * (first * fused(-divisor, first, all(2.0f)))", "x * first"),
+    "a group's variance leaves out its channels' means": ("norm.h", "variance + step * step * j / (j + 1)", "variance"),
+    "the last chunk is left out": ("norm.h", "const int64_t items = (int64_t)p.N * chunks;", "const int64_t items = (int64_t)p.N * chunks - 1;"),
+    "adaLN's scale is used without its 1": ("norm.h", "1.0f + values((const T*)p.scale", "values((const T*)p.scale"),
+    "lanes behind the last channel count": ("norm.h", "choose(lane < count(c), values(x + c, count(c)) - mean, Floats{})", "values(x + c, count(c)) - mean"),
+    "earlier keys are not corrected": ("attention.h", "      if (start)\n", "      if (false)\n"),
+    "an earlier total is not corrected": ("attention.h", "Floats sum = total[w] * correction;", "Floats sum = total[w];"),
+}  # fmt: skip
+IN_EVERY_RUN = ("an output adds a place that it subtracts",)
+NEEDS = {"a reciprocal is not refined": "avx512f"}  # instructions without which the line is not compiled
+
+
+def passes(folder: pathlib.Path, file: str, old: str, new: str) -> bool:
+    """Whether test_ops.py passes, for this machine's instructions, with one replacement in the source."""
+    source = folder / "cpu"
+    shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    text = (source / file).read_text()
+    assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
+    (source / file).write_text(text.replace(old, new))
+    program = (
+        "import pathlib, sys, pytest\nfrom engines.kernels.cpu import build\n"
+        f"build.SOURCE = pathlib.Path({str(source)!r})\n"
+        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '-k', 'native', 'tests/engines/kernels/cpu/test_ops.py']))"
+    )
+    environment = os.environ | {"EDM_DEPLOY_CACHE": str(folder / "cache"), "PYTEST_ADDOPTS": ""}
+    root = pathlib.Path(__file__).parents[4]
+    ran = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode <= 1, ran.stdout + ran.stderr  # 1: a test failed; more: none ran
+    return ran.returncode == 0
+
+
+def test_every_sown_error_names_a_line_of_the_source():
+    files = {name: content.decode() for name, content in source_files().items()}
+    assert {name: files[file].count(old) for name, (file, old, _) in MUTANTS.items() if files[file].count(old) != 1} == {}
+
+
+@pytest.mark.extended
+def test_the_source_as_it_is_passes(tmp_path):
+    assert passes(tmp_path, "simd.h", "#pragma once", "#pragma once")
+
+
+@pytest.mark.parametrize("mutant", [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.extended) for name in MUTANTS])
+def test_an_error_sown_into_the_kernels_is_found(mutant, tmp_path):
+    if mutant in NEEDS and NEEDS[mutant] not in pathlib.Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this CPU has no {NEEDS[mutant]}: the line is not compiled here")
+    assert not passes(tmp_path, *MUTANTS[mutant]), f"nothing noticed that {mutant}"
