@@ -49,6 +49,7 @@ inline __attribute__((always_inline)) void add_tile(const float* a, const float*
 inline void add_products(const float* a, const float* b, int rows, int step, int stride, int count, float* to, bool fresh) {
   int i = 0;
   for (; i + TILE <= rows; i += TILE) add_tile<TILE>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh);
+  if (i + 4 <= rows) add_tile<4>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh), i += 4;
   for (; i < rows; i++) add_tile<1>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh);
 }
 
@@ -59,6 +60,21 @@ inline void widen_rows(const T* from, int64_t stride, int rows, int D, float* to
       const int count = D - d < LANES ? D - d : LANES;
       store(to + i * D + d, values(from + i * stride + d, count), count);
     }
+}
+
+// Sums [D][QUERIES] over their totals, to the output.
+template <typename T>
+inline void write_queries(const AttentionParams& p, int n, int head, int first, int count, const float* sums, const Floats (&total)[QUERY_VECTORS]) {
+  float inverse[QUERIES];
+  for (int w = 0; w < QUERY_VECTORS; w++) store(inverse + w * LANES, 1.0f / total[w]);
+  for (int i = 0; i < count; i++) {
+    T* out = (T*)p.out + (((int64_t)n * p.queries + first + i) * p.heads + head) * p.D;
+    for (int d = 0; d < p.D; d += LANES) {
+      Floats y{};
+      for (int e = 0; e < LANES && d + e < p.D; e++) y[e] = sums[(d + e) * QUERIES + i] * inverse[i];
+      put(out + d, y, p.D - d < LANES ? p.D - d : LANES);
+    }
+  }
 }
 
 template <typename T>
@@ -94,25 +110,22 @@ inline void attend(const AttentionParams& p, int n, int head, int first, Attenti
     }
     add_products(at.scores, at.values, D, 1, D, keys, at.sums, start == 0);
   }
-  float inverse[QUERIES];
-  for (int w = 0; w < QUERY_VECTORS; w++) store(inverse + w * LANES, 1.0f / total[w]);
-  for (int i = 0; i < count; i++) {
-    T* out = (T*)p.out + (((int64_t)n * p.queries + first + i) * p.heads + head) * D;
-    for (int d = 0; d < D; d += LANES) {
-      Floats y{};
-      for (int e = 0; e < LANES && d + e < D; e++) y[e] = at.sums[(d + e) * QUERIES + i] * inverse[i];
-      put(out + d, y, D - d < LANES ? D - d : LANES);
-    }
+  write_queries<T>(p, n, head, first, count, at.sums, total);
+}
+
+// The pieces of work of one thread: body(sample, head, first query).
+template <typename Body>
+inline void each_head(const AttentionParams& p, int thread, int threads, Body body) {
+  const int blocks = (p.queries + QUERIES - 1) / QUERIES;
+  const int64_t items = (int64_t)p.N * p.heads * blocks;
+  for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads; item++) {
+    const int pair = (int)(item / blocks);
+    body(pair / p.heads, pair % p.heads, (int)(item % blocks) * QUERIES);
   }
 }
 
 template <typename T>
 inline void attention(const AttentionParams& p, int thread, int threads) {
   AttentionBuffers buffers(p.D);
-  const int blocks = (p.queries + QUERIES - 1) / QUERIES;
-  const int64_t items = (int64_t)p.N * p.heads * blocks;
-  for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads; item++) {
-    const int pair = (int)(item / blocks);
-    attend<T>(p, pair / p.heads, pair % p.heads, (int)(item % blocks) * QUERIES, buffers);
-  }
+  each_head(p, thread, threads, [&](int n, int head, int first) { attend<T>(p, n, head, first, buffers); });
 }

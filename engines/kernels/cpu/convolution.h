@@ -4,7 +4,9 @@
 #include "params.h"
 #include "simd.h"
 
-constexpr int BAND = 64;  // pixels whose codes stay in the cache while all output channels are computed
+constexpr int CACHED_WEIGHTS = 256 << 10;  // bytes of a group of output channels that the second cache holds beside all else
+constexpr int PIECE = 384;                 // channels of a tap whose weights the first cache holds
+constexpr int BAND = 96;  // pixels whose codes stay in the cache while all output channels are computed
 
 #if defined(__AVX512F__)
 constexpr int MOST_VECTORS = 4;
@@ -33,28 +35,26 @@ inline Pixel next(const ConvParams& p, Pixel pixel) {
   return pixel;
 }
 
+// Adds the products of channels `first` to `last` of one tap of the filter.
 template <int PIXELS, int VECTORS>
-inline __attribute__((always_inline)) void add_products(const ConvParams& p, const Pixel (&pixels)[PIXELS], const int8_t* weight, Ints (&sums)[PIXELS][VECTORS]) {
-  for (int r = 0; r < p.R; r++)
-    for (int s = 0; s < p.S; s++) {
-      const int8_t* at[PIXELS];
-      for (int i = 0; i < PIXELS; i++) {
-        const bool inside = (unsigned)(pixels[i].y + r) < (unsigned)p.H && (unsigned)(pixels[i].x + s) < (unsigned)p.W;
-        at[i] = inside ? pixels[i].codes + ((int64_t)r * p.W + s) * p.Cb : p.zero;
-      }
-      for (int c = 0; c < p.Cb; c += 4) {
-        Fours factors[VECTORS];
-        for (int v = 0; v < VECTORS; v++) factors[v] = in_register(load<Fours>(weight + v * 4 * LANES));
+inline __attribute__((always_inline)) void add_tap(const ConvParams& p, const Pixel* pixels, int r, int s, int first, int last, const int8_t* weight,
+                                                   Ints (&sums)[PIXELS][VECTORS]) {
+  const int8_t* at[PIXELS];
+  for (int i = 0; i < PIXELS; i++) {
+    const bool inside = (unsigned)(pixels[i].y + r) < (unsigned)p.H && (unsigned)(pixels[i].x + s) < (unsigned)p.W;
+    at[i] = inside ? pixels[i].codes + ((int64_t)r * p.W + s) * p.Cb : p.zero;
+  }
+  for (int c = first; c < last; c += 4) {
+    Fours factors[VECTORS];
+    for (int v = 0; v < VECTORS; v++) factors[v] = in_register(load<Fours>(weight + v * 4 * LANES));
 #pragma GCC unroll 8
-        for (int i = 0; i < PIXELS; i++) {
-          uint32_t codes;
-          memcpy(&codes, at[i] + c, 4);
+    for (int i = 0; i < PIXELS; i++) {
+      const uint32_t codes = load_word(at[i] + c);
 #pragma GCC unroll 4
-          for (int v = 0; v < VECTORS; v++) sums[i][v] = sum_of_4(sums[i][v], codes ^ 0x80808080u, factors[v]);
-        }
-        weight += VECTORS * 4 * LANES;
-      }
+      for (int v = 0; v < VECTORS; v++) sums[i][v] = sum_of_4(sums[i][v], codes ^ 0x80808080u, factors[v]);
     }
+    weight += VECTORS * 4 * LANES;
+  }
 }
 
 // Output channels k to k + 16 * VECTORS of one pixel; `FULL`: none of them is behind the last.
@@ -87,20 +87,42 @@ inline __attribute__((always_inline)) void write_output(const ConvParams& p, int
 
 template <typename T, int PIXELS, int VECTORS>
 inline void convolve_band(const ConvParams& p, int64_t first, int64_t last, int k) {
-  const int8_t* weight = p.weight + (int64_t)k * p.R * p.S * p.Cb;
-  Pixel pixel = pixel_of(p, first);
-  for (int64_t m = first; m < last; m += PIXELS) {
-    Pixel pixels[PIXELS];
-    for (int i = 0; i < PIXELS; i++) {
-      pixels[i] = pixel;  // those behind the last are copies of it
-      if (m + i + 1 < last) pixel = next(p, pixel);
+  static_assert(BAND % PIXELS == 0, "a band is filled up to whole tiles");
+  const int8_t* weights = p.weight + (int64_t)k * p.R * p.S * p.Cb;
+  const int count = (int)(last - first);
+  Pixel pixels[BAND];
+  pixels[0] = pixel_of(p, first);
+  for (int m = 1; m < (count + PIXELS - 1) / PIXELS * PIXELS; m++) pixels[m] = m < count ? next(p, pixels[m - 1]) : pixels[m - 1];
+  const auto weight = [&](int r, int s, int c) { return weights + (((int64_t)r * p.S + s) * p.Cb + c) * VECTORS * LANES; };
+  Ints starts[VECTORS];
+  for (int v = 0; v < VECTORS; v++) starts[v] = load<Ints>(p.start + k + v * LANES);
+
+  if ((int64_t)p.R * p.S * p.Cb * VECTORS * LANES <= CACHED_WEIGHTS) {
+    for (int m = 0; m < count; m += PIXELS) {
+      Ints sums[PIXELS][VECTORS];
+      for (int i = 0; i < PIXELS; i++)
+        for (int v = 0; v < VECTORS; v++) sums[i][v] = starts[v];
+      for (int r = 0; r < p.R; r++)
+        for (int s = 0; s < p.S; s++) add_tap<PIXELS, VECTORS>(p, pixels + m, r, s, 0, p.Cb, weight(r, s, 0), sums);
+      for (int i = 0; i < PIXELS && m + i < count; i++) write_output<T>(p, pixels[m + i].sample, first + m + i, k, sums[i]);
     }
-    Ints sums[PIXELS][VECTORS];
-    for (int i = 0; i < PIXELS; i++)
-      for (int v = 0; v < VECTORS; v++) sums[i][v] = load<Ints>(p.start + k + v * LANES);
-    add_products<PIXELS, VECTORS>(p, pixels, weight, sums);
-    for (int i = 0; i < PIXELS && m + i < last; i++) write_output<T>(p, pixels[i].sample, m + i, k, sums[i]);
+    return;
   }
+  // Each piece of the weights is read once for the whole band, whose sums wait in memory.
+  Ints sums[BAND / PIXELS][PIXELS][VECTORS];
+  for (int m = 0; m < count; m++)
+    for (int v = 0; v < VECTORS; v++) sums[m / PIXELS][m % PIXELS][v] = starts[v];
+  for (int tap = 0; tap < p.R * p.S; tap++)
+    for (int c = 0; c < p.Cb; c += PIECE) {
+      const int end = c + PIECE < p.Cb ? c + PIECE : p.Cb;
+      for (int m = 0; m < count; m += PIXELS) {
+        Ints tile[PIXELS][VECTORS];
+        memcpy(tile, sums[m / PIXELS], sizeof(tile));
+        add_tap<PIXELS, VECTORS>(p, pixels + m, tap / p.S, tap % p.S, c, end, weight(tap / p.S, tap % p.S, c), tile);
+        memcpy(sums[m / PIXELS], tile, sizeof(tile));
+      }
+    }
+  for (int m = 0; m < count; m++) write_output<T>(p, pixels[m].sample, first + m, k, sums[m / PIXELS][m % PIXELS]);
 }
 
 template <typename T>
@@ -117,8 +139,8 @@ inline void convolve(const ConvParams& p, int thread, int threads) {
       case 1: convolve_band<T, 8, 1>(p, first, last, k); break;
 #if defined(__AVX512F__)
       case 2: convolve_band<T, 8, 2>(p, first, last, k); break;
-      case 3: convolve_band<T, 4, 3>(p, first, last, k); break;
-      default: convolve_band<T, 4, 4>(p, first, last, k);
+      case 3: convolve_band<T, 6, 3>(p, first, last, k); break;
+      default: convolve_band<T, 6, 4>(p, first, last, k);
 #else
       default: convolve_band<T, 2, 2>(p, first, last, k);
 #endif

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "attention_bf16.h"
 #include "convolution.h"
 #include "norm.h"
 #include "params.h"
@@ -40,6 +41,9 @@ void run_group_stats(const void* params, int thread, int threads) {
 
 void run_attention(const void* params, int thread, int threads) {
   const AttentionParams& p = *(const AttentionParams*)params;
+#if defined(__AVX512BF16__)
+  if (!p.type && has_pairs(p)) return attention_bf16(p, thread, threads);
+#endif
   p.type ? attention<F16>(p, thread, threads) : attention<Bf16>(p, thread, threads);
 }
 

@@ -36,7 +36,30 @@ inline Vector load(const void* from) {
   return result;
 }
 
-// The first `count` lanes; the others are 0.
+inline uint32_t load_word(const void* from) {
+  uint32_t result;
+  memcpy(&result, from, 4);
+  return result;
+}
+
+// The first `count` lanes; the others are 0, or stay as they were in memory.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+template <typename Vector>
+inline Vector load(const void* from, int count) {
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(Vector) == 64) return as<Vector>(_mm512_maskz_loadu_epi32((__mmask16)mask, from));
+  else if constexpr (sizeof(Vector) == 32) return as<Vector>(_mm256_maskz_loadu_epi16((__mmask16)mask, from));
+  else return as<Vector>(_mm_maskz_loadu_epi8((__mmask16)mask, from));
+}
+
+template <typename Vector>
+inline void store(void* to, Vector value, int count) {
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(Vector) == 64) _mm512_mask_storeu_epi32(to, (__mmask16)mask, as<__m512i>(value));
+  else if constexpr (sizeof(Vector) == 32) _mm256_mask_storeu_epi16(to, (__mmask16)mask, as<__m256i>(value));
+  else _mm_mask_storeu_epi8(to, (__mmask16)mask, as<__m128i>(value));
+}
+#else
 template <typename Vector>
 inline Vector load(const void* from, int count) {
   Vector result{};
@@ -45,9 +68,14 @@ inline Vector load(const void* from, int count) {
 }
 
 template <typename Vector>
-inline void store(void* to, Vector value, int count = LANES) {
-  if (count == LANES) memcpy(to, &value, sizeof(Vector));
-  else memcpy(to, &value, count * (sizeof(Vector) / LANES));
+inline void store(void* to, Vector value, int count) {
+  memcpy(to, &value, count * (sizeof(Vector) / LANES));
+}
+#endif
+
+template <typename Vector>
+inline void store(void* to, Vector value) {
+  memcpy(to, &value, sizeof(Vector));
 }
 
 inline Floats all(float value) { return value - Floats{}; }

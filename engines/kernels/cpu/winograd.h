@@ -77,8 +77,7 @@ inline __attribute__((always_inline)) void add_place(const uint8_t* inputs, int 
     Fours factors[VECTORS];
     for (int v = 0; v < VECTORS; v++) factors[v] = in_register(load<Fours>(weight + v * 4 * LANES));
     for (int i = 0; i < ROWS; i++) {
-      uint32_t codes;
-      memcpy(&codes, inputs + (int64_t)i * Cb + c, 4);
+      const uint32_t codes = load_word(inputs + (int64_t)i * Cb + c);
       for (int v = 0; v < VECTORS; v++) sums[i][v] = sum_of_4(sums[i][v], codes, factors[v]);
     }
     weight += VECTORS * 4 * LANES;

@@ -43,9 +43,14 @@ MUTANTS = {
     "lanes behind the last channel count": ("norm.h", "choose(lane < count(c), values(x + c, count(c)) - mean, Floats{})", "values(x + c, count(c)) - mean"),
     "earlier keys are not corrected": ("attention.h", "      if (start)\n", "      if (false)\n"),
     "an earlier total is not corrected": ("attention.h", "Floats sum = total[w] * correction;", "Floats sum = total[w];"),
+    "earlier pairs of keys are not corrected": ("attention_bf16.h", "if (start && _mm512", "if (false && _mm512"),
+    "an earlier total of pairs is not corrected": ("attention_bf16.h", "Floats sum = total[w] * correction;", "Floats sum = total[w];"),
+    "the key behind an odd last one counts": ("attention_bf16.h", "if (keys % 2)", "if (false)"),
 }  # fmt: skip
 IN_EVERY_RUN = ("an output adds a place that it subtracts",)
-NEEDS = {"a reciprocal is not refined": "avx512f"}  # instructions without which the line is not compiled
+NEEDS = {"a reciprocal is not refined": "avx512f"} | {
+    name: "avx512_bf16" for name, (file, _, _) in MUTANTS.items() if file == "attention_bf16.h"
+}  # instructions without which the line is not compiled
 
 
 def passes(folder: pathlib.Path, file: str, old: str, new: str) -> bool:

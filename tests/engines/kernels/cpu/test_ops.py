@@ -96,6 +96,24 @@ def test_winograds_sums_are_the_direct_ones(seed, low, high, recorded):
     assert_same_bits(found, cpu_ops.convolve(operands, shape, torch.bfloat16))
 
 
+@pytest.mark.parametrize(("channels", "taps"), [(520, 3), (4200, 1)])
+def test_weights_beyond_the_cache_are_read_in_pieces(channels, taps, recorded):
+    dice = draws.Dice(channels)
+    operands, _ = narrow_convolution(0, -128, 127)
+    weight = dice.codes(-127, 127, 70, channels, taps, taps).to(torch.int8)
+    operands = replace(
+        operands,
+        codes=pack_codes(dice.codes(-128, 127, 1, 11, 10, channels), 8),
+        rows=dice.codes(0, draws.ROWS - 1, 1),
+        weight=pack_weight(weight, 8),
+        weight_scale=dice.normal(70).abs() * 0.01,
+        weight_sum=weight_sum(weight),
+        bias=dice.normal(70),
+    )
+    shape = operands.shape("test", (taps, taps), 1, taps // 2)
+    assert_same_bits(recorded.convolve(operands, shape, torch.float16), cpu_ops.convolve(operands, shape, torch.float16))
+
+
 def kernels_of(recorded: RecordedOps) -> list[str]:
     return [KERNELS[step[0]] for step in recorded.steps if isinstance(step, tuple)]
 
@@ -172,11 +190,23 @@ def test_attention_is_that_of_float64(queries, keys, channels, recorded):
     assert torch.equal(recorded.attention(q, k, v, None), recorded.attention(q, k, v, channels**-0.5))
 
 
-def test_large_scores_do_not_overflow(recorded):
-    q = torch.full((1, 1, 2, 16), 200.0).half()
-    k = torch.cat([torch.full((1, 1, 40, 16), -200.0), torch.full((1, 1, 1, 16), 200.0)], 2).half()
-    v = torch.arange(41).view(1, 1, 41, 1).expand(1, 1, 41, 16).half().contiguous()
-    assert recorded.attention(q, k, v, 1.0).unique().tolist() == [40.0]
+@pytest.mark.parametrize("dtype", draws.TYPES)
+def test_large_scores_do_not_overflow(dtype, recorded):
+    q = torch.full((1, 1, 2, 16), 200.0).to(dtype)
+    k = torch.cat([torch.full((1, 1, 100, 16), -200.0), torch.full((1, 1, 1, 16), 200.0)], 2).to(dtype)
+    v = torch.arange(101).view(1, 1, 101, 1).expand(1, 1, 101, 16).to(dtype).contiguous()
+    assert recorded.attention(q, k, v, 1.0).unique().tolist() == [100.0]
+
+
+@pytest.mark.parametrize("odd", ["channels", "stride", "scale"])
+def test_attention_that_cannot_be_read_in_pairs(odd, recorded):
+    """Heads that begin at an odd channel, or a negative scale, are computed in float32."""
+    width = 15 if odd == "channels" else 16
+    whole = torch.randn(2, 70, 3, width + (odd == "stride"), generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = whole[..., :width].transpose(1, 2)
+    scale = -0.3 if odd == "scale" else 0.3
+    expected = functional.scaled_dot_product_attention(*3 * [x.double()], scale=scale)
+    assert float((recorded.attention(x, x, x, scale).double() - expected).norm() / expected.norm()) < 2.0**-8
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
