@@ -27,6 +27,7 @@ from edm_deploy.pipelines.custom import UnconditionalPipeline, images_from_sampl
 from edm_deploy.pipelines.source import load_source
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.capabilities import summary
+from edm_deploy.runtime.load import open_session
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.directories import write_json
 from edm_deploy_tools.commands.quantize_model import QuantizeRequest, checkpoint_of, quantize
@@ -41,6 +42,7 @@ from edm_deploy_tools.evaluation.report import report_html
 from edm_deploy_tools.evaluation.results import Report, final_samples, headline
 from edm_deploy_tools.evaluation.trajectory_error import EvaluationSettings
 from edm_deploy_tools.images.sample import grid_of, sample_images
+from engines import backend_named
 
 GRID_NAME = "grid.png"
 PRESET = "demo"
@@ -68,6 +70,7 @@ BUILDS = (
     EngineBuild(name="ort", backend="ort"),
     EngineBuild(name="openvino", backend="openvino"),
     EngineBuild(name="openvino-bf16", backend="openvino", options=BuildOptions(precision="bf16")),
+    EngineBuild(name="cpu", backend="cpu"),
     EngineBuild(name="rtx3090", backend="trt-rtx", options=BuildOptions(gpu="rtx3090"), runs_here=False),
 )
 
@@ -170,11 +173,14 @@ def export(path: Path, artifact: Artifact) -> None:
 
 
 def build_one(work: Path, artifact: Artifact, entry: EngineBuild) -> tuple[Path, EngineBuild] | None:
-    """Build one engine; None, with the reason printed, if its backend is not installed."""
+    """Build one engine; None, with the reason printed, if its backend, or what it needs to run, is not installed."""
     path = work / f"engine-{entry.name}"
     manifest = made_from(path, artifact, "engine")
     try:
-        manifest = manifest or build(work / "onnx", path, backend=entry.backend, options=entry.options)
+        source = work / ("onnx" if backend_named(entry.backend).builds_from == "onnx" else "finetuned")
+        manifest = manifest or build(source, path, backend=entry.backend, options=entry.options)
+        if entry.runs_here:
+            open_session(path)[1].close()  # cpu needs a compiler where an engine is opened
     except UnsupportedError as err:
         console.say(f"Skipped {entry.name}: {err}")
         return None
