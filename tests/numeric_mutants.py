@@ -35,7 +35,7 @@ REFERENCE, CORRECTION, ROUTING = (f"edm_deploy/artifact/{name}.py" for name in (
 GUIDANCE, SCHEDULES = "edm_deploy/pipelines/guidance.py", "edm_deploy/pipelines/noise_schedules.py"
 LAYERS, FAKE_QUANT = "calibration/student/layers.py", "calibration/student/fake_quant.py"
 ADAROUND, RESIDUAL = "calibration/reconstruction/adaround.py", "calibration/training/binary_residual.py"
-CPU_OPS, PACKED = "engines/kernels/cpu_ops.py", "engines/torch_graph/packed_layer.py"
+TORCH_OPS, PACKED = "engines/kernels/torch_ops.py", "engines/torch_graph/packed_layer.py"
 
 
 def tests_of(file: str) -> tuple[str, ...]:
@@ -140,9 +140,9 @@ MUTANTS = {
     ),
     "the residual's step is the largest error": mutant(RESIDUAL, ".abs().mean(1)", ".abs().amax(1)"),
     # the kernels' arithmetic on the CPU
-    "a kernel rounds half up": mutant(CPU_OPS, "(values * inv_scale).round()", "(values * inv_scale + 0.5).floor()", *OPS),
-    "unsigned codes are not corrected": mutant(CPU_OPS, "total.double() + operands.qmin", "total.double() - operands.qmin", *OPS),
-    "the bias is added twice": mutant(CPU_OPS, "y = y + operands.bias\n", "y = y + operands.bias + operands.bias\n", *OPS),
+    "a kernel rounds half up": mutant(TORCH_OPS, "(values * inv_scale).round()", "(values * inv_scale + 0.5).floor()", *OPS),
+    "unsigned codes are not corrected": mutant(TORCH_OPS, "total.double() + operands.qmin", "total.double() - operands.qmin", *OPS),
+    "the bias is added twice": mutant(TORCH_OPS, "y = y + operands.bias\n", "y = y + operands.bias + operands.bias\n", *OPS),
     "unsigned codes are read as they are stored": mutant(
         PACKED, "values = values + qmin.to(torch.int8)", "values = values + 0 * qmin.to(torch.int8)"
     ),

@@ -1,4 +1,4 @@
-"""Launch the kernels on torch tensors: select the entry point and the tile, allocate outputs. Same functions as `cpu_ops.py`."""
+"""Launch the kernels on torch tensors: select the entry point and the tile, allocate outputs. Same functions as `torch_ops.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor
 
 from edm_deploy.numerics.kernel_layout import CHUNK, code_bytes
 from engines.kernels import driver
-from engines.kernels.cpu_ops import pixels
 from engines.kernels.launch import (
     FIRST_PROLOGUES,
     PROLOGUES,
@@ -25,12 +24,13 @@ from engines.kernels.launch import (
 )
 from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, RowNorm, Table
 from engines.kernels.tiles import Tile, choose_tile
+from engines.kernels.torch_ops import pixels
 
 TYPE_NAMES = dict(zip(FLOATS, TYPES, strict=True))
 
 
 def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "none") -> Tensor:
-    """As `cpu_ops.quantize`. A contiguous map [B, C, H, W] is read without a copy, unless a norm or a GELU precedes, which require channels last."""
+    """As `torch_ops.quantize`. A contiguous map [B, C, H, W] is read without a copy, unless a norm or a GELU precedes, which require channels last."""
     batch, height, width, channels = pixels(x).shape
     channels = channels // 2 if activation == "geglu" else channels
     first = x.ndim == 4 and x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
@@ -60,7 +60,7 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "n
 
 
 def quantize_rows(x: Tensor, norm: RowNorm, table: Table) -> Tensor:
-    """As `cpu_ops.quantize_rows`."""
+    """As `torch_ops.quantize_rows`."""
     values = pixels(x).contiguous()
     batch, tokens, _, channels = values.shape
     codes = torch.empty((batch, tokens, 1, code_bytes(channels, table.bits)), dtype=torch.uint8, device=x.device)
@@ -88,7 +88,7 @@ def quantize_rows(x: Tensor, norm: RowNorm, table: Table) -> Tensor:
 
 
 def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """As `cpu_ops.group_stats`, summed in float32 about the first pixel of each chunk."""
+    """As `torch_ops.group_stats`, summed in float32 about the first pixel of each chunk."""
     values = pixels(x).contiguous()
     batch, height, width, channels = values.shape
     chunk = chunk_of(height * width)
@@ -111,7 +111,7 @@ def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tuple[Tile, int] | None = None) -> Tensor:
-    """As `cpu_ops.convolve`; `on` is the tile and the number of splits, which `choose_tile` chooses otherwise."""
+    """As `torch_ops.convolve`; `on` is the tile and the number of splits, which `choose_tile` chooses otherwise."""
     device, M, K = operands.codes.device, shape.M, shape.K
     tile, splits = on or choose_tile(M, K, shape.R * shape.S * shape.Cb, driver.multiprocessors(device))
     out = torch.empty((shape.N, shape.P, shape.Q, K), dtype=dtype, device=device)

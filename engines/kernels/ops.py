@@ -1,7 +1,7 @@
 """The kernels as torch operators, `torch.ops.edm_deploy.*`, for use with torch.export, torch.compile and CUDA graphs.
 
 Importing this file registers them; it requires torch only. On CUDA tensors they launch kernels on the current stream (`cuda_ops.py`), on CPU tensors they
-compute the same bits in plain torch (`cpu_ops.py`), and under a tracer only shapes. All share the checks in `operands.py`.
+compute the same bits in plain torch (`torch_ops.py`), and under a tracer only shapes. All share the checks in `operands.py`.
 
     quantize          float16 or bfloat16 -> packed codes, optionally after an activation (operands.ACTIVATIONS)
     group_stats       mean and 1 / sqrt(variance + eps) of each sample's groups of channels
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.numerics.kernel_layout import code_bytes
-from engines.kernels import cpu_ops, cuda_ops, rotary
+from engines.kernels import cuda_ops, rotary, torch_ops
 from engines.kernels.attention import cpu as cpu_attention
 from engines.kernels.attention import cuda as cuda_attention
 from engines.kernels.attention.operands import AttentionOperands
@@ -72,12 +72,12 @@ SCHEMAS = {
 }
 
 
-_ON_CPU: ContextVar[Any] = ContextVar("on_cpu", default=cpu_ops)
+_ON_CPU: ContextVar[Any] = ContextVar("on_cpu", default=torch_ops)
 
 
 @contextlib.contextmanager
 def implemented_by(functions: Any) -> Iterator[None]:
-    """Within it, and in this thread, operators on CPU tensors call these functions, those of `cpu_ops.py` by the same names."""
+    """Within it, and in this thread, operators on CPU tensors call these functions, those of `torch_ops.py` by the same names."""
     token = _ON_CPU.set(functions)
     try:
         yield

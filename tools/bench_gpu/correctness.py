@@ -14,7 +14,7 @@ from edm_deploy_tools.bench_gpu.attention import attention_results
 from edm_deploy_tools.bench_gpu.stage import StageResult, StageRun
 from edm_deploy_tools.benchmarks.kernel_problems import BOUNDS
 from edm_deploy_tools.common.console import Row
-from engines.kernels import build, cpu_ops, cuda_ops, driver, rotary
+from engines.kernels import build, cuda_ops, driver, rotary, torch_ops
 from engines.kernels.launch import FIRST_PROLOGUES, PROLOGUES
 from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, RowNorm, Table
 from engines.kernels.tiles import TILES
@@ -42,7 +42,7 @@ def kernels(run: StageRun) -> StageResult:
 
 def operators_on(device: torch.device) -> Any:  # a module
     """The operators of a device: the kernels, or on the CPU their twins."""
-    return cuda_ops if device.type == "cuda" else cpu_ops
+    return cuda_ops if device.type == "cuda" else torch_ops
 
 
 def activation_table(batch: int, bits: int, *, unsigned: bool, device: torch.device) -> tuple[Any, ...]:
@@ -66,7 +66,7 @@ def _quantizers(run: StageRun, generator: torch.Generator) -> list[Row]:
             *(torch.rand((3, 4), generator=generator) + 0.5 for _ in range(2)), *(torch.randn(40, generator=generator) for _ in range(2))
         )
         table = Table(*activation_table(3, bits, unsigned=unsigned, device=torch.device("cpu")))
-        expected_codes = cpu_ops.quantize(x, groups if norm else None, table, activation=activation)
+        expected_codes = torch_ops.quantize(x, groups if norm else None, table, activation=activation)
         op = operators_on(run.device).quantize
         moved = Norm(*(column.to(run.device) if column is not None else None for column in vars(groups).values()))
         own_table = Table(*activation_table(3, bits, unsigned=unsigned, device=run.device))
@@ -92,7 +92,7 @@ def _row_norms(run: StageRun, generator: torch.Generator) -> list[Row]:
         )
         codes = operators_on(run.device).quantize_rows(x.to(run.device), on, own_table)
         name = f"quantize {'RMSNorm' if rms else 'LayerNorm'} {channels} {_name(dtype)} {'u' if unsigned else 's'}{bits}"
-        rows.append(_compared(name, codes.cpu(), cpu_ops.quantize_rows(x, norm, table)))
+        rows.append(_compared(name, codes.cpu(), torch_ops.quantize_rows(x, norm, table)))
     return rows
 
 
@@ -116,7 +116,7 @@ def _statistics(run: StageRun, generator: torch.Generator) -> list[Row]:
         x = (torch.randn((2, channels, size, size), generator=generator) * 2 + 5).to(dtype).to(memory_format=torch.channels_last)
         op = operators_on(run.device).group_stats
         found = torch.cat([value.cpu() for value in op(x.to(run.device), groups, 1e-5)])
-        right = torch.cat(cpu_ops.group_stats(x, groups, 1e-5))
+        right = torch.cat(torch_ops.group_stats(x, groups, 1e-5))
         wrong = int(((found - right).abs() > 1e-5 * right.abs()).sum())
         rows.append(
             {
@@ -135,7 +135,7 @@ def _convolutions(run: StageRun, generator: torch.Generator) -> list[Row]:
     for kind, dtype, tile, splits in itertools.product(BOUNDS, FLOATS, TILES, (1, 3)):
         operands = _operands(kind, dtype, shape, generator)
         own = ConvShape(**{**vars(shape), "Cb": operands.codes.shape[-1]})
-        right = cpu_ops.convolve(operands, own, dtype)
+        right = torch_ops.convolve(operands, own, dtype)
         on = Operands(*(value.to(run.device) if isinstance(value, Tensor) else value for value in vars(operands).values()))
         found = operators_on(run.device).convolve(on, own, dtype, on=(tile, splits))
         name = f"conv {kind} {tile.name} {_name(dtype)}" + (f", {splits} splits" if splits > 1 else "")

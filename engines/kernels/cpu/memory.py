@@ -12,9 +12,14 @@ ALIGNMENT = 64
 
 
 class Memory:
-    """Allocates tensors from blocks. A block whose tensor is no longer read serves a later one; none is returned before the recording ends."""
+    """Allocates tensors from blocks. A block whose tensor is no longer read serves a later one; none is returned before the recording ends.
+
+    Attributes:
+        bounds: Smallest and largest code that a tensor can hold, by its address, where that is known; forgotten with the tensor.
+    """
 
     def __init__(self) -> None:
+        self.bounds: dict[int, tuple[int, int]] = {}
         self._blocks: dict[int, Tensor] = {}  # uint8, by address
         self._free: list[Tensor] = []
 
@@ -22,6 +27,7 @@ class Memory:
         """A tensor of undefined content, contiguous or with these strides, which must be dense; aligned to ALIGNMENT bytes."""
         size = max(1, math.prod(shape)) * dtype.itemsize
         block = self._block(-(-size // ALIGNMENT) * ALIGNMENT)
+        self.bounds.pop(block.data_ptr(), None)
         flat = block[:size].view(dtype)
         return flat[: math.prod(shape)].view(*shape) if strides is None else flat.as_strided(tuple(shape), tuple(strides))
 

@@ -1,6 +1,6 @@
 """The operators by the kernels in C++: each call is recorded, and runs at once too, so that a recording is its first run.
 
-Same functions as `engines/kernels/cpu_ops.py`, on codes of 8 bits.
+Same functions as `engines/kernels/torch_ops.py`, on codes of 8 bits.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from engines.kernels.cpu.build import TARGET, library
 from engines.kernels.cpu.launch import ACTIVATIONS, KERNELS, PARAMS, STATS_CHUNK, TYPES, Call
 from engines.kernels.cpu.memory import Memory
 from engines.kernels.cpu.weights import Weights
-from engines.kernels.cpu_ops import pixels
 from engines.kernels.operands import ConvShape, Norm, Operands, RowNorm, Table
+from engines.kernels.torch_ops import pixels
 
 Step = tuple[int, ctypes.Structure] | Callable[[], object]  # place of a kernel and its params, or anything else
 
@@ -34,7 +34,6 @@ class RecordedOps:
         memory: Where outputs lie.
         steps: In the order of execution.
         threads: Of each kernel.
-        bounds: Smallest and largest code by the address of the codes: what Winograd's algorithm may rely on.
     """
 
     def __init__(self, weights: Weights, memory: Memory, threads: int, target: str = TARGET) -> None:
@@ -43,10 +42,9 @@ class RecordedOps:
         self._weights = weights
         self._library = library(target)
         self._held: list[Tensor] = []
-        self.bounds: dict[int, tuple[int, int]] = {}
 
     def quantize(self, x: Tensor, norm: Norm | None, table: Table, *, activation: str = "none") -> Tensor:
-        """As `cpu_ops.quantize`. SiLU and GELU by tanh have a relative error below 2^-20: a code may differ by a tie."""
+        """As `torch_ops.quantize`. SiLU and GELU by tanh have a relative error below 2^-20: a code may differ by a tie."""
         values = self._contiguous(pixels(x))
         batch, height, width, channels = values.shape
         channels = channels // 2 if activation == "geglu" else channels
@@ -66,7 +64,7 @@ class RecordedOps:
         return codes
 
     def quantize_rows(self, x: Tensor, norm: RowNorm, table: Table) -> Tensor:
-        """As `cpu_ops.quantize_rows`, summed in another order."""
+        """As `torch_ops.quantize_rows`, summed in another order."""
         values = self._contiguous(pixels(x))
         batch, tokens, _, channels = values.shape
         codes = self._codes((batch, tokens, 1), channels, table)
@@ -87,7 +85,7 @@ class RecordedOps:
         return codes
 
     def group_stats(self, x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-        """As `cpu_ops.group_stats`, summed in float32 by STATS_CHUNK pixels."""
+        """As `torch_ops.group_stats`, summed in float32 by STATS_CHUNK pixels."""
         values = self._contiguous(pixels(x))
         batch, height, width, channels = values.shape
         chunks = -(-height * width // STATS_CHUNK)
@@ -99,7 +97,7 @@ class RecordedOps:
         return mean, rstd
 
     def convolve(self, operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: object = None) -> Tensor:
-        """As `cpu_ops.convolve`, the same bits.
+        """As `torch_ops.convolve`, the same bits.
 
         Raises:
             UnsupportedError: The codes are not of kind `s8`.
@@ -107,7 +105,7 @@ class RecordedOps:
         if operands.kind != "s8":
             raise UnsupportedError(f"The kernels for the CPU multiply codes of kind s8, not {operands.kind}.")
         plain = (shape.R, shape.S, shape.stride) == (3, 3, 1)
-        bounds = self.bounds.get(operands.codes.data_ptr()) if plain else None
+        bounds = self.memory.bounds.get(operands.codes.data_ptr()) if plain else None
         arranged = self._weights.of(operands.weight, bounds, self._library.edm_vectors())
         out = self.memory.empty((shape.N, shape.P, shape.Q, shape.K), dtype)
         columns = {name: getattr(operands, name) for name in ("act_scale", "weight_scale", "bias")}
@@ -205,7 +203,7 @@ class RecordedOps:
         if table.bits != 8:
             raise UnsupportedError(f"The kernels for the CPU store codes of 8 bits, not {table.bits}.")
         codes = self.memory.empty((*leading, code_bytes(channels, 8)), torch.uint8)
-        self.bounds[codes.data_ptr()] = (int(table.qmin.min()), int(table.qmax.max()))
+        self.memory.bounds[codes.data_ptr()] = (int(table.qmin.min()), int(table.qmax.max()))
         return codes
 
     def _contiguous(self, x: Tensor) -> Tensor:

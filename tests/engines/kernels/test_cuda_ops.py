@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.kernels import cpu_ops, cuda_ops, ops
+from engines.kernels import cuda_ops, ops, torch_ops
 from engines.kernels.tiles import TILES
 from tests.engines.kernels.helpers import draws
 
@@ -26,9 +26,9 @@ def assert_same_codes(drawn: draws.Quantization, found: Tensor, expected: Tensor
         assert torch.equal(found, expected)
         return
     bits, unsigned = drawn.table.bits, drawn.table.unsigned
-    found, expected = (cpu_ops.unpack_codes(codes, bits, unsigned=unsigned).int() for codes in (found, expected))
-    values = cpu_ops.pixels(drawn.x).float()
-    values = (values if drawn.norm is None else cpu_ops.normed(values, drawn.norm)).double()
+    found, expected = (torch_ops.unpack_codes(codes, bits, unsigned=unsigned).int() for codes in (found, expected))
+    values = torch_ops.pixels(drawn.x).float()
+    values = (values if drawn.norm is None else torch_ops.normed(values, drawn.norm)).double()
     inner = values if drawn.activation == "silu" else 2 * (2 / torch.pi) ** 0.5 * (values + 0.044715 * values**3)
     scaled = values * inner.sigmoid() * drawn.table.inv_scale[drawn.table.rows.long()][:, None, None, None]
     to_tie = (scaled - scaled.floor() - 0.5).abs()
@@ -51,7 +51,7 @@ def test_codes_are_those_of_the_cpu(seed, launched):
     drawn = draws.quantization(seed, largest=6)
     arguments = drawn.x, drawn.norm, drawn.table
     assert_same_codes(
-        drawn, cuda_ops.quantize(*arguments, activation=drawn.activation), cpu_ops.quantize(*arguments, activation=drawn.activation)
+        drawn, cuda_ops.quantize(*arguments, activation=drawn.activation), torch_ops.quantize(*arguments, activation=drawn.activation)
     )
     assert len(launched) == 1
 
@@ -60,7 +60,7 @@ def test_codes_are_those_of_the_cpu(seed, launched):
 def test_codes_of_normalized_tokens_are_those_of_the_cpu(seed, launched):
     drawn = draws.row_normalization(seed, largest=12)
     arguments = drawn.x, drawn.norm, drawn.table
-    assert torch.equal(cuda_ops.quantize_rows(*arguments), cpu_ops.quantize_rows(*arguments))
+    assert torch.equal(cuda_ops.quantize_rows(*arguments), torch_ops.quantize_rows(*arguments))
     assert len(launched) == 1
 
 
@@ -72,14 +72,14 @@ def test_sums_are_those_of_the_cpu(seed, launched):
     if operands.residual is not None:
         residual = operands.residual if drawn.leading else operands.residual.permute(0, 2, 3, 1)
         operands = replace(operands, residual=residual.reshape(shape.M, shape.K).contiguous())
-    assert_same_bits(cuda_ops.convolve(operands, shape, drawn.dtype), cpu_ops.convolve(operands, shape, drawn.dtype))
+    assert_same_bits(cuda_ops.convolve(operands, shape, drawn.dtype), torch_ops.convolve(operands, shape, drawn.dtype))
     assert launched[0].startswith(f"conv_{operands.kind}_")
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_statistics_are_those_of_the_cpu(seed, launched):
     drawn = draws.statistics(seed, largest=6)
-    for found, expected in zip(cuda_ops.group_stats(*drawn), cpu_ops.group_stats(*drawn), strict=True):
+    for found, expected in zip(cuda_ops.group_stats(*drawn), torch_ops.group_stats(*drawn), strict=True):
         torch.testing.assert_close(found, expected, rtol=STATS_ERROR, atol=1e-5)
     assert launched == [f"group_stats_partial_{cuda_ops.TYPE_NAMES[drawn[0].dtype]}", "group_stats_merge"]
 
@@ -112,7 +112,7 @@ def test_a_small_map_is_split_and_reduced(launched):
     }
     operands = replace(drawn, codes=codes, weight=weight, zero=zero, rows=rows, kind="s8", **columns)
     shape = operands.shape("test", (1, 1), 1, 0)
-    expected = cpu_ops.convolve(operands, shape, torch.bfloat16)
+    expected = torch_ops.convolve(operands, shape, torch.bfloat16)
     assert_same_bits(cuda_ops.convolve(operands, shape, torch.bfloat16), expected)
     assert [entry.split("_")[0] for entry in launched] == ["conv", "reduce"]
 
@@ -121,7 +121,7 @@ def test_every_tile_gives_the_same_bits(launched, monkeypatch):
     drawn = draws.a_sum(5, largest=6)
     shape = drawn.operands.shape("test", (drawn.kernel, drawn.kernel), drawn.stride, drawn.padding)
     operands = replace(drawn.operands, residual=None)
-    expected = cpu_ops.convolve(operands, shape, drawn.dtype)
+    expected = torch_ops.convolve(operands, shape, drawn.dtype)
     for tile in TILES:
         for splits in (1, 3):
             monkeypatch.setattr(cuda_ops, "choose_tile", lambda *_, tile=tile, splits=splits: (tile, splits))
@@ -135,7 +135,7 @@ def test_an_operand_that_starts_between_chunks_is_copied(launched):
     room = torch.empty(operands.codes.numel() + 1, dtype=torch.uint8)
     shifted = room[1:].view(operands.codes.shape).copy_(operands.codes)
     assert shifted.data_ptr() % 16
-    expected = cpu_ops.convolve(operands, shape, drawn.dtype)
+    expected = torch_ops.convolve(operands, shape, drawn.dtype)
     assert_same_bits(cuda_ops.convolve(replace(operands, codes=shifted), shape, drawn.dtype), expected)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edm_deploy.artifact.reference import Reference
-from engines.kernels import cpu_ops, cuda_ops
+from engines.kernels import cuda_ops, torch_ops
 from engines.torch_graph import fusions
 from engines.torch_graph.rewrite import cut_at_layers
 from tests.conftest import artifact_by_hand, tiny_inputs
@@ -17,7 +17,7 @@ def emulated(launched, monkeypatch):
 
     def route():
         for name in ("quantize", "group_stats", "convolve"):
-            monkeypatch.setattr(cpu_ops, name, getattr(cuda_ops, name))
+            monkeypatch.setattr(torch_ops, name, getattr(cuda_ops, name))
 
     return route, launched
 

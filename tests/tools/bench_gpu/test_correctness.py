@@ -3,7 +3,7 @@ import torch
 
 from edm_deploy_tools.bench_gpu import correctness
 from edm_deploy_tools.bench_gpu.stage import StageRun
-from engines.kernels import cpu_ops, cuda_ops, rotary
+from engines.kernels import cuda_ops, rotary, torch_ops
 from engines.kernels.launch import entry_points
 from tests.engines.kernels.conftest import launched
 
@@ -23,12 +23,12 @@ def test_the_stage_starts_every_kernel_and_finds_none_wrong(launched, monkeypatc
 
 def test_a_wrong_value_is_named(monkeypatch):
     class Wrong:
-        quantize, group_stats = staticmethod(cpu_ops.quantize), staticmethod(cpu_ops.group_stats)
-        quantize_rows = staticmethod(cpu_ops.quantize_rows)
+        quantize, group_stats = staticmethod(torch_ops.quantize), staticmethod(torch_ops.group_stats)
+        quantize_rows = staticmethod(torch_ops.quantize_rows)
 
         @staticmethod
         def convolve(operands, shape, dtype, *, on):
-            y = cpu_ops.convolve(operands, shape, dtype)
+            y = torch_ops.convolve(operands, shape, dtype)
             if (operands.kind, on[0].name, on[1]) == ("u4", "64x64", 3):
                 y[0, 0, 0, 0] += 1
             return y

@@ -24,3 +24,12 @@ def test_tensors_are_aligned_and_have_their_strides():
     assert memory.owns(last)
     assert not memory.owns(torch.zeros(3))
     assert memory.total >= 240
+
+
+def test_what_is_known_of_codes_is_forgotten_with_them():
+    memory = Memory()
+    codes = memory.empty((64,), torch.uint8)
+    memory.bounds[codes.data_ptr()] = (-8, 7)
+    memory.free(codes.untyped_storage().data_ptr())
+    assert memory.empty((64,), torch.uint8).data_ptr() == codes.data_ptr()
+    assert memory.bounds == {}

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edm_deploy.numerics.kernel_layout import pack_codes, pack_weight, unpack_codes, weight_sum
-from engines.kernels import cpu_ops
+from engines.kernels import torch_ops
 from engines.kernels.cpu.build import TARGET
 from engines.kernels.cpu.launch import KERNELS
 from engines.kernels.cpu.memory import Memory
@@ -55,7 +55,7 @@ def a_sum(seed: int) -> tuple[Operands, ConvShape, torch.dtype]:
 @pytest.mark.parametrize("seed", range(16))
 def test_sums_are_those_of_plain_torch(seed, recorded):
     operands, shape, dtype = a_sum(seed)
-    assert_same_bits(recorded.convolve(operands, shape, dtype), cpu_ops.convolve(operands, shape, dtype))
+    assert_same_bits(recorded.convolve(operands, shape, dtype), torch_ops.convolve(operands, shape, dtype))
 
 
 def narrow_convolution(seed: int, low: int, high: int) -> tuple[Operands, ConvShape]:
@@ -90,10 +90,10 @@ def test_winograds_sums_are_the_direct_ones(seed, low, high, recorded):
     operands, shape = narrow_convolution(seed, low, high)
     half = operands.codes.shape[2] // 2
     operands.codes[:, :, :half] = pack_codes(torch.tensor([low if seed % 2 else high]), 8)[0]
-    recorded.bounds[operands.codes.data_ptr()] = (low, high)
+    recorded.memory.bounds[operands.codes.data_ptr()] = (low, high)
     found = recorded.convolve(operands, shape, torch.bfloat16)
     assert kernels_of(recorded) == (["winograd"] if operands.codes.shape[-1] >= 32 else ["convolve"])
-    assert_same_bits(found, cpu_ops.convolve(operands, shape, torch.bfloat16))
+    assert_same_bits(found, torch_ops.convolve(operands, shape, torch.bfloat16))
 
 
 @pytest.mark.parametrize(("channels", "taps"), [(520, 3), (4200, 1)])
@@ -111,7 +111,7 @@ def test_weights_beyond_the_cache_are_read_in_pieces(channels, taps, recorded):
         bias=dice.normal(70),
     )
     shape = operands.shape("test", (taps, taps), 1, taps // 2)
-    assert_same_bits(recorded.convolve(operands, shape, torch.float16), cpu_ops.convolve(operands, shape, torch.float16))
+    assert_same_bits(recorded.convolve(operands, shape, torch.float16), torch_ops.convolve(operands, shape, torch.float16))
 
 
 def kernels_of(recorded: RecordedOps) -> list[str]:
@@ -121,7 +121,7 @@ def kernels_of(recorded: RecordedOps) -> list[str]:
 def test_codes_of_unknown_or_wide_bounds_are_multiplied_directly(recorded):
     operands, shape = narrow_convolution(1, -8, 7)
     recorded.convolve(operands, shape, torch.bfloat16)
-    recorded.bounds[operands.codes.data_ptr()] = (-128, 127)
+    recorded.memory.bounds[operands.codes.data_ptr()] = (-128, 127)
     recorded.convolve(operands, shape, torch.bfloat16)
     assert kernels_of(recorded) == ["convolve", "convolve"]
 
@@ -132,8 +132,8 @@ def test_codes_are_those_of_plain_torch(seed, recorded):
     drawn = replace(drawn, table=with_8_bits(drawn.table))
     arguments = drawn.x, drawn.norm, drawn.table
     found = recorded.quantize(*arguments, activation=drawn.activation)
-    assert_same_codes(drawn, found, cpu_ops.quantize(*arguments, activation=drawn.activation))
-    assert recorded.bounds[found.data_ptr()] == (int(drawn.table.qmin.min()), int(drawn.table.qmax.max()))
+    assert_same_codes(drawn, found, torch_ops.quantize(*arguments, activation=drawn.activation))
+    assert recorded.memory.bounds[found.data_ptr()] == (int(drawn.table.qmin.min()), int(drawn.table.qmax.max()))
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu"])
@@ -143,7 +143,7 @@ def test_every_half_is_quantized_as_in_plain_torch(activation, recorded):
     for dtype in draws.TYPES:
         x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 256, 256)
         found = recorded.quantize(x, None, table, activation=activation)
-        assert torch.equal(found, cpu_ops.quantize(x, None, table, activation=activation))
+        assert torch.equal(found, torch_ops.quantize(x, None, table, activation=activation))
 
 
 def one_row(inv_scale: float, low: int, high: int) -> Table:
@@ -157,7 +157,7 @@ def test_codes_of_normalized_tokens_are_those_of_plain_torch(seed, recorded):
     drawn = draws.row_normalization(seed, largest=12)
     table = with_8_bits(drawn.table)
     found = recorded.quantize_rows(drawn.x, drawn.norm, table).view(torch.int8).int()
-    expected = cpu_ops.quantize_rows(drawn.x, drawn.norm, table).view(torch.int8).int()
+    expected = torch_ops.quantize_rows(drawn.x, drawn.norm, table).view(torch.int8).int()
     assert int((found - expected).abs().max()) <= 1
     assert int((found != expected).sum()) <= 2 + found.numel() // 1000
 
@@ -165,7 +165,7 @@ def test_codes_of_normalized_tokens_are_those_of_plain_torch(seed, recorded):
 @pytest.mark.parametrize("seed", range(8))
 def test_statistics_are_those_of_plain_torch(seed, recorded):
     drawn = draws.statistics(seed, largest=40)
-    for found, expected in zip(recorded.group_stats(*drawn), cpu_ops.group_stats(*drawn), strict=True):
+    for found, expected in zip(recorded.group_stats(*drawn), torch_ops.group_stats(*drawn), strict=True):
         torch.testing.assert_close(found, expected, rtol=STATS_ERROR, atol=1e-5)
 
 
@@ -237,7 +237,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         recorded = RecordedOps(Weights(), Memory(), threads)
         operands, shape = narrow_convolution(4, -8, 7)
         direct = recorded.convolve(operands, shape, torch.bfloat16)
-        recorded.bounds[operands.codes.data_ptr()] = (-8, 7)
+        recorded.memory.bounds[operands.codes.data_ptr()] = (-8, 7)
         x = torch.randn(2, 48, 30, 30, generator=torch.Generator().manual_seed(1)).bfloat16()
         q = x.view(2, 48, 900).transpose(1, 2).contiguous().view(2, 900, 3, 16).transpose(1, 2)
         return [
@@ -261,5 +261,5 @@ def test_a_replay_computes_from_the_memory_as_it_is_then():
     first, second = recorded.quantize(x, None, table), recorded.quantize(strided, None, table)
     x.copy_(3 * torch.randn(1, 4, 16))
     recorded.replayed()()
-    assert torch.equal(first, cpu_ops.quantize(x, None, table))
-    assert torch.equal(second, cpu_ops.quantize(strided, None, table))
+    assert torch.equal(first, torch_ops.quantize(x, None, table))
+    assert torch.equal(second, torch_ops.quantize(strided, None, table))
