@@ -77,7 +77,7 @@ class CpuBackend(ArtifactBackend):
 
         _check_kernels(device)
         weights = Weights()
-        with torch.no_grad():
+        with torch.inference_mode():
             return packed_engine.run_at_sites(
                 cut,
                 engine,

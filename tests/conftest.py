@@ -126,6 +126,7 @@ TINY = {
 VARIANTS = {
     "sd2": ("unet2d-condition", TINY_CONDITION_UNET | {"use_linear_projection": True, "attention_head_dim": [1, 2]}),
     "inpainting": ("unet2d-condition", TINY_CONDITION_UNET | {"in_channels": 9}),
+    "skip": ("unet2d", TINY_UNET | {"down_block_types": ["SkipDownBlock2D"] * 2, "up_block_types": ["SkipUpBlock2D"] * 2}),
     "ldm": ("unet2d-condition", TINY_CONDITION_UNET | {"in_channels": 3, "out_channels": 3}),
 }
 SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}

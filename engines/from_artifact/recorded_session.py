@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
+from edm_deploy.errors import InputError
 from edm_deploy.runtime.backend import Session
 from engines.common.kept_inputs import KeptInputs
 from engines.kernels.cpu.weights import Weights
@@ -45,6 +47,7 @@ class RecordedSession(Session):
         self._module: fx.GraphModule | None = module
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
         self._threads = threads
+        self._process = os.getpid()
         self._kept = KeptInputs(kept)
         self._kept_places = frozenset(place for place, name in enumerate(self._inputs) if name in kept)
         self._weights: Weights | None = Weights()
@@ -52,6 +55,11 @@ class RecordedSession(Session):
         self._lock = threading.Lock()
 
     def _infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if os.getpid() != self._process and self._threads > 1:
+            raise InputError(
+                f"This engine was opened in process {self._process}, of which this process is a fork, and OpenMP's threads do not exist here. "
+                "Start workers by spawn and open the engine in each, or build it with --threads 1."
+            )
         with self._lock:
             # A recording's memory is made in inference mode, and may be written in that mode only; outputs are ordinary tensors whatever the caller's mode.
             with torch.inference_mode():

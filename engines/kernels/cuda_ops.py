@@ -118,7 +118,7 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
     partial = torch.empty((splits, M, K), dtype=torch.int32, device=device) if splits > 1 else None
     # Referenced until the launch: the allocator reuses freed memory, in stream order.
     codes, weight, zero = aligned(operands.codes), aligned(operands.weight), aligned(operands.zero)
-    residual = None if operands.residual is None else aligned(operands.residual)
+    residual = None if operands.residual is None else aligned(operands.residual.reshape(M, K).contiguous())
     sample_bias, gate = _unit_stride(operands.sample_bias), _unit_stride(operands.gate)
     params = ConvParams(
         codes=codes.data_ptr(),

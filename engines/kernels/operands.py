@@ -145,7 +145,7 @@ class Operands:
         weight_sum: int32 [K].
         bias: float32 [K] or None.
         sample_bias, gate: [B, K] of the output's type, or None: added behind the bias, and multiplied with the sum.
-        residual: The output's type and shape, or None: added behind the gate.
+        residual: The output's type, or None: added behind the gate. [N, P, Q, K], or a Linear's output's shape, with any strides.
         saturate: Whether the result is clipped to float16's finite values.
         kind: `s4`, `u4` or `s8`.
     """

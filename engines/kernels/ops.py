@@ -174,8 +174,6 @@ def _convolved(op: str, traced: bool, operands: Operands, shape: ConvShape, dtyp
         return operands.codes.new_empty(result, dtype=dtype)
     check_size(op, codes=operands.codes.shape, weight=operands.weight.shape, output=result)
     check_rows(op, operands.rows, len(operands.act_scale))
-    if operands.residual is not None:
-        operands = replace(operands, residual=operands.residual.reshape(shape.M, shape.K).contiguous())
     y: Tensor = _implementation(operands.codes).convolve(operands, shape, dtype)
     return y
 

@@ -176,7 +176,7 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: ob
     if operands.gate is not None:
         y = y * operands.gate[:, None, None].float()
     if operands.residual is not None:
-        y = y + operands.residual.view(y.shape).float()
+        y = y + operands.residual.reshape(y.shape).float()
     if operands.saturate:
         y = y.clamp(-65504, 65504)
     return y.to(dtype).contiguous()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from edm_deploy.errors import UnsupportedError
 from engines.kernels import ops
 from engines.kernels.cpu.memory import Memory
 from engines.kernels.cpu.ops import RecordedOps
@@ -27,6 +28,7 @@ RECORDED = {
     getattr(kernels, name).default for name in ("quantize", "quantize_normed", "quantize_row_normed", "group_stats", "conv2d", "linear")
 }
 assert ops.SCHEMAS  # importing the file registers the operators
+SIZES = {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
 # Operators that write their result to where it is read, which saves a copy.
 IN_PLACE: Mapping[Any, Any] = {aten.cat.default: aten.cat.out, aten.add.Tensor: aten.add.out, aten.mul.Tensor: aten.mul.out}
 
@@ -49,11 +51,12 @@ class RecordedGraph:
         self, module: fx.GraphModule, inputs: Sequence[Tensor], weights: Weights, threads: int, kept: frozenset[int] = frozenset()
     ):
         self._memory = Memory()
-        self._ops = RecordedOps(weights, self._memory, threads)
         self._module = module
         self._readers: dict[int, int] = {}  # how many live values lie in each block
         self._inputs = [value if place in kept else _own(value) for place, value in enumerate(inputs)]
         self._copied = [place for place in range(len(inputs)) if place not in kept]
+        own = {_storage(value) for value in (*self._inputs, *module.parameters(), *module.buffers())}
+        self._ops = RecordedOps(weights, self._memory, threads, stays=lambda tensor: _storage(tensor) in own)
         self.outputs = self._record()
         self._replay = self._ops.replayed()
 
@@ -68,6 +71,27 @@ class RecordedGraph:
             self._inputs[place].copy_(inputs[place])
         self._replay()
         return self.outputs
+
+    def _in_place(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An operator that writes to an argument: each run writes again, to memory that the run has filled before."""
+        schema = target._schema.arguments
+        written = [
+            value for argument, value in zip(schema, args, strict=False) if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        written += [
+            kwargs[argument.name]
+            for argument in schema
+            if argument.name in kwargs and argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        for tensor in pytree.tree_leaves(written):
+            if not (self._memory.owns(tensor) or any(_storage(tensor) == _storage(self._inputs[place]) for place in self._copied)):
+                raise UnsupportedError(
+                    f"{target} writes to a constant of the model, which the cpu backend does not support. Build for openvino or ort."
+                )
+        results: list[Any] = []
+        self._ops.step(lambda: results.append(target(*args, **kwargs)))
+        self._ops.steps[-1] = partial(target, *args, **kwargs)
+        return results[0]
 
     def _record(self) -> Any:
         values: dict[fx.Node, Any] = {}
@@ -112,7 +136,7 @@ class RecordedGraph:
     def _by_kernel(self, target: Any, args: Any, kwargs: Any) -> Tensor | None:
         """Concatenations, and nearest upsampling of maps, where the kernels move their memory; else None."""
         if target is aten.cat.default and len({part.dtype for part in args[0]}) == 1 and (order := _common_order(args[0])) is not None:
-            axis = order.index(((*args[1:], 0)[0]) % len(order))
+            axis = order.index(kwargs.get("dim", (*args[1:], 0)[0]) % len(order))
             parts = [part.permute(order) for part in args[0]]
             return self._ops.concatenate(parts, axis).permute(_inverse(order))
         if target is aten.scaled_dot_product_attention.default and _is_plain_attention(*args, **kwargs):
@@ -125,7 +149,10 @@ class RecordedGraph:
         return None
 
     def _by_torch(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            return self._in_place(target, args, kwargs)
         result = target(*args, **kwargs)
+        _refuse_values(target, args, kwargs, result)
         leaves, form = pytree.tree_flatten(result)
         read = {leaf.untyped_storage().data_ptr() for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         fresh = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in read]
@@ -141,10 +168,23 @@ class RecordedGraph:
         return pytree.tree_unflatten([own.get(id(leaf), leaf) for leaf in leaves], form)
 
 
+def _refuse_values(target: Any, args: Any, kwargs: Any, result: Any) -> None:
+    """Raise UnsupportedError where a number was read from a tensor: it would be the recorded one in every later run."""
+    numbers = any(leaf is not None and not isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))
+    if numbers and target not in SIZES and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+        raise UnsupportedError(
+            f"{target} reads a number from a tensor, which the cpu backend does not repeat in later calls. Build for openvino or ort."
+        )
+
+
 def _again(function: Callable[[], Any], places: Sequence[int], targets: Sequence[Tensor]) -> None:
     leaves = pytree.tree_leaves(function())
     for place, target in zip(places, targets, strict=True):
         target.copy_(leaves[place])
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _own(value: Tensor) -> Tensor:
@@ -168,10 +208,18 @@ def _common_order(parts: Sequence[Tensor]) -> tuple[int, ...] | None:
 
 
 def _is_plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0, causal: bool = False, **others: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> bool:
     """Whether the attention kernel computes these operands: no mask, as many heads and channels everywhere, channels side by side."""
-    if mask is not None or dropout or causal or others.get("enable_gqa") or query.ndim != 4 or query.dtype not in FLOATS:
+    if attn_mask is not None or dropout_p or is_causal or enable_gqa or query.ndim != 4 or query.dtype not in FLOATS:
         return False
     same = all(x.shape[:2] == query.shape[:2] and x.shape[3] == query.shape[3] and x.dtype == query.dtype for x in (key, value))
     return same and all(x.stride(3) == 1 for x in (query, key, value))

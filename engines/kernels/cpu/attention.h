@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cmath>
-#include <vector>
 
 #include "params.h"
 #include "simd.h"
@@ -19,10 +18,9 @@ constexpr int KEYS = 32;                        // of a block
 constexpr int TILE = 6;                         // keys, or channels, whose sums are in registers
 
 struct AttentionBuffers {
-  std::vector<float> memory;
   float *queries, *keys, *values, *scores, *sums;  // [D][QUERIES], [KEYS][D], [KEYS][D], [KEYS][QUERIES], [D][QUERIES]
-  explicit AttentionBuffers(int D) : memory(2 * (D * QUERIES + KEYS * D) + KEYS * QUERIES + LANES) {
-    queries = memory.data() + (-(uintptr_t)memory.data() / sizeof(float) & (LANES - 1));  // whole cache lines
+  explicit AttentionBuffers(int D) {
+    queries = (float*)scratch((2 * (D * QUERIES + KEYS * D) + KEYS * QUERIES) * sizeof(float));
     keys = queries + D * QUERIES, values = keys + KEYS * D;
     scores = values + KEYS * D, sums = scores + KEYS * QUERIES;
   }
@@ -96,10 +94,13 @@ inline void attend(const AttentionParams& p, int n, int head, int first, Attenti
     add_products(at.queries, at.keys, keys, D, 1, D, at.scores, true);
     for (int w = 0; w < QUERY_VECTORS; w++) {
       float* scores = at.scores + w * LANES;
-      Floats larger_one = most[w];
-      for (int j = 0; j < keys; j++) larger_one = larger(load<Floats>(scores + j * QUERIES), larger_one);
+      Floats larger_one = most[w], unordered{};
+      for (int j = 0; j < keys; j++) {
+        const Floats score = load<Floats>(scores + j * QUERIES);
+        larger_one = larger(score, larger_one), unordered = fused(score, all(0.0f), unordered);
+      }
       const Floats correction = exponential(most[w] - larger_one);
-      Floats sum = total[w] * correction;
+      Floats sum = total[w] * correction + unordered;  // NaN where a score is none, or infinite: as in torch
       for (int j = 0; j < keys; j++) {
         const Floats e = exponential(load<Floats>(scores + j * QUERIES) - larger_one);
         store(scores + j * QUERIES, e), sum = sum + e;

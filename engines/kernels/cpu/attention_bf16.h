@@ -9,11 +9,10 @@ constexpr int BF16_KEYS = 64;          // of a block; even
 constexpr float LOG2_E = 1.44269504f;  // scores are taken as powers of 2
 
 struct Bf16Buffers {
-  std::vector<float> memory;
   uint32_t *queries, *weights, *values;  // pairs of bfloat16: [D / 2][QUERIES], [BF16_KEYS / 2][QUERIES], [BF16_KEYS / 2][D]
   float *scores, *sums;                  // [BF16_KEYS][QUERIES], [D][QUERIES]
-  explicit Bf16Buffers(int D) : memory((D / 2 + BF16_KEYS / 2 + BF16_KEYS + D) * QUERIES + (BF16_KEYS / 2 * D + LANES) / LANES * LANES + LANES) {
-    scores = memory.data() + (-(uintptr_t)memory.data() / sizeof(float) & (LANES - 1));  // whole cache lines
+  explicit Bf16Buffers(int D) {
+    scores = (float*)scratch(((D / 2 + BF16_KEYS / 2 + BF16_KEYS + D) * QUERIES + BF16_KEYS / 2 * D) * sizeof(float));
     sums = scores + BF16_KEYS * QUERIES;
     queries = (uint32_t*)(sums + D * QUERIES), weights = queries + D / 2 * QUERIES, values = weights + BF16_KEYS / 2 * QUERIES;
   }
@@ -86,11 +85,14 @@ inline void attend_bf16(const AttentionParams& p, int n, int head, int first, Bf
       for (int w = 0; w < QUERY_VECTORS; w++) store(at.scores + keys * QUERIES + w * LANES, all(-INFINITY));
     for (int w = 0; w < QUERY_VECTORS; w++) {
       const float* scores = at.scores + w * LANES;
-      Floats largest = load<Floats>(scores);
-      for (int j = 1; j < keys; j++) largest = larger(load<Floats>(scores + j * QUERIES), largest);
+      Floats largest = all(-INFINITY), unordered{};
+      for (int j = 0; j < keys; j++) {
+        const Floats score = load<Floats>(scores + j * QUERIES);
+        largest = larger(score, largest), unordered = fused(score, all(0.0f), unordered);
+      }
       largest = larger(largest * scale, most[w]);
       const Floats correction = power_of_2(most[w] - largest);
-      Floats sum = total[w] * correction;
+      Floats sum = total[w] * correction + unordered;  // NaN where a score is none, or infinite: as in torch
       for (int j = 0; j < pairs; j++) {
         const Floats low = power_of_2(fused(load<Floats>(scores + 2 * j * QUERIES), all(scale), -largest));
         const Floats high = power_of_2(fused(load<Floats>(scores + (2 * j + 1) * QUERIES), all(scale), -largest));

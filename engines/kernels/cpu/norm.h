@@ -14,7 +14,7 @@ inline void add_chunk(const StatsParams& p, int n, int chunk, float* sums) {
   const auto columns = [&](auto vectors, int c, int count) __attribute__((always_inline)) {
     constexpr int V = decltype(vectors)::value;
     Floats shift[V], sum[V]{}, squares[V]{};
-    for (int v = 0; v < V; v++) shift[v] = values(sample + c + v * LANES, count);
+    for (int v = 0; v < V; v++) shift[v] = values(sample + (int64_t)first * p.C + c + v * LANES, count);
     for (int i = first; i < last; i++)
       for (int v = 0; v < V; v++) {
         const Floats d = values(sample + (int64_t)i * p.C + c + v * LANES, count) - shift[v];
@@ -27,26 +27,25 @@ inline void add_chunk(const StatsParams& p, int n, int chunk, float* sums) {
   for (; c < p.C; c += LANES) columns(std::integral_constant<int, 1>{}, c, p.C - c < LANES ? p.C - c : LANES);
 }
 
-// Each channel's mean and squares about it, then the group's: differences of large sums are taken in float64.
+// Means and squares about them, of each chunk of each channel, merged in float64.
 template <typename T>
 inline void merge_chunks(const StatsParams& p, int n, int group, int chunks) {
   const T* sample = (const T*)p.x + (int64_t)n * p.HW * p.C;
   const int per = p.C / p.groups;
-  double mean = 0, squares = 0;
-  for (int j = 0; j < per; j++) {
-    const int c = group * per + j;
-    double sum = 0, square = 0;
+  double mean = 0, squares = 0, count = 0;
+  for (int c = group * per; c < (group + 1) * per; c++)
     for (int chunk = 0; chunk < chunks; chunk++) {
       const float* sums = p.partial + ((int64_t)n * chunks + chunk) * 2 * p.C;
-      sum += sums[c], square += sums[p.C + c];
+      const int first = chunk * STATS_CHUNK, pixels = p.HW - first < STATS_CHUNK ? p.HW - first : STATS_CHUNK;
+      const double about = (double)sums[c] / pixels, own = values(sample + (int64_t)first * p.C + c, 1)[0] + about;
+      const double step = own - mean;  // Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979
+      mean += step * pixels / (count + pixels);
+      squares += sums[p.C + c] - about * sums[c] + step * step * count * pixels / (count + pixels);
+      count += pixels;
     }
-    const double about = sum / p.HW, own = values(sample + c, 1)[0] + about, variance = square / p.HW - about * about;
-    const double step = own - mean;  // Welford's merge of equal counts
-    mean += step / (j + 1), squares += variance + step * step * j / (j + 1);
-  }
   p.mean[(int64_t)n * p.groups + group] = (float)mean;
-  const double variance = squares / per;
-  p.rstd[(int64_t)n * p.groups + group] = (float)(1 / std::sqrt((variance > 0 ? variance : variance == variance ? 0 : variance) + p.eps));
+  const double variance = squares / count;
+  p.rstd[(int64_t)n * p.groups + group] = (float)(1 / std::sqrt((variance < 0 ? 0 : variance) + p.eps));
 }
 
 template <typename T>

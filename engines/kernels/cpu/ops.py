@@ -34,18 +34,23 @@ class RecordedOps:
         memory: Where outputs lie.
         steps: In the order of execution.
         threads: Of each kernel.
+        stays: Whether a tensor, not of `memory`, is the same in every run: an input or a parameter of the graph. None checks nothing.
     """
 
-    def __init__(self, weights: Weights, memory: Memory, threads: int, target: str = TARGET) -> None:
+    def __init__(
+        self, weights: Weights, memory: Memory, threads: int, target: str = TARGET, stays: Callable[[Tensor], bool] | None = None
+    ) -> None:
         self.memory, self.threads = memory, threads
         self.steps: list[Step] = []
         self._weights = weights
         self._library = library(target)
+        self.stays = stays
         self._held: list[Tensor] = []
+        self._copies: list[Tensor] = []
 
     def quantize(self, x: Tensor, norm: Norm | None, table: Table, *, activation: str = "none") -> Tensor:
         """As `torch_ops.quantize`. SiLU and GELU by tanh have a relative error below 2^-20: a code may differ by a tie."""
-        values = self._contiguous(pixels(x))
+        values = self._pixels(x)
         batch, height, width, channels = values.shape
         channels = channels // 2 if activation == "geglu" else channels
         codes = self._codes((batch, height, width), channels, table)
@@ -65,7 +70,7 @@ class RecordedOps:
 
     def quantize_rows(self, x: Tensor, norm: RowNorm, table: Table) -> Tensor:
         """As `torch_ops.quantize_rows`, summed in another order."""
-        values = self._contiguous(pixels(x))
+        values = self._pixels(x)
         batch, tokens, _, channels = values.shape
         codes = self._codes((batch, tokens, 1), channels, table)
         scale, shift = (self._unit_stride(column) for column in (norm.scale, norm.shift))
@@ -86,7 +91,7 @@ class RecordedOps:
 
     def group_stats(self, x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
         """As `torch_ops.group_stats`, summed in float32 by STATS_CHUNK pixels."""
-        values = self._contiguous(pixels(x))
+        values = self._pixels(x)
         batch, height, width, channels = values.shape
         chunks = -(-height * width // STATS_CHUNK)
         mean, rstd = (self.memory.empty((batch, groups), torch.float32) for _ in range(2))
@@ -206,11 +211,17 @@ class RecordedOps:
         self.memory.bounds[codes.data_ptr()] = (int(table.qmin.min()), int(table.qmax.max()))
         return codes
 
+    def _pixels(self, x: Tensor) -> Tensor:
+        """As `torch_ops.pixels`, contiguous; a copy is a step of its own."""
+        return self._contiguous(pixels(x)) if x.ndim == 4 else pixels(self._contiguous(x))
+
     def _contiguous(self, x: Tensor) -> Tensor:
+        """`x`, or a copy of it that the next kernel reads."""
         if x.is_contiguous():
             return x
         copy = self.memory.empty(x.shape, x.dtype)
         self.step(partial(copy.copy_, x))
+        self._copies.append(copy)
         return copy
 
     def _unit_stride(self, columns: Tensor | None) -> Tensor | None:
@@ -220,10 +231,21 @@ class RecordedOps:
     def _call(self, kernel: str, tensors: Mapping[str, Tensor | None], **numbers: Any) -> None:
         addresses = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
         params = PARAMS[kernel](**addresses, **numbers)
+        self._check_memory(kernel, tensors)
         self._held.extend(tensor for tensor in tensors.values() if tensor is not None)
         place = KERNELS.index(kernel)
         self.steps.append((place, params))
         self._library.edm_run(ctypes.byref(Call(place, ctypes.addressof(params))), 1, self.threads)
+        while self._copies:
+            self.memory.free(self._copies.pop().untyped_storage().data_ptr())
+
+    def _check_memory(self, kernel: str, tensors: Mapping[str, Tensor | None]) -> None:
+        """A kernel must not read what a later run does not write again: the result of an operator that was not recorded."""
+        if self.stays is None:
+            return
+        for name, tensor in tensors.items():
+            stays = tensor is None or self.memory.owns(tensor) or self._weights.holds(tensor) or self.stays(tensor)
+            assert stays, f"{kernel} was given {name} in memory that the recording does not own"
 
 
 def _of_table(table: Table) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ struct RowNormParams {
 // Mean and 1 / sqrt(variance + eps) of each sample's groups.
 struct StatsParams {
   const void* x;   // [N, HW, C]
-  float* partial;  // [N, chunks, 2, C]: sums and sums of squares about the sample's first pixel, of STATS_CHUNK pixels
+  float* partial;  // [N, chunks, 2, C]: sums and sums of squares of STATS_CHUNK pixels about the first of them
   float* mean;     // [N, groups]
   float* rstd;
   float eps;

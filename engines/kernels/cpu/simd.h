@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -81,8 +82,9 @@ inline void store(void* to, Vector value) {
 inline Floats all(float value) { return value - Floats{}; }
 inline Floats floats(Ints value) { return __builtin_convertvector(value, Floats); }
 inline Floats choose(Ints mask, Floats yes, Floats no) { return mask ? yes : no; }
+// The second operand where the first is NaN.
 #if defined(__AVX512F__)
-inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }  // b where a is NaN
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }  
 inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
 #else
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -127,24 +129,31 @@ inline Halves narrow(Floats value, Bf16) {
 inline Floats widen(Halves bits, F16) { return (Floats)_mm512_cvtph_ps((__m256i)bits); }
 inline Halves narrow(Floats value, F16) { return (Halves)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #else
+// Without instructions, and without the compiler's own type, which GCC 11 does not have.
+inline float widened_half(uint16_t half) {
+  const uint32_t magnitude = (uint32_t)(half & 0x7fff) << 13;
+  const float value = as<float>(magnitude) * 0x1p112f;  // exact, subnormal numbers too
+  const uint32_t bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : as<uint32_t>(value);
+  return as<float>(bits | (uint32_t)(half & 0x8000) << 16);
+}
+
+inline uint16_t narrowed_half(float value) {
+  const uint32_t bits = as<uint32_t>(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude >= 0x47800000u) return (uint16_t)(sign | (magnitude > 0x7f800000u ? 0x7e00 : 0x7c00));
+  if (magnitude < 0x38800000u)  // subnormal: the addition rounds to half's smallest step
+    return (uint16_t)(sign | (as<uint32_t>(as<float>(magnitude) + 0.5f) - 0x3f000000u));
+  return (uint16_t)(sign | (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000u) >> 13);
+}
+
 inline Floats widen(Halves bits, F16) {
   Floats result;
-  for (int i = 0; i < LANES; i++) {
-    const uint16_t lane = bits[i];
-    _Float16 half;
-    memcpy(&half, &lane, 2);
-    result[i] = (float)half;
-  }
+  for (int i = 0; i < LANES; i++) result[i] = widened_half(bits[i]);
   return result;
 }
+
 inline Halves narrow(Floats value, F16) {
   Halves result;
-  for (int i = 0; i < LANES; i++) {
-    const _Float16 half = (_Float16)value[i];
-    uint16_t lane;
-    memcpy(&lane, &half, 2);
-    result[i] = lane;
-  }
+  for (int i = 0; i < LANES; i++) result[i] = narrowed_half(value[i]);
   return result;
 }
 #endif
@@ -156,6 +165,14 @@ inline Floats values(const T* from, int count = LANES) {
 
 template <typename T>
 inline void put(T* to, Floats value, int count = LANES) { store(to, narrow(value, T{}), count); }
+
+// Memory of this thread for one kernel's call, at a multiple of 64 bytes, with any content.
+inline char* scratch(size_t bytes) {
+  static thread_local std::unique_ptr<char[]> memory;
+  static thread_local size_t held = 0;
+  if (bytes + 64 > held) memory.reset(new char[held = bytes + 64]);
+  return memory.get() + (-(uintptr_t)memory.get() & 63);
+}
 
 // e^x for any x, to 2 units in the last place; 0 and infinity beyond the range of float32.
 inline Floats exponential(Floats x) {

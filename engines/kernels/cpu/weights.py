@@ -53,6 +53,11 @@ class Weights:
             held = self.arranged[packed.data_ptr(), narrow] = (packed, made or arranged(packed, vectors))
         return held[1]
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of these weights, or of the codes outside a map."""
+        own = (part for _, made in self.arranged.values() for part in (made.weight, made.start))
+        return any(tensor is part for part in (*own, *self.zeros.values()))
+
     def zero(self, size: int) -> Tensor:
         """The codes of a pixel outside the map, int8 [size]."""
         return self.zeros.setdefault(size, torch.zeros(size, dtype=torch.int8))

@@ -4,8 +4,6 @@
 // Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308, section 4.1.
 #pragma once
 
-#include <vector>
-
 #include "convolution.h"
 #include "params.h"
 #include "simd.h"
@@ -18,11 +16,10 @@ typedef int8_t Wide __attribute__((vector_size(64)));
 typedef int8_t Narrow __attribute__((vector_size(16)));
 
 struct WinogradBuffers {
-  std::vector<int8_t> memory;
   uint8_t* inputs;  // [PLACES][TILES][Cb], + 128
   int32_t* sums;    // [PLACES][TILES][16 * MOST_VECTORS]
-  explicit WinogradBuffers(int Cb) : memory(PLACES * TILES * (Cb + 4 * LANES * MOST_VECTORS) + 64) {
-    inputs = (uint8_t*)memory.data() + (-(uintptr_t)memory.data() & 63);
+  explicit WinogradBuffers(int Cb) {
+    inputs = (uint8_t*)scratch((size_t)PLACES * TILES * (Cb + 4 * LANES * MOST_VECTORS));
     sums = (int32_t*)(inputs + PLACES * TILES * Cb);
   }
 };

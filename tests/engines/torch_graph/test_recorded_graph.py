@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from edm_deploy.errors import UnsupportedError
 from engines.kernels import ops
 from engines.kernels.cpu.launch import KERNELS
 from engines.kernels.cpu.memory import Memory
@@ -14,7 +15,7 @@ from engines.kernels.cpu.weights import Weights
 from engines.torch_graph.fusions import fuse
 from engines.torch_graph.fx_helpers import aten
 from engines.torch_graph.recorded_graph import RecordedGraph
-from tests.conftest import tiny_inputs
+from tests.conftest import artifact_by_hand, tiny_inputs
 from tests.engines.rewritten import drafted_artifact, program_of
 
 
@@ -66,6 +67,19 @@ def test_a_replay_is_the_graph_node_by_node(batch, denoiser):
             alone = NodeByNode(denoiser)
             assert torch.equal(recorded.run(inputs)[0], alone.run(*inputs)[0])
     assert recorded.bytes < alone.memory.total / 2
+
+
+def test_a_model_that_writes_in_place_is_repeated():
+    """The skip blocks of NCSN++ add to a sample in place, and normalize constants."""
+    rewritten = drafted_artifact(artifact_by_hand("skip"), program_of("skip"), kind="s8")
+    fuse(rewritten)
+    module = rewritten.module()
+    assert any(getattr(node.target, "_schema", None) and node.target._schema.is_mutable for node in module.graph.nodes)
+    first, second = (list(tiny_inputs("skip", batch=2, seed=seed).values()) for seed in (1, 2))
+    with torch.inference_mode():
+        recorded = record(module, *first)
+        for inputs in (second, first, first):
+            assert torch.equal(recorded.run(inputs)[0], NodeByNode(module).run(*inputs)[0])
 
 
 def test_the_kernels_do_what_they_can(denoiser):
@@ -152,6 +166,47 @@ def test_attention_with_a_mask_stays_with_torch():
         plain = record(graph_of(lambda q: function(q, None), q), q)
         torch.testing.assert_close(plain.run([2 * q])[0], function(2 * q, None), rtol=2e-2, atol=2e-2)
     assert (steps(masked), steps(plain)) == (["torch"] * len(steps(masked)), ["attention"])
+
+
+def test_operators_that_write_to_an_argument_are_repeated():
+    x = torch.randn(2, 4)
+
+    def function(x: Tensor) -> Tensor:
+        y = x * 2
+        view = y[:, 1:]
+        y.add_(1)
+        view.mul_(x[:, :3])
+        return y + torch.tensor([1.0, 2.0, 3.0, 4.0]).div_(2)
+
+    with torch.inference_mode():
+        recorded = record(graph_of(function, x), x)
+        for inputs in (3 * x, x, x):
+            assert torch.equal(recorded.run([inputs])[0], function(inputs))
+
+
+def test_a_write_to_a_constant_is_refused():
+    module = graph_of(lambda x: x + 1, torch.zeros(3))
+    module.register_buffer("constant", torch.ones(3))
+    (x,) = (node for node in module.graph.nodes if node.op == "placeholder")
+    with module.graph.inserting_after(x):
+        constant = module.graph.get_attr("constant")
+    with module.graph.inserting_after(constant):
+        written = module.graph.call_function(aten.add_.Tensor, (constant, x))
+    module.graph.output_node().args = ((written,),)
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="writes to a constant of the model"):
+        record(module, torch.zeros(3))
+
+
+def test_a_number_read_from_a_tensor_is_refused():
+    module = graph_of(lambda x: x + 1, torch.zeros(3))
+    (x,) = (node for node in module.graph.nodes if node.op == "placeholder")
+    with module.graph.inserting_after(x):
+        number = module.graph.call_function(aten.max.default, (x,))
+    with module.graph.inserting_after(number):
+        read = module.graph.call_function(aten.item.default, (number,))
+    module.graph.output_node().args = ((read,),)
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="reads a number from a tensor"):
+        record(module, torch.zeros(3))
 
 
 def test_kept_inputs_are_read_where_they_are():

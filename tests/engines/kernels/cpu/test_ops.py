@@ -1,6 +1,8 @@
 """The kernels in C++ give the bits of the operators in plain torch, for each instruction set that this machine can compile for and run."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +20,15 @@ from engines.kernels.operands import ConvShape, Operands, Table
 from tests.engines.kernels.helpers import draws
 from tests.engines.kernels.test_cuda_ops import STATS_ERROR, assert_same_bits, assert_same_codes
 
-TARGETS = {"native": TARGET, "avx2": "-march=x86-64-v3", "portable": "-march=x86-64"}
+TARGETS = {"native": TARGET, "avx-vnni": "-march=alderlake", "avx2": "-march=x86-64-v3", "portable": "-march=x86-64"}
+NEEDS = {"avx-vnni": {"avx_vnni", "gfni", "vaes"}, "avx2": {"avx2", "fma", "f16c"}}  # of /proc/cpuinfo, to run what is compiled
+FLAGS = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), flags=re.M)[1].split())
 
 
 @pytest.fixture(params=TARGETS)
 def recorded(request) -> RecordedOps:
+    if missing := NEEDS.get(request.param, set()) - FLAGS:
+        pytest.skip(f"this CPU cannot run code for {request.param}: it has no {', '.join(sorted(missing))}")
     return RecordedOps(Weights(), Memory(), 2, TARGETS[request.param])
 
 
@@ -176,6 +182,13 @@ def test_statistics_of_a_constant_group_are_exact(recorded):
     assert rstd.tolist() == [[2.0] * 3] * 2
 
 
+def test_an_outlier_as_first_pixel_does_not_shift_the_statistics(recorded):
+    x = torch.full((1, 2, 128, 128), 0.3).bfloat16().to(memory_format=torch.channels_last)
+    x[0, 0, 0, 0], x[0, 1, 64, 3] = 1001.0, -4000.0
+    for found, expected in zip(recorded.group_stats(x, 2, 1e-5), torch_ops.group_stats(x, 2, 1e-5), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(("queries", "keys", "channels"), [(256, 256, 64), (70, 33, 40), (1, 1, 8), (65, 129, 160), (3, 77, 5)])
 def test_attention_is_that_of_float64(queries, keys, channels, recorded):
     generator = torch.Generator().manual_seed(queries)
@@ -196,6 +209,17 @@ def test_large_scores_do_not_overflow(dtype, recorded):
     k = torch.cat([torch.full((1, 1, 100, 16), -200.0), torch.full((1, 1, 1, 16), 200.0)], 2).to(dtype)
     v = torch.arange(101).view(1, 1, 101, 1).expand(1, 1, 101, 16).to(dtype).contiguous()
     assert recorded.attention(q, k, v, 1.0).unique().tolist() == [100.0]
+
+
+@pytest.mark.parametrize("dtype", draws.TYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_key_or_query_that_is_no_number_shows(bad, dtype, recorded):
+    """As in torch: every query meets the key, and only its own row the query."""
+    x = torch.randn(1, 2, 70, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    broken = x.clone()
+    broken[0, 1, 69, 3] = bad
+    assert recorded.attention(x, broken, x, None).isnan().all(-1).tolist() == [[[False] * 70, [True] * 70]]
+    assert recorded.attention(broken, x, x, None).isnan().all(-1).tolist() == [[[False] * 70, [False] * 69 + [True]]]
 
 
 @pytest.mark.parametrize("odd", ["channels", "stride", "scale"])
@@ -251,6 +275,37 @@ def test_results_do_not_depend_on_the_number_of_threads():
     for threads in (2, 3, 7):
         for found, expected in zip(results(threads), one, strict=True):
             assert torch.equal(found, expected)
+
+
+def test_a_replay_copies_again_what_is_not_dense():
+    """A residual that is a slice or channels first, and a quantizer's input of five axes in another order."""
+    operands, shape = narrow_convolution(2, -128, 127)
+    dense = torch.randn(shape.N, shape.P, shape.Q, 2 * shape.K).bfloat16()
+    first = torch.randn(shape.N, shape.K, shape.P, shape.Q).bfloat16()
+    five = torch.randn(2, 4, 3, 2, 32).bfloat16()
+    table = one_row(inv_scale=16.0, low=-100, high=99)
+    table = replace(table, rows=torch.zeros(2, dtype=torch.int32))
+
+    def results(run) -> list[Tensor]:
+        convolved = [
+            run.convolve(replace(operands, residual=residual), shape, torch.bfloat16)
+            for residual in (dense[..., : shape.K], first.permute(0, 2, 3, 1))
+        ]
+        return [*convolved, run.quantize(five.permute(0, 2, 1, 3, 4), None, table)]
+
+    recorded = RecordedOps(Weights(), Memory(), 1)
+    found = results(recorded)
+    for changing in (dense, first, five):
+        changing.mul_(-2)
+    recorded.replayed()()
+    for one, expected in zip(found, results(torch_ops), strict=True):
+        assert torch.equal(one, expected)
+
+
+def test_memory_that_nothing_writes_again_is_refused():
+    recorded = RecordedOps(Weights(), Memory(), 1, stays=lambda tensor: False)
+    with pytest.raises(AssertionError, match="quantize was given x in memory that the recording does not own"):
+        recorded.quantize(torch.zeros(1, 16).bfloat16(), None, one_row(1.0, -8, 7))
 
 
 def test_a_replay_computes_from_the_memory_as_it_is_then():
