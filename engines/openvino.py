@@ -1,4 +1,4 @@
-"""OpenVINO: INT8 on the CPU by AMX or VNNI, the fastest CPU backend. The engine is a graph in OpenVINO's format, xml and bin."""
+"""OpenVINO: INT8 on the CPU by AMX or VNNI. The engine is a graph in OpenVINO's format, xml and bin."""
 
 from __future__ import annotations
 

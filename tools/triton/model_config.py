@@ -48,9 +48,23 @@ def denoiser_config(name: str, manifest: Manifest, backend: str) -> str:
         "output": [_tensor(OUTPUT, _output(sample, manifest), manifest)],
         "dynamic_batching": {"max_queue_delay_microseconds": QUEUE_DELAY},
     }
-    if backend == "tensorrt":
+    provider = provider_of(manifest)
+    if backend == "tensorrt" or provider != "cpu":
         content["instance_group"] = [{"kind": Name("KIND_GPU")}]
+    if provider == "tensorrt":
+        content["optimization"] = {"execution_accelerators": {"gpu_execution_accelerator": [_accelerator(manifest)]}}
     return text_of(content)
+
+
+def provider_of(manifest: Manifest) -> str:
+    """What ONNX Runtime runs an `ort` engine on, from its build: `cpu`, `cuda` or `tensorrt`. `cpu` for other engines, and where none was chosen."""
+    return str(manifest.build.get("options", {}).get("provider") or "cpu")
+
+
+def _accelerator(manifest: Manifest) -> Mapping[str, Value]:
+    """ONNX Runtime's TensorRT provider in the precision of the engine. Source: Triton's documentation, "ONNX Runtime with TensorRT Optimization"."""
+    half = manifest.build["options"].get("precision") == "fp16"
+    return {"name": "tensorrt", "parameters": [{"key": "precision_mode", "value": "FP16" if half else "FP32"}]}
 
 
 def pipeline_config(name: str, manifest: Manifest, *, kind: str) -> str:

@@ -16,8 +16,8 @@ from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.directories import read_json, write_json
 from edm_deploy.storage.output_directory import DirectoryKind, check_output, new_directory
 from edm_deploy_tools.triton import served_pipeline
-from edm_deploy_tools.triton.model_config import denoiser_config, pipeline_config
-from engines import build_engine
+from edm_deploy_tools.triton.model_config import denoiser_config, pipeline_config, provider_of
+from engines import backend_named, build_engine
 from engines.nvidia.tensorrt_backend import ENGINE_NAME as PLAN
 from engines.openvino import save_graph
 
@@ -63,7 +63,7 @@ def write_repository(source: Path, out: Path, *, name: str, backend: str | None)
         graph = _engine(source, version / "engine", directory / ".graph", backend)
         manifest = Manifest.read(version / "engine", kind="engine")
         shutil.copyfile(served_pipeline.__file__, version / "model.py")
-        kind = "KIND_GPU" if manifest.backend in GPU_BACKENDS else "KIND_CPU"
+        kind = "KIND_GPU" if manifest.backend in GPU_BACKENDS or provider_of(manifest) != "cpu" else "KIND_CPU"
         (version.parent / "config.pbtxt").write_text(pipeline_config(version.parent.name, manifest, kind=kind))
         reason = outside_the_graph(manifest) or _denoiser(manifest, version / "engine", graph, directory / name)
         shutil.rmtree(directory / ".graph", ignore_errors=True)
@@ -84,18 +84,21 @@ def outside_the_graph(manifest: Manifest) -> str:
 
 
 def _engine(source: Path, engine: Path, graph: Path, backend: str | None) -> Path | None:
-    """Copy or build the engine; returns the ONNX directory that it was built from, None if `source` is an engine."""
+    """Copy or build the engine; returns the ONNX directory that it was built from, None if there is none."""
     if not (source / JSON_NAME).is_file() and read_json(source / MANIFEST, what="artifact, ONNX or engine").get("kind") == "engine":
         built = Manifest.read(source, kind="engine").backend
         if backend not in (None, built):
             raise InputError(f"--for {backend}: {source} is an engine of backend {built}. Leave --for out, or name the artifact.")
         shutil.copytree(source, engine)
         return None
+    engine.parent.mkdir(parents=True)
+    if (source / JSON_NAME).is_file() and backend_named(backend or "ort").builds_from == "artifact":
+        build_engine(source, engine, backend=backend or "ort")
+        return None
     if (source / JSON_NAME).is_file():
         onnx_from_artifact(Artifact.load(source), graph)
     else:
         shutil.copytree(source, graph)
-    engine.parent.mkdir(parents=True)
     build_engine(graph, engine, backend=backend or "ort")
     return graph
 

@@ -24,11 +24,11 @@ def noise() -> torch.Tensor:
     return torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def as_engine_of(chain, folder, **changes):
-    """A copy of the engine whose manifest has these changes."""
+def as_engine_of(chain, folder, options=None, **changes):
+    """A copy of the engine whose manifest has these changes, and these build options."""
     shutil.copytree(chain.engine, folder)
     manifest = Manifest.read(folder, kind="engine")
-    build = manifest.build | {"options": {"precision": "fp32", "threads": None}}
+    build = manifest.build | {"options": {"precision": "fp32", "threads": None} | (options or {})}
     replace(manifest, **{"build": build} | changes).write(folder, list(manifest.files))
     return folder
 
@@ -60,6 +60,25 @@ def test_openvino_reads_a_graph_with_its_tables_inside(chain, tmp_path, noise):
     assert (
         np.square(found - expected).mean() < 1e-3 * np.square(expected).mean()
     )  # W8A8: a wrong row of the tables is an error of 0.01 or more
+
+
+@pytest.mark.parametrize(("provider", "half"), [("cuda", None), ("tensorrt", "fp16"), ("tensorrt", None)])
+def test_an_ort_engine_for_a_gpu_is_served_on_one(provider, half, chain, tmp_path):
+    engine = as_engine_of(chain, tmp_path / "engine", options={"provider": provider, "precision": half})
+    write_repository(engine, tmp_path / "models", name="unet", backend=None)
+    denoiser, pipeline = ((tmp_path / "models" / name / "config.pbtxt").read_text() for name in ("unet", "unet_pipeline"))
+    assert denoiser.count("kind: KIND_GPU") == pipeline.count("kind: KIND_GPU") == 1
+    assert ('name: "tensorrt"' in denoiser) == (provider == "tensorrt")
+    assert [line.strip() for line in denoiser.splitlines() if "FP16" in line or 'value: "FP32"' in line] == (
+        [f'value: "{"FP16" if half else "FP32"}"'] if provider == "tensorrt" else []
+    )
+
+
+def test_an_artifact_is_built_for_a_backend_of_artifacts(chain, tmp_path):
+    written = write_repository(chain.artifact, tmp_path / "models", name="unet", backend="cpu")
+    assert (written.denoiser, written.reason) == (None, "Triton has no backend for an engine of cpu")
+    assert Manifest.read(tmp_path / "models/unet_pipeline/1/engine", kind="engine").backend == "cpu"
+    assert "KIND_CPU" in (tmp_path / "models/unet_pipeline/config.pbtxt").read_text()
 
 
 def test_what_runs_outside_the_graph_is_left_to_the_python_model(chain, tmp_path):
