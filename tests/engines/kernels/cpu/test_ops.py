@@ -25,7 +25,7 @@ NEEDS = {"avx-vnni": {"avx_vnni", "gfni", "vaes"}, "avx2": {"avx2", "fma", "f16c
 FLAGS = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), flags=re.M)[1].split())
 
 
-@pytest.fixture(params=TARGETS)
+@pytest.fixture(params=[name if name in ("native", "avx2") else pytest.param(name, marks=pytest.mark.extended) for name in TARGETS])
 def recorded(request) -> RecordedOps:
     if missing := NEEDS.get(request.param, set()) - FLAGS:
         pytest.skip(f"this CPU cannot run code for {request.param}: it has no {', '.join(sorted(missing))}")
