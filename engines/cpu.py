@@ -99,11 +99,10 @@ def _check_kernels(device: torch.device) -> None:
     Raises:
         UnsupportedError: The device is not the CPU, or this machine has no C++ compiler that compiles them.
     """
-    from engines.kernels.cpu.build import instructions, library
+    from engines.kernels.cpu.build import instructions
 
     if device.type != "cpu":
         raise UnsupportedError(f"cpu runs on the cpu, not on {device.type}. Open the engine with device='cpu', or build for cuda.")
-    library()
     if (computed_by := instructions()) in WITHOUT_VNNI:
         log.warning(
             "This CPU has no VNNI instructions: INT8 products are computed by %s code, and openvino is likely to be faster here.",

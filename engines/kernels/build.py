@@ -105,7 +105,12 @@ def cache_directory(kind: str = "kernels") -> Path:
 
 
 def _key(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) -> str:
-    digest = hashlib.sha256(repr((main, arch, str(compiler), FLAGS, *([PTX_VERSION] if virtual(arch) else []))).encode())
+    return digest_of((main, arch, str(compiler), FLAGS, *([PTX_VERSION] if virtual(arch) else [])), files)
+
+
+def digest_of(settings: object, files: dict[str, bytes]) -> str:
+    """32 hexadecimal digits that stand for source files, by name, and for the settings that they are compiled with."""
+    digest = hashlib.sha256(repr(settings).encode())
     for name, content in files.items():
         digest.update(f"{name} {len(content)} ".encode() + content)
     return digest.hexdigest()[:32]

@@ -126,9 +126,14 @@ def _by_nvcc(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) 
 
 
 def _refused(compiler: Compiler, arch: str, output: str) -> UnsupportedError:
+    return UnsupportedError(f"{compiler} cannot compile the kernels for {arch}: {first_error(output)}")
+
+
+def first_error(output: str) -> str:
+    """The first line of a compiler's output that names an error, else its first line."""
     lines = [line.strip() for line in output.replace("\0", "").splitlines() if line.strip()]
-    first = next((line for line in lines if "error" in line.lower() or "fatal" in line.lower()), lines[0] if lines else "it gave no reason")
-    return UnsupportedError(f"{compiler} cannot compile the kernels for {arch}: {first}")
+    first = lines[0] if lines else "it gave no reason"
+    return next((line for line in lines if "error" in line.lower() or "fatal" in line.lower()), first)
 
 
 def _nvrtc() -> Any:  # the vendor's package carries no types

@@ -157,8 +157,7 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
 
 def _of_table(table: Table) -> dict[str, int]:
     """What the structs of quantizers have of a table."""
-    columns = {"row": table.rows, "inv_scale": table.inv_scale, "qmin": table.qmin, "qmax": table.qmax}
-    return {name: column.data_ptr() for name, column in columns.items()} | {"unsigned_codes": table.unsigned}
+    return {name: column.data_ptr() for name, column in table.columns.items()} | {"unsigned_codes": table.unsigned}
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -43,6 +43,11 @@ class Table:
     bits: int
     unsigned: bool
 
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """The tensors, as the structs of quantizers name them."""
+        return {"row": self.rows, "inv_scale": self.inv_scale, "qmin": self.qmin, "qmax": self.qmax}
+
     def check(self, op: str, x: Tensor) -> None:
         """Raises InputError where the table does not match the activation `x` [B, ...]."""
         code_bytes(1, self.bits)
@@ -277,14 +282,7 @@ def check_rows(op: str, rows: Tensor, count: int) -> None:
 
 
 def _expect(
-    op: str,
-    name: str,
-    tensor: Tensor,
-    dtype: torch.dtype,
-    shape: Sequence[int],
-    device: torch.device,
-    *,
-    contiguous: bool = True,
+    op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device, *, contiguous: bool = True
 ) -> None:
     if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape) or tensor.device != device:
         raise InputError(

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from edm_deploy.errors import UnsupportedError
 from engines.kernels import ops
-from engines.kernels.cpu.memory import Memory
+from engines.kernels.cpu.memory import Memory, storage_of
 from engines.kernels.cpu.ops import RecordedOps
 from engines.kernels.cpu.weights import Weights
 from engines.kernels.operands import FLOATS
@@ -30,7 +30,7 @@ RECORDED = {
 assert ops.SCHEMAS  # importing the file registers the operators
 SIZES = {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
 # Operators that write their result to where it is read, which saves a copy.
-IN_PLACE: Mapping[Any, Any] = {aten.cat.default: aten.cat.out, aten.add.Tensor: aten.add.out, aten.mul.Tensor: aten.mul.out}
+WITH_OUTPUT: Mapping[Any, Any] = {aten.cat.default: aten.cat.out, aten.add.Tensor: aten.add.out, aten.mul.Tensor: aten.mul.out}
 
 
 class RecordedGraph:
@@ -55,8 +55,8 @@ class RecordedGraph:
         self._readers: dict[int, int] = {}  # how many live values lie in each block
         self._inputs = [value if place in kept else _own(value) for place, value in enumerate(inputs)]
         self._copied = [place for place in range(len(inputs)) if place not in kept]
-        own = {_storage(value) for value in (*self._inputs, *module.parameters(), *module.buffers())}
-        self._ops = RecordedOps(weights, self._memory, threads, stays=lambda tensor: _storage(tensor) in own)
+        own = {storage_of(value) for value in (*self._inputs, *module.parameters(), *module.buffers())}
+        self._ops = RecordedOps(weights, self._memory, threads, stays=lambda tensor: storage_of(tensor) in own)
         self.outputs = self._record()
         self._replay = self._ops.replayed()
 
@@ -71,27 +71,6 @@ class RecordedGraph:
             self._inputs[place].copy_(inputs[place])
         self._replay()
         return self.outputs
-
-    def _in_place(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """An operator that writes to an argument: each run writes again, to memory that the run has filled before."""
-        schema = target._schema.arguments
-        written = [
-            value for argument, value in zip(schema, args, strict=False) if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        written += [
-            kwargs[argument.name]
-            for argument in schema
-            if argument.name in kwargs and argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        for tensor in pytree.tree_leaves(written):
-            if not (self._memory.owns(tensor) or any(_storage(tensor) == _storage(self._inputs[place]) for place in self._copied)):
-                raise UnsupportedError(
-                    f"{target} writes to a constant of the model, which the cpu backend does not support. Build for openvino or ort."
-                )
-        results: list[Any] = []
-        self._ops.step(lambda: results.append(target(*args, **kwargs)))
-        self._ops.steps[-1] = partial(target, *args, **kwargs)
-        return results[0]
 
     def _record(self) -> Any:
         values: dict[fx.Node, Any] = {}
@@ -117,9 +96,7 @@ class RecordedGraph:
 
     def _count(self, value: Any, change: int) -> None:
         """Count the values in each block; a block that holds none serves later values."""
-        for storage in {
-            leaf.untyped_storage().data_ptr() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and self._memory.owns(leaf)
-        }:
+        for storage in {storage_of(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and self._memory.owns(leaf)}:
             self._readers[storage] = self._readers.get(storage, 0) + change
             if self._readers[storage] == 0:
                 self._memory.free(storage)
@@ -154,18 +131,32 @@ class RecordedGraph:
         result = target(*args, **kwargs)
         _refuse_values(target, args, kwargs, result)
         leaves, form = pytree.tree_flatten(result)
-        read = {leaf.untyped_storage().data_ptr() for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        fresh = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in read]
+        read = {storage_of(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        fresh = [leaf for leaf in leaves if isinstance(leaf, Tensor) and storage_of(leaf) not in read]
         if not fresh:
             return result
         own = {id(leaf): self._memory.empty(leaf.shape, leaf.dtype, _dense(leaf)) for leaf in fresh}
-        if isinstance(result, Tensor) and target in IN_PLACE:
-            self._ops.step(partial(IN_PLACE[target], *args, **kwargs, out=own[id(result)]))
+        if isinstance(result, Tensor) and target in WITH_OUTPUT:
+            self._ops.step(partial(WITH_OUTPUT[target], *args, **kwargs, out=own[id(result)]))
         else:
             places = [place for place, leaf in enumerate(leaves) if id(leaf) in own]
             targets = [own[id(leaves[place])] for place in places]
             self._ops.step(partial(_again, partial(target, *args, **kwargs), places, targets))
         return pytree.tree_unflatten([own.get(id(leaf), leaf) for leaf in leaves], form)
+
+    def _in_place(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An operator that writes to an argument: each run writes again, to memory that the run has filled before."""
+        arguments = target._schema.arguments
+        given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+        filled = {storage_of(self._inputs[place]) for place in self._copied}
+        for argument in arguments:
+            if argument.name not in given or argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            if not all(self._memory.owns(tensor) or storage_of(tensor) in filled for tensor in pytree.tree_leaves(given[argument.name])):
+                raise UnsupportedError(
+                    f"{target} writes to a constant of the model, which the cpu backend does not support. Build for openvino or ort."
+                )
+        return self._ops.step(partial(target, *args, **kwargs))
 
 
 def _refuse_values(target: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -181,10 +172,6 @@ def _again(function: Callable[[], Any], places: Sequence[int], targets: Sequence
     leaves = pytree.tree_leaves(function())
     for place, target in zip(places, targets, strict=True):
         target.copy_(leaves[place])
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _own(value: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 import engines.cpu
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.numerics.activation_table import table_rows
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.capabilities import code_format
 from edm_deploy.runtime.load import load_denoiser, load_pipeline, open_session
@@ -20,8 +19,8 @@ from engines import build_engine
 from engines.cpu import BACKEND
 from engines.from_artifact.packed_engine import ENGINE_NAME
 from engines.kernels.cpu import build as kernels
-from tests.conftest import artifact_by_hand, check_no_further, tiny_inputs, tiny_model
-from tests.engines.reference_check import check_against_reference
+from tests.conftest import artifact_by_hand, tiny_inputs
+from tests.engines.reference_check import check_against_reference, check_own_rows
 from tests.tiny_loras import peft_tensors
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, kernels.COMPILERS)), reason="no C++ compiler")
@@ -81,15 +80,7 @@ def test_every_site_is_the_references_at_mixed_timesteps(engine, artifact_w4a4, 
 
 
 def test_each_sample_of_a_batch_uses_its_own_row(denoiser, artifact_w4a4):
-    inputs = tiny_inputs("unet2d", 4)
-    assert len(set(table_rows(artifact_w4a4.row_of_timestep, inputs["timestep"]).tolist())) > 1
-    together = denoiser(**inputs).sample
-    family, _, model = tiny_model("unet2d")
-    exact = family.forward(model, inputs)
-    for index in range(4):
-        alone = denoiser(**{name: value[index : index + 1] for name, value in inputs.items()}).sample
-        # torch's own bfloat16 products may sum a batch in another order; rows are compared site by site in tests/contracts
-        check_no_further(together[index : index + 1], alone, exact[index : index + 1])
+    check_own_rows(denoiser, artifact_w4a4)
 
 
 def test_a_batch_size_gives_the_same_bits_whatever_ran_between(denoiser):

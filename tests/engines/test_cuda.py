@@ -7,7 +7,6 @@ import torch
 import engines
 from edm_deploy.artifact.reference import Reference
 from edm_deploy.errors import InputError, UnsupportedError
-from edm_deploy.numerics.activation_table import table_rows
 from edm_deploy.pipelines.schedulers import schedulers_for
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.capabilities import code_format
@@ -17,8 +16,8 @@ from edm_deploy.runtime.manifest import Manifest, ShapeRange
 from edm_deploy_tools.evaluation.site_agreement import agreement, cut_from_inputs
 from engines import build_engine
 from engines.cuda import BACKEND, ENGINE_NAME, code_formats_on
-from tests.conftest import SCHEDULER, artifact_by_hand, check_no_further, tiny_inputs, tiny_model
-from tests.engines.reference_check import check_against_reference
+from tests.conftest import SCHEDULER, artifact_by_hand, tiny_inputs, tiny_model
+from tests.engines.reference_check import check_against_reference, check_own_rows
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -134,15 +133,7 @@ def test_bfloat16_between_the_sites(saved, artifact_w4a4, tmp_path):
 
 
 def test_each_sample_of_a_batch_uses_its_own_row(denoiser, artifact_w4a4):
-    inputs = tiny_inputs("unet2d", 4)
-    assert len(set(table_rows(artifact_w4a4.row_of_timestep, inputs["timestep"]).tolist())) > 1
-    together = denoiser(**inputs).sample
-    family, _, model = tiny_model("unet2d")
-    exact = family.forward(model, inputs)
-    for index in range(4):
-        alone = denoiser(**{name: value[index : index + 1] for name, value in inputs.items()}).sample
-        # torch's own float16 kernels may sum a batch in another order; rows are compared site by site in tests/contracts
-        check_no_further(together[index : index + 1], alone, exact[index : index + 1])
+    check_own_rows(denoiser, artifact_w4a4)
 
 
 def test_the_models_embedding_depends_on_the_fraction_of_a_timestep(denoiser):

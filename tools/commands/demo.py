@@ -27,7 +27,6 @@ from edm_deploy.pipelines.custom import UnconditionalPipeline, images_from_sampl
 from edm_deploy.pipelines.source import load_source
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.capabilities import summary
-from edm_deploy.runtime.load import open_session
 from edm_deploy.runtime.manifest import Manifest
 from edm_deploy.storage.directories import write_json
 from edm_deploy_tools.commands.quantize_model import QuantizeRequest, checkpoint_of, quantize
@@ -105,11 +104,8 @@ def run_demo(out: Path, bits: str) -> None:
     export(work / "onnx", tuned)
     _stage(4, "Build engines")
     engines = [built for built in (build_one(work, tuned, entry) for entry in BUILDS) if built]
-    running = [path for path, entry in engines if entry.runs_here]
     _stage(5, "Sample")
-    for path in running:
-        sampled = sample_images(path, work / path.name.replace("engine", "images"))
-        console.wrote(sampled.paths[0].parent, f"{sampled.count} images, {sampled.seconds_per_image:.3f} s each")
+    engines = [(path, entry) for path, entry in engines if not entry.runs_here or sample_one(path)]
     _stage(6, "Evaluate")
     report = measure(work, engines)
     write(report, out)
@@ -173,19 +169,28 @@ def export(path: Path, artifact: Artifact) -> None:
 
 
 def build_one(work: Path, artifact: Artifact, entry: EngineBuild) -> tuple[Path, EngineBuild] | None:
-    """Build one engine; None, with the reason printed, if its backend, or what it needs to run, is not installed."""
+    """Build one engine; None, with the reason printed, if its backend is not installed."""
     path = work / f"engine-{entry.name}"
     manifest = made_from(path, artifact, "engine")
     try:
         source = work / ("onnx" if backend_named(entry.backend).builds_from == "onnx" else "finetuned")
         manifest = manifest or build(source, path, backend=entry.backend, options=entry.options)
-        if entry.runs_here:
-            open_session(path)[1].close()  # cpu needs a compiler where an engine is opened
     except UnsupportedError as err:
         console.say(f"Skipped {entry.name}: {err}")
         return None
     console.wrote(path, f"{summary(manifest.plan)}; built in {console.time_words(float(manifest.build.get('seconds', 0)))}")
     return path, entry
+
+
+def sample_one(engine: Path) -> bool:
+    """Sample with one engine; False, with the reason printed, if what it needs to run is not installed, as the C++ compiler of `cpu`."""
+    try:
+        sampled = sample_images(engine, engine.with_name(engine.name.replace("engine", "images")))
+    except UnsupportedError as err:
+        console.say(f"Skipped {engine.name}: {err}")
+        return False
+    console.wrote(sampled.paths[0].parent, f"{sampled.count} images, {sampled.seconds_per_image:.3f} s each")
+    return True
 
 
 def made_from(path: Path, artifact: Artifact, kind: Literal["onnx", "engine"]) -> Manifest | None:

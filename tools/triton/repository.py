@@ -85,21 +85,22 @@ def outside_the_graph(manifest: Manifest) -> str:
 
 def _engine(source: Path, engine: Path, graph: Path, backend: str | None) -> Path | None:
     """Copy or build the engine; returns the ONNX directory that it was built from, None if there is none."""
-    if not (source / JSON_NAME).is_file() and read_json(source / MANIFEST, what="artifact, ONNX or engine").get("kind") == "engine":
+    is_artifact, name = (source / JSON_NAME).is_file(), backend or "ort"
+    if not is_artifact and read_json(source / MANIFEST, what="artifact, ONNX or engine").get("kind") == "engine":
         built = Manifest.read(source, kind="engine").backend
         if backend not in (None, built):
             raise InputError(f"--for {backend}: {source} is an engine of backend {built}. Leave --for out, or name the artifact.")
         shutil.copytree(source, engine)
         return None
     engine.parent.mkdir(parents=True)
-    if (source / JSON_NAME).is_file() and backend_named(backend or "ort").builds_from == "artifact":
-        build_engine(source, engine, backend=backend or "ort")
+    if is_artifact and backend_named(name).builds_from == "artifact":
+        build_engine(source, engine, backend=name)
         return None
-    if (source / JSON_NAME).is_file():
+    if is_artifact:
         onnx_from_artifact(Artifact.load(source), graph)
     else:
         shutil.copytree(source, graph)
-    build_engine(graph, engine, backend=backend or "ort")
+    build_engine(graph, engine, backend=name)
     return graph
 
 

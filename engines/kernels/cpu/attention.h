@@ -26,29 +26,40 @@ struct AttentionBuffers {
   }
 };
 
+// Products in float32; those of bfloat16 pairs are in attention_bf16.h.
+struct FloatProducts {
+  using Element = float;
+  using Row = Floats;  // LANES elements
+  static Row factor(const Element* at) { return all(*at); }
+  static Floats add(Floats sums, Row row, Row factor) { return fused(row, factor, sums); }
+};
+
 // to[i][:] += sum over k of a[k][:] * b[i * step + k * stride] for `ROWS` i, where a and to are rows of QUERIES; starts at 0 where `fresh`.
-template <int ROWS>
-inline __attribute__((always_inline)) void add_tile(const float* a, const float* b, int step, int stride, int count, float* to, bool fresh) {
+template <typename Products, int ROWS, typename Element = typename Products::Element>
+inline __attribute__((always_inline)) void add_tile(const Element* a, const Element* b, int64_t step, int stride, int count, float* to, bool fresh) {
+  using Row = typename Products::Row;
   Floats sums[ROWS][QUERY_VECTORS];
   for (int i = 0; i < ROWS; i++)
     for (int v = 0; v < QUERY_VECTORS; v++) sums[i][v] = fresh ? Floats{} : load<Floats>(to + i * QUERIES + v * LANES);
   for (int k = 0; k < count; k++) {
-    Floats row[QUERY_VECTORS];
-    for (int v = 0; v < QUERY_VECTORS; v++) row[v] = load<Floats>(a + k * QUERIES + v * LANES);
+    Row row[QUERY_VECTORS];
+    for (int v = 0; v < QUERY_VECTORS; v++) row[v] = load<Row>(a + k * QUERIES + v * LANES);
     for (int i = 0; i < ROWS; i++) {
-      const Floats factor = all(b[i * step + k * stride]);
-      for (int v = 0; v < QUERY_VECTORS; v++) sums[i][v] = fused(row[v], factor, sums[i][v]);
+      const Row factor = Products::factor(b + i * step + k * stride);
+      for (int v = 0; v < QUERY_VECTORS; v++) sums[i][v] = Products::add(sums[i][v], row[v], factor);
     }
   }
   for (int i = 0; i < ROWS; i++)
     for (int v = 0; v < QUERY_VECTORS; v++) store(to + i * QUERIES + v * LANES, sums[i][v]);
 }
 
-inline void add_products(const float* a, const float* b, int rows, int step, int stride, int count, float* to, bool fresh) {
+template <typename Products, typename Element = typename Products::Element>
+inline void add_products(const Element* a, const Element* b, int rows, int64_t step, int stride, int count, float* to, bool fresh) {
   int i = 0;
-  for (; i + TILE <= rows; i += TILE) add_tile<TILE>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh);
-  if (i + 4 <= rows) add_tile<4>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh), i += 4;
-  for (; i < rows; i++) add_tile<1>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh);
+  for (; i + TILE <= rows; i += TILE) add_tile<Products, TILE>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh);
+  if (i + 4 <= rows) add_tile<Products, 4>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh), i += 4;
+  if (i + 2 <= rows) add_tile<Products, 2>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh), i += 2;
+  if (i < rows) add_tile<Products, 1>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh);
 }
 
 template <typename T>
@@ -91,7 +102,7 @@ inline void attend(const AttentionParams& p, int n, int head, int first, Attenti
     const int keys = p.keys - start < KEYS ? p.keys - start : KEYS;
     widen_rows(k + start * p.key_stride[2], p.key_stride[2], keys, D, at.keys);
     widen_rows(v + start * p.value_stride[2], p.value_stride[2], keys, D, at.values);
-    add_products(at.queries, at.keys, keys, D, 1, D, at.scores, true);
+    add_products<FloatProducts>(at.queries, at.keys, keys, D, 1, D, at.scores, true);
     for (int w = 0; w < QUERY_VECTORS; w++) {
       float* scores = at.scores + w * LANES;
       Floats larger_one = most[w], unordered{};
@@ -109,7 +120,7 @@ inline void attend(const AttentionParams& p, int n, int head, int first, Attenti
         for (int d = 0; d < D; d++) store(at.sums + d * QUERIES + w * LANES, load<Floats>(at.sums + d * QUERIES + w * LANES) * correction);
       most[w] = larger_one, total[w] = sum;
     }
-    add_products(at.scores, at.values, D, 1, D, keys, at.sums, start == 0);
+    add_products<FloatProducts>(at.scores, at.values, D, 1, D, keys, at.sums, start == 0);
   }
   write_queries<T>(p, n, head, first, count, at.sums, total);
 }

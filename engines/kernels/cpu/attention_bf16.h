@@ -5,8 +5,7 @@
 
 #if defined(__AVX512BF16__)
 
-constexpr int BF16_KEYS = 64;          // of a block; even
-constexpr float LOG2_E = 1.44269504f;  // scores are taken as powers of 2
+constexpr int BF16_KEYS = 64;  // of a block; even
 
 struct Bf16Buffers {
   uint32_t *queries, *weights, *values;  // pairs of bfloat16: [D / 2][QUERIES], [BF16_KEYS / 2][QUERIES], [BF16_KEYS / 2][D]
@@ -18,37 +17,19 @@ struct Bf16Buffers {
   }
 };
 
-// As add_tile of attention.h, of pairs: each lane of a and each factor b holds two numbers.
-template <int ROWS>
-inline __attribute__((always_inline)) void add_pairs_tile(const uint32_t* a, const uint32_t* b, int64_t step, int stride, int count, float* to, bool fresh) {
-  Floats sums[ROWS][QUERY_VECTORS];
-  for (int i = 0; i < ROWS; i++)
-    for (int v = 0; v < QUERY_VECTORS; v++) sums[i][v] = fresh ? Floats{} : load<Floats>(to + i * QUERIES + v * LANES);
-  for (int k = 0; k < count; k++) {
-    __m512bh row[QUERY_VECTORS];
-    for (int v = 0; v < QUERY_VECTORS; v++) row[v] = load<__m512bh>(a + k * QUERIES + v * LANES);
-    for (int i = 0; i < ROWS; i++) {
-      const __m512bh factor = (__m512bh)_mm512_set1_epi32((int)load_word(b + i * step + k * stride));
-      for (int v = 0; v < QUERY_VECTORS; v++) sums[i][v] = (Floats)_mm512_dpbf16_ps((__m512)sums[i][v], row[v], factor);
-    }
-  }
-  for (int i = 0; i < ROWS; i++)
-    for (int v = 0; v < QUERY_VECTORS; v++) store(to + i * QUERIES + v * LANES, sums[i][v]);
-}
-
-inline void add_pairs(const uint32_t* a, const uint32_t* b, int rows, int64_t step, int stride, int count, float* to, bool fresh) {
-  int i = 0;
-  for (; i + TILE <= rows; i += TILE) add_pairs_tile<TILE>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh);
-  if (i + 4 <= rows) add_pairs_tile<4>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh), i += 4;
-  if (i + 2 <= rows) add_pairs_tile<2>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh), i += 2;
-  for (; i < rows; i++) add_pairs_tile<1>(a, b + i * step, step, stride, count, to + i * QUERIES, fresh);
-}
+// Of pairs: each lane of a row and each factor holds two numbers.
+struct PairProducts {
+  using Element = uint32_t;
+  using Row = __m512bh;
+  static Row factor(const Element* at) { return (Row)_mm512_set1_epi32((int)load_word(at)); }
+  static Floats add(Floats sums, Row row, Row factor) { return (Floats)_mm512_dpbf16_ps((__m512)sums, row, factor); }
+};
 
 // 2^x of x <= 0, to 2^-14: more than bfloat16 keeps.
 inline Floats power_of_2(Floats x) {
   x = larger(x, all(-126.0f));
-  const Floats magic = all(12582912.0f), n = (x + magic) - magic, f = x - n;  // 1.5 * 2^23: the addition rounds to an integer
-  Floats p = all(0.0096181291f);                                              // the series of 2^f, powers of ln 2 over factorials
+  const Floats n = nearest(x), f = x - n;
+  Floats p = all(0.0096181291f);  // the series of 2^f, powers of ln 2 over factorials
   for (const float coefficient : {0.0555041087f, 0.2402265070f, 0.6931471806f, 1.0f}) p = fused(p, f, all(coefficient));
   return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
 }
@@ -67,7 +48,7 @@ inline void attend_bf16(const AttentionParams& p, int n, int head, int first, Bf
   const Bf16* q = (const Bf16*)p.query + n * p.query_stride[0] + head * p.query_stride[1];
   const Bf16* k = (const Bf16*)p.key + n * p.key_stride[0] + head * p.key_stride[1];
   const Bf16* v = (const Bf16*)p.value + n * p.value_stride[0] + head * p.value_stride[1];
-  const float scale = p.scale * LOG2_E;
+  const float scale = p.scale * LOG2_E;  // scores are taken as powers of 2
   for (int i = 0; i < QUERIES; i++) {  // queries behind the last are copies of it
     const Bf16* row = q + (first + (i < count ? i : count - 1)) * p.query_stride[2];
     for (int d = 0; d < D / 2; d++) at.queries[d * QUERIES + i] = load_word(row + 2 * d);
@@ -76,7 +57,7 @@ inline void attend_bf16(const AttentionParams& p, int n, int head, int first, Bf
   for (int w = 0; w < QUERY_VECTORS; w++) most[w] = all(-INFINITY), total[w] = Floats{};
   for (int start = 0; start < p.keys; start += BF16_KEYS) {
     const int keys = p.keys - start < BF16_KEYS ? p.keys - start : BF16_KEYS, pairs = (keys + 1) / 2;
-    add_pairs(at.queries, (const uint32_t*)(k + start * p.key_stride[2]), keys, p.key_stride[2] / 2, 1, D / 2, at.scores, true);
+    add_products<PairProducts>(at.queries, (const uint32_t*)(k + start * p.key_stride[2]), keys, p.key_stride[2] / 2, 1, D / 2, at.scores, true);
     for (int j = 0; j < pairs; j++) {
       const Bf16* row = v + (start + 2 * j) * p.value_stride[2];
       pair_rows(row, 2 * j + 1 < keys ? row + p.value_stride[2] : nullptr, D, at.values + j * D);
@@ -103,7 +84,7 @@ inline void attend_bf16(const AttentionParams& p, int n, int head, int first, Bf
         for (int d = 0; d < D; d++) store(at.sums + d * QUERIES + w * LANES, load<Floats>(at.sums + d * QUERIES + w * LANES) * correction);
       most[w] = largest, total[w] = sum;
     }
-    add_pairs(at.weights, at.values, D, 1, D, pairs, at.sums, start == 0);
+    add_products<PairProducts>(at.weights, at.values, D, 1, D, pairs, at.sums, start == 0);
   }
   write_queries<Bf16>(p, n, head, first, count, at.sums, total);
 }

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
-import torch  # brings libgomp into the process, which the kernels then share: two teams of threads would wait for each other
+import torch  # noqa: F401  # brings libgomp into the process, which the kernels then share: two teams of threads would wait for each other
 
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.storage.leftovers import scratch_directory
-from engines.kernels.build import cached_code
+from engines.kernels.build import cached_code, digest_of
+from engines.kernels.compilers import first_error
 
 SOURCE = Path(__file__).parent
 MAIN = "kernels.cpp"
@@ -35,12 +35,8 @@ def library(target: str = TARGET) -> ctypes.CDLL:
     Raises:
         UnsupportedError: There is no C++ compiler, or it refuses the source.
     """
-    assert torch.__version__  # imported above, before the library is loaded
     compiler, files = compiler_path(), source_files()
-    digest = hashlib.sha256(repr((FLAGS, _macros(compiler, target))).encode())
-    for name, content in files.items():
-        digest.update(f"{name} {len(content)} ".encode() + content)
-    path, _ = cached_code(f"cpu-{digest.hexdigest()[:32]}.so", lambda: _compiled(files, compiler, target))
+    path, _ = cached_code(f"cpu-{digest_of((FLAGS, _macros(compiler, target)), files)}.so", lambda: _compiled(files, compiler, target))
     loaded = ctypes.CDLL(str(path))
     loaded.edm_run.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
     loaded.edm_run.restype = None
@@ -92,6 +88,4 @@ def _compiled(files: dict[str, bytes], compiler: str, target: str) -> bytes:
 
 
 def _refused(compiler: str, output: str) -> UnsupportedError:
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    first = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "it gave no reason")
-    return UnsupportedError(f"{compiler} cannot compile the cpu backend's kernels: {first}. {INSTALL}")
+    return UnsupportedError(f"{compiler} cannot compile the cpu backend's kernels: {first_error(output)}. {INSTALL}")

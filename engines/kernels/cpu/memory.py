@@ -11,6 +11,11 @@ from torch import Tensor
 ALIGNMENT = 64
 
 
+def storage_of(tensor: Tensor) -> int:
+    """The address of a tensor's storage: views of one tensor share it."""
+    return tensor.untyped_storage().data_ptr()
+
+
 class Memory:
     """Allocates tensors from blocks. A block whose tensor is no longer read serves a later one; none is returned before the recording ends.
 
@@ -33,7 +38,7 @@ class Memory:
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in one of the blocks."""
-        return tensor.untyped_storage().data_ptr() in self._blocks
+        return storage_of(tensor) in self._blocks
 
     def free(self, storage: int) -> None:
         """Let the block with this address serve the next tensor."""
@@ -51,5 +56,5 @@ class Memory:
             return self._free.pop(fitting[-1])
         block = torch.empty(size, dtype=torch.uint8)
         assert block.data_ptr() % ALIGNMENT == 0  # torch aligns its memory on CPUs so
-        self._blocks[block.untyped_storage().data_ptr()] = block
+        self._blocks[storage_of(block)] = block
         return block

@@ -19,7 +19,7 @@ from edm_deploy.errors import UnsupportedError
 from edm_deploy.numerics.kernel_layout import code_bytes
 from engines.kernels.cpu.build import TARGET, library
 from engines.kernels.cpu.launch import ACTIVATIONS, KERNELS, PARAMS, STATS_CHUNK, TYPES, Call
-from engines.kernels.cpu.memory import Memory
+from engines.kernels.cpu.memory import Memory, storage_of
 from engines.kernels.cpu.weights import Weights
 from engines.kernels.operands import ConvShape, Norm, Operands, RowNorm, Table
 from engines.kernels.torch_ops import pixels
@@ -57,7 +57,7 @@ class RecordedOps:
         statistics = {} if norm is None else {"mean": norm.mean, "rstd": norm.rstd, "gamma": norm.gamma, "beta": norm.beta}
         self._call(
             "quantize",
-            {"x": values, "codes": codes, **_of_table(table), **statistics},
+            {"x": values, "codes": codes, **table.columns, **statistics},
             N=batch,
             HW=height * width,
             C=channels,
@@ -76,7 +76,7 @@ class RecordedOps:
         scale, shift = (self._unit_stride(column) for column in (norm.scale, norm.shift))
         self._call(
             "quantize_rows",
-            {"x": values, "codes": codes, **_of_table(table), "gamma": norm.gamma, "beta": norm.beta, "scale": scale, "shift": shift},
+            {"x": values, "codes": codes, **table.columns, "gamma": norm.gamma, "beta": norm.beta, "scale": scale, "shift": shift},
             eps=norm.eps,
             N=batch,
             HW=tokens,
@@ -98,7 +98,7 @@ class RecordedOps:
         partial = self.memory.empty((batch, chunks, 2, channels), torch.float32)
         tensors = {"x": values, "partial": partial, "mean": mean, "rstd": rstd}
         self._call("group_stats", tensors, eps=eps, N=batch, HW=height * width, C=channels, groups=groups, type=TYPES[x.dtype])
-        self.memory.free(partial.untyped_storage().data_ptr())
+        self.memory.free(storage_of(partial))
         return mean, rstd
 
     def convolve(self, operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: object = None) -> Tensor:
@@ -181,10 +181,10 @@ class RecordedOps:
         self._call("upsample", {"source": x, "target": out}, N=batch, H=height, W=width, bytes=channels * x.element_size(), factor=factor)
         return out
 
-    def step(self, function: Callable[[], object]) -> None:
-        """Run a function now and record it; it writes to memory of this recording."""
-        function()
+    def step(self, function: Callable[[], Any]) -> Any:
+        """Run a function now and record it; it writes to memory of this recording. Returns its result."""
         self.steps.append(function)
+        return function()
 
     def replayed(self) -> Callable[[], None]:
         """A function that runs all steps again. Kernels that follow each other run in one call."""
@@ -237,16 +237,12 @@ class RecordedOps:
         self.steps.append((place, params))
         self._library.edm_run(ctypes.byref(Call(place, ctypes.addressof(params))), 1, self.threads)
         while self._copies:
-            self.memory.free(self._copies.pop().untyped_storage().data_ptr())
+            self.memory.free(storage_of(self._copies.pop()))
 
     def _check_memory(self, kernel: str, tensors: Mapping[str, Tensor | None]) -> None:
         """A kernel must not read what a later run does not write again: the result of an operator that was not recorded."""
         if self.stays is None:
             return
         for name, tensor in tensors.items():
-            stays = tensor is None or self.memory.owns(tensor) or self._weights.holds(tensor) or self.stays(tensor)
+            stays = tensor is None or self.memory.owns(tensor) or self.stays(tensor) or self._weights.holds(tensor)
             assert stays, f"{kernel} was given {name} in memory that the recording does not own"
-
-
-def _of_table(table: Table) -> dict[str, Tensor]:
-    return {"row": table.rows, "inv_scale": table.inv_scale, "qmin": table.qmin, "qmax": table.qmax}

@@ -43,7 +43,7 @@ inline Range range_of(const Params& p, int sample) {
 
 // Bounds first: they are integers, so rounding what lies between them gives the same codes, and is exact by one addition.
 inline Bytes codes_of(Floats value, const Range& range) {
-  const Floats magic = all(12582912.0f);  // 1.5 * 2^23
+  const Floats magic = all(MAGIC);
   const Floats clipped = smaller(larger(value * range.inv_scale, range.low), range.high);
   return __builtin_convertvector(as<Ints>((clipped + magic)) - as<Ints>(magic), Bytes);
 }

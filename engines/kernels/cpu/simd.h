@@ -166,6 +166,11 @@ inline Floats values(const T* from, int count = LANES) {
 template <typename T>
 inline void put(T* to, Floats value, int count = LANES) { store(to, narrow(value, T{}), count); }
 
+constexpr float LOG2_E = 1.44269504f;
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: where it is added, the sum is rounded to an integer, half to even
+
+inline Floats nearest(Floats value) { return (value + MAGIC) - MAGIC; }
+
 // Memory of this thread for one kernel's call, at a multiple of 64 bytes, with any content.
 inline char* scratch(size_t bytes) {
   static thread_local std::unique_ptr<char[]> memory;
@@ -177,8 +182,7 @@ inline char* scratch(size_t bytes) {
 // e^x for any x, to 2 units in the last place; 0 and infinity beyond the range of float32.
 inline Floats exponential(Floats x) {
   x = smaller(larger(x, all(-103.97f)), all(88.73f));
-  const Floats magic = all(12582912.0f);  // 1.5 * 2^23: the addition rounds to an integer
-  const Floats n = (x * 1.44269504f + magic) - magic;
+  const Floats n = nearest(x * LOG2_E);
   Floats f = fused(n, all(-0.693145752f), x);
   f = fused(n, all(-1.42860677e-6f), f);
   Floats p = all(1.0f / 5040);

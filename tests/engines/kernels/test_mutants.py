@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.engines.kernels.emulator import CUDA, HERE, build
+from tests.engines.kernels.helpers.mutation import sow
 
 # What goes wrong -> file, a text that it holds exactly once, what that becomes.
 MUTANTS = {
@@ -243,9 +244,7 @@ def outcome(folder: pathlib.Path, file: str, old: str, new: str) -> str | None:
 def checked(folder: pathlib.Path, file: str, old: str, new: str, cases: str, count: str) -> str | None:
     """Builds the source in `folder / "cuda"` with one replacement and checks it by a module of cases; returns as `outcome`."""
     cuda = folder / "cuda"
-    source = (cuda / file).read_text()
-    assert source.count(old) == 1, f"{file} holds {old!r} {source.count(old)} times"
-    (cuda / file).write_text(source.replace(old, new))
+    sow(cuda / file, old, new)
     library = build(folder / "mutant.so", "-O1", "-w", cuda=cuda)
     program = [sys.executable, "-m", f"tests.engines.kernels.emulator.{cases}", str(library), "2", count]
     done = subprocess.run(program, capture_output=True, text=True, timeout=60, cwd=HERE.parents[3])

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from engines.kernels.cpu.build import SOURCE, source_files
+from tests.engines.kernels.helpers.mutation import sow
 
 # What goes wrong -> file, a text that it holds exactly once, what that becomes.
 MUTANTS = {
@@ -59,9 +60,7 @@ def passes(folder: pathlib.Path, file: str, old: str, new: str) -> bool:
     """Whether test_ops.py passes, for this machine's instructions, with one replacement in the source."""
     source = folder / "cpu"
     shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    text = (source / file).read_text()
-    assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
-    (source / file).write_text(text.replace(old, new))
+    sow(source / file, old, new)
     program = (
         "import pathlib, sys, pytest\nfrom engines.kernels.cpu import build\n"
         f"build.SOURCE = pathlib.Path({str(source)!r})\n"
