@@ -27,6 +27,7 @@ from calibration.student.from_artifact import structure_of, student_from_artifac
 from calibration.student.quantization_spec import LayerSpec
 from calibration.student.teacher import Teacher, check_finite_weights, restructured
 from calibration.student.to_artifact import artifact_from_student
+from calibration.training.fast_kernels import kernels_of
 from edm_deploy import Artifact
 from edm_deploy.artifact.fold_pre_scales import fold_pre_scales
 from edm_deploy.errors import InputError
@@ -168,7 +169,7 @@ def _configuration(
         "conditioning": conditioning,
         **({"folded": list(folded)} if folded else {}),
         **({"budget_seconds": options.budget_seconds} if options.budget_seconds is not None else {}),
-        **({"torch_compile": options.torch_compile} if options.torch_compile != "auto" else {}),
+        **({"kernels": kernels_of(options)} if recipe.trains else {}),
         **({"passes": {each.name: each.settings() for each in passes}} if passes else {}),
     }
 
@@ -183,7 +184,6 @@ def check_parts(recipe: Recipe, options: RunOptions) -> None:
         "--gradient-accumulation-steps": options.accumulation > 1,
         "--gradient-checkpointing": options.checkpointing,
         "--shard-weights": options.sharding,
-        "--torch-compile on": options.torch_compile == "on",
     }
     for name, chosen in given.items():
         if chosen and not recipe.distills:

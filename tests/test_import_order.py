@@ -20,6 +20,7 @@ ORDER = {
         ("errors",),
         ("registry",),
         ("storage", "numerics"),
+        ("native",),
         ("network",),
         ("models",),
         ("artifact",),

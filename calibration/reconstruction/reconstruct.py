@@ -25,6 +25,7 @@ from calibration.run.processes import Processes, ProcessLostError
 from calibration.run.progress import ProgressMeter, lost_after
 from calibration.student.student import Student, activations_unquantized
 from calibration.training.divergence import check_finite
+from calibration.training.fast_kernels import use_fast_kernels
 from calibration.training.param_group import ParamGroup
 from edm_deploy.numerics.seeds import derived_seed
 
@@ -74,6 +75,7 @@ def reconstruct(context: TrainingContext, partition: Partition, stages: Sequence
     """
     run = context.run
     context.teacher.set_dtype(run.options.teacher_dtype)
+    use_fast_kernels(context)
     work, timer = _Reconstruction(context, partition, stages, seed), CheckpointTimer(run)
     done = work.resume(state) if (state := resume_training(run)) is not None else work.begin()
     with ProgressMeter(run, "reconstruct", context.trajectories.device, first_step=work.steps) as meter:

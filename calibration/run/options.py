@@ -18,7 +18,7 @@ from calibration.run.setting_checks import at_least
 from calibration.run.time_budget import Budget
 from edm_deploy.errors import EdmDeployError, InputError
 
-TorchCompile = Literal["auto", "on", "off"]
+Kernels = Literal["auto", "cpp", "inductor", "torch"]
 
 
 class Interrupted(EdmDeployError):  # noqa: N818  # not an error: callers write `except Interrupted`
@@ -54,8 +54,8 @@ class RunOptions:
 
     Attributes:
         device: Device of student and teacher.
-        torch_compile: Whether fake quantization is compiled by torch.compile in training: `on`, `off`, or `auto`, which compiles on a CPU where a budget is long
-            enough to pay for it, and never where a number of steps is given.
+        kernels: What a training computes fake quantization by: `cpp`, our kernels for CPUs, which compute group norms in bfloat16 too; `inductor`, torch.compile;
+            `torch`, torch's operators. `auto` is `cpp` on a CPU where there is a C++ compiler, else `torch`.
         teacher_dtype: Dtype of the teacher's weights and activations during training; `bf16-autocast` keeps the weights in float32, and computes matrix
             products and convolutions in bfloat16 (torch.autocast).
         checkpoint: Directory for checkpoints; None writes none.
@@ -75,7 +75,7 @@ class RunOptions:
     """
 
     device: str = "cpu"
-    torch_compile: TorchCompile = "auto"
+    kernels: Kernels = "auto"
     teacher_dtype: TeacherDtype = "bf16"
     checkpoint: Path | None = None
     resume: bool = False
@@ -101,10 +101,8 @@ class RunOptions:
             at_least("checkpoint_every", self.checkpoint_every, 1)
         if self.budget_seconds is not None and not self.budget_seconds > 0:
             raise InputError(f"budget_seconds is {self.budget_seconds}; expected above 0. Set another budget.")
-        if self.torch_compile not in get_args(TorchCompile):
-            raise InputError(
-                f"torch_compile is {self.torch_compile!r}; expected {', '.join(get_args(TorchCompile))}. Set another torch_compile."
-            )
+        if self.kernels not in get_args(Kernels):
+            raise InputError(f"kernels is {self.kernels!r}; expected {', '.join(get_args(Kernels))}. Set other kernels.")
         at_least("gradient_accumulation_steps", self.accumulation, 1)
         if self.resume and self.checkpoint is None:
             raise InputError("resume is set but there is no checkpoint directory to resume from. Name one, or start anew without --resume.")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, overrides
 
+from calibration.student.fake_quant import dense_format
 from edm_deploy.numerics.activation_table import reciprocal
 
 
@@ -27,7 +28,7 @@ class _CompiledFakeQuantize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, qmin: Tensor, levels: int | Tensor
     ) -> Tensor:  # Any: torch's context has no public type
-        x = x.contiguous(memory_format=_memory_format(x))
+        x = x.contiguous(memory_format=dense_format(x))
         bound = levels.float() if isinstance(levels, Tensor) else torch.full_like(qmin, levels)
         y = _like(x, _run(quantize_rows, _rows(x), scale, qmin, bound))
         ctx.save_for_backward(x, y, scale, qmin, bound)
@@ -36,7 +37,7 @@ class _CompiledFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, y, scale, qmin, bound = ctx.saved_tensors
-        grad = grads[0].to(x.dtype).contiguous(memory_format=_memory_format(x))
+        grad = grads[0].to(x.dtype).contiguous(memory_format=dense_format(x))
         grad_x, grad_scale, grad_qmin = _run(gradients_of_rows, _rows(grad), _rows(x), _rows(y), scale, qmin, bound)
         return _like(x, grad_x), grad_scale, grad_qmin, None
 
@@ -68,19 +69,14 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    dense = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if dense else torch.contiguous_format
-
-
 def _rows(x: Tensor) -> Tensor:
     """[N, M] in the order of memory, without a copy."""
-    return (x.permute(0, 2, 3, 1) if _memory_format(x) is torch.channels_last else x).reshape(x.shape[0], -1)
+    return (x.permute(0, 2, 3, 1) if dense_format(x) is torch.channels_last else x).reshape(x.shape[0], -1)
 
 
 def _like(x: Tensor, rows: Tensor) -> Tensor:
     """`_rows` undone: the shape and the memory format of `x`."""
-    if _memory_format(x) is not torch.channels_last:
+    if dense_format(x) is not torch.channels_last:
         return rows.view(x.shape)
     n, c, h, w = x.shape
     return rows.view(n, h, w, c).permute(0, 3, 1, 2)

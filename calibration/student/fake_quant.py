@@ -39,6 +39,12 @@ def round_straight_through(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def dense_format(x: Tensor) -> torch.memory_format:
+    """The format in which `x` is dense: channels_last where it is that and not contiguous, else contiguous, which copies what is neither."""
+    dense = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if dense else torch.contiguous_format
+
+
 class _FakeQuantize(torch.autograd.Function):
     # Only x and the result are saved for backward, in the dtype of x: a following convolution saves the result anyway.
 

@@ -45,6 +45,7 @@ class Student(nn.Module):
         relaxed: uint8 [num_train_timesteps], 1 where inputs have more bits, set by `relax`; None if there are no such timesteps.
         relaxed_bits: Their bits there: 8, or 16 for floating point.
         specs: Bit widths of every quantized layer by site name.
+        channels_last: Whether feature maps have this layout: faster in bfloat16, where the kernels of norms are made for it.
         shared_row: int32 [R], for each row the row whose values it uses; None if each uses its own.
     """
 
@@ -66,7 +67,7 @@ class Student(nn.Module):
         self.timesteps = timesteps
         self.row_of_timestep = nearest_rows(timesteps, source.num_train_timesteps)
         self.compute_dtype = torch.float32
-        self.folded = folded
+        self.folded, self.channels_last = folded, False
         self.relaxed: Tensor | None = None
         self.relaxed_bits = WEIGHT_ONLY_BITS
         self.shared_row: nn.Parameter | None = None  # a parameter, so that checkpoints contain it
@@ -96,6 +97,8 @@ class Student(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Prediction, [B, ...] in the compute dtype."""
+        if self.channels_last and inputs[SAMPLE].ndim == 4:  # every convolution passes its layout on
+            inputs = {**inputs, SAMPLE: inputs[SAMPLE].contiguous(memory_format=torch.channels_last)}
         with self.at_rows(table_rows(self.row_of_timestep, inputs["timestep"]), inputs[SAMPLE].device):
             return self.family.prediction(self.config, self.family.forward(self.model, inputs))
 

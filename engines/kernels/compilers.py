@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edm_deploy.errors import UnsupportedError
+from edm_deploy.native.code_cache import first_error
 from edm_deploy.storage.leftovers import scratch_directory
 
 FLAGS = ("-std=c++17",)  # the same for NVRTC and nvcc
@@ -127,13 +128,6 @@ def _by_nvcc(files: dict[str, bytes], main: str, arch: str, compiler: Compiler) 
 
 def _refused(compiler: Compiler, arch: str, output: str) -> UnsupportedError:
     return UnsupportedError(f"{compiler} cannot compile the kernels for {arch}: {first_error(output)}")
-
-
-def first_error(output: str) -> str:
-    """The first line of a compiler's output that names an error, else its first line."""
-    lines = [line.strip() for line in output.replace("\0", "").splitlines() if line.strip()]
-    first = lines[0] if lines else "it gave no reason"
-    return next((line for line in lines if "error" in line.lower() or "fatal" in line.lower()), first)
 
 
 def _nvrtc() -> Any:  # the vendor's package carries no types

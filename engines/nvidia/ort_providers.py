@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from edm_deploy.errors import InputError, UnsupportedError, first_line, flag
+from edm_deploy.native.code_cache import cache_directory
 from edm_deploy.network.graph_names import GRAPH_NAME
 from edm_deploy.runtime.backend import BuildOptions, Provider
 from edm_deploy.runtime.manifest import Manifest, ShapeRange
-from engines.kernels.build import cache_directory
 
 PROVIDER_NAMES: Mapping[Provider, str] = {
     "cpu": "CPUExecutionProvider",

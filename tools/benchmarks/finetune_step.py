@@ -19,9 +19,10 @@ from calibration.data.trajectory_pool import Trajectories
 from calibration.recipe import TrainingContext
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.run.memory import peak_memory
-from calibration.run.options import Run, RunOptions
+from calibration.run.options import Kernels, Run, RunOptions
 from calibration.student.teacher import Teacher
 from calibration.training.distillation import Training
+from calibration.training.fast_kernels import kernels_of
 from edm_deploy.errors import EdmDeployError
 from edm_deploy.pipelines.noise_schedules import calibrated_timesteps
 from edm_deploy.pipelines.source import Source, load_source
@@ -94,7 +95,7 @@ class TrainingCost:
         return {"conditions": dict(self.conditions), "results": self.rows(), "ratio": self.cost.ratio}
 
 
-def bench_finetune_step(model: str, *, batch: int, rounds: int, threads: int | None = None, compiled: bool = False) -> TrainingCost:
+def bench_finetune_step(model: str, *, batch: int, rounds: int, threads: int | None = None, kernels: Kernels = "auto") -> TrainingCost:
     """Time a step of the `efficientdm` recipe and a step of float distillation alternately, then measure the peak memory of each in a new process.
 
     Args:
@@ -102,7 +103,7 @@ def bench_finetune_step(model: str, *, batch: int, rounds: int, threads: int | N
         batch: Samples per step.
         rounds: Measurements of each step.
         threads: CPU threads; None is torch's default.
-        compiled: Whether the fine-tuning step has `--torch-compile on`. What the first step compiles is not measured.
+        kernels: Those of the fine-tuning step, as `finetune --kernels`. What the first step compiles is not measured.
 
     Raises:
         InputError: A number below 1.
@@ -112,8 +113,8 @@ def bench_finetune_step(model: str, *, batch: int, rounds: int, threads: int | N
     check_counts(batch, rounds, threads)
     if threads:
         torch.set_num_threads(threads)
-    cost = step_cost(load_source(model), recipe_with("efficientdm"), batch=batch, repeats=rounds, compiled=compiled)
-    return TrainingCost(conditions=conditions(batch, rounds, threads) | {"torch_compile": "on" if compiled else "off"}, cost=cost)
+    cost = step_cost(load_source(model), recipe_with("efficientdm"), batch=batch, repeats=rounds, kernels=kernels)
+    return TrainingCost(conditions=conditions(batch, rounds, threads) | {"kernels": kernels_of(RunOptions(kernels=kernels))}, cost=cost)
 
 
 def step_cost(
@@ -124,7 +125,7 @@ def step_cost(
     repeats: int = 7,
     memory: bool = True,
     device: str = "cpu",
-    compiled: bool = False,
+    kernels: Kernels = "auto",
 ) -> StepCost:
     """Measure one fine-tuning step against one step of the float model.
 
@@ -135,12 +136,12 @@ def step_cost(
         repeats: Measurements of each step, after one warm-up.
         memory: Whether to measure the peak memory of each step in a new process.
         device: Device of the models.
-        compiled: Whether the fine-tuning step has `--torch-compile on`; its peak memory is that without it.
+        kernels: Those of the fine-tuning step, as `finetune --kernels`.
 
     Raises:
         EdmDeployError: A process that measures peak memory failed; the message holds its last line.
     """
-    steps = {"float": float_step(source, batch, device), "step": finetune_step(source, recipe, batch, device, compiled=compiled)}
+    steps = {"float": float_step(source, batch, device), "step": finetune_step(source, recipe, batch, device, kernels)}
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(repeats + 1):
         for name, step in steps.items():
@@ -148,7 +149,7 @@ def step_cost(
             step()
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    peaks = {name: _peak_in_new_process(source.name, name, recipe, batch, device) if memory else None for name in VARIANTS}
+    peaks = {name: _peak_in_new_process(source.name, name, recipe, batch, device, kernels) if memory else None for name in VARIANTS}
     return StepCost(
         float_seconds=medians["float"],
         step_seconds=medians["step"],
@@ -179,11 +180,11 @@ def float_step(source: Source, batch: int, device: str) -> Callable[[], object]:
     return step
 
 
-def finetune_step(source: Source, recipe: EfficientDM, batch: int, device: str, *, compiled: bool = False) -> Callable[[], object]:
+def finetune_step(source: Source, recipe: EfficientDM, batch: int, device: str, kernels: Kernels = "auto") -> Callable[[], object]:
     """A function that runs one complete fine-tuning step."""
     recipe = dataclasses.replace(recipe, batch=batch, rows=ROWS, calibration_samples=batch, steps=1000)
     trajectories = _pool(source, recipe.rows, batch, device)
-    options = RunOptions(device=device, torch_compile="on" if compiled else "off")
+    options = RunOptions(device=device, kernels=kernels)
     teacher = Teacher(source, torch.device(device))
     student = recipe.student(source, calibrated_timesteps(source.scheduler, recipe.rows), torch.device(device))
     context = TrainingContext(student, teacher, trajectories, Run(options=options, identity={}, on_progress=lambda _: None))
@@ -197,9 +198,10 @@ def _pool(source: Source, rows: int, batch: int, device: str) -> Trajectories:
     return Trajectories(source, calibrated_timesteps(source.scheduler, rows), size=batch, eta=0.0, seed=0, device=torch.device(device))
 
 
-def _peak_in_new_process(model: str, variant: str, recipe: EfficientDM, batch: int, device: str) -> int:
+def _peak_in_new_process(model: str, variant: str, recipe: EfficientDM, batch: int, device: str, kernels: Kernels) -> int:
     threads = torch.get_num_threads()
     task = {"model": model, "variant": variant, "settings": recipe.settings(), "batch": batch, "device": device, "threads": threads}
+    task |= {"kernels": kernels}
     command = [sys.executable, "-m", "edm_deploy_tools.benchmarks.finetune_step", json.dumps(task)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -213,7 +215,10 @@ def _main(task: str) -> None:
     torch.set_num_threads(config["threads"])
     source, batch, device = load_source(config["model"]), config["batch"], config["device"]
     recipe = EfficientDM(**config["settings"])
-    step = float_step(source, batch, device) if config["variant"] == "float" else finetune_step(source, recipe, batch, device)
+    if config["variant"] == "float":
+        step = float_step(source, batch, device)
+    else:
+        step = finetune_step(source, recipe, batch, device, config["kernels"])
     step()
     step()
     sys.stdout.write(f"{peak_memory(torch.device(device))}\n")

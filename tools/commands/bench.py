@@ -33,9 +33,7 @@ def bench(
     finetune_step: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Measure one fine-tuning step of this model instead of engines.")
     ] = None,
-    torch_compile: Annotated[
-        bool, typer.Option("--torch-compile", help="With --finetune-step: the step of finetune --torch-compile on.")
-    ] = False,
+    kernels: opt.TrainingKernels = opt.Kernels.AUTO,
     device: opt.EngineDevice = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -48,7 +46,7 @@ def bench(
 
         if engines or device:
             raise InputError("--finetune-step measures a training step on the CPU, without engines or --device. Leave them or it out.")
-        result = bench_finetune_step(finetune_step, batch=batch, rounds=rounds, threads=threads, compiled=torch_compile)
+        result = bench_finetune_step(finetune_step, batch=batch, rounds=rounds, threads=threads, kernels=kernels.value)
     else:
         from edm_deploy_tools.benchmarks.engines import bench_engines
 

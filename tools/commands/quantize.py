@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,14 +14,6 @@ from edm_deploy_tools.common.process_launcher import launches, run_processes
 
 if TYPE_CHECKING:
     from edm_deploy_tools.commands.quantize_model import QuantizeRequest
-
-
-class TorchCompile(StrEnum):
-    """Whether a training compiles."""
-
-    AUTO = "auto"
-    ON = "on"
-    OFF = "off"
 
 
 def calibrate(
@@ -106,12 +97,7 @@ def finetune(
     sharding: opt.Sharding = False,
     mixed_precision: opt.MixedPrecision = None,
     report_to: opt.ReportTo = None,
-    torch_compile: Annotated[
-        TorchCompile,
-        typer.Option(
-            help="Compile fake quantization by torch.compile: on, off, or auto, on a CPU where a --budget is long enough to pay for it."
-        ),
-    ] = TorchCompile.AUTO,
+    kernels: opt.TrainingKernels = opt.Kernels.AUTO,
 ) -> None:
     """Quantize MODEL and fine-tune it against the float model, without data. Default W4A4. Ctrl-C saves a checkpoint for --resume.
 
@@ -155,7 +141,7 @@ def finetune(
         budget_seconds=None if budget is None else seconds_of(budget),
         checkpoint_seconds=seconds_of(checkpoint_every, name="--checkpoint-every"),
         resume=resume,
-        torch_compile=torch_compile.value,
+        kernels=kernels.value,
     )
     _quantize(
         QuantizeRequest(

@@ -16,6 +16,15 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Kernels(StrEnum):
+    """What a training computes by."""
+
+    AUTO = "auto"
+    CPP = "cpp"
+    INDUCTOR = "inductor"
+    TORCH = "torch"
+
+
 class FloatType(StrEnum):
     """Floating-point type of an exported graph."""
 
@@ -186,6 +195,13 @@ Accumulation = Annotated[
 Checkpointing = Annotated[
     bool,
     typer.Option("--gradient-checkpointing", help="Compute the student's activations again in the backward pass: slower, in less memory."),
+]
+TrainingKernels = Annotated[
+    Kernels,
+    typer.Option(
+        "--kernels",
+        help="Fake quantization of a training: cpp, kernels for CPUs; inductor, torch.compile; torch. auto: cpp on a CPU with a C++ compiler.",
+    ),
 ]
 Sharding = Annotated[
     bool,

@@ -3,67 +3,26 @@
 
 #include <cmath>
 
+#include "group_stats.h"
 #include "params.h"
 #include "quantize.h"
 #include "simd.h"
 
 template <typename T>
-inline void add_chunk(const StatsParams& p, int n, int chunk, float* sums) {
-  const T* sample = (const T*)p.x + (int64_t)n * p.HW * p.C;
-  const int first = chunk * STATS_CHUNK, last = first + STATS_CHUNK < p.HW ? first + STATS_CHUNK : p.HW;
-  const auto columns = [&](auto vectors, int c, int count) __attribute__((always_inline)) {
-    constexpr int V = decltype(vectors)::value;
-    Floats shift[V], sum[V]{}, squares[V]{};
-    for (int v = 0; v < V; v++) shift[v] = values(sample + (int64_t)first * p.C + c + v * LANES, count);
-    for (int i = first; i < last; i++)
-      for (int v = 0; v < V; v++) {
-        const Floats d = values(sample + (int64_t)i * p.C + c + v * LANES, count) - shift[v];
-        sum[v] = sum[v] + d, squares[v] = fused(d, d, squares[v]);
-      }
-    for (int v = 0; v < V; v++) store(sums + c + v * LANES, sum[v], count), store(sums + p.C + c + v * LANES, squares[v], count);
-  };
-  int c = 0;
-  for (; c + 4 * LANES <= p.C; c += 4 * LANES) columns(std::integral_constant<int, 4>{}, c, LANES);
-  for (; c < p.C; c += LANES) columns(std::integral_constant<int, 1>{}, c, p.C - c < LANES ? p.C - c : LANES);
-}
-
-// Means and squares about them, of each chunk of each channel, merged in float64.
-template <typename T>
-inline void merge_chunks(const StatsParams& p, int n, int group, int chunks) {
-  const T* sample = (const T*)p.x + (int64_t)n * p.HW * p.C;
-  const int per = p.C / p.groups;
-  double mean = 0, squares = 0, count = 0;
-  for (int c = group * per; c < (group + 1) * per; c++)
-    for (int chunk = 0; chunk < chunks; chunk++) {
-      const float* sums = p.partial + ((int64_t)n * chunks + chunk) * 2 * p.C;
-      const int first = chunk * STATS_CHUNK, pixels = p.HW - first < STATS_CHUNK ? p.HW - first : STATS_CHUNK;
-      const double about = (double)sums[c] / pixels, own = values(sample + (int64_t)first * p.C + c, 1)[0] + about;
-      const double step = own - mean;  // Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979
-      mean += step * pixels / (count + pixels);
-      squares += sums[p.C + c] - about * sums[c] + step * step * count * pixels / (count + pixels);
-      count += pixels;
-    }
-  p.mean[(int64_t)n * p.groups + group] = (float)mean;
-  const double variance = squares / count;
-  p.rstd[(int64_t)n * p.groups + group] = (float)(1 / std::sqrt((variance < 0 ? 0 : variance) + p.eps));
-}
-
-template <typename T>
 inline void group_stats(const StatsParams& p, int thread, int threads) {
   const int chunks = (p.HW + STATS_CHUNK - 1) / STATS_CHUNK;
+  const auto sample = [&](int64_t n) { return (const T*)p.x + n * p.HW * p.C; };
   const int64_t items = (int64_t)p.N * chunks;
-  for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads; item++)
-    add_chunk<T>(p, (int)(item / chunks), (int)(item % chunks), p.partial + item * 2 * p.C);
+  for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads; item++) {
+    const int first = (int)(item % chunks) * STATS_CHUNK, last = first + STATS_CHUNK < p.HW ? first + STATS_CHUNK : p.HW;
+    add_chunk(sample(item / chunks), p.C, first, last, p.partial + item * 2 * p.C);
+  }
 #pragma omp barrier
-  const int64_t groups = (int64_t)p.N * p.groups;
-  for (int64_t i = groups * thread / threads; i < groups * (thread + 1) / threads; i++)
-    merge_chunks<T>(p, (int)(i / p.groups), (int)(i % p.groups), chunks);
-}
-
-inline float total(Floats value) {
-  float sum = 0;
-  for (int i = 0; i < LANES; i++) sum += value[i];
-  return sum;
+  const int64_t all_groups = (int64_t)p.N * p.groups;
+  for (int64_t i = all_groups * thread / threads; i < all_groups * (thread + 1) / threads; i++) {
+    const int64_t n = i / p.groups;
+    merge_chunks(sample(n), p.partial + n * chunks * 2 * p.C, p.HW, p.C, p.groups, (int)(i % p.groups), p.eps, p.mean[i], p.rstd[i]);
+  }
 }
 
 template <typename T>

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from edm_deploy.errors import UnsupportedError
+from edm_deploy.native.cpp import TARGET
 from edm_deploy.numerics.kernel_layout import code_bytes
-from engines.kernels.cpu.build import TARGET, library
+from engines.kernels.cpu.build import library
 from engines.kernels.cpu.launch import ACTIVATIONS, KERNELS, PARAMS, STATS_CHUNK, TYPES, Call
 from engines.kernels.cpu.memory import Memory, storage_of
 from engines.kernels.cpu.weights import Weights

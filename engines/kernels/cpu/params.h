@@ -92,8 +92,6 @@ struct AttentionParams {
   int32_t N, heads, queries, keys, D, type;
 };
 
-constexpr int STATS_CHUNK = 256;
-
 struct Call {
   int32_t kernel;  // place in KERNELS
   const void* params;

@@ -261,6 +261,7 @@ def test_checkpoint_holds_every_row_of_every_table(tmp_path):
         "teacher": with_identity.provenance["teacher_sha256"],
         "conditioning": with_identity.provenance["conditioning"],
         "teacher_dtype": "bf16",
+        "kernels": with_identity.provenance["kernels"],
     }
     step, tensors = load_checkpoint(tmp_path / "ck", identity)
     assert step == 1

@@ -42,14 +42,6 @@ def compilations(monkeypatch) -> list[str]:
     return seen
 
 
-@pytest.fixture
-def warnings(monkeypatch) -> list[str]:
-    """Logged warnings."""
-    logged: list[str] = []
-    monkeypatch.setattr(build.log, "warning", lambda message, *values: logged.append(message % values))
-    return logged
-
-
 def test_a_second_call_compiles_nothing(compilations, own_cache):
     first, second = cubin("sm_86"), cubin("sm_86")
     assert compilations == ["sm_86"]
@@ -70,46 +62,17 @@ def test_every_change_that_matters_has_its_own_entry(compilations, monkeypatch):
     assert len(set(paths)) == len(paths) == len(compilations)
 
 
-@pytest.mark.parametrize("damage", [b"", b"cod", b"code for sm_87" + build.SEAL + bytes(32)], ids=["empty", "half", "altered"])
-def test_a_damaged_entry_is_compiled_again(compilations, damage):
-    path = cubin("sm_86").path
-    path.write_bytes(damage)
-    assert cubin("sm_86").code == b"code for sm_86"
-    assert cubin("sm_86").code == b"code for sm_86"
-    assert len(compilations) == 2
-
-
-def test_a_flipped_bit_is_noticed(compilations, warnings):
-    path = cubin("sm_86").path
-    content = bytearray(path.read_bytes())
-    content[3] ^= 1
-    path.write_bytes(content)
-    cubin("sm_86")
-    assert warnings == [f"{path} is damaged; the kernels are compiled again."]
-
-
-def test_a_directory_that_cannot_be_written_is_reported_once(compilations, tmp_path, monkeypatch, warnings):
-    (tmp_path / "file").write_text("no directory")
-    monkeypatch.setenv("EDM_DEPLOY_CACHE", str(tmp_path / "file"))
-    first = cubin("sm_86")
-    second = cubin("sm_89")
-    assert first.path.read_bytes().startswith(b"code for sm_86")
-    assert first.path.parent == second.path.parent
-    assert len(warnings) == 1
-    assert warnings[0].startswith(f"Compiled kernels cannot be kept in {tmp_path / 'file' / 'kernels'} (Not a directory)")
-    assert "Set EDM_DEPLOY_CACHE to a directory that can be written" in warnings[0]
-
-
 # Dies while it moves a cubin into the cache, inside nvcc's directory, in a process that has a directory in place of the cache.
 KILLED = """
 import os, signal, subprocess, sys
 from pathlib import Path
+from edm_deploy.native import code_cache
 from engines.kernels import build, compilers
 def write(*args, **kwargs):
-    build._write_sealed(build.cache_directory() / "kernels.cubin", b"code")
+    code_cache._write_sealed(code_cache.cache_directory() / "kernels.cubin", b"code")
 subprocess.run = write
 os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-build._fallback("/nowhere", "no reason")
+code_cache._fallback("/nowhere", "no reason")
 compilers.compiled({"kernels.cu": b""}, "kernels.cu", "sm_86", build.Compiler("nvcc", (12, 9)))
 """
 
@@ -139,15 +102,6 @@ def test_a_cached_cubin_has_the_permissions_of_the_umask(compilations):
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
-
-
-def test_the_cache_is_in_the_systems_cache_directory(monkeypatch, tmp_path):
-    monkeypatch.delenv("EDM_DEPLOY_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.cache_directory() == tmp_path / "edm-deploy" / "kernels"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert build.cache_directory() == tmp_path / "home" / ".cache" / "edm-deploy" / "kernels"
 
 
 def test_an_environment_variable_names_an_nvcc(compilations, monkeypatch, tmp_path):

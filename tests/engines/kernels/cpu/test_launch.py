@@ -2,6 +2,7 @@
 
 import re
 
+from edm_deploy.native.cpp import SHARED
 from engines.kernels.cpu import launch
 from engines.kernels.cpu.build import SOURCE
 from tests.engines.kernels.test_launch import check_memory
@@ -20,7 +21,7 @@ def test_kernels_have_the_places_of_the_librarys_table():
 
 
 def test_numbers_are_those_of_the_source():
-    assert f"constexpr int STATS_CHUNK = {launch.STATS_CHUNK};" in (SOURCE / "params.h").read_text()
-    assert f"constexpr int LANES = {launch.LANES};" in (SOURCE / "simd.h").read_text()
+    assert f"constexpr int STATS_CHUNK = {launch.STATS_CHUNK};" in (SHARED / "group_stats.h").read_text()
+    assert f"constexpr int LANES = {launch.LANES};" in (SHARED / "simd.h").read_text()
     names = re.search(r"enum Activation \{(.*?)\};", (SOURCE / "quantize.h").read_text())[1]
     assert {name.strip().lower(): place for place, name in enumerate(names.split(","))} == launch.ACTIVATIONS

@@ -1,15 +1,10 @@
 """Errors sown into the kernels, one at a time: each must be found by test_ops.py, or those tests prove nothing."""
 
-import os
 import pathlib
-import shutil
-import subprocess
-import sys
 
 import pytest
 
-from engines.kernels.cpu.build import SOURCE, source_files
-from tests.engines.kernels.helpers.mutation import sow
+from tests.cpp_mutants import AS_IT_IS, not_once, passes
 
 # What goes wrong -> file, a text that it holds exactly once, what that becomes.
 MUTANTS = {
@@ -38,7 +33,7 @@ MUTANTS = {
     "a group's statistics reach one channel too far": ("quantize.h", "last_channel = (group + 1) * size < end", "last_channel = (group + 1) * size + 1 < end"),
     "gelu ends too early": ("quantize.h", "(x >= 5.0f) | (x <= -5.0f)", "(x >= 3.0f) | (x <= -3.0f)"),
     "a reciprocal is not refined": ("simd.h", "x * (first * fused(-divisor, first, all(2.0f)))", "x * first"),
-    "a group's variance leaves out its chunks' means": ("norm.h", " + step * step * count * pixels / (count + pixels)", ""),
+    "a group's variance leaves out its chunks' means": ("group_stats.h", " + step * step * count * pixels / (count + pixels)", ""),
     "the last chunk is left out": ("norm.h", "const int64_t items = (int64_t)p.N * chunks;", "const int64_t items = (int64_t)p.N * chunks - 1;"),
     "adaLN's scale is used without its 1": ("norm.h", "1.0f + values((const T*)p.scale", "values((const T*)p.scale"),
     "lanes behind the last channel count": ("norm.h", "choose(lane < count(c), values(x + c, count(c)) - mean, Floats{})", "values(x + c, count(c)) - mean"),
@@ -56,36 +51,21 @@ NEEDS = {"a reciprocal is not refined": "avx512f"} | {
 }  # instructions without which the line is not compiled
 
 
-def passes(folder: pathlib.Path, file: str, old: str, new: str) -> bool:
-    """Whether test_ops.py passes, for this machine's instructions, with one replacement in the source."""
-    source = folder / "cpu"
-    shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    sow(source / file, old, new)
-    program = (
-        "import pathlib, sys, pytest\nfrom engines.kernels.cpu import build\n"
-        f"build.SOURCE = pathlib.Path({str(source)!r})\n"
-        "build.FLAGS = tuple('-O1' if flag == '-O3' else flag for flag in build.FLAGS)\n"
-        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '-k', 'native', 'tests/engines/kernels/cpu/test_ops.py']))"
-    )
-    environment = os.environ | {"EDM_DEPLOY_CACHE": str(folder / "cache"), "PYTEST_ADDOPTS": ""}
-    root = pathlib.Path(__file__).parents[4]
-    ran = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode <= 1, ran.stdout + ran.stderr  # 1: a test failed; more: none ran
-    return ran.returncode == 0
+HOME = "engines.kernels.cpu.build"
+TESTS = "tests/engines/kernels/cpu/test_ops.py"
 
 
 def test_every_sown_error_names_a_line_of_the_source():
-    files = {name: content.decode() for name, content in source_files().items()}
-    assert {name: files[file].count(old) for name, (file, old, _) in MUTANTS.items() if files[file].count(old) != 1} == {}
+    assert not_once(HOME, MUTANTS) == {}
 
 
 @pytest.mark.extended
 def test_the_source_as_it_is_passes(tmp_path):
-    assert passes(tmp_path, "simd.h", "#pragma once", "#pragma once")
+    assert passes(tmp_path, HOME, TESTS, AS_IT_IS, "native")
 
 
 @pytest.mark.parametrize("mutant", [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.extended) for name in MUTANTS])
 def test_an_error_sown_into_the_kernels_is_found(mutant, tmp_path):
     if mutant in NEEDS and NEEDS[mutant] not in pathlib.Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this CPU has no {NEEDS[mutant]}: the line is not compiled here")
-    assert not passes(tmp_path, *MUTANTS[mutant]), f"nothing noticed that {mutant}"
+    assert not passes(tmp_path, HOME, TESTS, MUTANTS[mutant], "native"), f"nothing noticed that {mutant}"

@@ -80,11 +80,17 @@ inline void store(void* to, Vector value) {
 }
 
 inline Floats all(float value) { return value - Floats{}; }
+inline float total(Floats value) {
+  float sum = 0;
+  for (int i = 0; i < LANES; i++) sum += value[i];
+  return sum;
+}
+
 inline Floats floats(Ints value) { return __builtin_convertvector(value, Floats); }
 inline Floats choose(Ints mask, Floats yes, Floats no) { return mask ? yes : no; }
 // The second operand where the first is NaN.
 #if defined(__AVX512F__)
-inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }  
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
 inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
 #else
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -165,6 +171,9 @@ inline Floats values(const T* from, int count = LANES) {
 
 template <typename T>
 inline void put(T* to, Floats value, int count = LANES) { store(to, narrow(value, T{}), count); }
+
+inline Floats values(const float* from, int count = LANES) { return count == LANES ? load<Floats>(from) : load<Floats>(from, count); }
+inline void put(float* to, Floats value, int count = LANES) { count == LANES ? store(to, value) : store(to, value, count); }
 
 constexpr float LOG2_E = 1.44269504f;
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: where it is added, the sum is rounded to an integer, half to even
