@@ -25,7 +25,9 @@ def range_between(low: float, high: float, spec: LayerSpec) -> QuantRange:
     return QuantRange(scale, max(-spec.levels, min(0, round(low / scale))))
 
 
-def least_squares_range(values: Tensor, low: float, high: float, spec: LayerSpec, *, steps: int = 80) -> QuantRange:
+def least_squares_range(
+    values: Tensor, low: float, high: float, spec: LayerSpec, *, clip_weight: float = 1.0, steps: int = 80
+) -> QuantRange:
     """The range with the smallest squared rounding error on `values`, among `steps` scales for each candidate lowest code.
 
     The error of a candidate is summed code by code from prefix sums over the sorted values, so its cost does not depend on their number.
@@ -35,6 +37,7 @@ def least_squares_range(values: Tensor, low: float, high: float, spec: LayerSpec
         low: Lower end of the widest candidates.
         high: Upper end of the widest candidates.
         spec: Bits and symmetry.
+        clip_weight: Factor of the squared error of clipped values, 1 or more.
         steps: Scales to try, from the widest down to a twentieth of it.
     """
     if high <= low:
@@ -50,8 +53,20 @@ def least_squares_range(values: Tensor, low: float, high: float, spec: LayerSpec
     totals = torch.cat([first, sums[position], sums[-1].expand(len(position), 1)], dim=1).diff()
     products = (codes * totals).sum(1)
     squares = (codes.double().square() * counts).sum(1)
-    best = int((scale.square() * squares - 2 * scale * products).argmin())
+    error = scale.square() * squares - 2 * scale * products
+    if clip_weight != 1:
+        error += (clip_weight - 1) * _clipping_error(ordered, sums, codes[:, 0] * scale, codes[:, -1] * scale, scale)
+    best = int(error.argmin())
     return QuantRange(float(scale[best]), int(qmin[best]))
+
+
+def _clipping_error(ordered: Tensor, sums: Tensor, lowest: Tensor, highest: Tensor, scale: Tensor) -> Tensor:
+    """Squared error of the values that are clipped to each candidate's range, those more than half a step outside it: float64 [N]."""
+    squares = torch.cat([ordered.new_zeros(1), ordered.square().cumsum(0)])
+    below, above = torch.searchsorted(ordered, lowest - scale / 2), torch.searchsorted(ordered, highest + scale / 2)
+    of_below = squares[below] - 2 * lowest * sums[below] + lowest.square() * below
+    of_above = squares[-1] - squares[above] - 2 * highest * (sums[-1] - sums[above]) + highest.square() * (len(ordered) - above)
+    return of_below + of_above
 
 
 def least_error_weight_scale(weight: Tensor, bits: int, *, exponent: float = 2.4, steps: int = 80) -> Tensor:

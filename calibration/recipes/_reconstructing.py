@@ -31,6 +31,7 @@ class ReconstructionRecipe(Mse):
         rounding_weight: Weight of AdaRound's regularizer. Source: AdaRound, 0.01.
         partition: What is reconstructed together: `block`, `layer`, or blocks joined and divided by `entropy` (Q-VLM).
         compute: Dtype in which the student computes. Scales and rounding are always float32.
+        step_weighting: Power of the effect of each sampling step on the final sample that its errors are multiplied by. Source: none, 0.
     """
 
     trains = True
@@ -42,12 +43,13 @@ class ReconstructionRecipe(Mse):
     rounding_weight: float = 0.01
     partition: Partition = "block"
     compute: ComputeDtype = "bf16"
+    step_weighting: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("steps", "batch"):
             at_least(name, getattr(self, name), 1)
-        for name in ("rounding_rate", "rounding_weight"):
+        for name in ("rounding_rate", "rounding_weight", "step_weighting"):
             at_least(name, getattr(self, name), 0.0)
         check_partition(self.partition)
         check_dtype("compute", self.compute)

@@ -44,6 +44,7 @@ class Dilate(Mse):
         bound_travel: Total step length of the lowest activation code. Source: 5000 steps of 1e-4, of zero-points in codes.
         partition: What is distilled together: `block`, `layer`, or blocks joined and divided by `entropy` (Q-VLM). Source: block.
         compute: Dtype in which the student computes. Scales and rounding are always float32.
+        step_weighting: Power of the effect of each sampling step on the final sample that its errors are multiplied by. Source: none, 0.
     """
 
     name = "dilate"
@@ -62,12 +63,13 @@ class Dilate(Mse):
     bound_travel: float = 0.5
     partition: Partition = "block"
     compute: ComputeDtype = "bf16"
+    step_weighting: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("steps", "batch", "samples"):
             at_least(name, getattr(self, name), 1)
-        for name in ("weight_travel", "weight_scale_travel", "scale_travel", "bound_travel"):
+        for name in ("weight_travel", "weight_scale_travel", "scale_travel", "bound_travel", "step_weighting"):
             at_least(name, getattr(self, name), 0.0)
         check_partition(self.partition)
         check_dtype("compute", self.compute)
@@ -95,7 +97,7 @@ class Dilate(Mse):
             samples=self.samples,
             draw=lambda count: sample_trajectories(context.trajectories, context.teacher, count),
         )
-        reconstruct(context, self.partition, [stage], seed=self.seed)
+        reconstruct(context, self.partition, [stage], seed=self.seed, step_weighting=self.step_weighting)
 
 
 @torch.no_grad()

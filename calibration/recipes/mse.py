@@ -19,16 +19,20 @@ class Mse(CalibrationRecipe):
 
     Attributes:
         weight_exponent: Exponent of the weights' rounding error. Source: 2.4, EfficientDM's and Q-Diffusion's released code.
+        clip_weight: Factor of the squared error of clipped inputs. Rounding errors have both signs and partly cancel in a layer's sum; those of clipping have one.
+            Source: none, 1.
         bias_correction: Whether biases are corrected for the mean output error of weight rounding.
     """
 
     name = "mse"
     weight_exponent: float = 2.4
+    clip_weight: float = 1.0
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("weight_exponent", self.weight_exponent, 1.0)
+        for name in ("weight_exponent", "clip_weight"):
+            at_least(name, getattr(self, name), 1.0)
 
     @property
     def corrects_bias(self) -> bool:
@@ -42,7 +46,7 @@ class Mse(CalibrationRecipe):
     def activation_range(self, observed: ActivationSamples, spec: LayerSpec) -> QuantRange:
         """The range with the least squared error, over scale and lowest code jointly."""
         # Exponent 2, not 2.4: a layer propagates the squared error of its input.
-        return least_squares_range(observed.values, observed.low, observed.high, spec)
+        return least_squares_range(observed.values, observed.low, observed.high, spec, clip_weight=self.clip_weight)
 
 
 RECIPE = Mse

@@ -85,7 +85,7 @@ class QDiff(ReconstructionRecipe):
         if not context.run.options.resume:
             super().fit(context)
         context.student.compute_dtype = DTYPES[self.compute]
-        reconstruct(context, self.partition, [rounding, scales], seed=self.seed)
+        reconstruct(context, self.partition, [rounding, scales], seed=self.seed, step_weighting=self.step_weighting)
 
 
 def _is_shortcut(layer: nn.Module) -> bool:

@@ -84,7 +84,7 @@ class Tcaq(ReconstructionRecipe):
             )
             for number in range(self.rounds)
         ]
-        reconstruct(context, self.partition, stages, seed=self.seed)
+        reconstruct(context, self.partition, stages, seed=self.seed, step_weighting=self.step_weighting)
 
     def reparameterize(self, context: TrainingContext) -> None:
         """TCR: divide the input of every quantized convolution by its channels' weighted maxima over the timesteps, and search the weight scales again."""

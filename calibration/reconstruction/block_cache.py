@@ -96,15 +96,22 @@ class BlockCache:
                 results[name] = tensors_of(student.model.get_submodule(name)(*args, **kwargs))
         return [leaf for leaves in results.values() for leaf in leaves]
 
-    def reconstruction_error(self, student: Student, index: Tensor) -> Tensor:
+    def reconstruction_error(self, student: Student, index: Tensor, factors: Tensor) -> Tensor:
         """Squared error of the block's results against the teacher's: summed over channels, averaged over the rest, a scalar.
 
         Source: BRECQ, arXiv 2102.05426, equation 10 without the Fisher information, as in Q-Diffusion's released code.
+
+        Args:
+            student: Its block runs alone.
+            index: int64 [B], samples of the cache.
+            factors: float32 [R], by which the errors of samples at each table row are multiplied. Source: none; 1 in those papers.
         """
         total = torch.zeros((), device=index.device)
+        of_samples = factors[self.rows[index.to(self.rows.device)].to(factors.device)].to(index.device)
         for output, target in zip(self.outputs(student, index), self.targets, strict=True):
             error = (output.float() - target.batch(index).float()).square()
-            total = total + error.mean() * error.shape[1 if error.ndim == 4 else -1]
+            means = error.flatten(1).mean(1) * of_samples.repeat_interleave(len(error) // len(index))
+            total = total + means.mean() * error.shape[1 if error.ndim == 4 else -1]
         return total
 
 

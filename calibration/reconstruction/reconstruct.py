@@ -27,6 +27,7 @@ from calibration.student.student import Student, activations_unquantized
 from calibration.training.divergence import check_finite
 from calibration.training.fast_kernels import use_fast_kernels
 from calibration.training.param_group import ParamGroup
+from calibration.training.step_factors import row_factors, step_factors
 from edm_deploy.numerics.seeds import derived_seed
 
 CACHE_SHARE = 0.25  # share of a budget that filling the caches may take
@@ -55,7 +56,7 @@ class Stage:
     quantizes_activations: bool = True
 
 
-def reconstruct(context: TrainingContext, partition: Partition, stages: Sequence[Stage], *, seed: int) -> None:
+def reconstruct(context: TrainingContext, partition: Partition, stages: Sequence[Stage], *, seed: int, step_weighting: float = 0.0) -> None:
     """Reconstruct every block in every stage, in place.
 
     Finished blocks are saved at intervals, and always when a signal ends the run; an unfinished block starts again on resume.
@@ -67,16 +68,21 @@ def reconstruct(context: TrainingContext, partition: Partition, stages: Sequence
         partition: Granularity of the blocks.
         stages: Run one after the other; the first one draws samples.
         seed: Seed of the batch order.
+        step_weighting: Power of the effect of each sampling step on the final sample that its samples' errors are multiplied by.
 
     Raises:
         Interrupted: a signal; finished blocks are saved if the run has a checkpoint directory.
         ArtifactError: The checkpoint to resume is missing, damaged or from a different run.
         InputError: The budget is already used up, or a loss is not finite.
     """
-    run = context.run
+    run, processes = context.run, context.run.options.processes
+    # Before the teacher changes its dtype; a checkpoint holds the factors of its run.
+    factors = processes.first(step_factors(context, 0.0 if run.options.resume else step_weighting) if processes.writes else None)
+    assert factors is not None  # those of process 0
     context.teacher.set_dtype(run.options.teacher_dtype)
     use_fast_kernels(context)
     work, timer = _Reconstruction(context, partition, stages, seed), CheckpointTimer(run)
+    work.factors = row_factors(context, factors)
     done = work.resume(state) if (state := resume_training(run)) is not None else work.begin()
     with ProgressMeter(run, "reconstruct", context.trajectories.device, first_step=work.steps) as meter:
         for task in range(done, work.tasks):
@@ -106,6 +112,7 @@ class _Reconstruction:
         self.samples, self.sampled_stage = ModelInputs({}), -1  # samples, and the stage that they were drawn for
         self.budget, self.processes = self.run.budget, self.run.options.processes
         self.steps = 0
+        self.factors = torch.ones(len(self.student.timesteps))  # of the errors of samples at each table row
         self.resumed_share = 0.0  # share of all training that was done when the run was resumed
         self.sample_seconds = 0.0  # time of student and teacher together for one sample; measured only under a budget
 
@@ -168,7 +175,7 @@ class _Reconstruction:
             ]
             with train_only(layers, quantizers, [group for _, group in trained]) as undo:
                 generator = torch.Generator().manual_seed(derived_seed(self.seed, task))
-                steps = _train(cache, self.student, stage, trained, self._training_steps(task), generator, self.processes)
+                steps = _train(cache, self.student, self.factors, stage, trained, self._training_steps(task), generator, self.processes)
                 before = self.steps
 
                 def forget() -> None:
@@ -215,7 +222,7 @@ class _Reconstruction:
         method = add_prefix("weight.", {name: value for name, value in weights.items() if value is not self.float_weights[name]})
         method |= add_prefix("samples.", self.samples.values)
         method |= add_prefix("entropy.", {name: torch.tensor(value, dtype=torch.float64) for name, value in self.entropies.items()})
-        method |= {"drawn": torch.tensor(self.sampled_stage), "steps": torch.tensor(self.steps)}
+        method |= {"drawn": torch.tensor(self.sampled_stage), "steps": torch.tensor(self.steps), "row_factors": self.factors}
         parameters = self.student.checkpoint_parameters()
         state = TrainingState(step=done, parameters=parameters, trajectories=self.trajectories.state(), method=method, budget=self.budget)
         save_training(self.run, state, position=self.position(done), finished=done == self.tasks)
@@ -231,6 +238,7 @@ class _Reconstruction:
         self.trajectories.load_state(state.trajectories)
         samples = strip_prefix("samples.", state.method)
         self.samples = ModelInputs({name: value.to(self.trajectories.device) for name, value in samples.items()})
+        self.factors = state.method["row_factors"]
         self.sampled_stage, self.steps = int(state.method["drawn"]), int(state.method["steps"])
         self.budget = state.budget
         self._measure_forward(self.samples.spread(FORWARD_BATCH))
@@ -242,6 +250,7 @@ class _Reconstruction:
 def _train(
     cache: BlockCache,
     student: Student,
+    factors: Tensor,
     stage: Stage,
     trained: Sequence[tuple[BlockOptimizer, ParamGroup]],
     steps: Iterator[tuple[float, float]],
@@ -254,7 +263,7 @@ def _train(
     adam = torch.optim.Adam([{"params": list(group.parameters), "lr": 0.0} for _, group in trained], fused=True)
     batches = _batches(len(cache.rows), stage.batch, generator)
     for share, stride in steps:
-        error = cache.reconstruction_error(student, next(batches)[processes.members(stage.batch)])
+        error = cache.reconstruction_error(student, next(batches)[processes.members(stage.batch)], factors)
         penalties = [penalty for optimizer in stage.optimizers if (penalty := optimizer.penalty(share)) is not None]
         adam.zero_grad(set_to_none=True)
         torch.stack([error, *penalties]).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from calibration.recipe import TrainingContext
+from edm_deploy.numerics.activation_table import table_rows
 from edm_deploy.pipelines.step_weights import cached_step_weights
 
 
@@ -24,3 +25,9 @@ def step_factors(context: TrainingContext, power: float) -> Tensor:
         teacher.model, teacher, trajectories.schedule, trajectories.conditioner, digest=digest, device=trajectories.device
     ).pow(power)
     return weights / weights.mean()
+
+
+def row_factors(context: TrainingContext, factors: Tensor) -> Tensor:
+    """The factors of sampling steps, float32 [R], by the row of the student's tables that each step uses."""
+    rows = table_rows(context.student.row_of_timestep, context.trajectories.schedule.timesteps)
+    return torch.ones(len(context.student.timesteps)).index_copy(0, rows.cpu(), factors.cpu())

@@ -56,6 +56,23 @@ def test_no_scale_on_a_fine_grid_beats_the_least_squares_range_by_much():
     assert error(values, chosen, A4) <= min(error(values, other, A4) for other in grid) * 1.01
 
 
+@pytest.mark.parametrize("spec", [A4, LayerSpec(4, 5, symmetric=True)], ids=["asymmetric", "symmetric"])
+def test_clipped_values_count_as_often_as_they_are_weighted(spec):
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(0)).exp()
+
+    def weighted(chosen, weight):
+        outside = (values < (chosen.qmin - 0.5) * chosen.scale) | (values > (chosen.qmin + spec.levels + 0.5) * chosen.scale)
+        codes = (values / chosen.scale).round().clamp(chosen.qmin, chosen.qmin + spec.levels)
+        return float(((codes * chosen.scale - values).square() * torch.where(outside, weight, 1.0)).sum())
+
+    plain, wide = (least_squares_range(values, 0.0, float(values.max()), spec, clip_weight=weight) for weight in (1.0, 4.0))
+    assert wide.scale > plain.scale
+    assert weighted(wide, 4.0) < weighted(plain, 4.0)
+    assert weighted(plain, 1.0) < weighted(wide, 1.0)
+    grid = [type(plain)(scale, wide.qmin) for scale in torch.linspace(0.05, 3, 400).tolist()]
+    assert weighted(wide, 4.0) <= min(weighted(other, 4.0) for other in grid) * 1.01
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_searched_weight_scale_is_no_worse_than_the_widest(bits):
     weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))

@@ -70,9 +70,13 @@ def test_the_distance_sums_over_channels_and_means_over_the_rest():
     chosen = torch.arange(5)
     with torch.no_grad():
         (output,) = kept.outputs(student, chosen)
-        distance = kept.reconstruction_error(student, chosen)
+        distance = kept.reconstruction_error(student, chosen, torch.ones(2))
+        weighted = kept.reconstruction_error(student, chosen, torch.tensor([1.5, 0.5]))
     expected = (output - kept.targets[0].batch(chosen)).square().sum(1).mean()
     torch.testing.assert_close(distance, expected)
+    assert set(kept.rows.tolist()) == {0, 1}
+    by_row = torch.tensor([1.5, 0.5])[kept.rows].view(5, 1, 1, 1)
+    torch.testing.assert_close(weighted, ((output - kept.targets[0].batch(chosen)).square() * by_row).sum(1).mean())
     assert float(distance) > 0
 
 

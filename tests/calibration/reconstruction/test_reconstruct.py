@@ -40,7 +40,7 @@ def block_errors(context, inputs):
     student, indices = context.student, torch.arange(len(inputs))
     with torch.no_grad():
         caches = [fill_block_cache(block, student, context.teacher, inputs) for block in blocks_of(student, "block")]
-        return torch.stack([cache.reconstruction_error(student, indices) for cache in caches])
+        return torch.stack([cache.reconstruction_error(student, indices, torch.ones(len(student.timesteps))) for cache in caches])
 
 
 def error_ratio(context, optimizers):

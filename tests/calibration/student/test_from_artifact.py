@@ -69,7 +69,9 @@ def test_the_first_forward_pass_is_that_of_the_artifact(name):
     with torch.no_grad():
         found = student(inputs)
     shares = [float((one - other).norm() / (other - right).norm()) for one, other, right in zip(found, expected, exact, strict=True)]
-    assert sorted(shares)[1] < 0.01  # of three samples two: a rounding tie, decided by the last bit of a scale, changes all that follows in its sample
+    assert (
+        sorted(shares)[1] < 0.01
+    )  # of three samples two: a rounding tie, decided by the last bit of a scale, changes all that follows in its sample
 
 
 def test_the_float_weight_behind_a_code_is_the_source_s_unless_the_code_is_another():

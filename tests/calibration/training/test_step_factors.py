@@ -32,6 +32,13 @@ def test_factors_are_the_weights_to_a_power_with_a_mean_of_1(context):
     torch.testing.assert_close(step_factors.step_factors(context, 0.5), weights.sqrt() / weights.sqrt().mean())
 
 
+def test_rows_have_the_factors_of_the_steps_that_use_them(context):
+    steps = context.trajectories.schedule.timesteps
+    assert steps[0] > steps[-1]  # sampling begins at the last row
+    found = step_factors.row_factors(context, torch.tensor([4.0, 3.0, 2.0, 1.0]))
+    assert found.tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
 def test_each_sample_of_a_batch_is_weighted_by_its_own_step(context):
     context.trajectories.position = torch.tensor([0, 1, 2, 3])
     quantizer = next(iter(context.student.quantizers.values()))
