@@ -41,7 +41,7 @@ def load_library(
         what: What is compiled, for errors, as `the cpu backend's kernels`.
         remedy: What else to do without a compiler, for errors, as `; or build for openvino`.
         flags: The compiler's options.
-        target: Its option that names the CPU; another than this machine's in tests only.
+        target: Its options that name the CPU, separated by blanks; others than this machine's in tests only.
 
     Raises:
         UnsupportedError: There is no C++ compiler, or it refuses the source.
@@ -49,7 +49,7 @@ def load_library(
     try:
         compiler = compiler_path()
         key = digest_of((tuple(flags), _macros(compiler, target)), files)
-        path, _ = cached_code(f"{name}-{key}.so", lambda: _compiled(files, main, compiler, (*flags, target)))
+        path, _ = cached_code(f"{name}-{key}.so", lambda: _compiled(files, main, compiler, (*flags, *target.split())))
     except _CompilerError as err:
         raise UnsupportedError(f"A C++ compiler is needed for {what}, and {err}. {INSTALL}{remedy}.") from err
     return ctypes.CDLL(str(path))
@@ -69,7 +69,7 @@ class _CompilerError(Exception):
 
 def _macros(compiler: str, target: str) -> str:
     """The macros that are predefined for this CPU: they name the compiler, its version and every instruction set. A cache may be shared by machines."""
-    ran = subprocess.run([compiler, target, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False)
+    ran = subprocess.run([compiler, *target.split(), "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False)
     if ran.returncode:
         raise _refused(compiler, ran.stderr)
     return ran.stdout

@@ -15,10 +15,10 @@ MAIN = "kernels.cpp"
 
 @functools.cache
 def library(target: str = TARGET) -> ctypes.CDLL:
-    """The compiled kernels, from the cache or compiled now, in a few seconds.
+    """The compiled kernels, from the cache or compiled now, in a few seconds. They use AMX where it is there and computes what it should.
 
     Args:
-        target: The compiler's option that names the CPU; another than this machine's in tests only.
+        target: The compiler's options that name the CPU; others than this machine's in tests only.
 
     Raises:
         UnsupportedError: There is no C++ compiler, or it refuses the source.
@@ -28,11 +28,12 @@ def library(target: str = TARGET) -> ctypes.CDLL:
     loaded.edm_run.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
     loaded.edm_run.restype = None
     loaded.edm_instructions.restype = ctypes.c_char_p
+    loaded.edm_use_tiles()
     return loaded
 
 
 def instructions(target: str = TARGET) -> str:
-    """What integer products are computed with: `AVX512-VNNI`, `AVX-VNNI`, `AVX2` or `portable`."""
+    """What integer products are computed with: `AMX`, `AVX512-VNNI`, `AVX-VNNI`, `AVX2` or `portable`."""
     return str(library(target).edm_instructions().decode())
 
 

@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "attention_bf16.h"
 #include "convolution.h"
+#include "convolution_tiles.h"
 #include "norm.h"
 #include "params.h"
 #include "quantize.h"
@@ -13,9 +14,11 @@
 
 namespace {
 
-
 void run_convolve(const void* params, int thread, int threads) {
   const ConvParams& p = *(const ConvParams*)params;
+#if defined(HAS_TILES)
+  if (tiles_in_use) return p.type ? convolve_tiles<F16>(p, thread, threads) : convolve_tiles<Bf16>(p, thread, threads);
+#endif
   p.type ? convolve<F16>(p, thread, threads) : convolve<Bf16>(p, thread, threads);
 }
 
@@ -82,8 +85,20 @@ extern "C" void edm_run(const Call* calls, int count, int threads) {
 // Vectors of 16 output channels that are computed together, whose weights lie side by side.
 extern "C" int edm_vectors() { return MOST_VECTORS; }
 
-// What the products were compiled to.
+// Decides whether tiles are used from now on: 1 where they were compiled, the system permits them and they compute what they should.
+extern "C" int edm_use_tiles() {
+#if defined(HAS_TILES)
+  return tiles_in_use = tiles_work();
+#else
+  return 0;
+#endif
+}
+
+// What the products are computed by.
 extern "C" const char* edm_instructions() {
+#if defined(HAS_TILES)
+  if (tiles_in_use) return "AMX";
+#endif
 #if defined(__AVX512VNNI__)
   return "AVX512-VNNI";
 #elif defined(__AVXVNNI__)

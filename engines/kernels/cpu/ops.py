@@ -18,7 +18,7 @@ from torch import Tensor
 from edm_deploy.errors import UnsupportedError
 from edm_deploy.native.cpp import TARGET
 from edm_deploy.numerics.kernel_layout import code_bytes
-from engines.kernels.cpu.build import library
+from engines.kernels.cpu.build import instructions, library
 from engines.kernels.cpu.launch import ACTIVATIONS, KERNELS, PARAMS, STATS_CHUNK, TYPES, Call
 from engines.kernels.cpu.memory import Memory, storage_of
 from engines.kernels.cpu.weights import Weights
@@ -45,6 +45,7 @@ class RecordedOps:
         self.steps: list[Step] = []
         self._weights = weights
         self._library = library(target)
+        self._tiles = instructions(target) == "AMX"
         self.stays = stays
         self._held: list[Tensor] = []
         self._copies: list[Tensor] = []
@@ -110,8 +111,12 @@ class RecordedOps:
         """
         if operands.kind != "s8":
             raise UnsupportedError(f"The kernels for the CPU multiply codes of kind s8, not {operands.kind}.")
-        plain = (shape.R, shape.S, shape.stride) == (3, 3, 1)
-        bounds = self.memory.bounds.get(operands.codes.data_ptr()) if plain else None
+        narrow = (shape.R, shape.S, shape.stride) == (
+            3,
+            3,
+            1,
+        ) and not self._tiles  # AMX computes 36 products in less time than others 16
+        bounds = self.memory.bounds.get(operands.codes.data_ptr()) if narrow else None
         arranged = self._weights.of(operands.weight, bounds, self._library.edm_vectors())
         out = self.memory.empty((shape.N, shape.P, shape.Q, shape.K), dtype)
         columns = {name: getattr(operands, name) for name in ("act_scale", "weight_scale", "bias")}

@@ -7,6 +7,7 @@ import pytest
 
 from edm_deploy.errors import UnsupportedError
 from engines.kernels.cpu import build
+from tests.engines.kernels.cpu.test_ops import FLAGS
 
 QUICK = tuple("-O0" if flag == "-O3" else flag for flag in build.FLAGS)
 
@@ -22,7 +23,7 @@ def test_a_second_process_compiles_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "FLAGS", QUICK)
     first = build.library()
     assert first.edm_vectors() in (2, 4)
-    assert build.instructions() in ("AVX512-VNNI", "AVX-VNNI", "AVX2", "portable")
+    assert build.instructions() in ("AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2", "portable")
     (kept,) = (tmp_path / "kernels").iterdir()
     before = kept.stat().st_mtime_ns
     code = f"from engines.kernels.cpu import build; build.FLAGS = {QUICK}; from edm_deploy.native import cpp; cpp._compiled = None; print(build.instructions())"
@@ -37,6 +38,17 @@ def test_a_second_process_compiles_nothing(tmp_path, monkeypatch):
 def test_each_instruction_set_is_another_library(target, instructions):
     assert build.instructions(target) == instructions
     assert build.library(target)._name != build.library()._name
+
+
+def test_amx_is_used_where_it_computes_what_it_should():
+    assert build.instructions(f"{build.TARGET} -DEDM_EMULATED_TILES") == "AMX"
+
+
+@pytest.mark.skipif("amx_int8" in FLAGS, reason="this CPU has AMX")
+@pytest.mark.skipif(not {"avx512_vnni", "avx512_bf16"} <= FLAGS, reason="this CPU cannot run code for one with AMX")
+def test_without_amx_code_for_it_computes_by_avx512():
+    """The system does not permit tiles: on a kernel before 5.16, in some containers, on another CPU."""
+    assert build.instructions("-march=sapphirerapids") == "AVX512-VNNI"
 
 
 def test_without_a_compiler_the_backends_without_one_are_named(monkeypatch):

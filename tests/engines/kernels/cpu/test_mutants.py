@@ -24,6 +24,13 @@ MUTANTS = {
     "outputs are not divided by four": ("winograd.h", "(row[0] + row[1] + row[2]) >> 2", "(row[0] + row[1] + row[2]) >> 1"),
     "a tile beyond the right edge is written": ("winograd.h", "j < 2 && tile.x + j < p.Q", "j < 2"),
     "the last vector of channels is not transformed": ("winograd.h", "c < p.Cb; c += 16", "c + 16 < p.Cb; c += 16"),
+    "the weights left behind the last 64 are forgotten": ("convolution_tiles.h", "if (k < length) {", "if (false) {"),
+    "what is left is of the first 16 channels": ("convolution_tiles.h", "row) * weight_stride + v * TILE_BYTES, TILE_BYTES);", "row) * weight_stride, TILE_BYTES);"),
+    "the second 16 pixels are the first": ("convolution_tiles.h", "_tile_loadd(5, a + TILE_ROWS * codes_stride, codes_stride);", "_tile_loadd(5, a, codes_stride);"),
+    "an odd last tile of channels is left out": ("convolution_tiles.h", "v < vectors; v += 2", "v + 1 < vectors; v += 2"),
+    "a filter of more taps is read in place": ("convolution_tiles.h", "p.R == 1 && p.S == 1 && p.stride == 1", "p.stride == 1"),
+    "a tile's columns beyond the map are read": ("convolution_tiles.h", "(unsigned)(pixels[i].x + s) < (unsigned)p.W", "pixels[i].x + s < p.W"),
+    "sums of the second tile of pixels are lost": ("convolution_tiles.h", "_tile_stored(3, sums + TILE_ROWS * stride + LANES, bytes);", ""),
     "codes are rounded half up": (
         "quantize.h",
         "__builtin_convertvector(as<Ints>((clipped + magic)) - as<Ints>(magic), Bytes)",
@@ -45,7 +52,8 @@ MUTANTS = {
     "an earlier total of pairs is not corrected": ("attention_bf16.h", "Floats sum = total[w] * correction + unordered;", "Floats sum = total[w] + unordered;"),
     "the key behind an odd last one counts": ("attention_bf16.h", "if (keys % 2)", "if (false)"),
 }  # fmt: skip
-IN_EVERY_RUN = ("an output adds a place that it subtracts",)
+IN_EVERY_RUN = ("an output adds a place that it subtracts", "an odd last tile of channels is left out")
+OF_TILES = "convolution_tiles.h"  # judged by the emulation of AMX
 NEEDS = {"a reciprocal is not refined": "avx512f"} | {
     name: "avx512_bf16" for name, (file, _, _) in MUTANTS.items() if file == "attention_bf16.h"
 }  # instructions without which the line is not compiled
@@ -68,4 +76,5 @@ def test_the_source_as_it_is_passes(tmp_path):
 def test_an_error_sown_into_the_kernels_is_found(mutant, tmp_path):
     if mutant in NEEDS and NEEDS[mutant] not in pathlib.Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this CPU has no {NEEDS[mutant]}: the line is not compiled here")
-    assert not passes(tmp_path, HOME, TESTS, MUTANTS[mutant], "native"), f"nothing noticed that {mutant}"
+    select = "tiles" if MUTANTS[mutant][0] == OF_TILES else "native"
+    assert not passes(tmp_path, HOME, TESTS, MUTANTS[mutant], select), f"nothing noticed that {mutant}"

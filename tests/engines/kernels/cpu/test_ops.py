@@ -20,16 +20,26 @@ from engines.kernels.operands import ConvShape, Operands, Table
 from tests.engines.kernels.helpers import draws
 from tests.engines.kernels.test_cuda_ops import STATS_ERROR, assert_same_bits, assert_same_codes
 
-TARGETS = {"native": TARGET, "avx-vnni": "-march=alderlake", "avx2": "-march=x86-64-v3", "portable": "-march=x86-64"}
+TARGETS = {
+    "native": TARGET,
+    "tiles": f"{TARGET} -DEDM_EMULATED_TILES",
+    "avx-vnni": "-march=alderlake",
+    "avx2": "-march=x86-64-v3",
+    "portable": "-march=x86-64",
+}
 NEEDS = {"avx-vnni": {"avx_vnni", "gfni", "vaes"}, "avx2": {"avx2", "fma", "f16c"}}  # of /proc/cpuinfo, to run what is compiled
 FLAGS = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), flags=re.M)[1].split())
 
 
-@pytest.fixture(params=[name if name in ("native", "avx2") else pytest.param(name, marks=pytest.mark.extended) for name in TARGETS])
+@pytest.fixture(
+    params=[name if name in ("native", "tiles", "avx2") else pytest.param(name, marks=pytest.mark.extended) for name in TARGETS]
+)
 def recorded(request) -> RecordedOps:
     if missing := NEEDS.get(request.param, set()) - FLAGS:
         pytest.skip(f"this CPU cannot run code for {request.param}: it has no {', '.join(sorted(missing))}")
-    return RecordedOps(Weights(), Memory(), 2, TARGETS[request.param])
+    ops = RecordedOps(Weights(), Memory(), 2, TARGETS[request.param])
+    assert ops._tiles or request.param != "tiles"  # they are not used where they compute something else
+    return ops
 
 
 def with_8_bits(table: Table) -> Table:
@@ -98,7 +108,7 @@ def test_winograds_sums_are_the_direct_ones(seed, low, high, recorded):
     operands.codes[:, :, :half] = pack_codes(torch.tensor([low if seed % 2 else high]), 8)[0]
     recorded.memory.bounds[operands.codes.data_ptr()] = (low, high)
     found = recorded.convolve(operands, shape, torch.bfloat16)
-    assert kernels_of(recorded) == (["winograd"] if operands.codes.shape[-1] >= 32 else ["convolve"])
+    assert kernels_of(recorded) == (["winograd"] if operands.codes.shape[-1] >= 32 and not recorded._tiles else ["convolve"])
     assert_same_bits(found, torch_ops.convolve(operands, shape, torch.bfloat16))
 
 
@@ -118,6 +128,26 @@ def test_weights_beyond_the_cache_are_read_in_pieces(channels, taps, recorded):
     )
     shape = operands.shape("test", (taps, taps), 1, taps // 2)
     assert_same_bits(recorded.convolve(operands, shape, torch.float16), torch_ops.convolve(operands, shape, torch.float16))
+
+
+@pytest.mark.parametrize(("channels", "outputs"), [(64, 16), (128, 33), (192, 150), (80, 64)])
+@pytest.mark.parametrize(("size", "taps"), [((31, 1), 1), ((32, 1), 1), ((75, 1), 1), ((9, 8), 3)])
+def test_codes_are_read_in_place_or_laid_out(size, taps, channels, outputs, recorded):
+    """32 pixels of a linear layer with a multiple of 64 channels are a whole operand of AMX."""
+    dice = draws.Dice(channels)
+    operands, _ = narrow_convolution(0, -128, 127)
+    weight = dice.codes(-127, 127, outputs, channels, taps, taps).to(torch.int8)
+    operands = replace(
+        operands,
+        codes=pack_codes(dice.codes(-128, 127, 2, *size, channels), 8),
+        rows=dice.codes(0, draws.ROWS - 1, 2),
+        weight=pack_weight(weight, 8),
+        weight_scale=dice.normal(outputs).abs() * 0.01,
+        weight_sum=weight_sum(weight),
+        bias=dice.normal(outputs),
+    )
+    shape = operands.shape("test", (taps, taps), 1, 0)
+    assert_same_bits(recorded.convolve(operands, shape, torch.bfloat16), torch_ops.convolve(operands, shape, torch.bfloat16))
 
 
 def kernels_of(recorded: RecordedOps) -> list[str]:
