@@ -192,6 +192,7 @@ def check_parts(recipe: Recipe, options: RunOptions) -> None:
     if options.sharding and options.processes.size == 1:
         raise InputError("--shard-weights divides frozen weights among processes, and this run has one. Add --processes, or leave it out.")
     if recipe.trains:
+        kernels_of(options)  # refuses those that cannot be compiled here
         check_divides(options.processes, recipe.settings()["batch"], options.accumulation)
 
 

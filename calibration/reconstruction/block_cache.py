@@ -12,6 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from calibration.data.trajectory_pool import FORWARD_BATCH, Batch
 from calibration.reconstruction.blocks import Block, entropy
+from calibration.student.fake_quant import dense_format
 from calibration.student.module_outputs import input_hooks, module_calls, tensors_of
 from calibration.student.student import Student
 from calibration.student.teacher import Teacher
@@ -57,14 +58,21 @@ class ModelInputs:
 
 @dataclass
 class CachedTensor:
-    """One leaf of a module's arguments or result: [N, count, ...] for N samples, or a value that all samples share (count 0)."""
+    """One leaf of a module's arguments or result: [N, count, ...] for N samples, or a value that all samples share (count 0).
+
+    Feature maps that were channels_last are kept as [N, count, H, W, C].
+    """
 
     value: Any
     count: int = 0
+    channels_last: bool = False
 
     def batch(self, index: Tensor) -> Any:
-        """The value for a batch of the samples at `index`, int64 [B]."""
-        return self.value[index].flatten(0, 1) if self.count else self.value
+        """The value for a batch of the samples at `index`, int64 [B], in the layout that it had."""
+        if not self.count:
+            return self.value
+        found = self.value[index].flatten(0, 1)
+        return found.permute(0, 3, 1, 2) if self.channels_last else found
 
 
 @dataclass
@@ -162,7 +170,9 @@ def _store(leaf: CachedTensor, value: Any, first: int, samples: int) -> None:
     if not leaf.count:
         leaf.value = value
         return
-    value = value.unflatten(0, (-1, leaf.count))
+    if leaf.value is None:
+        leaf.channels_last = dense_format(value) is torch.channels_last
+    value = (value.permute(0, 2, 3, 1) if leaf.channels_last else value).unflatten(0, (-1, leaf.count))
     if leaf.value is None:
         leaf.value = value.new_empty(samples, *value.shape[1:])
     leaf.value[first : first + len(value)] = value

@@ -23,8 +23,7 @@ def use_fast_kernels(context: TrainingContext) -> None:
     """Replace slow operations of student and teacher, in place, as the run's options and its device allow.
 
     Raises:
-        InputError: `kernels` is `cpp`, and the device is no CPU.
-        UnsupportedError: The kernels were requested and cannot be compiled here.
+        InputError, UnsupportedError: As kernels_of.
     """
     kernels = kernels_of(context.run.options)
     for network in (context.student, context.teacher):
@@ -35,7 +34,6 @@ def use_fast_kernels(context: TrainingContext) -> None:
         context.student.quantize_by(cpp_fake_quantize)
         context.student.channels_last = context.student.compute_dtype != torch.float32
     elif kernels == "inductor":
-        _compile_once(torch.device(context.run.options.device))
         context.student.quantize_by(compiled_fake_quantize)
 
 
@@ -44,12 +42,14 @@ def kernels_of(options: RunOptions) -> str:
 
     Raises:
         InputError: `kernels` is `cpp`, and the device is no CPU.
-        UnsupportedError: `kernels` is `cpp`, and they cannot be compiled here.
+        UnsupportedError: The kernels were requested and cannot be compiled here.
     """
     if options.kernels == "cpp" and options.device != "cpu":
         raise InputError(f"--kernels cpp: the kernels in C++ are for a CPU, and --device is {options.device}. Leave --kernels out.")
     if options.kernels == "cpp":
         library()
+    elif options.kernels == "inductor":
+        _compile_once(options.device)
     if options.kernels != "auto":
         return options.kernels
     return "cpp" if options.device == "cpu" and _compiles() else "torch"
@@ -66,7 +66,8 @@ def _compiles() -> bool:
     return True
 
 
-def _compile_once(device: torch.device) -> None:
+@functools.cache
+def _compile_once(device: str) -> None:
     """Compile for float32 on a few numbers, so that a machine without a compiler is found before training."""
     x = torch.linspace(-1, 1, 6, device=device).view(2, 3).requires_grad_()
     scale, qmin = torch.full((2,), 0.5, device=device), torch.full((2,), -1.0, device=device)

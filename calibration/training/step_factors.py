@@ -28,6 +28,8 @@ def step_factors(context: TrainingContext, power: float) -> Tensor:
 
 
 def row_factors(context: TrainingContext, factors: Tensor) -> Tensor:
-    """The factors of sampling steps, float32 [R], by the row of the student's tables that each step uses."""
-    rows = table_rows(context.student.row_of_timestep, context.trajectories.schedule.timesteps)
-    return torch.ones(len(context.student.timesteps)).index_copy(0, rows.cpu(), factors.cpu())
+    """The factors of sampling steps, by row of the student's tables: float32 [R], the mean of the steps that use the row, 1 where none does."""
+    rows = table_rows(context.student.row_of_timestep, context.trajectories.schedule.timesteps).cpu()
+    count = len(context.student.timesteps)
+    steps, sums = torch.bincount(rows, minlength=count), torch.bincount(rows, weights=factors.cpu().double(), minlength=count)
+    return torch.where(steps > 0, sums / steps.clamp(min=1), 1.0).float()

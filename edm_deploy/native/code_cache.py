@@ -35,7 +35,11 @@ def cache_directory(kind: str = "kernels") -> Path:
     """Directory of what is compiled for this machine, kernels or another kind; it may not exist yet."""
     if configured := os.environ.get("EDM_DEPLOY_CACHE"):
         return Path(configured) / kind
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edm-deploy" / kind
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home directory, as in some containers
+        return _fallback("the user's cache directory", "there is no home directory") / kind
+    return cache / "edm-deploy" / kind
 
 
 def digest_of(settings: object, files: Mapping[str, bytes]) -> str:

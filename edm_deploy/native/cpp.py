@@ -44,7 +44,7 @@ def load_library(
         target: Its options that name the CPU, separated by blanks; others than this machine's in tests only.
 
     Raises:
-        UnsupportedError: There is no C++ compiler, or it refuses the source.
+        UnsupportedError: There is no C++ compiler, it refuses the source, or the library cannot be loaded from where it is kept.
     """
     try:
         compiler = compiler_path()
@@ -52,7 +52,10 @@ def load_library(
         path, _ = cached_code(f"{name}-{key}.so", lambda: _compiled(files, main, compiler, (*flags, *target.split())))
     except _CompilerError as err:
         raise UnsupportedError(f"A C++ compiler is needed for {what}, and {err}. {INSTALL}{remedy}.") from err
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as err:  # as on a file system without permission to execute
+        raise UnsupportedError(f"{path}, {what}, cannot be loaded ({err}). Set EDM_DEPLOY_CACHE to another directory{remedy}.") from err
 
 
 def compiler_path() -> str:
@@ -69,21 +72,22 @@ class _CompilerError(Exception):
 
 def _macros(compiler: str, target: str) -> str:
     """The macros that are predefined for this CPU: they name the compiler, its version and every instruction set. A cache may be shared by machines."""
-    ran = subprocess.run([compiler, *target.split(), "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False)
-    if ran.returncode:
-        raise _refused(compiler, ran.stderr)
-    return ran.stdout
+    return _output([compiler, *target.split(), "-dM", "-E", "-x", "c++", os.devnull])
 
 
 def _compiled(files: Mapping[str, bytes], main: str, compiler: str, flags: Sequence[str]) -> bytes:
     with scratch_directory("cpp") as scratch:
         for name, content in files.items():
             (scratch / name).write_bytes(content)
-        ran = subprocess.run([compiler, *flags, "-o", "out.so", main], cwd=scratch, capture_output=True, text=True, check=False)
-        if ran.returncode:
-            raise _refused(compiler, ran.stderr + ran.stdout)
+        _output([compiler, *flags, "-o", "out.so", main], scratch)
         return (scratch / "out.so").read_bytes()
 
 
-def _refused(compiler: str, output: str) -> _CompilerError:
-    return _CompilerError(f"{compiler} refuses the source: {first_error(output)}")
+def _output(command: Sequence[str], folder: Path | None = None) -> str:
+    try:
+        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError as err:
+        raise _CompilerError(f"{command[0]} does not run: {err.strerror}") from err
+    if ran.returncode:
+        raise _CompilerError(f"{command[0]} refuses the source: {first_error(ran.stderr + ran.stdout)}")
+    return ran.stdout

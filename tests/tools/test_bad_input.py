@@ -62,6 +62,7 @@ REFUSED = {
     "seed of 20 digits": ("calibrate {model} --out {out} --seed 12345678901234567890", "--seed"),
     "seed of 20 digits to sample": ("sample {engine} --out {out} --seed 12345678901234567890", "--seed"),
     "negative seed": ("evaluate {artifact} --out {out} --seed -1", "--seed"),
+    "kernels of an engine": ("bench {engine} --kernels torch", "--kernels is for --finetune-step"),
     "kernels that are no choice": ("finetune {model} --out {out} --kernels fast", "--kernels"),
     "resume of nothing": ("finetune {model} --out {out} --resume", "no checkpoint to resume"),
     "export of nothing": ("export {out}-missing --out {out}", "does not exist"),

@@ -50,6 +50,8 @@ def bench(
     else:
         from edm_deploy_tools.benchmarks.engines import bench_engines
 
+        if kernels is not opt.Kernels.AUTO:
+            raise InputError("--kernels is for --finetune-step: engines have their own. Leave it out.")
         result = bench_engines(
             engines or [],
             against=[name for name in against.split(",") if name],

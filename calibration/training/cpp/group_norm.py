@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from calibration.training.cpp.library import GroupNormParams, library
@@ -42,11 +43,15 @@ def activated_norms(module: nn.Module) -> tuple[list[nn.GroupNorm], nn.SiLU | No
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool = False) -> Tensor:
-    """The result of `norm`, and of SiLU behind it: [B, C, ...] in the dtype and the memory layout of `x`.
+    """The result of `norm`, and of SiLU behind it: [B, C, ...] in the dtype of `x`.
 
-    bfloat16 on a CPU whose channels lie side by side is computed by the kernel, in float32, and rounded once; all else by torch.
+    Feature maps [B, C, H, W] in bfloat16 on a CPU, and tokens whose channels lie side by side, are computed by the kernel, in float32, and rounded once; maps become
+    channels_last. All else is computed by torch.
     """
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() and _channels_last(x):
+    kernel = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() > 0
+    if kernel and x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    if kernel and _channels_last(x):
         result: Tensor = _GroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)  # type: ignore[no-untyped-call]
         return result
     y = functional.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
@@ -72,6 +77,7 @@ class _GroupNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, mean, rstd = ctx.saved_tensors
         grad = torch.empty_like(x).copy_(grads[0]) if grads[0].dtype != x.dtype or not _channels_last(grads[0]) else grads[0]

@@ -71,6 +71,7 @@ def test_a_machine_where_torch_compile_fails_is_refused(monkeypatch):
         raise RuntimeError("No working C++ compiler found.\nDetails")
 
     monkeypatch.setattr(fast_kernels, "compiled_fake_quantize", fail)
+    fast_kernels._compile_once.cache_clear()
     with pytest.raises(
         UnsupportedError, match=r"torch.compile fails here \(No working C\+\+ compiler found\.?\)\. Install a C\+\+ compiler"
     ):

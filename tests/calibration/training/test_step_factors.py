@@ -37,6 +37,9 @@ def test_rows_have_the_factors_of_the_steps_that_use_them(context):
     assert steps[0] > steps[-1]  # sampling begins at the last row
     found = step_factors.row_factors(context, torch.tensor([4.0, 3.0, 2.0, 1.0]))
     assert found.tolist() == [1.0, 2.0, 3.0, 4.0]
+    rows = torch.tensor([0, 0, 2, 2])[context.student.row_of_timestep.long()]  # as where an artifact shares rows
+    context.student.row_of_timestep = rows.to(torch.int32)
+    assert step_factors.row_factors(context, torch.tensor([4.0, 3.0, 2.0, 1.0])).tolist() == [1.5, 1.0, 3.5, 1.0]
 
 
 def test_each_sample_of_a_batch_is_weighted_by_its_own_step(context):

@@ -67,6 +67,21 @@ def test_the_cache_is_in_the_systems_cache_directory(monkeypatch, tmp_path):
     assert cache_directory("tensorrt") == tmp_path / "home" / ".cache" / "edm-deploy" / "tensorrt"
 
 
+def test_without_a_home_directory_a_process_has_its_own(monkeypatch, compilations, warnings):
+    for name in ("EDM_DEPLOY_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    code_cache._fallback.cache_clear()
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(code_cache.Path, "home", no_home)
+    assert cached(compilations) == cached(compilations)
+    assert compilations == ["a.so"]
+    assert len(warnings) == 1
+    assert "there is no home directory" in warnings[0]
+
+
 def test_a_digest_stands_for_settings_names_and_content():
     digests = {
         digest_of(("-O3",), {"a": b"1", "b": b"2"}),

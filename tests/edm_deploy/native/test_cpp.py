@@ -65,3 +65,21 @@ def test_a_source_that_the_compiler_refuses_is_quoted(own_cache):
     with pytest.raises(UnsupportedError, match=r"refuses the source: .*-march="):
         load(target="-march=nothing")
     assert not list(own_cache.rglob("*.so"))
+
+
+def test_a_compiler_that_does_not_run_is_reported(tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/nowhere/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(UnsupportedError, match=r"and .*c\+\+ does not run: No such file or directory\. Install one"):
+        load()
+
+
+def test_a_library_that_cannot_be_loaded_is_reported_with_its_place(monkeypatch, own_cache):
+    monkeypatch.setattr(cpp, "_compiled", lambda *args: b"no library")
+    with pytest.raises(
+        UnsupportedError,
+        match=rf"^{own_cache}/small-\w+\.so, a test, cannot be loaded \(.*Set EDM_DEPLOY_CACHE to another directory; or do without\.$",
+    ):
+        load()

@@ -103,7 +103,24 @@ def test_other_inputs_are_computed_by_torch_or_copied():
     assert torch.equal(cpp_fake_quantize(strided, scale, qmin, 7), fake_quantize(x, scale, qmin, 7))
     expanded = scale[:1].expand(2)
     assert torch.equal(cpp_fake_quantize(x, expanded, qmin, 7), fake_quantize(x, expanded.clone(), qmin, 7))
-    assert cpp_fake_quantize(x[:0], scale[:0], qmin[:0], 7).shape == (0, 6)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0)])
+def test_an_empty_input_has_gradients_of_0(shape):
+    arguments = [torch.ones(shape, requires_grad=True), *(torch.ones(shape[0], requires_grad=True) for _ in range(2))]
+    cpp_fake_quantize(*arguments, 7).sum().backward()
+    assert [each.grad.tolist() for each in arguments] == [torch.zeros(shape).tolist(), *([0.0] * shape[0] for _ in range(2))]
+
+
+def test_one_range_for_all_rows_is_read_for_each():
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    found = []
+    for function in (cpp_fake_quantize, fake_quantize):
+        scale, qmin = torch.tensor([0.3], requires_grad=True), torch.tensor([-3.0], requires_grad=True)
+        y = function(x, scale.expand(3), qmin.expand(3), 7) if function is fake_quantize else function(x, scale, qmin, 7)
+        y.square().sum().backward()
+        found.append((y.detach(), scale.grad, qmin.grad))
+    assert all(torch.allclose(one, two, rtol=1e-5) for one, two in zip(*found, strict=True))
 
 
 def test_a_gradient_in_another_layout_is_read_as_what_it_is():

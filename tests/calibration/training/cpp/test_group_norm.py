@@ -115,13 +115,27 @@ def test_a_gradient_in_another_layout_or_dtype_is_read_as_what_it_is():
     assert torch.equal(torch.autograd.grad(y, [x], grad.contiguous())[0], expected)
 
 
+def test_feature_maps_become_channels_last():
+    norm, x, _ = problem("several chunks")
+    y = group_norm(x.detach().contiguous(), norm, silu=True)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, group_norm(x, norm, silu=True))
+
+
 def test_other_inputs_are_computed_by_torch():
-    norm, x, _ = problem("a vector")
-    for other in (x.detach().float(), x.detach().contiguous(), x.detach().double().half().contiguous()):
+    norm, x, _ = problem("tokens")
+    for other in (x.detach().float(), x.detach().contiguous(), x.detach().half(), x.detach()[:0]):
         wide = norm.to(other.dtype)
-        assert torch.equal(
-            group_norm(other, wide, silu=True), functional.silu(functional.group_norm(other, 4, wide.weight, wide.bias, norm.eps))
-        )
+        expected = functional.silu(functional.group_norm(other, norm.num_groups, wide.weight, wide.bias, norm.eps))
+        assert torch.equal(group_norm(other, wide, silu=True), expected)
+
+
+def test_a_second_derivative_is_refused():
+    norm, x, _ = problem("a vector")
+    y = group_norm(x, norm, silu=True)
+    (first,) = torch.autograd.grad(y.float().square().sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("scale_shift", [False, True], ids=["default", "scale_shift"])
