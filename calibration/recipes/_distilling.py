@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from calibration.recipes.mse import Mse
+from calibration.recipes.mse import LeastSquares
 from calibration.run.dtypes import ComputeDtype, check_dtype
 from calibration.run.setting_checks import at_least, within
 from calibration.student.student import Student
@@ -15,7 +15,7 @@ from edm_deploy.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationRecipe(Mse):
+class DistillationRecipe(LeastSquares):
     """Starts from the MSE calibration. Adam with decay of the rates to 0 and no weight decay.
 
     Attributes:

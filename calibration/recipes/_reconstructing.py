@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from calibration.data.trajectory_pool import FORWARD_BATCH, Batch, Trajectories
-from calibration.recipes.mse import Mse
+from calibration.recipes.mse import LeastSquares
 from calibration.reconstruction.block_cache import CACHE_BYTES, ModelInputs
 from calibration.reconstruction.block_optimizers import RoundingOptimizer
 from calibration.reconstruction.blocks import Partition, check_partition
@@ -21,7 +21,7 @@ Predict = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructionRecipe(Mse):
+class ReconstructionRecipe(LeastSquares):
     """Starts from the MSE calibration. Rates refer to the stated number of steps: training with fewer steps uses larger ones, up to 0.1.
 
     Attributes:

@@ -13,7 +13,7 @@ from torch import Tensor
 from calibration.observers.channel_scaling import scalable, stacked_weight
 from calibration.recipe import TrainingContext
 from calibration.recipes._reconstructing import sample_trajectories
-from calibration.recipes.mse import Mse
+from calibration.recipes.mse import LeastSquares
 from calibration.reconstruction.block_optimizers import ActivationScaleOptimizer, WeightOptimizer
 from calibration.reconstruction.blocks import Partition, check_partition
 from calibration.reconstruction.reconstruct import Stage, reconstruct
@@ -24,7 +24,7 @@ from edm_deploy.network.restructure import block_of, representable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dilate(Mse):
+class Dilate(LeastSquares):
     """Weight dilation (WD), a time-parallel quantizer (TPQ: each sample of a batch has its own row), block-wise distillation (BKD).
 
     Each block in turn is trained on its input in the quantized network. Rates are given as the total step length of Adam over the training of a

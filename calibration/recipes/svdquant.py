@@ -19,7 +19,7 @@ from calibration.observers.input_statistics import GROUP_BYTES, InputStatistics,
 from calibration.observers.low_rank import low_rank, rough_low_rank
 from calibration.recipe import TrainingContext
 from calibration.recipes.mpq_dm import smoothing_scales
-from calibration.recipes.mse import Mse
+from calibration.recipes.mse import LeastSquares
 from calibration.run.options import Interrupted
 from calibration.run.progress import ProgressMeter
 from calibration.run.setting_checks import at_least, within
@@ -41,7 +41,7 @@ NEEDED_GAIN = 0.97  # of the output's error, for which a layer's input is scaled
 
 
 @dataclass(frozen=True, kw_only=True)
-class SvdQuant(Mse):
+class SvdQuant(LeastSquares):
     """Smooths, decomposes and rounds every layer on its own, then calibrates activation tables by timestep.
 
     For an input x with scales p by channel: `y = Q(p x) Q(W / p - U D / p) + (x D) U`, with `U D / p` the leading singular vectors of `W / p`. A 3x3
