@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,17 +53,20 @@ class ActivationSamples:
         values: float32 [N], a random subset of all values.
         low: Minimum of all values.
         high: Maximum of all values.
+        feature_map: Whether they are of feature maps, [B, C, H, W], and not of tokens or embeddings.
     """
 
     values: Tensor
     low: float
     high: float
+    feature_map: bool = False
 
     def __add__(self, other: ActivationSamples) -> ActivationSamples:
         """Values of both rows together."""
-        return ActivationSamples(torch.cat([self.values, other.values]), min(self.low, other.low), max(self.high, other.high))
+        low, high = min(self.low, other.low), max(self.high, other.high)
+        return replace(self, values=torch.cat([self.values, other.values]), low=low, high=high)
 
     def subsample(self, factor: int, generator: torch.Generator) -> ActivationSamples:
         """A random `1 / factor` of the values, rounded up; minimum and maximum stay those of all values."""
         count = -(-len(self.values) // factor)
-        return ActivationSamples(self.values[torch.randint(len(self.values), (count,), generator=generator)], self.low, self.high)
+        return replace(self, values=self.values[torch.randint(len(self.values), (count,), generator=generator)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +20,21 @@ class Observer:
     Attributes:
         share: What the observed batch is of the batch of all processes; None if it is the whole. With a share, the subset is that of the whole batch, with 0
             for values of other processes: the sum over all has every value. `merged` forms it.
+        feature_map: Whether the input is a feature map, [B, C, H, W].
     """
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
         self.share: Share | None = None
         self.parts: list[Tensor] = []
+        self.feature_map = False
         self.low, self.high = 0.0, 0.0
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Observe one batch; a pre-hook receives the layer and its arguments."""
         x = args[0]
         low, high = torch.aminmax(x)
-        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        self.low, self.high, self.feature_map = min(self.low, float(low)), max(self.high, float(high)), x.ndim == 4
         flat = x.reshape(-1) if x.is_contiguous() else x.permute(0, *range(2, x.ndim), 1).reshape(-1)
         size = flat.numel() if self.share is None else self.share.size(flat.numel())
         positions = torch.randint(size, (SAMPLES_PER_BATCH,), generator=self.generator) if size > SAMPLES_PER_BATCH else None
@@ -43,7 +46,7 @@ class Observer:
 
     def samples(self) -> ActivationSamples:
         """The samples collected so far."""
-        return ActivationSamples(torch.cat(self.parts), self.low, self.high)
+        return ActivationSamples(torch.cat(self.parts), self.low, self.high, self.feature_map)
 
     def clear(self) -> None:
         """Forget the samples collected so far."""
@@ -67,7 +70,7 @@ def merged(found: Mapping[str, ActivationSamples], processes: Processes) -> Mapp
         return found
     processes.add([samples.values for samples in found.values()])
     extremes = processes.smallest(torch.tensor([(samples.low, -samples.high) for samples in found.values()], dtype=torch.float64)).tolist()
-    return {name: ActivationSamples(found[name].values, low, -high) for name, (low, high) in zip(found, extremes, strict=True)}
+    return {name: replace(found[name], low=low, high=-high) for name, (low, high) in zip(found, extremes, strict=True)}
 
 
 class MinMaxObserver:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,8 +11,18 @@ from edm_deploy.errors import InputError
 
 def test_one_outlier_does_not_stretch_the_range():
     values = torch.cat([torch.randn(10000, generator=torch.Generator().manual_seed(0)), torch.tensor([30.0])])
-    observed, spec = ActivationSamples(values, float(values.min()), 30.0), LayerSpec(4, 4, symmetric=False)
-    assert mse.RECIPE().activation_range(observed, spec).scale < minmax.RECIPE().activation_range(observed, spec).scale / 2
+    observed, spec = ActivationSamples(values, float(values.min()), 30.0, feature_map=True), LayerSpec(4, 4, symmetric=False)
+    widest = minmax.RECIPE().activation_range(observed, spec).scale
+    assert mse.RECIPE(clip_weight=1.0).activation_range(observed, spec).scale < widest / 2
+    assert mse.RECIPE().activation_range(observed, spec).scale < 0.7 * widest
+
+
+def test_clipped_values_of_feature_maps_weigh_more_than_those_of_tokens():
+    values, spec = torch.randn(10000, generator=torch.Generator().manual_seed(0)), LayerSpec(4, 4, symmetric=False)
+    tokens = ActivationSamples(values, float(values.min()), float(values.max()))
+    plain, default = mse.RECIPE(clip_weight=1.0), mse.RECIPE()
+    assert default.activation_range(tokens, spec) == plain.activation_range(tokens, spec)
+    assert default.activation_range(replace(tokens, feature_map=True), spec).scale > plain.activation_range(tokens, spec).scale
 
 
 def test_a_higher_exponent_clips_weights_less():
