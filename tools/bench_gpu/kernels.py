@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from edm_deploy.errors import first_line
 from edm_deploy_tools.bench_gpu.attention import attention_times
 from edm_deploy_tools.bench_gpu.correctness import activation_table
 from edm_deploy_tools.bench_gpu.stage import StageResult, StageRun
+from edm_deploy_tools.benchmarks.comfy_kitchen import comfy_kitchen_calls
 from edm_deploy_tools.benchmarks.kernel_problems import Call, Problem, fits_int_mm, float_call, int_mm_call
 from edm_deploy_tools.benchmarks.layer_shapes import LAYERS, Layer
 from edm_deploy_tools.common.console import Row
@@ -119,7 +121,7 @@ def _map_operators(run: StageRun, shape: tuple[int, ...]) -> list[Row]:
 
 @torch.no_grad()
 def layers(run: StageRun) -> StageResult:
-    """Convolutions and linears of SD 1.5, SDXL and FLUX: ours, torch's float16, torch's INT8 matmul, and what the roofline expects."""
+    """Convolutions and linears of SD 1.5, SDXL and FLUX: ours, torch's float16, torch's INT8 matmul, comfy-kitchen's, and what the roofline expects."""
     tables: dict[str, list[Row]] = {}
     points: list[dict[str, Any]] = []
     torch.backends.cudnn.benchmark = True
@@ -127,13 +129,24 @@ def layers(run: StageRun) -> StageResult:
         name: (batch, LAYERS[name][:14]) for name, batch in (("sd15", 2), ("sdxl", 2), ("flux1-schnell", 1))
     }
     if run.small:
-        models = {"small": (2, (Layer("conv", 32, 32, 8, 8, 3, 1, 1), Layer("linear", 64, 32, 24, 1, 1, 1, 1)))}
+        models = {"small": (2, (Layer("conv", 32, 32, 8, 8, 3, 1, 1), Layer("linear", 256, 32, 24, 1, 1, 1, 1)))}
+    problems: list[str] = []
     for model, (batch, shapes) in models.items():
         rows: list[Row] = []
         for layer in shapes:
-            rows.append(_layer_row(run, batch, layer, points))
+            rows.append(_layer_row(run, batch, layer, points) | _peers(run, batch, layer, problems))
         tables[f"Layers of {model}, batch {batch}"] = rows
-    return StageResult(tables=tables, points=points)
+    return StageResult(tables=tables, points=points, problems=problems)
+
+
+def _peers(run: StageRun, batch: int, layer: Layer, problems: list[str]) -> Row:
+    row: Row = {}
+    try:
+        for name, call in comfy_kitchen_calls(layer, batch, run.device).items():
+            row[f"comfy-kitchen {name} with quantize us"] = round(1e6 * run.seconds(call), 1)
+    except Exception as err:  # another package's, of any version, on any GPU
+        problems.append(f"comfy-kitchen, {layer}: {type(err).__name__}: {first_line(err)}")
+    return row
 
 
 def _layer_row(run: StageRun, batch: int, layer: Layer, points: list[dict[str, Any]]) -> Row:

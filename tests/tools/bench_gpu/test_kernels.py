@@ -18,9 +18,19 @@ def test_each_operator_stands_beside_torchs_and_its_expected_time():
 def test_each_layer_is_a_point_of_the_profile():
     found = kernels.layers(RUN)
     (rows,) = found.tables.values()
-    assert [row["layer"] for row in rows] == ["conv 3x3 32->32, 8x8", "linear 64->32, 24 tokens"]
+    assert [row["layer"] for row in rows] == ["conv 3x3 32->32, 8x8", "linear 256->32, 24 tokens"]
     assert {point["precision"] for point in found.points} == {"float16", "int8", "int4"}
     assert found.points[0]["shape"] == {"rows": 128, "channels": 32, "taps": 9, "outputs": 32}
+
+
+def test_a_peer_that_fails_is_a_problem_of_its_own(monkeypatch):
+    def fail(layer, batch, device):
+        raise RuntimeError("no kernel for this GPU\nand more")
+
+    monkeypatch.setattr(kernels, "comfy_kitchen_calls", fail)
+    found = kernels.layers(RUN)
+    assert found.problems[-1] == "comfy-kitchen, linear 256->32, 24 tokens: RuntimeError: no kernel for this GPU"
+    assert all("ours with quantize, over float16" in row for rows in found.tables.values() for row in rows)
 
 
 def test_without_int4_tensor_cores_four_bits_are_not_timed():
