@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import engines.cpu
 from edm_deploy.errors import InputError, UnsupportedError
+from edm_deploy.native.cpp import COMPILERS
 from edm_deploy.runtime.backend import BuildOptions
 from edm_deploy.runtime.capabilities import code_format
 from edm_deploy.runtime.load import load_denoiser, load_pipeline, open_session
@@ -23,7 +24,7 @@ from tests.conftest import artifact_by_hand, tiny_inputs
 from tests.engines.reference_check import check_against_reference, check_own_rows
 from tests.tiny_loras import peft_tensors
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, kernels.COMPILERS)), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
 CPU = torch.device("cpu")
 
 
