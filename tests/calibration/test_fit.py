@@ -2,10 +2,10 @@
 
 import pytest
 
-from calibration import RunOptions, fit
+from calibration import RunOptions, check_parts, fit
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.recipes.minmax import MinMax
-from edm_deploy.errors import ArtifactError
+from edm_deploy.errors import ArtifactError, InputError
 from tests.calibration.tiny import tiny_source
 
 
@@ -35,3 +35,8 @@ def test_a_weight_that_is_not_finite_is_named_as_the_model_s_before_any_work(val
     with pytest.raises(ArtifactError, match=message):
         fit(source, MinMax(rows=1, calibration_samples=1), RunOptions(), on_progress=seen.append)
     assert not seen
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_is_observed():
+    with pytest.raises(InputError, match="--kernels cpp: the kernels in C\\+\\+ are for a CPU"):
+        check_parts(EfficientDM(), RunOptions(kernels="cpp", device="cuda"))

@@ -63,6 +63,19 @@ def test_a_block_run_alone_computes_what_it_computes_in_the_network(kind, name):
         torch.testing.assert_close(target.batch(chosen), theirs[chosen])
 
 
+def test_feature_maps_keep_the_layout_that_they_were_cached_in():
+    teacher, student, inputs = network("unet2d")
+    block = next(block for block in blocks_of(student, "block") if block.name == "conv_in")
+    plain = fill_block_cache(block, student, teacher, inputs)
+    student.channels_last = True
+    kept = fill_block_cache(block, student, teacher, inputs)
+    chosen = torch.tensor([4, 0, 3])
+    (given,) = (leaf for leaf in kept.inputs[0] if leaf.count)
+    found = given.batch(chosen)
+    assert found.is_contiguous(memory_format=torch.channels_last) and not found.is_contiguous()
+    assert torch.equal(found, next(leaf for leaf in plain.inputs[0] if leaf.count).batch(chosen))
+
+
 def test_the_distance_sums_over_channels_and_means_over_the_rest():
     teacher, student, inputs = network("unet2d")
     block = next(block for block in blocks_of(student, "block") if block.name == "conv_in")
