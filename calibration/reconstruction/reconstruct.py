@@ -27,7 +27,7 @@ from calibration.student.student import Student, activations_unquantized
 from calibration.training.divergence import check_finite
 from calibration.training.fast_kernels import use_fast_kernels
 from calibration.training.param_group import ParamGroup
-from calibration.training.step_factors import row_factors, step_factors
+from calibration.training.step_factors import row_factors, shared_step_factors
 from edm_deploy.numerics.seeds import derived_seed
 
 CACHE_SHARE = 0.25  # share of a budget that filling the caches may take
@@ -75,10 +75,8 @@ def reconstruct(context: TrainingContext, partition: Partition, stages: Sequence
         ArtifactError: The checkpoint to resume is missing, damaged or from a different run.
         InputError: The budget is already used up, or a loss is not finite.
     """
-    run, processes = context.run, context.run.options.processes
-    # Before the teacher changes its dtype; a checkpoint holds the factors of its run.
-    factors = processes.first(step_factors(context, 0.0 if run.options.resume else step_weighting) if processes.writes else None)
-    assert factors is not None  # those of process 0
+    run = context.run
+    factors = shared_step_factors(context, step_weighting)  # before the teacher changes its dtype
     context.teacher.set_dtype(run.options.teacher_dtype)
     use_fast_kernels(context)
     work, timer = _Reconstruction(context, partition, stages, seed), CheckpointTimer(run)

@@ -26,7 +26,7 @@ from calibration.training.fast_kernels import use_fast_kernels
 from calibration.training.losses import AuxiliaryLoss
 from calibration.training.param_group import ParamGroup
 from calibration.training.sharded_weights import sharded
-from calibration.training.step_factors import step_factors
+from calibration.training.step_factors import shared_step_factors
 
 MOST_LAST = 100  # losses at the end that are compared with the first
 FIRST_STEPS = 3  # of a budget, before the number of its steps is estimated
@@ -251,8 +251,7 @@ def distill(
         ArtifactError: The checkpoint to resume is missing, damaged or from a different run.
     """
     run, processes = context.run, context.run.options.processes
-    # Before the teacher changes its dtype; a checkpoint holds the factors of its run.
-    factors = processes.first(step_factors(context, 0.0 if run.options.resume else schedule.step_weighting) if processes.writes else None)
+    factors = shared_step_factors(context, schedule.step_weighting)  # before the teacher changes its dtype
     context.teacher.set_dtype(run.options.teacher_dtype)
     training = Training(context, groups, schedule, terms, factors)
     if run.options.checkpointing:  # after the kernels were chosen: what is computed again is computed by the same ones

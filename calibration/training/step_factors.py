@@ -27,6 +27,14 @@ def step_factors(context: TrainingContext, power: float) -> Tensor:
     return weights / weights.mean()
 
 
+def shared_step_factors(context: TrainingContext, power: float) -> Tensor:
+    """`step_factors`, computed by process 0 for all of them; of a resumed run 1, because its checkpoint has those of its start."""
+    processes, resumed = context.run.options.processes, context.run.options.resume
+    factors = processes.first(step_factors(context, 0.0 if resumed else power) if processes.writes else None)
+    assert factors is not None  # process 0 computed them
+    return factors
+
+
 def row_factors(context: TrainingContext, factors: Tensor) -> Tensor:
     """The factors of sampling steps, by row of the student's tables: float32 [R], the mean of the steps that use the row, 1 where none does."""
     rows = table_rows(context.student.row_of_timestep, context.trajectories.schedule.timesteps).cpu()

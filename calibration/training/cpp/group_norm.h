@@ -45,7 +45,7 @@ inline void group_norm_sample(const GroupNormParams& p, int n) {
 
 // The gradient to the result of the norm itself is kept in bfloat16 in `out`, as torch keeps that of its two operators.
 inline void group_norm_gradients_of_sample(const GroupNormParams& p, int n) {
-  float* mean = (float*)scratch(6 * (size_t)p.C * sizeof(float));
+  float* mean = (float*)scratch(5 * (size_t)p.C * sizeof(float));
   float *rstd = mean + p.C, *scaled_rstd = rstd + p.C, *first_term = scaled_rstd + p.C, *second_term = first_term + p.C;
   const int64_t start = (int64_t)n * p.HW * p.C;
   const Bf16 *x = (const Bf16*)p.x + start, *grad = (const Bf16*)p.grad + start;

@@ -10,11 +10,11 @@ from calibration.student.fake_quant import fake_quantize
 SHAPES = {"channels_last": (3, 4, 2, 5), "contiguous": (3, 4, 2, 5), "tokens": (3, 7, 4), "linear": (3, 6)}
 
 
-def problem(name, dtype):
+def problem(name, dtype, shapes=SHAPES):
     """Arguments that need gradients, with values inside and outside the bounds, and an incoming gradient."""
     generator = torch.Generator().manual_seed(0)
     memory_format = torch.channels_last if name == "channels_last" else torch.contiguous_format
-    x, grad = (torch.randn(SHAPES[name], generator=generator).to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
+    x, grad = (torch.randn(shapes[name], generator=generator).to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
     scale, qmin = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([-3.0, -7.0, 0.0])
     return [x.requires_grad_(), scale.requires_grad_(), qmin.requires_grad_()], grad
 

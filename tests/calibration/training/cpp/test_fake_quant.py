@@ -11,6 +11,7 @@ from calibration.training.cpp.fake_quant import cpp_fake_quantize
 from calibration.training.cpp.library import FAKE_QUANT_CHUNK, library
 from edm_deploy.numerics.activation_table import reciprocal
 from edm_deploy.numerics.codes import per_channel
+from tests.calibration.student import test_compiled_fake_quant
 from tests.engines.kernels.cpu.test_ops import FLAGS, NEEDS, TARGETS
 
 SHAPES = {
@@ -32,13 +33,7 @@ def target(request, monkeypatch) -> None:
     monkeypatch.setattr(fake_quant, "library", functools.partial(library, TARGETS[request.param]))
 
 
-def problem(name, dtype):
-    """Arguments that need gradients, with values inside and outside the bounds, and an incoming gradient."""
-    generator = torch.Generator().manual_seed(0)
-    memory_format = torch.channels_last if name == "channels_last" else torch.contiguous_format
-    x, grad = (torch.randn(SHAPES[name], generator=generator).to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
-    scale, qmin = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([-3.0, -7.0, 0.0])
-    return [x.requires_grad_(), scale.requires_grad_(), qmin.requires_grad_()], grad
+problem = functools.partial(test_compiled_fake_quant.problem, shapes=SHAPES)
 
 
 def gradients(function, name, dtype, levels):
