@@ -29,7 +29,7 @@ from engines.kernels.torch_ops import pixels
 TYPE_NAMES = dict(zip(FLOATS, TYPES, strict=True))
 
 
-def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "none") -> Tensor:
+def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "none", rotation: int = 0) -> Tensor:
     """As `torch_ops.quantize`. A contiguous map [B, C, H, W] is read without a copy, unless a norm or a GELU precedes, which require channels last."""
     batch, height, width, channels = pixels(x).shape
     channels = channels // 2 if activation == "geglu" else channels
@@ -49,6 +49,7 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "n
         C=channels,
         Cb=codes.shape[-1],
         groups=norm.mean.shape[1] if norm else 0,
+        rotation=rotation,
         **_of_table(table),
     )
     type_name = TYPE_NAMES[x.dtype]
@@ -59,7 +60,7 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "n
     return codes
 
 
-def quantize_rows(x: Tensor, norm: RowNorm, table: Table) -> Tensor:
+def quantize_rows(x: Tensor, norm: RowNorm, table: Table, *, rotation: int = 0) -> Tensor:
     """As `torch_ops.quantize_rows`."""
     values = pixels(x).contiguous()
     batch, tokens, _, channels = values.shape
@@ -81,6 +82,7 @@ def quantize_rows(x: Tensor, norm: RowNorm, table: Table) -> Tensor:
         shift_stride=0 if shift is None else shift.stride(0),
         lanes=row_lanes(channels),
         rms=norm.rms,
+        rotation=rotation,
         eps=norm.eps,
     )
     driver.launch([row_norm_launch(params, type_name=TYPE_NAMES[x.dtype], bits=table.bits)], x.device)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edm_deploy.numerics.kernel_layout import CODE_FORMATS
-from engines.kernels.build import MAIN
+from engines.kernels.build import MAIN, ROTATED
 from engines.kernels.tiles import TILES, Tile
 
 THREADS = 256  # of every kernel but the convolutions
@@ -32,6 +32,7 @@ PROLOGUES = {
     (False, "geglu"): "geglu",
 }
 FIRST_PROLOGUES = ("plain", "silu")  # of kernels that read channels first
+ROTATED_PROLOGUES = tuple(name for (norm, _), name in PROLOGUES.items() if not norm)  # of kernels that rotate
 
 
 def _fields(pointers: str, integers: str) -> Sequence[tuple[str, type]]:
@@ -41,14 +42,14 @@ def _fields(pointers: str, integers: str) -> Sequence[tuple[str, type]]:
 class QuantizeParams(ctypes.Structure):
     """Mirror of the C++ struct of the same name."""
 
-    _fields_ = _fields("x codes row inv_scale qmin qmax mean rstd gamma beta", "N HW C Cb groups unsigned_codes")
+    _fields_ = _fields("x codes row inv_scale qmin qmax mean rstd gamma beta", "N HW C Cb groups unsigned_codes rotation")
 
 
 class RowNormParams(ctypes.Structure):
     """Mirror of the C++ struct of the same name."""
 
     _fields_ = [
-        *_fields("x codes row inv_scale qmin qmax gamma beta scale shift", "N HW C Cb unsigned_codes scale_stride shift_stride lanes rms"),
+        *_fields("x codes row inv_scale qmin qmax gamma beta scale shift", "N HW C Cb unsigned_codes scale_stride shift_stride lanes rms rotation"),
         ("eps", ctypes.c_float),
     ]
 
@@ -114,7 +115,12 @@ def quantize_launch(params: QuantizeParams, *, type_name: str, bits: int, channe
         grid = (_ceil(params.HW * channels // OCTET, THREADS), params.N, 1)
     else:
         grid = (_ceil(params.HW, TURN), _ceil(channels, TURN), params.N)
-    return Launch(entry, _clipped(*grid), THREADS, 0, params)
+    return _rotated(Launch(entry, _clipped(*grid), THREADS, 0, params))
+
+
+def _rotated(call: Launch) -> Launch:
+    """The launch of a quantizer, or of the one that rotates where the params say so."""
+    return replace(call, entry=f"{call.entry}_rotated", source=ROTATED) if call.params.rotation else call
 
 
 def row_lanes(channels: int) -> int:
@@ -131,7 +137,7 @@ def row_norm_launch(params: RowNormParams, *, type_name: str, bits: int) -> Laun
         bits: 4 or 8.
     """
     grid = _clipped(_ceil(params.HW, THREADS // params.lanes), params.N, 1)
-    return Launch(f"quantize_rows_{type_name}_i{bits}", grid, THREADS, 0, params)
+    return _rotated(Launch(f"quantize_rows_{type_name}_i{bits}", grid, THREADS, 0, params))
 
 
 def rotary_launch(params: RotaryParams, *, type_name: str) -> Launch:
@@ -177,8 +183,17 @@ def conv_launches(params: ConvParams, *, kind: str, tile: Tile, type_name: str) 
     return launches
 
 
-def entry_points() -> list[str]:
-    """Names of all kernels, which `cuda/kernels.cu` must define."""
+def entry_points(source: str = MAIN) -> list[str]:
+    """Names of all kernels that a file in `cuda/` must define."""
+    return {MAIN: _main_entry_points, ROTATED: _rotated_entry_points}[source]()
+
+
+def _rotated_entry_points() -> list[str]:
+    names = (f"quantize_last_{{}}_{prologue}_rotated" for prologue in ROTATED_PROLOGUES)
+    return [name.format(f"{type_name}_i{bits}") for name in (*names, "quantize_rows_{}_rotated") for type_name in TYPES for bits in (4, 8)]
+
+
+def _main_entry_points() -> list[str]:
     names = []
     for type_name in TYPES:
         names += [f"conv_{kind}_{tile.name}_{type_name}" for kind in CODE_FORMATS for tile in TILES]

@@ -20,6 +20,7 @@ LARGEST_ROW = 8192  # channels of a token that is normalized
 INT32 = 2**31  # kernels count elements, and sum products, in int32
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")  # in front of a quantizer; geglu: x * gelu(gate) of [..., 2C]
 NORM_ACTIVATIONS = ("none", "silu")  # behind a group norm
+LARGEST_ROTATION = 256  # channels of a block: an octet of each lane of a warp
 LARGEST_CODE = {"s4": 8, "u4": 15, "s8": 128}  # magnitude of an activation as it is stored
 LARGEST_WEIGHT = {"s4": 8, "u4": 8, "s8": 128}
 
@@ -244,6 +245,18 @@ def check_activation(op: str, x: Tensor, activation: str, known: Sequence[str] =
         raise InputError(f"{op}: activation {activation!r}; expected one of {', '.join(known)}.")
     if activation == "geglu" and (x.ndim == 4 or x.shape[-1] % 2):
         raise InputError(f"{op}: geglu of x {list(x.shape)}; expected [B, ..., 2C], values and gates, and not four axes.")
+
+
+def check_rotation(op: str, x: Tensor, channels: int, rotation: int) -> None:
+    """Raises InputError where x is a map, or a block of `rotation` channels is no power of two that divides `channels`, up to LARGEST_ROTATION; 0 is none."""
+    if rotation == 0:
+        return
+    if x.ndim == 4:
+        raise InputError(f"{op}: rotation of x {list(x.shape)}; expected tokens [B, ..., C], and not four axes.")
+    if not (2 <= rotation <= LARGEST_ROTATION and rotation & (rotation - 1) == 0 and channels % rotation == 0):
+        raise InputError(
+            f"{op}: rotation in blocks of {rotation} of {channels} channels; expected a power of two that divides them, 2 to {LARGEST_ROTATION}."
+        )
 
 
 def check_eps(op: str, eps: float) -> None:

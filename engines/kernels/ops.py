@@ -3,10 +3,10 @@
 Importing this file registers them; it requires torch only. On CUDA tensors they launch kernels on the current stream (`cuda_ops.py`), on CPU tensors they
 compute the same bits in plain torch (`torch_ops.py`), and under a tracer only shapes. All share the checks in `operands.py`.
 
-    quantize          float16 or bfloat16 -> packed codes, optionally after an activation (operands.ACTIVATIONS)
+    quantize          float16 or bfloat16 -> packed codes, optionally after an activation (operands.ACTIVATIONS), and a rotation in blocks of channels
     group_stats       mean and 1 / sqrt(variance + eps) of each sample's groups of channels
     quantize_normed   as quantize, after normalization with such statistics
-    quantize_row_normed  as quantize, after LayerNorm or RMSNorm of each token, and per-sample scale and shift
+    quantize_row_normed  as quantize, after LayerNorm or RMSNorm of each token, and per-sample scale and shift; then a rotation
     rotary            rotary position embedding of queries or keys
     conv2d            packed codes * packed weight -> float16 or bfloat16 [B, K, P, Q], channels last
     linear            the same for a Linear -> [*leading, K]
@@ -49,6 +49,7 @@ from engines.kernels.operands import (
     check_eps,
     check_groups,
     check_leading,
+    check_rotation,
     check_rows,
     check_size,
     check_values,
@@ -61,10 +62,10 @@ _OPERANDS = (
 )
 _COUNT = _OPERANDS.count(",") + 1
 SCHEMAS = {
-    "quantize": f"(Tensor x, {_TABLE}, str activation) -> Tensor",
+    "quantize": f"(Tensor x, {_TABLE}, str activation, int rotation) -> Tensor",
     "group_stats": "(Tensor x, int groups, float eps) -> (Tensor, Tensor)",
     "quantize_normed": f"(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, int groups, {_TABLE}, str activation) -> Tensor",
-    "quantize_row_normed": f"(Tensor x, Tensor? gamma, Tensor? beta, Tensor? scale, Tensor? shift, float eps, bool rms, {_TABLE}) -> Tensor",
+    "quantize_row_normed": f"(Tensor x, Tensor? gamma, Tensor? beta, Tensor? scale, Tensor? shift, float eps, bool rms, {_TABLE}, int rotation) -> Tensor",
     "rotary": rotary.SCHEMA,
     "conv2d": f"({_OPERANDS}, int[2] kernel, int stride, int padding, ScalarType dtype) -> Tensor",
     "linear": f"({_OPERANDS}, SymInt[] leading, ScalarType dtype) -> Tensor",
@@ -97,10 +98,11 @@ def codes_shape(x: Tensor, bits: int, activation: str) -> list[int]:
 
 
 def _quantize(traced: bool, x: Tensor, *arguments: Any) -> Tensor:  # in the order of the schema, whose types torch has checked
-    *table, activation = arguments
-    check_values("quantize", x)
+    *table, activation, rotation = arguments
+    channels = check_values("quantize", x)
     check_activation("quantize", x, activation)
-    return _to_codes("quantize", traced, x, None, Table(*table), activation)
+    check_rotation("quantize", x, channels // 2 if activation == "geglu" else channels, rotation)
+    return _to_codes("quantize", traced, x, None, Table(*table), activation, rotation)
 
 
 def _quantize_normed(traced: bool, x: Tensor, *arguments: Any) -> Tensor:
@@ -110,11 +112,11 @@ def _quantize_normed(traced: bool, x: Tensor, *arguments: Any) -> Tensor:
     return _to_codes("quantize_normed", traced, x, norm, Table(*table), activation)
 
 
-def _to_codes(op: str, traced: bool, x: Tensor, norm: Norm | None, table: Table, activation: str) -> Tensor:
+def _to_codes(op: str, traced: bool, x: Tensor, norm: Norm | None, table: Table, activation: str, rotation: int = 0) -> Tensor:
     shape = _checked_codes(op, traced, x, table, activation)
     if traced:
         return x.new_empty(shape, dtype=torch.uint8)
-    codes: Tensor = _implementation(x).quantize(x, norm, table, activation=activation)
+    codes: Tensor = _implementation(x).quantize(x, norm, table, activation=activation, rotation=rotation)
     return codes.view(shape)
 
 
@@ -129,13 +131,15 @@ def _checked_codes(op: str, traced: bool, x: Tensor, table: Table, activation: s
 
 
 def _quantize_row_normed(traced: bool, x: Tensor, *arguments: Any) -> Tensor:
-    op, norm, table = "quantize_row_normed", RowNorm(*arguments[:6]), Table(*arguments[6:])
-    check_values(op, x)
+    op, norm, (*columns, rotation) = "quantize_row_normed", RowNorm(*arguments[:6]), arguments[6:]
+    table = Table(*columns)
+    channels = check_values(op, x)
     norm.check(op, x)
+    check_rotation(op, x, channels, rotation)
     shape = _checked_codes(op, traced, x, table)
     if traced:
         return x.new_empty(shape, dtype=torch.uint8)
-    codes: Tensor = _implementation(x).quantize_rows(x, norm, table)
+    codes: Tensor = _implementation(x).quantize_rows(x, norm, table, rotation=rotation)
     return codes.view(shape)
 
 

@@ -21,7 +21,7 @@ GELU_POLYNOMIAL = (
 )  # fmt: skip
 
 
-def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "none") -> Tensor:
+def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "none", rotation: int = 0) -> Tensor:
     """Packed codes of an activation, uint8 [B, H, W, Cb].
 
     `round(v * inv_scale[row])`, half to even, then the bounds; all in float32. NaN becomes qmin, as with the GPU's max.
@@ -32,11 +32,27 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "n
         table: Rows, scales and bounds.
         activation: From `operands.ACTIVATIONS`, applied after the norm. On a GPU `silu` and `gelu_tanh` have a relative error below 2^-19: a code may
             differ by a tie. `gelu` and `geglu` are the same bits. `geglu` reads [B, ..., 2C], the values before their gates.
+        rotation: Channels of the blocks that are rotated after it; 0 is none.
     """
     values = pixels(x).float()
     if norm is not None:
         values = normed(values, norm)
-    return _codes(activated(values, activation), table)
+    return _codes(rotated(activated(values, activation), rotation), table)
+
+
+def rotated(values: Tensor, block: int) -> Tensor:
+    """`network.rotation.rotate` of float32 [..., C] in blocks of channels, summed in the order of `cuda/params.h`; 0 is none."""
+    if block == 0:
+        return values
+    log, step = block.bit_length() - 1, 1
+    if log % 2:
+        a, b = values.unflatten(-1, (-1, 2)).unbind(-1)  # type: ignore[no-untyped-call]  # as below: torch leaves it untyped
+        values, step = torch.stack([a + b, a - b], -1).flatten(-2), 2
+    while step < block:
+        x = values.unflatten(-1, (-1, 4, step))  # type: ignore[no-untyped-call]
+        x = torch.stack([(x[..., i, :] + x[..., i ^ 1, :]) + (x[..., i ^ 2, :] - x[..., i ^ 3, :]) for i in range(4)], -2)
+        values, step = x.flatten(-3), 4 * step
+    return values * 2.0 ** -((log + 1) // 2)
 
 
 def activated(values: Tensor, activation: str) -> Tensor:
@@ -104,9 +120,9 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
     return y if norm.beta is None else y + norm.beta
 
 
-def quantize_rows(x: Tensor, norm: RowNorm, table: Table) -> Tensor:
-    """Packed codes uint8 [B, L, 1, Cb] of tokens [B, ..., C], each normalized: all in float32, in the order of `cuda/params.h`, the same bits."""
-    return _codes(row_normed(pixels(x).float(), norm), table)
+def quantize_rows(x: Tensor, norm: RowNorm, table: Table, *, rotation: int = 0) -> Tensor:
+    """Packed codes uint8 [B, L, 1, Cb] of tokens [B, ..., C], each normalized, then rotated: all in float32, in the order of `cuda/params.h`, the same bits."""
+    return _codes(rotated(row_normed(pixels(x).float(), norm), rotation), table)
 
 
 def row_normed(x: Tensor, norm: RowNorm) -> Tensor:

@@ -211,7 +211,7 @@ def _codes(result: GraphRewrite, name: str, site: PackedLayer, x: fx.Node, rows:
     columns = [result.tensor(tensor_name(name, what), getattr(site, what)) for what in ("inv_scale", "qmin", "qmax")]
     if site.kind is None:
         return result.call(float_codes, x, rows, *columns)
-    return result.call(kernels.quantize.default, x, rows, *columns, bits_of(site.kind), site.kind == "u4", "none")
+    return result.call(kernels.quantize.default, x, rows, *columns, bits_of(site.kind), site.kind == "u4", "none", 0)
 
 
 def _dequantized(result: GraphRewrite, name: str, site: PackedLayer, codes: fx.Node, rows: fx.Node) -> fx.Node:

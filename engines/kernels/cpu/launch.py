@@ -35,7 +35,7 @@ class QuantizeParams(ctypes.Structure):
 
     _fields_ = _fields(
         pointers=("x codes row inv_scale qmin qmax mean rstd gamma beta", ctypes.c_void_p),
-        integers=("N HW C Cb groups activation type", ctypes.c_int32),
+        integers=("N HW C Cb groups activation rotation type", ctypes.c_int32),
     )
 
 
@@ -45,7 +45,7 @@ class RowNormParams(ctypes.Structure):
     _fields_ = _fields(
         pointers=("x codes row inv_scale qmin qmax gamma beta scale shift", ctypes.c_void_p),
         floats=("eps", ctypes.c_float),
-        integers=("N HW C Cb scale_stride shift_stride rms type", ctypes.c_int32),
+        integers=("N HW C Cb scale_stride shift_stride rms rotation type", ctypes.c_int32),
     )
 
 

@@ -43,15 +43,17 @@ inline void quantize_row(const RowNormParams& p, const Range& range, int n, int6
     squares = squares + d * d;
   }
   const float rstd = 1 / std::sqrt(total(squares) / p.C + p.eps);
-  for (int c = 0; c < p.C; c += LANES) {
-    const int k = count(c);
+  const auto value = [&](int c, int k) __attribute__((always_inline)) {
     Floats y = (values(x + c, k) - mean) * rstd;
     if (p.gamma) y = y * load<Floats>(p.gamma + c, k);
     if (p.beta) y = y + load<Floats>(p.beta + c, k);
     if (p.scale) y = y * (1.0f + values((const T*)p.scale + (int64_t)n * p.scale_stride + c, k));
     if (p.shift) y = y + values((const T*)p.shift + (int64_t)n * p.shift_stride + c, k);
-    store(codes + c, codes_of(y, range), k);
-  }
+    return y;
+  };
+  if (p.rotation) store_rotated(codes, p.C, p.rotation, range, value);
+  else
+    for (int c = 0; c < p.C; c += LANES) store(codes + c, codes_of(value(c, count(c)), range), count(c));
   pad_codes(codes, p.C, p.Cb);
 }
 

@@ -50,7 +50,7 @@ class RecordedOps:
         self._held: list[Tensor] = []
         self._copies: list[Tensor] = []
 
-    def quantize(self, x: Tensor, norm: Norm | None, table: Table, *, activation: str = "none") -> Tensor:
+    def quantize(self, x: Tensor, norm: Norm | None, table: Table, *, activation: str = "none", rotation: int = 0) -> Tensor:
         """As `torch_ops.quantize`. SiLU and GELU by tanh have a relative error below 2^-20: a code may differ by a tie."""
         values = self._pixels(x)
         batch, height, width, channels = values.shape
@@ -66,11 +66,12 @@ class RecordedOps:
             Cb=codes.shape[-1],
             groups=0 if norm is None else norm.mean.shape[1],
             activation=ACTIVATIONS[activation],
+            rotation=rotation,
             type=TYPES[x.dtype],
         )
         return codes
 
-    def quantize_rows(self, x: Tensor, norm: RowNorm, table: Table) -> Tensor:
+    def quantize_rows(self, x: Tensor, norm: RowNorm, table: Table, *, rotation: int = 0) -> Tensor:
         """As `torch_ops.quantize_rows`, summed in another order."""
         values = self._pixels(x)
         batch, tokens, _, channels = values.shape
@@ -87,6 +88,7 @@ class RecordedOps:
             scale_stride=0 if scale is None else scale.stride(0),
             shift_stride=0 if shift is None else shift.stride(0),
             rms=norm.rms,
+            rotation=rotation,
             type=TYPES[x.dtype],
         )
         return codes

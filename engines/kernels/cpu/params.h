@@ -26,7 +26,8 @@ struct ConvParams {
   int32_t N, H, W, Cb, K, R, S, P, Q, padding, stride, sample_bias_stride, gate_stride, saturate, type;
 };
 
-// codes = clip(round(v * inv_scale[row])), half to even, NaN to qmin; v = activation(((x - mean) * rstd) * gamma + beta).
+// codes = clip(round(v * inv_scale[row])), half to even, NaN to qmin; v = activation(((x - mean) * rstd) * gamma + beta), which is rotated in blocks of `rotation`
+// channels (0: not; without a norm), as engines/kernels/cuda/params.h specifies.
 struct QuantizeParams {
   const void* x;           // [N, HW, C]; GEGLU: [N, HW, 2C]
   int8_t* codes;
@@ -38,10 +39,10 @@ struct QuantizeParams {
   const float* rstd;
   const float* gamma;      // [C] or null
   const float* beta;
-  int32_t N, HW, C, Cb, groups, activation, type;  // activation: 0 none, 1 SiLU, 2 GELU, 3 GELU by tanh, 4 GEGLU
+  int32_t N, HW, C, Cb, groups, activation, rotation, type;  // activation: 0 none, 1 SiLU, 2 GELU, 3 GELU by tanh, 4 GEGLU
 };
 
-// LayerNorm or RMSNorm of each token, then (1 + scale) and shift per sample, then as above.
+// LayerNorm or RMSNorm of each token, then (1 + scale) and shift per sample, then rotation and codes as above.
 struct RowNormParams {
   const void* x;
   int8_t* codes;
@@ -54,7 +55,7 @@ struct RowNormParams {
   const void* scale;  // [N, C] of x's type, or null
   const void* shift;
   float eps;
-  int32_t N, HW, C, Cb, scale_stride, shift_stride, rms, type;
+  int32_t N, HW, C, Cb, scale_stride, shift_stride, rms, rotation, type;
 };
 
 // Mean and 1 / sqrt(variance + eps) of each sample's groups.

@@ -1,6 +1,7 @@
 // Quantizers, with what is computed while they read.
 #pragma once
 
+#include "hadamard.h"
 #include "params.h"
 #include "simd.h"
 
@@ -105,9 +106,41 @@ inline void quantize_band(const QuantizeParams& p, int n, int first, int last) {
   }
 }
 
+// Values of whole blocks of channels, value(first channel, how many), are rotated in a buffer and stored as codes.
+template <typename Value>
+inline void store_rotated(int8_t* codes, int C, int rotation, const Range& range, Value value) {
+  alignas(64) float block[MOST_ROTATED];
+  for (int start = 0; start < C; start += MOST_ROTATED) {
+    const int count = C - start < MOST_ROTATED ? C - start : MOST_ROTATED;
+    const auto each = [&](auto body) {
+      for (int c = 0; c < count; c += LANES) body(c, count - c < LANES ? count - c : LANES);
+    };
+    each([&](int c, int lanes) __attribute__((always_inline)) { store(block + c, value(start + c, lanes)); });
+    hadamard(block, count, rotation);
+    each([&](int c, int lanes) { store(codes + start + c, codes_of(load<Floats>(block + c), range), lanes); });
+  }
+}
+
+template <typename T, int ACTIVATION>
+inline void quantize_rotated_band(const QuantizeParams& p, int n, int first, int last) {
+  const Range range = range_of(p, n);
+  const int stride = ACTIVATION == GEGLU ? 2 * p.C : p.C;
+  for (int64_t i = (int64_t)n * p.HW + first; i < (int64_t)n * p.HW + last; i++) {
+    const T* x = (const T*)p.x + i * stride;
+    store_rotated(p.codes + i * p.Cb, p.C, p.rotation, range, [&](int c, int lanes) __attribute__((always_inline)) {
+      if constexpr (ACTIVATION == GEGLU) return values(x + c, lanes) * gelu(values(x + p.C + c, lanes));
+      return activated<ACTIVATION>(values(x + c, lanes));
+    });
+    pad_codes(p.codes + i * p.Cb, p.C, p.Cb);
+  }
+}
+
 template <typename T, int ACTIVATION, bool NORM>
 inline void quantize_as(const QuantizeParams& p, int thread, int threads) {
-  each_band(p.N, p.HW, thread, threads, [&](int n, int first, int last) { quantize_band<T, ACTIVATION, NORM>(p, n, first, last); });
+  each_band(p.N, p.HW, thread, threads, [&](int n, int first, int last) {
+    if (!NORM && p.rotation) quantize_rotated_band<T, ACTIVATION>(p, n, first, last);
+    else quantize_band<T, ACTIVATION, NORM>(p, n, first, last);
+  });
 }
 
 template <typename T>

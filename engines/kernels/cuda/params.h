@@ -28,6 +28,7 @@ struct QuantizeParams {
   const float* beta;       // [C] or null
   int N, HW, C, Cb, groups;
   int unsigned_codes;      // 1: store n - qmin[row] (u4), 0: store n
+  int rotation;            // channels of a block, a power of two from 2 to 256 that divides C; for the kernels *_rotated
 };
 // n = rint(clip(value * inv_scale[row], qmin[row], qmax[row])), half to even, float32. NaN becomes qmin[row], -0.0 becomes 0.
 // NORM: value = ((x - mean) * rstd) * gamma + beta, each step rounded to float32 separately; a null gamma or beta omits its step.
@@ -35,6 +36,9 @@ struct QuantizeParams {
 // GELU: v * Phi(v), the cumulative normal distribution by a polynomial of degree 12 in v^2 (gelu() in quantize.cuh), fused multiply-adds in the order of that
 //   function, so defined bit for bit; within 2^-19 of the exact value, and relative to it within 2^-19 where v > -1. GEGLU: x * GELU(gate), rounded to float32.
 // GELU_TANH: v / (1 + exp(-2u)), u = sqrt(2 / pi) (v + 0.044715 v^3), which equals v (1 + tanh(u)) / 2; its error is that of SILU at 2u.
+// ROTATED: behind all of these, each block of `rotation` channels is multiplied by the regular Hadamard matrix (edm_deploy/network/rotation.py), factor by factor,
+//   neighbouring channels first: where log2(rotation) is odd, (a + b, a - b) of each pair; then y_i = (x_i + x_{i ^ l}) + (x_{i ^ h} - x_{i ^ l ^ h}) for the next two
+//   address bits l < h of the channel, and so on; at last times 2^-ceil(log2(rotation) / 2). Each sum is rounded to float32.
 
 struct RowNormParams {
   const void* x;           // float16 or bfloat16 [N][HW][C]
@@ -52,6 +56,7 @@ struct RowNormParams {
   int scale_stride, shift_stride;  // elements from one sample to the next
   int lanes;               // threads that share a token: the smallest of 32, 64, 128, 256 with C <= 32 * lanes
   int rms;                 // 1: RMSNorm, mean = 0
+  int rotation;            // as in QuantizeParams
   float eps;
 };
 // value = ((x - mean) * rstd * gamma + beta) * (1 + scale) + shift, each step rounded to float32 separately, then as QuantizeParams; a null operand omits its step.

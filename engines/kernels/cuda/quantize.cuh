@@ -1,6 +1,6 @@
 // From float16 or bfloat16 to packed codes: the prologue, the rounding, the packing. Bound by memory, so every kernel uses wide, coalesced accesses.
 #pragma once
-#include "device.cuh"
+#include "hadamard.cuh"
 
 constexpr int CHANNELS = OCTET;  // per thread: 16 bytes of input; 4 bytes (4 bits) or 8 bytes (8 bits) of codes, so as many bytes as a code has bits
 
@@ -101,7 +101,8 @@ __device__ __forceinline__ void store_codes(byte_t* to, const int (&codes)[CHANN
 }
 
 // Channels last. Neighbouring threads take neighbouring octets of channels: a warp reads 512 and writes 128 or 256 contiguous bytes. Padding channels become 0 bits.
-template <class T, int BITS, Prologue PROLOGUE>
+// Every lane of a warp takes part in a rotation, those past the last item too.
+template <class T, int BITS, Prologue PROLOGUE, bool ROTATED = false>
 __device__ __forceinline__ void quantize_last(const QuantizeParams& p) {
   const unsigned octets = p.Cb / BITS, items = p.HW * octets;  // Cb bytes are Cb * 8 / BITS channels, an eighth of that many octets
   const bool wide = p.C % CHANNELS == 0 && aligned_16(p.x);
@@ -110,12 +111,13 @@ __device__ __forceinline__ void quantize_last(const QuantizeParams& p) {
     const Row row(p, n);
     const T* x = static_cast<const T*>(p.x) + static_cast<long long>(n) * p.HW * pitch;
     byte_t* codes = p.codes + static_cast<long long>(n) * p.HW * p.Cb;
-    for (unsigned item = blockIdx.x * THREADS + threadIdx.x; item < items; item += gridDim.x * THREADS) {
+    for (unsigned item = blockIdx.x * THREADS + threadIdx.x; item - (ROTATED ? threadIdx.x % 32 : 0) < items; item += gridDim.x * THREADS) {
       const unsigned pixel = item / octets;
-      const int c0 = (item - pixel * octets) * CHANNELS, count = min(max(p.C - c0, 0), CHANNELS);
+      const int c0 = (item - pixel * octets) * CHANNELS, count = item < items ? min(max(p.C - c0, 0), CHANNELS) : 0;
       int stored[CHANNELS] = {};
+      float v[CHANNELS] = {};
       if (count > 0) {
-        float v[CHANNELS], gate[CHANNELS];
+        float gate[CHANNELS];
         load_values(v, x + static_cast<long long>(pixel) * pitch + c0, count, wide);
         if constexpr (PROLOGUE == GEGLU) load_values(gate, x + static_cast<long long>(pixel) * pitch + p.C + c0, count, wide);
         if constexpr (PROLOGUE == NORM || PROLOGUE == NORM_SILU) normalize(v, p, n, c0, count);
@@ -125,8 +127,14 @@ __device__ __forceinline__ void quantize_last(const QuantizeParams& p) {
           if constexpr (PROLOGUE == GELU) v[e] = gelu(v[e]);
           if constexpr (PROLOGUE == GELU_TANH) v[e] = gelu_tanh(v[e]);
           if constexpr (PROLOGUE == GEGLU) v[e] = __fmul_rn(v[e], gelu(gate[e]));
-          stored[e] = e < count ? encode(v[e], row) : 0;
+          if constexpr (!ROTATED) stored[e] = e < count ? encode(v[e], row) : 0;
         }
+      }
+      if constexpr (ROTATED) {
+        hadamard(v, p.rotation);
+        if (item >= items) continue;
+#pragma unroll
+        for (int e = 0; e < CHANNELS; ++e) stored[e] = e < count ? encode(v[e], row) : 0;
       }
       store_codes<BITS>(codes + static_cast<long long>(item) * BITS, stored);
     }

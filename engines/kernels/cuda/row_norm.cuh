@@ -44,7 +44,7 @@ __device__ __forceinline__ void load_row_of_sample(float (&v)[CHANNELS], const v
   load_values(v, from, count, wide && aligned_16(from));
 }
 
-template <class T, int BITS>
+template <class T, int BITS, bool ROTATED = false>
 __device__ __forceinline__ void quantize_rows(const RowNormParams& p) {
   float* const slots = reinterpret_cast<float*>(fixed_shared<2 * THREADS / 32 * sizeof(float)>());
   const int octets = p.Cb / BITS, lane = threadIdx.x % p.lanes, rows = THREADS / p.lanes;
@@ -83,7 +83,7 @@ __device__ __forceinline__ void quantize_rows(const RowNormParams& p) {
 #pragma unroll
       for (int i = 0; i < HELD; ++i) {
         const int octet = lane + i * p.lanes, c0 = octet * CHANNELS, count = min(max(p.C - c0, 0), CHANNELS);
-        if (!exists || octet >= octets) continue;
+        if (!ROTATED && (!exists || octet >= octets)) continue;
         float v[CHANNELS], column[CHANNELS];
 #pragma unroll
         for (int e = 0; e < CHANNELS; ++e) v[e] = __fmul_rn(__fsub_rn(value_of<T>(held[i], e), mean), rstd);
@@ -106,6 +106,10 @@ __device__ __forceinline__ void quantize_rows(const RowNormParams& p) {
           load_row_of_sample<T>(column, p.shift, static_cast<long long>(n) * p.shift_stride + c0, count, wide);
 #pragma unroll
           for (int e = 0; e < CHANNELS; ++e) v[e] = __fadd_rn(v[e], column[e]);
+        }
+        if constexpr (ROTATED) {
+          hadamard(v, p.rotation);
+          if (!exists || octet >= octets) continue;
         }
         int stored[CHANNELS];
 #pragma unroll

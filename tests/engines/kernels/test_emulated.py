@@ -8,10 +8,12 @@ import sys
 import numpy as np
 import pytest
 
+from engines.kernels.build import ROTATED
+from engines.kernels.launch import entry_points
 from tests.engines.kernels.emulator import SANITIZE, STRUCTS, EmulationError, Emulator, cached_library
 from tests.engines.kernels.emulator import cases as drawn
 from tests.engines.kernels.emulator.rotations import rotations
-from tests.engines.kernels.emulator.row_norms import row_norms
+from tests.engines.kernels.emulator.row_norms import rotated_row_norms, row_norms
 
 SHAPES_EACH = [14, pytest.param(56, marks=pytest.mark.extended)]  # of each kind and type: 84 in every run
 
@@ -73,6 +75,13 @@ def test_tokens_normalized_while_quantizing_have_numpys_codes(emulator):
     check_all(emulator, cases)
 
 
+def test_channels_rotated_while_quantizing_have_numpys_codes(emulator):
+    cases = [*drawn.rotated_quantizations(seed=0), *rotated_row_norms(seed=0)]
+    assert {case.entry for case in cases} == set(entry_points(ROTATED))
+    assert {case.rotation for case in cases} == {2, 4, 8, 16, 32, 64, 128, 256}
+    check_all(emulator, cases)
+
+
 def test_rotated_queries_are_numpys_bit_for_bit(emulator):
     check_all(emulator, rotations(seed=0))
 
@@ -131,7 +140,7 @@ def test_no_kernel_leaves_its_memory_or_does_what_is_undefined(shapes, every):
         "g = np.random.default_rng(1)\n"
         "for kind in cases.KINDS:\n"
         f"    for _ in range({shapes}): cases.Convolution.drawn(g, kind, 'f16').check(emulator)\n"
-        f"for case in (*cases.quantizations(1)[::{every}], *cases.statistics(1)[::3], *row_norms.row_norms(1)[::{every}], *rotations.rotations(1)): case.check(emulator)\n"
+        f"for case in (*cases.quantizations(1)[::{every}], *cases.statistics(1)[::3], *row_norms.row_norms(1)[::{every}], *cases.rotated_quantizations(1)[::{every}], *row_norms.rotated_row_norms(1), *rotations.rotations(1)): case.check(emulator)\n"
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -80,6 +80,19 @@ def gelu(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(np.abs(x) >= 5, np.maximum(x, 0), x * fused(x, p, 0.5)).astype(np.float32)
 
 
+def hadamard(x: NDArray[np.float32], block: int) -> NDArray[np.float32]:
+    """params.h's ROTATED of the last axis, each sum rounded to float32, channel by channel; a block of 0 is none."""
+    if block == 0:
+        return x
+    log, channel = block.bit_length() - 1, np.arange(x.shape[-1])
+    if log % 2:
+        x = np.where(channel & 1, x[..., channel ^ 1] - x, x + x[..., channel ^ 1])
+    for bit in range(log % 2, log, 2):
+        low, high = 1 << bit, 2 << bit
+        x = (x + x[..., channel ^ low]) + (x[..., channel ^ high] - x[..., channel ^ low ^ high])
+    return x * np.float32(2.0 ** -((log + 1) // 2))
+
+
 def address(array: NDArray | None) -> int | None:
     assert array is None or array.flags.c_contiguous
     return None if array is None else array.ctypes.data
@@ -290,11 +303,12 @@ class Quantization:
     groups: int = 1
     unsigned: bool = False
     affine: bool = True
+    rotation: int = 0
     seed: int = 0
 
     @property
     def entry(self) -> str:
-        return f"quantize_{self.layout}_{self.dtype}_i{self.bits}_{self.prologue}"
+        return f"quantize_{self.layout}_{self.dtype}_i{self.bits}_{self.prologue}{'_rotated' if self.rotation else ''}"
 
     def check(self, emulator: Emulator) -> None:
         g = np.random.default_rng(self.seed)
@@ -323,7 +337,7 @@ class Quantization:
                 value = gelu(value)
             if self.prologue == "geglu":
                 value = value[..., : self.C] * gelu(value[..., self.C :])
-            clipped = table.clipped(value)
+            clipped = table.clipped(hadamard(value, self.rotation))
             expected = np.rint(clipped).astype(np.int64)
 
         Cb = -(-self.C * self.bits // 128) * 16
@@ -342,6 +356,7 @@ class Quantization:
             C=self.C,
             Cb=Cb,
             groups=self.groups,
+            rotation=self.rotation,
         )
         octets = Cb // self.bits
         # Sometimes a grid smaller than in params.h: the kernels stride over the rest.
@@ -350,7 +365,7 @@ class Quantization:
         emulator.run(self.entry, params, grid, 256)
         found = table.found(codes, (self.N, self.HW, self.C))
         # exp2 on a GPU, exp2f here and numpy's exp differ in the last bits: at a tie the code may fall to either side. The rest is exact.
-        near_tie = np.abs(np.abs(clipped - np.floor(clipped)) - 0.5) < 1e-4
+        near_tie = np.abs(np.abs(clipped - np.floor(clipped)) - 0.5) < (1e-3 if self.rotation else 1e-4)
         allowed = near_tie & (np.abs(found - expected) == 1) if self.prologue in ("silu", "norm_silu", "gelu_tanh") else False
         wrong = (found != expected) & ~np.asarray(allowed)
         at = np.unravel_index(wrong.argmax(), wrong.shape)
@@ -413,6 +428,30 @@ def quantizations(seed: int) -> list[Quantization]:
     return found
 
 
+def rotated_quantizations(seed: int) -> list[Quantization]:
+    """Every quantizer that rotates and every size of a block, one to three blocks to a pixel, warps with lanes past the last pixel."""
+    g = np.random.default_rng(seed)
+    kinds = ((4, False), (4, True), (8, False))
+    return [
+        Quantization(
+            layout="last",
+            dtype=dtype,
+            bits=bits,
+            unsigned=unsigned,
+            prologue=prologue,
+            rotation=1 << int(log),
+            N=int(g.integers(1, 4)),
+            HW=int(g.integers(1, 40)),
+            C=int(g.integers(1, 4)) << int(log),
+            seed=int(g.integers(1 << 30)),
+        )
+        for prologue in ("plain", "silu", "gelu", "gelu_tanh", "geglu")
+        for dtype in TYPES
+        for (bits, unsigned), logs in zip(kinds, np.array_split(g.permutation(np.arange(1, 9)), 3), strict=True)
+        for log in logs
+    ]
+
+
 def statistics(seed: int) -> list[Statistics]:
     """Groups of one channel to all, octets that are whole and that are not, more octets than a block has, fewer pixels than lanes, and a last chunk of one pixel."""
     shapes = ((64, 8), (40, 4), (320, 32), (30, 30), (300, 1), (64, 32), (7, 1), (600, 2))
@@ -440,10 +479,10 @@ def statistics(seed: int) -> list[Statistics]:
 def check_build(library: pathlib.Path, seed: int, count: int) -> None:
     """`count` convolutions of each kind, the quantizations, the statistics and the norms of tokens, all in float16, as far as the library has their kernels."""
     from tests.engines.kernels.emulator.rotations import rotations  # which are built on this file
-    from tests.engines.kernels.emulator.row_norms import row_norms
+    from tests.engines.kernels.emulator.row_norms import rotated_row_norms, row_norms
 
     emulator, g = Emulator(library), np.random.default_rng(seed)
-    for case in (*quantizations(seed), *statistics(seed), *row_norms(seed), *rotations(seed)):
+    for case in (*quantizations(seed), *rotated_quantizations(seed), *statistics(seed), *row_norms(seed), *rotated_row_norms(seed), *rotations(seed)):
         if case.dtype == "f16" and emulator.has(case.entry):
             case.check(emulator)
     tiles = [(BM, BN) for BM, BN in TILES if emulator.has(f"conv_s4_{BM}x{BN}_f16")]

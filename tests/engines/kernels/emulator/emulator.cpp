@@ -1,6 +1,9 @@
 // The kernels, compiled for the CPU, behind one function. Built by __init__.py, which finds the entry points by their names.
 #define EDM_EMULATED
 #include "kernels.cu"
+#if __has_include("rotated.cu")
+#include "rotated.cu"
+#endif
 #if __has_include("attention.cu")
 #include "attention.cu"
 #endif

@@ -361,6 +361,7 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __int2float_rn(int a) { return static_cast<float>(a); }
+inline int __clz(int a) { return a ? __builtin_clz(static_cast<unsigned>(a)) : 32; }
 inline int __float_as_int(float a) { return same_bits<int>(a); }
 inline float __int_as_float(int a) { return same_bits<float>(a); }
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.engines.kernels.emulator import STRUCTS, Emulator
-from tests.engines.kernels.emulator.cases import GUARD, TYPES, ScaleTable, address, to_float, to_type
+from tests.engines.kernels.emulator.cases import GUARD, TYPES, ScaleTable, address, hadamard, to_float, to_type
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,12 @@ class RowNormalization:
     mean: float = 0.0
     shifted: int = 0
     whole: bool = True  # False: a grid smaller than in params.h; the kernel strides over the rest
+    rotation: int = 0
     seed: int = 0
 
     @property
     def entry(self) -> str:
-        return f"quantize_rows_{self.dtype}_i{self.bits}"
+        return f"quantize_rows_{self.dtype}_i{self.bits}{'_rotated' if self.rotation else ''}"
 
     @property
     def lanes(self) -> int:
@@ -58,7 +59,7 @@ class RowNormalization:
             value = value + beta if beta is not None else value
             value = value * (np.float32(1) + to_float(scale, self.dtype)[:, None]) if scale is not None else value
             value = value + to_float(shift, self.dtype)[:, None] if shift is not None else value
-            expected = np.rint(table.clipped(value)).astype(np.int64)
+            expected = np.rint(table.clipped(hadamard(value, self.rotation))).astype(np.int64)
         assert value.dtype == np.float32
 
         Cb = -(-self.C * self.bits // 128) * 16
@@ -79,6 +80,7 @@ class RowNormalization:
             shift_stride=stride,
             lanes=self.lanes,
             rms=int(self.rms),
+            rotation=self.rotation,
             eps=1e-5,
         )
         emulator.run(self.entry, params, (-(-self.HW * self.lanes // 256), self.N) if self.whole else (1, 1), 256)
@@ -127,4 +129,25 @@ def row_norms(seed: int) -> list[RowNormalization]:
         for C, shifted in shapes
         for dtype in (TYPES if C < 100 else TYPES[:1])
         for bits, unsigned in (kinds if C < 1000 else (kinds[int(g.integers(3))],))
+    ]
+
+
+def rotated_row_norms(seed: int) -> list[RowNormalization]:
+    """Every kernel that rotates and every size of a block, of rows of one to eight warps."""
+    g = np.random.default_rng(seed)
+    shapes = ((6, 2), (20, 4), (40, 8), (320, 64), (1152, 128), (96, 32), (2304, 256), (48, 16), (4608, 256), (768, 256))
+    return [
+        RowNormalization(
+            dtype=dtype,
+            bits=int(g.choice([4, 8])),
+            N=2,
+            HW=int(g.integers(1, 20)) if C < 1000 else 3,
+            C=C,
+            rotation=rotation,
+            ada=(bool(g.integers(2)), bool(g.integers(2))),
+            whole=bool(g.random() < 0.6),
+            seed=int(g.integers(1 << 30)),
+        )
+        for C, rotation in shapes
+        for dtype in TYPES
     ]

@@ -93,7 +93,7 @@ def tool(name: str) -> pathlib.Path:
 @functools.cache
 def kernels(arch: str, source: str = MAIN) -> dict[str, Kernel]:
     """The entry points of one source, compiled for `arch`."""
-    known = entry_points() if source == MAIN else attention.entry_points()
+    known = attention.entry_points() if source == ATTENTION else entry_points(source)
     with tempfile.TemporaryDirectory() as scratch:
         path = pathlib.Path(scratch) / "kernels.cubin"
         path.write_bytes(cubin(arch, main=source).code)

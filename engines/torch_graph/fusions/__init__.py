@@ -1,5 +1,6 @@
 """Fuse redundant memory-bound operations of a rewritten graph into adjacent kernels. Each fusion is one pass over the graph.
 
+    x @ block Hadamard matrix -> quantize        a rotation of tokens' channels, by additions while quantizing
     cat of channels -> quantize                  each part is quantized, and codes are concatenated, an eighth of the bytes
     silu | gelu -> quantize                      the activation in float32 before rounding
     values * gelu(gates) -> quantize             GEGLU: both halves of a layer's output are read while quantizing
@@ -19,15 +20,17 @@ A fused value is not rounded to float16 in between, so codes may differ from the
 
 from __future__ import annotations
 
-from engines.torch_graph.fused_epilogues import fuse_gate, fuse_residual, fuse_sample_bias, fuse_saturation
-from engines.torch_graph.fused_prologues import fuse_activation, fuse_concatenation, fuse_geglu, fuse_group_norm
-from engines.torch_graph.fused_rotary import fuse_rotary
-from engines.torch_graph.fused_row_norms import fuse_row_norm
+from engines.torch_graph.fusions.epilogues import fuse_gate, fuse_residual, fuse_sample_bias, fuse_saturation
+from engines.torch_graph.fusions.hadamard import fuse_hadamard
+from engines.torch_graph.fusions.prologues import fuse_activation, fuse_concatenation, fuse_geglu, fuse_group_norm
+from engines.torch_graph.fusions.rotary import fuse_rotary
+from engines.torch_graph.fusions.row_norms import fuse_row_norm
 from engines.torch_graph.rewrite import GraphRewrite
 
 
 def fuse(rewritten: GraphRewrite) -> None:
     """Apply all fusions, in the order in which one enables the next."""
+    fuse_hadamard(rewritten)
     fuse_concatenation(rewritten)
     fuse_geglu(rewritten)
     fuse_activation(rewritten)

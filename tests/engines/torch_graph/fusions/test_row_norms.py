@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from tests.engines.rewritten import calls
-from tests.engines.torch_graph.test_fused_prologues import TIMESTEPS, assert_codes, both, integers
+from tests.engines.torch_graph.fusions.test_prologues import TIMESTEPS, assert_codes, both, integers
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ from torch import nn
 
 from engines.torch_graph import fusions
 from tests.engines.rewritten import calls, drafted
-from tests.engines.torch_graph.test_fused_prologues import TIMESTEPS
+from tests.engines.torch_graph.fusions.test_prologues import TIMESTEPS
 
 
 class Rotated(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from engines.torch_graph.fused_prologues import RESHAPES
+from engines.torch_graph.fusions.prologues import RESHAPES
 from engines.torch_graph.fx_helpers import aten, calls, per_sample, permutes, same_shape, same_size, value_of, vectors
 from engines.torch_graph.rewrite import PRODUCTS, GraphRewrite, kernels
 

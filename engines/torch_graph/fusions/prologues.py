@@ -12,15 +12,16 @@ from engines.torch_graph.fx_helpers import aten, calls, permutes, same_size, val
 from engines.torch_graph.rewrite import GraphRewrite, kernels
 
 QUANTIZE = kernels.quantize.default
-ACTIVATION = len(QUANTIZE._schema.arguments) - 1  # place of the activation among quantize's arguments
-BITS = [argument.name for argument in QUANTIZE._schema.arguments].index("bits")
+BITS, ACTIVATION, ROTATION = (
+    [argument.name for argument in QUANTIZE._schema.arguments].index(name) for name in ("bits", "activation", "rotation")
+)
 RESHAPES = (aten.reshape.default, aten.flatten.using_ints)
 
 
 def fuse_concatenation(rewritten: GraphRewrite) -> None:
     """Quantize the parts of a concatenation of tokens' channels that is only quantized, such as FLUX's of attention and MLP, and concatenate codes.
 
-    All but the last part must end with a whole chunk of codes. The codes are the same.
+    All but the last part must end with a whole chunk of codes, and a whole block of channels where they are rotated. The codes are the same.
     """
     for node in calls(rewritten.graph, aten.cat.default):
         parts = node.args[0]
@@ -38,9 +39,13 @@ def fuse_concatenation(rewritten: GraphRewrite) -> None:
 
 
 def _are_whole_chunks(node: Any, parts: Any) -> bool:
-    bits = {quantize.args[BITS] for quantize in quantizers(node)}
+    readers = quantizers(node)
     widths = [value_of(part).shape[-1] for part in parts]
-    return all(isinstance(width, int) and width * each % (8 * CHUNK) == 0 for width in widths[:-1] for each in bits)
+    return all(
+        isinstance(width, int) and width * quantize.args[BITS] % (8 * CHUNK) == 0 and width % (quantize.args[ROTATION] or 1) == 0
+        for width in widths[:-1]
+        for quantize in readers
+    )
 
 
 def fuse_activation(rewritten: GraphRewrite) -> None:
@@ -70,7 +75,7 @@ def _activation_of(node: Any) -> str:
 
 def _activate(rewritten: GraphRewrite, node: Any, x: Any, activation: str) -> None:
     for quantize in quantizers(node):
-        quantize.args = (x, *quantize.args[1:ACTIVATION], activation)
+        quantize.args = (x, *quantize.args[1:ACTIVATION], activation, *quantize.args[ACTIVATION + 1 :])
     node.replace_all_uses_with(x)  # the readers of its sizes
     rewritten.graph.erase_node(node)
 
@@ -116,7 +121,7 @@ def fuse_group_norm(rewritten: GraphRewrite) -> None:
             x = x.args[0]
         elif (as_tokens := _tokens_of(norm)) is not None:  # a map [B, C, H, W] that is read as [B, HW, C]
             y, tokens = as_tokens, True
-        if feeds_quantizers(y) and value_of(x).dtype == rewritten.dtype:
+        if feeds_quantizers(y) and value_of(x).dtype == rewritten.dtype and not any(quantize.args[ROTATION] for quantize in quantizers(y)):
             _norm_into(rewritten, norm, x, quantizers(y), tokens=tokens)
             if tokens:
                 norm.replace_all_uses_with(x)  # the tokens, of which only the sizes are read
@@ -132,7 +137,7 @@ def _norm_into(rewritten: GraphRewrite, norm: Any, x: Any, quantizers: list[Any]
         gamma, beta = (float32(rewritten, column) for column in (gamma, beta))
     for quantize in quantizers:
         with rewritten.graph.inserting_before(quantize):
-            fused = rewritten.graph.call_function(kernels.quantize_normed.default, (x, mean, rstd, gamma, beta, groups, *quantize.args[1:]))
+            fused = rewritten.graph.call_function(kernels.quantize_normed.default, (x, mean, rstd, gamma, beta, groups, *quantize.args[1:ROTATION]))
             if tokens:  # codes [B, H, W, Cb] as [B, HW, 1, Cb]
                 fused = rewritten.graph.call_function(aten.flatten.using_ints, (fused, 1, 2))
                 fused = rewritten.graph.call_function(aten.unsqueeze.default, (fused, 2))
