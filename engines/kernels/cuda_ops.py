@@ -7,6 +7,7 @@ from torch import Tensor
 
 from edm_deploy.numerics.kernel_layout import CHUNK, code_bytes
 from engines.kernels import driver
+from engines.kernels.checks import FLOATS
 from engines.kernels.launch import (
     FIRST_PROLOGUES,
     PROLOGUES,
@@ -22,7 +23,7 @@ from engines.kernels.launch import (
     row_norm_launch,
     stats_launches,
 )
-from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, RowNorm, Table
+from engines.kernels.operands import ConvShape, Norm, Operands, RowNorm, Table
 from engines.kernels.tiles import Tile, choose_tile
 from engines.kernels.torch_ops import pixels
 
@@ -121,6 +122,8 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
     # Referenced until the launch: the allocator reuses freed memory, in stream order.
     codes, weight, zero = aligned(operands.codes), aligned(operands.weight), aligned(operands.zero)
     residual = None if operands.residual is None else aligned(operands.residual.reshape(M, K).contiguous())
+    low = None if operands.low is None else aligned(operands.low.reshape(M, -1).contiguous())
+    up = None if operands.up is None else aligned(operands.up)
     sample_bias, gate = _unit_stride(operands.sample_bias), _unit_stride(operands.gate)
     params = ConvParams(
         codes=codes.data_ptr(),
@@ -135,6 +138,9 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
         sample_bias=_address(sample_bias),
         gate=_address(gate),
         residual=_address(residual),
+        low=_address(low),
+        up=_address(up),
+        rank=0 if up is None else up.shape[1],
         out=out.data_ptr(),
         partial=_address(partial),
         N=shape.N,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from edm_deploy.numerics.kernel_layout import CODE_FORMATS
-from engines.kernels.build import MAIN, ROTATED
+from engines.kernels.build import BRANCH, MAIN, ROTATED
 from engines.kernels.tiles import TILES, Tile
 
 THREADS = 256  # of every kernel but the convolutions
@@ -20,7 +20,7 @@ CHANNELS_HELD = 32  # of a token, per thread of quantize_rows
 STATS_OCTETS = 64  # octets of channels per block of group_stats_partial
 LEAST_CHUNK, MOST_CHUNKS = 16, 128  # pixels of a chunk; chunks of a sample
 LARGEST_GRID = (2**31 - 1, 65535, 65535)  # blocks along x, y, z; the kernels stride over what a smaller grid leaves
-TYPES = ("f16", "bf16")  # operands.FLOATS, as entry points name them
+TYPES = ("f16", "bf16")  # checks.FLOATS, as entry points name them
 # (norm, activation) -> prologue, as entry points name it
 PROLOGUES = {
     (False, "none"): "plain",
@@ -70,8 +70,8 @@ class ConvParams(ctypes.Structure):
     """Mirror of the C++ struct of the same name."""
 
     _fields_ = _fields(
-        "codes weight zero row act_scale qmin weight_scale weight_sum bias sample_bias gate residual out partial",
-        "N H W Cb K R S P Q padding stride splits sample_bias_stride gate_stride saturate",
+        "codes weight zero row act_scale qmin weight_scale weight_sum bias sample_bias gate residual low up out partial",
+        "N H W Cb K R S P Q padding stride splits sample_bias_stride gate_stride saturate rank",
     )
 
 
@@ -105,7 +105,7 @@ def quantize_launch(params: QuantizeParams, *, type_name: str, bits: int, channe
         bits: 4 or 8.
         channels_last: Memory layout of x; a norm, and activations other than SiLU, require channels last.
         norm: Whether the fields mean and rstd are set.
-        activation: Applied before rounding, from `operands.ACTIVATIONS`; to a norm's result only SiLU.
+        activation: Applied before rounding, from `checks.ACTIVATIONS`; to a norm's result only SiLU.
     """
     channels = params.Cb * 8 // bits
     prologue = PROLOGUES[norm, activation]
@@ -166,7 +166,7 @@ def stats_launches(params: StatsParams, *, type_name: str) -> list[Launch]:
 
 
 def conv_launches(params: ConvParams, *, kind: str, tile: Tile, type_name: str) -> list[Launch]:
-    """The convolution, followed by the sum over the splits where `params.splits` > 1.
+    """The convolution, followed by the sum over the splits where `params.splits` > 1; the last of them adds the branch where `params.rank` > 0.
 
     Args:
         params: All fields set, `partial` only where the sum is split.
@@ -180,12 +180,22 @@ def conv_launches(params: ConvParams, *, kind: str, tile: Tile, type_name: str) 
     if params.splits > 1:
         grid = _clipped(_ceil(M * _ceil(params.K, OCTET), THREADS), 1, 1)
         launches.append(Launch(f"reduce_{kind}_{type_name}", grid, THREADS, 0, params))
+    if params.rank:  # the last of them has the epilogue
+        launches[-1] = replace(launches[-1], entry=f"{launches[-1].entry}_branch", source=BRANCH)
     return launches
 
 
 def entry_points(source: str = MAIN) -> list[str]:
     """Names of all kernels that a file in `cuda/` must define."""
-    return {MAIN: _main_entry_points, ROTATED: _rotated_entry_points}[source]()
+    return {MAIN: _main_entry_points, ROTATED: _rotated_entry_points, BRANCH: _branch_entry_points}[source]()
+
+
+def _branch_entry_points() -> list[str]:
+    return [f"{name}_{type_name}_branch" for name in _convolutions() for type_name in TYPES]
+
+
+def _convolutions() -> list[str]:
+    return [f"conv_{kind}_{tile.name}" for kind in CODE_FORMATS for tile in TILES] + [f"reduce_{kind}" for kind in CODE_FORMATS]
 
 
 def _rotated_entry_points() -> list[str]:
@@ -196,8 +206,7 @@ def _rotated_entry_points() -> list[str]:
 def _main_entry_points() -> list[str]:
     names = []
     for type_name in TYPES:
-        names += [f"conv_{kind}_{tile.name}_{type_name}" for kind in CODE_FORMATS for tile in TILES]
-        names += [f"reduce_{kind}_{type_name}" for kind in CODE_FORMATS]
+        names += [f"{name}_{type_name}" for name in _convolutions()]
         names += [f"quantize_last_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in PROLOGUES.values()]
         names += [f"quantize_first_{type_name}_i{bits}_{prologue}" for bits in (4, 8) for prologue in FIRST_PROLOGUES]
         names += [f"quantize_rows_{type_name}_i{bits}" for bits in (4, 8)]

@@ -1,8 +1,7 @@
-"""The operands of the kernels and their checks. Kernels read raw pointers, so everything they rely on is checked here."""
+"""The operands of the kernels, and what each of them must match."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,15 +11,12 @@ from torch import Tensor
 from edm_deploy.errors import InputError, UnsupportedError
 from edm_deploy.numerics.kernel_layout import CHUNK, bits_of, check_unsigned, code_bytes
 from edm_deploy.runtime.capabilities import CAPABILITIES
+from engines.kernels.checks import FLOATS, INT32, check_eps, check_groups, expect, words
+from engines.kernels.launch import OCTET
 
-FLOATS = (torch.float16, torch.bfloat16)
 FILTERS = CAPABILITIES["cuda"].filters or ()
 STRIDES = (1, 2)
 LARGEST_ROW = 8192  # channels of a token that is normalized
-INT32 = 2**31  # kernels count elements, and sum products, in int32
-ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")  # in front of a quantizer; geglu: x * gelu(gate) of [..., 2C]
-NORM_ACTIVATIONS = ("none", "silu")  # behind a group norm
-LARGEST_ROTATION = 256  # channels of a block: an octet of each lane of a warp
 LARGEST_CODE = {"s4": 8, "u4": 15, "s8": 128}  # magnitude of an activation as it is stored
 LARGEST_WEIGHT = {"s4": 8, "u4": 8, "s8": 128}
 
@@ -55,10 +51,10 @@ class Table:
         if self.unsigned:
             check_unsigned(self.bits)
         column = [self.inv_scale.numel()]
-        _expect(op, "rows", self.rows, torch.int32, [x.shape[0]], x.device)
-        _expect(op, "inv_scale", self.inv_scale, torch.float32, column, x.device)
-        _expect(op, "qmin", self.qmin, torch.int32, column, x.device)
-        _expect(op, "qmax", self.qmax, torch.int32, column, x.device)
+        expect(op, "rows", self.rows, torch.int32, [x.shape[0]], x.device)
+        expect(op, "inv_scale", self.inv_scale, torch.float32, column, x.device)
+        expect(op, "qmin", self.qmin, torch.int32, column, x.device)
+        expect(op, "qmax", self.qmax, torch.int32, column, x.device)
 
 
 @dataclass(frozen=True)
@@ -74,10 +70,10 @@ class Norm:
         """Raises InputError where the norm does not match the activation `x` with `channels` channels."""
         check_groups(op, channels, groups)
         for name, column in (("mean", self.mean), ("rstd", self.rstd)):
-            _expect(op, name, column, torch.float32, [x.shape[0], groups], x.device)
+            expect(op, name, column, torch.float32, [x.shape[0], groups], x.device)
         for name, per_channel in (("gamma", self.gamma), ("beta", self.beta)):
             if per_channel is not None:
-                _expect(op, name, per_channel, torch.float32, [channels], x.device)
+                expect(op, name, per_channel, torch.float32, [channels], x.device)
 
 
 @dataclass(frozen=True)
@@ -108,10 +104,10 @@ class RowNorm:
         check_eps(op, self.eps)
         for name, per_channel in (("gamma", self.gamma), ("beta", self.beta)):
             if per_channel is not None:
-                _expect(op, name, per_channel, torch.float32, [channels], x.device)
+                expect(op, name, per_channel, torch.float32, [channels], x.device)
         for name, per_sample in (("scale", self.scale), ("shift", self.shift)):
             if per_sample is not None:
-                _expect(op, name, per_sample, x.dtype, [x.shape[0], channels], x.device, contiguous=False)
+                expect(op, name, per_sample, x.dtype, [x.shape[0], channels], x.device, contiguous=False)
 
 
 @dataclass(frozen=True)
@@ -152,6 +148,8 @@ class Operands:
         bias: float32 [K] or None.
         sample_bias, gate: [B, K] of the output's type, or None: added behind the bias, and multiplied with the sum.
         residual: The output's type, or None: added behind the gate. [N, P, Q, K], or a Linear's output's shape, with any strides.
+        low, up: A low-rank branch, which is added before the bias: the layer's input times its first matrix, in the residual's shape with `rank`
+            channels, and its second matrix [K, rank], of the output's type, rank a multiple of 8. Both or neither is None.
         saturate: Whether the result is clipped to float16's finite values.
         kind: `s4`, `u4` or `s8`.
     """
@@ -168,6 +166,8 @@ class Operands:
     sample_bias: Tensor | None
     gate: Tensor | None
     residual: Tensor | None
+    low: Tensor | None
+    up: Tensor | None
     saturate: bool
     kind: str
 
@@ -192,8 +192,8 @@ class Operands:
         if weight.ndim != 3 or weight.numel() == 0:
             raise InputError(f"{op}: weight has shape {list(weight.shape)}; expected [K, R * S, Cb] as pack_weight returns it.")
         batch, height, width, stored = codes.shape
-        _expect(op, "codes", codes, torch.uint8, codes.shape, codes.device)
-        _expect(op, "weight", weight, torch.uint8, [weight.shape[0], R * S, stored], codes.device)
+        expect(op, "codes", codes, torch.uint8, codes.shape, codes.device)
+        expect(op, "weight", weight, torch.uint8, [weight.shape[0], R * S, stored], codes.device)
         P, Q = ((size + 2 * padding - taps) // stride + 1 for size, taps in ((height, R), (width, S)))
         if padding < 0 or height + 2 * padding < R or width + 2 * padding < S:
             raise InputError(f"{op}: a {R}x{S} filter with padding {padding} does not fit into a map of {height}x{width}.")
@@ -207,104 +207,31 @@ class Operands:
     def check(self, op: str, shape: ConvShape, result: Sequence[int], dtype: torch.dtype) -> None:
         """Raises InputError where a table, a per-channel operand or the residual does not match; `result` is the output's shape."""
         device, rows = self.codes.device, self.act_scale.numel()
-        _expect(op, "rows", self.rows, torch.int32, [shape.N], device)
-        _expect(op, "act_scale", self.act_scale, torch.float32, [rows], device)
-        _expect(op, "qmin", self.qmin, torch.int32, [rows], device)
-        _expect(op, "zero", self.zero, torch.uint8, [rows, CHUNK], device)
-        _expect(op, "weight_scale", self.weight_scale, torch.float32, [shape.K], device)
-        _expect(op, "weight_sum", self.weight_sum, torch.int32, [shape.K], device)
+        expect(op, "rows", self.rows, torch.int32, [shape.N], device)
+        expect(op, "act_scale", self.act_scale, torch.float32, [rows], device)
+        expect(op, "qmin", self.qmin, torch.int32, [rows], device)
+        expect(op, "zero", self.zero, torch.uint8, [rows, CHUNK], device)
+        expect(op, "weight_scale", self.weight_scale, torch.float32, [shape.K], device)
+        expect(op, "weight_sum", self.weight_sum, torch.int32, [shape.K], device)
         if self.bias is not None:
-            _expect(op, "bias", self.bias, torch.float32, [shape.K], device)
+            expect(op, "bias", self.bias, torch.float32, [shape.K], device)
         if dtype not in FLOATS:
-            raise InputError(f"{op}: output type {_words(dtype)}; the kernels write float16 and bfloat16.")
+            raise InputError(f"{op}: output type {words(dtype)}; the kernels write float16 and bfloat16.")
         for name, per_sample in (("sample_bias", self.sample_bias), ("gate", self.gate)):
             if per_sample is not None:
-                _expect(op, name, per_sample, dtype, [shape.N, shape.K], device, contiguous=False)
+                expect(op, name, per_sample, dtype, [shape.N, shape.K], device, contiguous=False)
         if self.residual is not None:
-            _expect(op, "residual", self.residual, dtype, result, device, contiguous=False)
+            expect(op, "residual", self.residual, dtype, result, device, contiguous=False)
+        self._check_branch(op, shape, result, dtype)
 
-
-def check_values(op: str, x: Tensor) -> int:
-    """Number of channels of a floating-point activation.
-
-    Raises:
-        InputError: It is not float16 or bfloat16, has fewer than two axes, or is empty.
-    """
-    if x.dtype not in FLOATS:
-        raise InputError(f"{op}: x is {_words(x.dtype)}; the kernels read float16 and bfloat16. Run the model in one of them.")
-    if x.ndim < 2:
-        raise InputError(f"{op}: x has shape {list(x.shape)}; expected [B, C, H, W], or [B, ..., C] with the channels last.")
-    if x.numel() == 0:
-        raise InputError(f"{op}: x is empty, {list(x.shape)}. Every axis needs at least one element.")
-    return x.shape[1] if x.ndim == 4 else x.shape[-1]
-
-
-def check_activation(op: str, x: Tensor, activation: str, known: Sequence[str] = ACTIVATIONS) -> None:
-    """Raises InputError where the activation is not among `known`, or is `geglu` and x is a map or has an odd number of channels."""
-    if activation not in known:
-        raise InputError(f"{op}: activation {activation!r}; expected one of {', '.join(known)}.")
-    if activation == "geglu" and (x.ndim == 4 or x.shape[-1] % 2):
-        raise InputError(f"{op}: geglu of x {list(x.shape)}; expected [B, ..., 2C], values and gates, and not four axes.")
-
-
-def check_rotation(op: str, x: Tensor, channels: int, rotation: int) -> None:
-    """Raises InputError where x is a map, or a block of `rotation` channels is no power of two that divides `channels`, up to LARGEST_ROTATION; 0 is none."""
-    if rotation == 0:
-        return
-    if x.ndim == 4:
-        raise InputError(f"{op}: rotation of x {list(x.shape)}; expected tokens [B, ..., C], and not four axes.")
-    if not (2 <= rotation <= LARGEST_ROTATION and rotation & (rotation - 1) == 0 and channels % rotation == 0):
-        raise InputError(
-            f"{op}: rotation in blocks of {rotation} of {channels} channels; expected a power of two that divides them, 2 to {LARGEST_ROTATION}."
-        )
-
-
-def check_eps(op: str, eps: float) -> None:
-    """Raises InputError where eps is negative."""
-    if eps < 0:
-        raise InputError(f"{op}: eps {eps}; expected at least 0.")
-
-
-def check_groups(op: str, channels: int, groups: int) -> None:
-    """Raises InputError where the channels cannot be divided into `groups` equal groups."""
-    if groups < 1 or channels % groups:
-        raise InputError(f"{op}: {channels} channels do not fall into {groups} equal groups.")
-
-
-def check_leading(op: str, codes: Tensor, leading: Sequence[int]) -> None:
-    """Raises InputError where the axes before a Linear's channels do not match the number of vectors in its codes."""
-    if len(leading) == 0 or leading[0] != codes.shape[0] or math.prod(leading) != codes.shape[0] * codes.shape[1] or codes.shape[2] != 1:
-        raise InputError(
-            f"{op}: codes [B, L, 1, Cb] are {list(codes.shape)}, which is not {list(leading)} vectors; leading must be [B, ...] of B * L in all."
-        )
-
-
-def check_size(op: str, **shapes: Sequence[int]) -> None:
-    """Raises UnsupportedError where a tensor of one of these shapes has 2^31 elements or more."""
-    for name, shape in shapes.items():
-        if (count := math.prod(shape)) >= INT32:
-            raise UnsupportedError(
-                f"{op}: {name} {list(shape)} has {count} elements, the kernels count to {INT32 - 1}. Use a smaller batch."
-            )
-
-
-def check_rows(op: str, rows: Tensor, count: int) -> None:
-    """Raises InputError where a row is not in a table of `count` rows; on the CPU only, because reading it would synchronize a GPU."""
-    if rows.device.type == "cpu" and (int(rows.min()) < 0 or int(rows.max()) >= count):
-        raise InputError(f"{op}: rows {rows.tolist()} reach beyond the table; expected 0 to {count - 1}.")
-
-
-def _expect(
-    op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device, *, contiguous: bool = True
-) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape) or tensor.device != device:
-        raise InputError(
-            f"{op}: {name} is {_words(tensor.dtype)} {list(tensor.shape)} on {tensor.device}; "
-            f"expected {_words(dtype)} {list(shape)} on {device}."
-        )
-    if contiguous and not tensor.is_contiguous():
-        raise InputError(f"{op}: {name} {list(tensor.shape)} has strides {list(tensor.stride())}. Call .contiguous() on it.")
-
-
-def _words(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    def _check_branch(self, op: str, shape: ConvShape, result: Sequence[int], dtype: torch.dtype) -> None:
+        if self.low is None and self.up is None:
+            return
+        if self.low is None or self.up is None:
+            raise InputError(f"{op}: a branch has two operands, low and up; only {'up' if self.low is None else 'low'} is given.")
+        rank = self.up.shape[-1]
+        if rank % OCTET or rank == 0:
+            raise InputError(f"{op}: a branch of rank {rank}; expected a multiple of {OCTET}. Fill both of its matrices up with zeros.")
+        expect(op, "up", self.up, dtype, [shape.K, rank], self.codes.device)
+        axis = 1 if len(result) == 4 and op == "conv2d" else len(result) - 1
+        expect(op, "low", self.low, dtype, [rank if at == axis else size for at, size in enumerate(result)], self.codes.device, contiguous=False)

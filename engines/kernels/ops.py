@@ -1,9 +1,9 @@
 """The kernels as torch operators, `torch.ops.edm_deploy.*`, for use with torch.export, torch.compile and CUDA graphs.
 
 Importing this file registers them; it requires torch only. On CUDA tensors they launch kernels on the current stream (`cuda_ops.py`), on CPU tensors they
-compute the same bits in plain torch (`torch_ops.py`), and under a tracer only shapes. All share the checks in `operands.py`.
+compute the same bits in plain torch (`torch_ops.py`), and under a tracer only shapes. All share the checks in `checks.py` and `operands.py`.
 
-    quantize          float16 or bfloat16 -> packed codes, optionally after an activation (operands.ACTIVATIONS), and a rotation in blocks of channels
+    quantize          float16 or bfloat16 -> packed codes, optionally after an activation (checks.ACTIVATIONS), and a rotation in blocks of channels
     group_stats       mean and 1 / sqrt(variance + eps) of each sample's groups of channels
     quantize_normed   as quantize, after normalization with such statistics
     quantize_row_normed  as quantize, after LayerNorm or RMSNorm of each token, and per-sample scale and shift; then a rotation
@@ -17,7 +17,7 @@ An activation is a map [B, C, H, W], or [B, ..., C] of 2, 3 or more than 4 axes;
 contiguous. `rows` is int32 [B], the table row of each sample, read from device memory, so that a CUDA graph replays with its current content; on CUDA
 it is not checked against the table. `unsigned_codes` stores `n - qmin`, which a convolution of kind `u4` expects.
 
-Raises InputError for operands that do not fit, UnsupportedError for what no kernel supports (see `operands.py`).
+Raises InputError for operands that do not fit, UnsupportedError for what no kernel supports (see `checks.py`).
 """
 
 from __future__ import annotations
@@ -38,13 +38,8 @@ from engines.kernels import cuda_ops, rotary, torch_ops
 from engines.kernels.attention import cpu as cpu_attention
 from engines.kernels.attention import cuda as cuda_attention
 from engines.kernels.attention.operands import AttentionOperands
-from engines.kernels.operands import (
+from engines.kernels.checks import (
     NORM_ACTIVATIONS,
-    ConvShape,
-    Norm,
-    Operands,
-    RowNorm,
-    Table,
     check_activation,
     check_eps,
     check_groups,
@@ -54,11 +49,12 @@ from engines.kernels.operands import (
     check_size,
     check_values,
 )
+from engines.kernels.operands import ConvShape, Norm, Operands, RowNorm, Table
 
 _TABLE = "Tensor rows, Tensor inv_scale, Tensor qmin, Tensor qmax, int bits, bool unsigned_codes"
 _OPERANDS = (
     "Tensor codes, Tensor rows, Tensor weight, Tensor zero, Tensor act_scale, Tensor qmin, Tensor weight_scale, Tensor weight_sum, "
-    "Tensor? bias, Tensor? sample_bias, Tensor? gate, Tensor? residual, bool saturate, str kind"
+    "Tensor? bias, Tensor? sample_bias, Tensor? gate, Tensor? residual, Tensor? low, Tensor? up, bool saturate, str kind"
 )
 _COUNT = _OPERANDS.count(",") + 1
 SCHEMAS = {
@@ -158,8 +154,8 @@ def _conv2d(traced: bool, *arguments: Any) -> Tensor:
     operands, (kernel, stride, padding, dtype) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
     shape = operands.shape("conv2d", kernel, stride, padding)
     operands.check("conv2d", shape, [shape.N, shape.K, shape.P, shape.Q], dtype)
-    if operands.residual is not None:
-        operands = replace(operands, residual=operands.residual.permute(0, 2, 3, 1))
+    last = {name: x.permute(0, 2, 3, 1) for name in ("residual", "low") if (x := getattr(operands, name)) is not None}
+    operands = replace(operands, **last)
     return _convolved("conv2d", traced, operands, shape, dtype).permute(0, 3, 1, 2)
 
 

@@ -30,7 +30,7 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "n
         x: float16 or bfloat16 [B, C, H, W] or [B, ..., C].
         norm: Normalizes x first, each step rounded separately; None for no norm.
         table: Rows, scales and bounds.
-        activation: From `operands.ACTIVATIONS`, applied after the norm. On a GPU `silu` and `gelu_tanh` have a relative error below 2^-19: a code may
+        activation: From `checks.ACTIVATIONS`, applied after the norm. On a GPU `silu` and `gelu_tanh` have a relative error below 2^-19: a code may
             differ by a tie. `gelu` and `geglu` are the same bits. `geglu` reads [B, ..., 2C], the values before their gates.
         rotation: Channels of the blocks that are rotated after it; 0 is none.
     """
@@ -169,10 +169,10 @@ def group_stats(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: object = None) -> Tensor:
-    """`(float(sum) * (act_scale[row] * weight_scale) + bias + sample_bias) * gate + residual`, each step rounded to float32, then to `dtype`.
+    """`(float(sum) * (act_scale[row] * weight_scale) + low up^T + bias + sample_bias) * gate + residual`, each step rounded to float32, then to `dtype`.
 
     Args:
-        operands: Of kind `u4` the sum is of (n - qmin) * w, and qmin * weight_sum is added to it. The residual is [M, K].
+        operands: Of kind `u4` the sum is of (n - qmin) * w, and qmin * weight_sum is added to it. The residual is [M, K], `low` [M, rank].
         shape: The sizes.
         dtype: float16 or bfloat16.
         on: A GPU's tile and number of splits, which do not change the result.
@@ -185,6 +185,8 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: ob
     if operands.kind == "u4":
         total = total.double() + operands.qmin[rows].double()[:, None, None, None] * operands.weight_sum.double()
     y = total.float() * (operands.act_scale[rows][:, None, None, None] * operands.weight_scale)
+    if operands.low is not None and operands.up is not None:
+        y = y + (operands.low.reshape(-1, operands.up.shape[1]).float() @ operands.up.float().T).view(y.shape)
     if operands.bias is not None:
         y = y + operands.bias
     if operands.sample_bias is not None:

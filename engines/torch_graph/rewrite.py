@@ -225,7 +225,7 @@ def _product(result: GraphRewrite, name: str, site: PackedLayer, layer: Any, cod
 
     columns = [tensor(what) for what in ("weight", "zero", "act_scale", "qmin", "weight_scale", "weight_sum")]
     bias = None if site.bias is None else tensor("bias")
-    operands = (codes, rows, *columns, bias, None, None, None, False, site.kind)
+    operands = (codes, rows, *columns, bias, None, None, None, None, None, False, site.kind)
     if layer.target is aten.linear.default:
         x = layer.args[0]
         leading = [result.call(aten.sym_size.int, x, axis) for axis in range(value_of(x).ndim - 1)]

@@ -14,7 +14,7 @@ from edm_deploy_tools.common.console import Row
 from engines.kernels.attention import cpu, cuda
 from engines.kernels.attention.launch import WIDTHS
 from engines.kernels.attention.operands import AttentionOperands
-from engines.kernels.operands import FLOATS
+from engines.kernels.checks import FLOATS
 from engines.performance.attention_time import attention_s8_seconds, attention_seconds
 
 OPS = torch.ops.edm_deploy

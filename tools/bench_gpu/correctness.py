@@ -16,7 +16,8 @@ from edm_deploy_tools.benchmarks.kernel_problems import BOUNDS
 from edm_deploy_tools.common.console import Row
 from engines.kernels import build, cuda_ops, driver, rotary, torch_ops
 from engines.kernels.launch import FIRST_PROLOGUES, PROLOGUES
-from engines.kernels.operands import FLOATS, ConvShape, Norm, Operands, RowNorm, Table
+from engines.kernels.checks import FLOATS
+from engines.kernels.operands import ConvShape, Norm, Operands, RowNorm, Table
 from engines.kernels.tiles import TILES
 
 ROWS = 5  # of the tables
@@ -162,6 +163,8 @@ def _operands(kind: str, dtype: torch.dtype, shape: ConvShape, generator: torch.
         sample_bias=torch.randn((shape.N, shape.K), generator=generator).to(dtype),
         gate=torch.randn((shape.N, shape.K), generator=generator).to(dtype),
         residual=torch.randn((shape.M, shape.K), generator=generator).to(dtype),
+        low=None,
+        up=None,
         saturate=True,
         kind=kind,
     )

@@ -47,10 +47,10 @@ class Problem:
         scale = torch.linspace(3.0, 4.0, TABLE_ROWS, device=device) / high
         rows = torch.arange(batch, dtype=torch.int32, device=device) % TABLE_ROWS
         unsigned = kind == "u4"
-        self.table = (rows, 1 / scale, qmin, qmax, self.bits, unsigned, "none")
+        self.table = (rows, 1 / scale, qmin, qmax, self.bits, unsigned, "none", 0)
         self.codes: Tensor = OPS.quantize(self.x, *self.table)
         columns = (torch.rand(layer.K, device=device) * 1e-3, weight_sum(weight), torch.randn(layer.K, device=device))
-        epilogue = (None, None, None, False)  # sample_bias, gate, residual, saturate
+        epilogue = (None, None, None, None, None, False)  # sample_bias, gate, residual, low, up, saturate
         self.operands = (
             rows,
             pack_weight(weight, self.bits),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.errors import InputError, UnsupportedError
-from engines.kernels.operands import FLOATS, check_size
+from engines.kernels.checks import FLOATS, check_size
 
 OP = "attention_s8"
 OCTET = 8  # elements of 16 bytes, which the kernels read at a time

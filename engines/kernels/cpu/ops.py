@@ -109,10 +109,12 @@ class RecordedOps:
         """As `torch_ops.convolve`, the same bits.
 
         Raises:
-            UnsupportedError: The codes are not of kind `s8`.
+            UnsupportedError: The codes are not of kind `s8`, or a branch is given by its matrices.
         """
         if operands.kind != "s8":
             raise UnsupportedError(f"The kernels for the CPU multiply codes of kind s8, not {operands.kind}.")
+        if operands.low is not None:
+            raise UnsupportedError("The kernels for the CPU add a branch as the residual, not by its two matrices.")
         narrow = (shape.R, shape.S, shape.stride) == (
             3,
             3,

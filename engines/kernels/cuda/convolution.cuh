@@ -45,8 +45,8 @@ struct Tile {
 __device__ __forceinline__ unsigned swizzled(int row, int chunk) { return row * STAGE_ROW + (chunk ^ (row / 2 % STAGE_CHUNKS)) * CHUNK; }
 
 // Copies stages of A and B into shared memory. Four neighbouring threads copy the four chunks of one row: 64 contiguous bytes of a pixel. All divisions
-// are done here, once; the main loop only adds.
-template <class TILE>
+// are done here, once; the main loop only adds. With a branch its stages follow those of the sum: 32 numbers of each row of `low` and `up`.
+template <class TILE, bool BRANCH>
 struct Loader {
   const ConvParams& p;
   unsigned place;                      // offset in a stage of this thread's first chunk of A; the next ones follow LOAD_ROWS rows further, with the same swizzle
@@ -55,8 +55,9 @@ struct Loader {
   long long first[TILE::LOADS_A];      //   offset of that position in `codes`: dereferenced only where a tap is inside the map
   int zero[TILE::LOADS_A];             //   offset of its sample's 16-byte code of zero
   long long weight[TILE::LOADS_B];     // per row of B: offset of that chunk in `weight`
+  int stages;                          // of the sum that are still to be loaded
 
-  __device__ __forceinline__ Loader(const ConvParams& params, int first_stage) : p(params) {
+  __device__ __forceinline__ Loader(const ConvParams& params, int first_stage, int count) : p(params), stages(count) {
     const int chunk = threadIdx.x % STAGE_CHUNKS, row = threadIdx.x / STAGE_CHUNKS;
     place = swizzled(row, chunk);
     const int chunks = p.Cb / CHUNK, j = first_stage * STAGE_CHUNKS + chunk, tap = j / chunks;
@@ -82,6 +83,7 @@ struct Loader {
 
   // Starts the copies of the next stage into the buffer at `stage`, and advances.
   __device__ __forceinline__ void load(unsigned stage) {
+    if (BRANCH && stages-- <= 0) return load_branch(stage, -1 - stages);
     const unsigned a = stage + place, b = a + TILE::BM * STAGE_ROW;
     const long long tap = (static_cast<long long>(r) * p.W + s) * p.Cb + c;
 #pragma unroll
@@ -101,10 +103,42 @@ struct Loader {
       if (++s == p.S) s = 0, ++r;
     }
   }
+
+  // Stage `index` of the branch; numbers past the rank are 0.
+  __device__ __forceinline__ void load_branch(unsigned stage, int index) {
+    const unsigned a = stage + place, b = a + TILE::BM * STAGE_ROW;
+    const int row = threadIdx.x / STAGE_CHUNKS, element = (index * STAGE_CHUNKS + threadIdx.x % STAGE_CHUNKS) * OCTET, M = p.N * p.P * p.Q;
+    const bool exists = element < p.rank;
+    const auto copy = [&](unsigned to, const void* matrix, int at) {
+      const long long offset = exists ? static_cast<long long>(at) * p.rank + element : 0;
+      copy_async(to, static_cast<const unsigned short*>(matrix) + offset, exists);
+    };
+#pragma unroll
+    for (int i = 0; i < TILE::LOADS_A; ++i)
+      copy(a + i * TILE::LOAD_ROWS * STAGE_ROW, p.low, min(static_cast<int>(blockIdx.x) * TILE::BM + row + i * TILE::LOAD_ROWS, M - 1));
+#pragma unroll
+    for (int i = 0; i < TILE::LOADS_B; ++i)
+      copy(b + i * TILE::LOAD_ROWS * STAGE_ROW, p.up, min(static_cast<int>(blockIdx.y) * TILE::BN + row + i * TILE::LOAD_ROWS, p.K - 1));
+  }
+};
+
+// What a stage holds, and how it is multiplied: codes, or 16-bit numbers, whose sums are float32 in the same registers, by their bits.
+template <Kind KIND>
+struct Codes {
+  static __device__ __forceinline__ void multiply(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { multiply_add<KIND>(c, a, b0, b1); }
+};
+template <class T>
+struct Numbers {
+  static __device__ __forceinline__ void multiply(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    float sums[4] = {__int_as_float(c[0]), __int_as_float(c[1]), __int_as_float(c[2]), __int_as_float(c[3])};
+    multiply_add<T>(sums, a, b0, b1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] = __float_as_int(sums[i]);
+  }
 };
 
 // One stage of the sum: both 32-byte steps of every fragment of the warp's tile.
-template <Kind KIND, class TILE>
+template <class OPERANDS, class TILE>
 __device__ __forceinline__ void multiply_stage(int (&sums)[TILE::FRAGMENTS_M][TILE::FRAGMENTS_N][4], unsigned a_address, unsigned b_address) {
 #pragma unroll
   for (int step = 0; step < STAGE_CHUNKS / 2; ++step) {
@@ -118,8 +152,29 @@ __device__ __forceinline__ void multiply_stage(int (&sums)[TILE::FRAGMENTS_M][TI
 #pragma unroll
     for (int i = 0; i < TILE::FRAGMENTS_M; ++i)
 #pragma unroll
-      for (int k = 0; k < TILE::FRAGMENTS_N; ++k) multiply_add<KIND>(sums[i][k], a[i], b[k / 2][k % 2 * 2], b[k / 2][k % 2 * 2 + 1]);
+      for (int k = 0; k < TILE::FRAGMENTS_N; ++k) OPERANDS::multiply(sums[i][k], a[i], b[k / 2][k % 2 * 2], b[k / 2][k % 2 * 2 + 1]);
   }
+}
+
+// Integer sums become the bits of the numbers that they stand for, to which a branch is added.
+template <Kind KIND, class TILE>
+__device__ __forceinline__ void dequantize(const ConvParams& p, int (&sums)[TILE::FRAGMENTS_M][TILE::FRAGMENTS_N][4], int m0, int k0) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, pixels = p.P * p.Q, M = p.N * pixels;
+#pragma unroll
+  for (int i = 0; i < TILE::FRAGMENTS_M; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = p.row[min(m0 + i * 16 + g + half * 8, M - 1) / pixels];
+      const float act_scale = p.act_scale[row];
+#pragma unroll
+      for (int f = 0; f < TILE::FRAGMENTS_N; ++f)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int k = min(k0 + f * 8 + t * 2 + c, p.K - 1);
+          int& sum = sums[i][f][half * 2 + c];
+          sum = __float_as_int(dequantized<KIND>(p, row, sum, act_scale, p.weight_scale[k], KIND == U4 ? p.weight_sum[k] : 0));
+        }
+    }
 }
 
 // Position of column `column` of row `row` in a warp's 16 x 32 slice of int32. A row is one line of the 32 banks. Writing, 16 lanes at a time put 8 neighbouring
@@ -131,7 +186,7 @@ __device__ __forceinline__ int slice_place(int row, int column) { return row * W
 // channels of one. Each warp transposes its own slices of 16 pixels, so no block-wide barrier is needed.
 //
 //   fragment:  lane 4g + t holds columns 2t, 2t + 1 of rows g and g + 8      stored:  lane 4i + o takes octet o of rows i and i + 8
-template <Kind KIND, class TILE, class T>
+template <Kind KIND, class TILE, class T, bool BRANCH>
 __device__ __forceinline__ void store_tile(const ConvParams& p, const int (&sums)[TILE::FRAGMENTS_M][TILE::FRAGMENTS_N][4], int m0, int k0, int* slice) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, M = p.N * p.P * p.Q, k = k0 + t * OCTET;
   const Columns<KIND> columns(p, k);
@@ -150,8 +205,8 @@ __device__ __forceinline__ void store_tile(const ConvParams& p, const int (&sums
       const int4 high = *reinterpret_cast<const int4*>(slice + slice_place(row, t * OCTET + 4));
       const int octet[OCTET] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       if (m >= M || k >= p.K) continue;
-      if (p.splits == 1) {
-        finish<KIND, T>(p, columns, m, k, octet);
+      if (BRANCH || p.splits == 1) {
+        finish<KIND, T, BRANCH>(p, columns, m, k, octet);
         continue;
       }
       int* to = p.partial + (static_cast<long long>(blockIdx.z) * M + m) * p.K + k;
@@ -167,11 +222,13 @@ __device__ __forceinline__ void store_tile(const ConvParams& p, const int (&sums
   }
 }
 
-template <Kind KIND, class TILE, class T>
+// With a branch the sum is not split: reduce_*_branch adds the branch of one that is.
+template <Kind KIND, class TILE, class T, bool BRANCH = false>
 __device__ __forceinline__ void convolve(const ConvParams& p) {
   // The stages of this block: all of them, or an even share where several blocks split the sum. A share may be empty: its sums are 0.
   const int stages = divide_up(p.R * p.S * (p.Cb / CHUNK), STAGE_CHUNKS), share = divide_up(stages, p.splits);
   const int begin = blockIdx.z * share, count = max(min(stages - begin, share), 0);
+  const int last = BRANCH ? count + divide_up(p.rank, STAGE_CHUNKS * OCTET) : count;
 
   byte_t* const memory = dynamic_shared();
   const unsigned base = shared_address(memory);
@@ -184,19 +241,22 @@ __device__ __forceinline__ void convolve(const ConvParams& p) {
   const unsigned b_lane = TILE::BM * STAGE_ROW + swizzled(warp_n + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
   int sums[TILE::FRAGMENTS_M][TILE::FRAGMENTS_N][4] = {};
-  Loader<TILE> loader(p, begin);
+  const int m0 = blockIdx.x * TILE::BM + warp_m, k0 = blockIdx.y * TILE::BN + warp_n;
+  Loader<TILE, BRANCH> loader(p, begin, count);
   int loaded = 0;
   for (; loaded < TILE::STAGES - 1; ++loaded) {
-    if (loaded < count) loader.load(base + loaded * TILE::STAGE_BYTES);
+    if (loaded < last) loader.load(base + loaded * TILE::STAGE_BYTES);
     commit_copies();  // also when empty: then "all but the newest STAGES - 2 groups" always means "the stage that comes next"
   }
   unsigned reading = 0, writing = (TILE::STAGES - 1) * TILE::STAGE_BYTES;
-  for (int stage = 0; stage < count; ++stage, ++loaded) {
+  for (int stage = 0; stage < last; ++stage, ++loaded) {
     wait_copies<TILE::STAGES - 2>();  // this thread's part of the stage has arrived,
     __syncthreads();                  // every thread's has; and all threads have finished the previous stage, whose buffer is now refilled
-    if (loaded < count) loader.load(base + writing);
+    if (loaded < last) loader.load(base + writing);
     commit_copies();
-    multiply_stage<KIND, TILE>(sums, base + reading + a_lane, base + reading + b_lane);
+    if (BRANCH && stage == count) dequantize<KIND, TILE>(p, sums, m0, k0);
+    if (BRANCH && stage >= count) multiply_stage<Numbers<T>, TILE>(sums, base + reading + a_lane, base + reading + b_lane);
+    else multiply_stage<Codes<KIND>, TILE>(sums, base + reading + a_lane, base + reading + b_lane);
     writing = reading;
     reading += TILE::STAGE_BYTES;
     if (reading == TILE::SHARED_BYTES) reading = 0;
@@ -204,5 +264,5 @@ __device__ __forceinline__ void convolve(const ConvParams& p) {
   wait_copies<0>();
   __syncthreads();  // the stages' memory is free
   int* const slice = reinterpret_cast<int*>(memory) + warp * 16 * WARP_N;
-  store_tile<KIND, TILE, T>(p, sums, blockIdx.x * TILE::BM + warp_m, blockIdx.y * TILE::BN + warp_n, slice);
+  store_tile<KIND, TILE, T, BRANCH>(p, sums, m0, k0, slice);
 }

@@ -37,8 +37,15 @@ __device__ __forceinline__ void load_of_sample(float (&v)[OCTET], const void* te
   load_values(v, from, K - k0, K % OCTET == 0 && aligned_16(from));
 }
 
-// Writes y[m][k0 .. k0 + 7]. m < M; channels from K on are not written.
-template <Kind KIND, class T>
+// An integer sum as the number it stands for.
+template <Kind KIND>
+__device__ __forceinline__ float dequantized(const ConvParams& p, int row, int sum, float act_scale, float weight_scale, int weight_sum) {
+  if (KIND == U4) sum += p.qmin[row] * weight_sum;  // sum(n * w) = sum((n - qmin) * w) + qmin * sum(w), padding taps included
+  return __fmul_rn(__int2float_rn(sum), __fmul_rn(act_scale, weight_scale));
+}
+
+// Writes y[m][k0 .. k0 + 7]. m < M; channels from K on are not written. With a branch `sums` are the bits of float32 numbers: dequantized, the branch added.
+template <Kind KIND, class T, bool BRANCH = false>
 __device__ __forceinline__ void finish(const ConvParams& p, const Columns<KIND>& columns, int m, int k0, const int (&sums)[OCTET]) {
   const int n = m / (p.P * p.Q), row = p.row[n];  // a tile may contain pixels of several samples, each with a different row
   const float act_scale = p.act_scale[row];
@@ -46,9 +53,7 @@ __device__ __forceinline__ void finish(const ConvParams& p, const Columns<KIND>&
   float y[OCTET], operand[OCTET];
 #pragma unroll
   for (int e = 0; e < OCTET; ++e) {
-    int sum = sums[e];
-    if (KIND == U4) sum += p.qmin[row] * columns.weight_sum[e];  // sum(n * w) = sum((n - qmin) * w) + qmin * sum(w), padding taps included
-    y[e] = __fmul_rn(__int2float_rn(sum), __fmul_rn(act_scale, columns.scale[e]));
+    y[e] = BRANCH ? __int_as_float(sums[e]) : dequantized<KIND>(p, row, sums[e], act_scale, columns.scale[e], columns.weight_sum[e]);
     if (p.bias) y[e] = __fadd_rn(y[e], columns.bias[e]);
   }
   if (p.sample_bias) {

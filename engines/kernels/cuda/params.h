@@ -96,6 +96,8 @@ struct ConvParams {
   const void* sample_bias;    // [N][K] of the output's type, or null
   const void* gate;           // [N][K] of the output's type, or null
   const void* residual;       // [M][K] of the output's type, or null
+  const void* low;            // [M][rank] of the output's type, the input times the first matrix of a low-rank branch; for the kernels *_branch, as is the next
+  const void* up;             // [K][rank] of the output's type, the branch's second matrix
   void* out;                  // [M][K], M = N * P * Q: channels last
   int* partial;               // [splits][M][K] where the sum is split, else null
   int N, H, W, Cb;            // the input
@@ -104,9 +106,12 @@ struct ConvParams {
   int splits;                 // blocks that share one output tile, each summing a part of the filter taps and channels
   int sample_bias_stride, gate_stride;  // elements from one sample to the next
   int saturate;               // 1: y is clipped to [-65504, 65504], float16's range
+  int rank;                   // of the branch, a multiple of 8
 };
 // y = (float(acc) * (act_scale[row] * weight_scale[k]) + bias[k] + sample_bias[n][k]) * gate[n][k] + residual, from left to right, each step rounded to float32
 // separately (no fused multiply-add), clipped where `saturate` says so (NaN stays NaN), then rounded to the output's type: equal to numpy's result bit for bit.
+// BRANCH: sum over r of low[m][r] * up[k][r] is added to float(acc) * (act_scale * weight_scale), before the bias: products exact, sums in float32, their order the
+// tensor cores' own (conv_*_branch), or by fused multiply-adds in the order of r (reduce_*_branch).
 
 struct AttentionParams {
   const void* query;  // float16 or bfloat16 [B][H][Lq][D] by the strides below; a token's D elements are contiguous and start at 16 bytes
@@ -145,4 +150,4 @@ constexpr int THREADS = 256;  // of every kernel but conv and attention_s8
 constexpr int STATS_OCTETS = 64;  // octets of channels that a block of group_stats_partial takes at most
 
 // Bounds that the host must ensure: M * K < 2^31 and N * HW * channels / 8 < 2^31 for one tensor; 128 * 128 * R * S * C < 2^31, so that no sum overflows;
-// codes, weight, zero, partial start at 16 bytes (out and residual too where K % 8 == 0; otherwise, and for x anywhere, their natural alignment is enough).
+// codes, weight, zero, partial, low, up start at 16 bytes (out and residual too where K % 8 == 0; otherwise, and for x anywhere, their natural alignment is enough).

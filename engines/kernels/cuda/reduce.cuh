@@ -2,8 +2,26 @@
 #pragma once
 #include "epilogue.cuh"
 
+// The sum over the rank that a branch adds to an octet of numbers, whose bits are in `sums`.
+template <class T>
+__device__ __forceinline__ void add_branch(const ConvParams& p, int m, int k0, int (&sums)[OCTET]) {
+  const T* const low = static_cast<const T*>(p.low) + static_cast<long long>(m) * p.rank;
+  for (int r = 0; r < p.rank; r += OCTET) {
+    float a[OCTET], b[OCTET];
+    load_values(a, low + r, OCTET, true);
+#pragma unroll
+    for (int e = 0; e < OCTET; ++e) {
+      load_values(b, static_cast<const T*>(p.up) + static_cast<long long>(min(k0 + e, p.K - 1)) * p.rank + r, OCTET, true);
+      float y = __int_as_float(sums[e]);
+#pragma unroll
+      for (int i = 0; i < OCTET; ++i) y = fmaf(a[i], b[i], y);
+      sums[e] = __float_as_int(y);
+    }
+  }
+}
+
 // A thread processes an octet of channels of one pixel: neighbouring threads read neighbouring 32 bytes of each split.
-template <Kind KIND, class T>
+template <Kind KIND, class T, bool BRANCH = false>
 __device__ __forceinline__ void reduce(const ConvParams& p) {
   const int M = p.N * p.P * p.Q, octets = divide_up(p.K, OCTET), items = M * octets;
   const long long split_size = static_cast<long long>(M) * p.K;
@@ -23,6 +41,14 @@ __device__ __forceinline__ void reduce(const ConvParams& p) {
 #pragma unroll
       for (int e = 0; e < OCTET; ++e) sums[e] += part[e];
     }
-    finish<KIND, T>(p, Columns<KIND>(p, k0), m, k0, sums);
+    const Columns<KIND> columns(p, k0);
+    if constexpr (BRANCH) {
+      const int row = p.row[m / (p.P * p.Q)];
+#pragma unroll
+      for (int e = 0; e < OCTET; ++e)
+        sums[e] = __float_as_int(dequantized<KIND>(p, row, sums[e], p.act_scale[row], columns.scale[e], columns.weight_sum[e]));
+      add_branch<T>(p, m, k0, sums);
+    }
+    finish<KIND, T, BRANCH>(p, columns, m, k0, sums);
   }
 }

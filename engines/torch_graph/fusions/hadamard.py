@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from edm_deploy.network.rotation import hadamard
-from engines.kernels.operands import LARGEST_ROTATION
+from engines.kernels.checks import LARGEST_ROTATION
 from engines.torch_graph.fusions.prologues import ACTIVATION, ROTATION, feeds_quantizers, quantizers
 from engines.torch_graph.fx_helpers import aten, calls, value_of
 from engines.torch_graph.rewrite import GraphRewrite

@@ -50,11 +50,23 @@ def test_convolutions_of_random_shape_are_numpys_bit_for_bit(emulator, kind, dty
     check_all(emulator, cases)
 
 
+@pytest.mark.parametrize("shapes", SHAPES_EACH)
+@pytest.mark.parametrize("dtype", drawn.TYPES)
+@pytest.mark.parametrize("kind", drawn.KINDS)
+def test_low_rank_branches_added_in_the_epilogue_are_numpys_bit_for_bit(emulator, kind, dtype, shapes):
+    g = np.random.default_rng(list(f"branch {kind} {dtype}".encode()))
+    cases = [drawn.Convolution.drawn(g, kind, dtype, branch=True) for _ in range(shapes)]
+    assert {case.tile for case in cases} == set(drawn.TILES)
+    assert {case.splits > 1 for case in cases} == {False, True}
+    assert {case.rank > 32 for case in cases} == {False, True}
+    check_all(emulator, cases)
+
+
 @pytest.mark.parametrize("tile", drawn.TILES)
 def test_every_tile_computes_a_layer_wider_than_itself(emulator, tile):
     """Several blocks each way, more stages than the ring has buffers, tiles that span samples at different rows."""
     shape = {"N": 3, "H": 8, "W": 8, "C": 160, "K": 136, "R": 3, "S": 3, "padding": 1, "residual": True}
-    check_all(emulator, [drawn.Convolution(kind=kind, tile=tile, dtype="f16", **shape) for kind in drawn.KINDS])
+    check_all(emulator, [drawn.Convolution(kind=kind, tile=tile, dtype="f16", rank=rank, **shape) for kind in drawn.KINDS for rank in (0, 72)])
 
 
 def test_more_splits_than_stages_add_zeros(emulator):

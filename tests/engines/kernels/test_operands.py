@@ -41,6 +41,21 @@ def changed(op: str, **changes) -> tuple:
         ("quantize_row_normed", {"eps": -1.0}, "quantize_row_normed: eps -1.0; expected at least 0"),
         ("quantize_row_normed", {"gamma": torch.ones(8, dtype=HALF)}, r"gamma is float16 \[8\] on cpu; expected float32 \[8\]"),
         ("quantize_row_normed", {"scale": torch.ones(1, 8, dtype=HALF)}, r"scale is float16 \[1, 8\] on cpu; expected float16 \[2, 8\]"),
+        ("quantize", {"rotation": 8}, r"rotation of x \[2, 8, 4, 4\]; expected tokens"),
+        ("quantize", {"x": torch.zeros(2, 3, 12, dtype=HALF), "rotation": 8}, "rotation in blocks of 8 of 12 channels; expected a power of two"),
+        ("quantize_row_normed", {"rotation": 512}, "rotation in blocks of 512 of 8 channels; expected a power of two that divides them, 2 to 256"),
+        ("linear", {"low": torch.zeros(2, 4, 4, 8, dtype=torch.bfloat16)}, "a branch has two operands, low and up; only low is given"),
+        ("linear", {"low": torch.zeros(2, 4, 4, 4, dtype=torch.bfloat16), "up": torch.zeros(6, 4, dtype=torch.bfloat16)}, "a branch of rank 4; expected a multiple of 8"),
+        (
+            "linear",
+            {"low": torch.zeros(2, 4, 4, 8, dtype=torch.bfloat16), "up": torch.zeros(5, 8, dtype=torch.bfloat16)},
+            r"up is bfloat16 \[5, 8\] on cpu; expected bfloat16 \[6, 8\]",
+        ),
+        (
+            "conv2d",
+            {"low": torch.zeros(2, 4, 4, 8, dtype=HALF), "up": torch.zeros(6, 8, dtype=HALF)},
+            r"low is float16 \[2, 4, 4, 8\] on cpu; expected float16 \[2, 8, 4, 4\]",
+        ),
         (
             "rotary",
             {"x": torch.zeros(2, 5, 3, 12, dtype=HALF)},
@@ -68,7 +83,7 @@ def changed(op: str, **changes) -> tuple:
         ("conv2d", {"gate": torch.zeros(2, 6)}, r"gate is float32 \[2, 6\] on cpu; expected float16 \[2, 6\]"),
         (
             "conv2d",
-            {"dtype": torch.float32, "residual": None, "sample_bias": None, "gate": None},
+            {"dtype": torch.float32, "residual": None, "sample_bias": None, "gate": None, "low": None, "up": None},
             "output type float32; the kernels write float16 and bfloat16",
         ),
         ("conv2d", {"kind": "u8"}, "No kernel kind 'u8'"),
@@ -97,13 +112,13 @@ def test_a_filter_without_a_kernel_is_named(changes, message):
 def test_a_token_of_more_channels_than_a_block_holds_is_refused():
     x = torch.zeros(2, 1, 8200, dtype=HALF)
     with pytest.raises(UnsupportedError, match="quantize_row_normed: 8200 channels; the kernel normalizes 8192 at most"):
-        OPS.quantize_row_normed(x, None, None, None, None, 1e-6, False, *example("quantize")[1:-1])
+        OPS.quantize_row_normed(x, None, None, None, None, 1e-6, False, *example("quantize")[1:-2], 0)
 
 
 def test_a_sum_that_could_pass_int32_is_refused():
     """131072 * 128 * 128 is 2^31 exactly."""
     rows, one, zero = torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1, dtype=torch.int32)
-    operands = (zero_codes(zero, 8, unsigned=False), one, zero, one, zero, None, None, None, None, False, "s8", [1], HALF)
+    operands = (zero_codes(zero, 8, unsigned=False), one, zero, one, zero, None, None, None, None, None, None, False, "s8", [1], HALF)
     codes, weight = torch.zeros(1, 1, 1, 131072, dtype=torch.uint8), torch.zeros(1, 1, 131072, dtype=torch.uint8)
     with pytest.raises(UnsupportedError, match="a sum of 131072 products of s8 codes may exceed int32"):
         OPS.linear(codes, rows, weight, *operands)

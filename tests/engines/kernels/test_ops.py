@@ -37,7 +37,7 @@ def site_of(op: str, kind: str, *shape: int) -> QuantizedLayer:
 
 def quantize_arguments(site: QuantizedLayer, kind: str, rows: torch.Tensor, activation: str = "none") -> tuple:
     a = site.activation
-    return rows, a.inv_scale, a.qmin.int(), a.qmax.int(), bits_of(kind), kind == "u4", activation
+    return rows, a.inv_scale, a.qmin.int(), a.qmax.int(), bits_of(kind), kind == "u4", activation, 0
 
 
 def sum_arguments(
@@ -50,6 +50,7 @@ def sum_arguments(
     sample_bias=None,
     gate=None,
     saturate=False,
+    branch=(None, None),
 ) -> tuple:
     a, bits = site.activation, bits_of(kind)
     zero = zero_codes(a.qmin.int(), bits, unsigned=kind == "u4")
@@ -67,6 +68,7 @@ def sum_arguments(
         sample_bias,
         gate,
         residual,
+        *branch,
         saturate,
         kind,
     )
@@ -83,10 +85,10 @@ def test_a_code_rounds_half_to_even_and_stops_at_its_bounds():
     x = torch.tensor([[0.5, 1.5, -2.5, 9.0, -9.0, float("nan")]], dtype=HALF)
     row, one = torch.zeros(1, dtype=torch.int32), torch.ones(1)
     qmin, qmax = torch.tensor([-3], dtype=torch.int32), torch.tensor([4], dtype=torch.int32)
-    codes = OPS.quantize(x, row, one, qmin, qmax, 8, False, "none")
+    codes = OPS.quantize(x, row, one, qmin, qmax, 8, False, "none", 0)
     assert codes.shape == (1, 1, 1, 16)
     assert codes.flatten().view(torch.int8)[:6].tolist() == [0, 2, -2, 4, -3, -3]
-    unsigned = OPS.quantize(x, row, one, qmin, qmax, 4, True, "none")
+    unsigned = OPS.quantize(x, row, one, qmin, qmax, 4, True, "none", 0)
     assert unsigned.flatten()[:3].tolist() == [0x53, 0x71, 0x00]  # n + 3, the even channel in the low nibble
 
 
@@ -94,7 +96,7 @@ def test_each_sample_has_its_own_row():
     x = torch.ones(2, 1, dtype=HALF)
     rows = torch.tensor([1, 0], dtype=torch.int32)
     bounds = torch.full((2,), -8, dtype=torch.int32), torch.full((2,), 7, dtype=torch.int32)
-    codes = OPS.quantize(x, rows, torch.tensor([1.0, 3.0]), *bounds, 8, False, "none")
+    codes = OPS.quantize(x, rows, torch.tensor([1.0, 3.0]), *bounds, 8, False, "none", 0)
     assert codes[:, 0, 0, 0].tolist() == [3, 1]
 
 
@@ -102,10 +104,10 @@ def test_one_product_by_hand():
     """(2 - -3) * 7 summed, corrected by -3 * 7, times 0.5 * 4, plus 1: 2 * 7 * 2 + 1 = 29; padding with real 0 adds nothing."""
     rows, one = torch.zeros(1, dtype=torch.int32), torch.ones(1)
     qmin, qmax = torch.tensor([-3], dtype=torch.int32), torch.tensor([12], dtype=torch.int32)
-    codes = OPS.quantize(torch.full((1, 1, 1, 1), 2.0, dtype=HALF), rows, one, qmin, qmax, 4, True, "none")
+    codes = OPS.quantize(torch.full((1, 1, 1, 1), 2.0, dtype=HALF), rows, one, qmin, qmax, 4, True, "none", 0)
     weight = torch.full((1, 1, 3, 3), 7, dtype=torch.int8)
     operands = (codes, rows, pack_weight(weight, 4), zero_codes(qmin, 4, unsigned=True), one * 0.5, qmin, one * 4, weight_sum(weight))
-    y = OPS.conv2d(*operands, one, None, None, None, False, "u4", [3, 3], 1, 1, HALF)
+    y = OPS.conv2d(*operands, one, None, None, None, None, None, False, "u4", [3, 3], 1, 1, HALF)
     assert y.item() == 29
 
 
@@ -185,7 +187,7 @@ def test_a_long_sum_stays_exact():
     rows, one, zero = torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1, dtype=torch.int32)
     tables = (zero_codes(zero, 8, unsigned=False), one * 2.0**-24, zero, one, weight_sum(weight))
     bias = torch.tensor([-128 * 127 * 2304 * 2.0**-24])
-    y = OPS.linear(codes, rows, pack_weight(weight, 8), *tables, bias, None, None, None, False, "s8", [1], torch.bfloat16)
+    y = OPS.linear(codes, rows, pack_weight(weight, 8), *tables, bias, None, None, None, None, None, False, "s8", [1], torch.bfloat16)
     assert y.item() == -128 * 2.0**-24  # float32 rounds the sum 37453824 - 127 = 37453697 to a multiple of 4: 37453696
 
 
@@ -208,7 +210,7 @@ def test_silu_comes_before_the_rounding():
         torch.tensor([-128], dtype=torch.int32),
         torch.tensor([127], dtype=torch.int32),
     )
-    codes = OPS.quantize(x, *table, 8, False, "silu").view(torch.int8).flatten()
+    codes = OPS.quantize(x, *table, 8, False, "silu", 0).view(torch.int8).flatten()
     expected = (nn.functional.silu(x.double()) * 8).round()
     assert torch.equal(codes.double(), expected.flatten())
 
@@ -238,7 +240,7 @@ def test_the_norm_of_tokens_agrees_with_torch(rms):
     scale, shift = torch.randn(2, 3 * 40, generator=generator).to(HALF)[:, :80].chunk(2, dim=1)
     rows, qmin, qmax = (torch.tensor(values, dtype=torch.int32) for values in ([1, 0], [-128, -128], [127, 127]))
     inv_scale = torch.tensor([10.0, 30.0])
-    codes = OPS.quantize_row_normed(x, gamma, beta, scale, shift, 1e-5, rms, rows, inv_scale, qmin, qmax, 8, False)
+    codes = OPS.quantize_row_normed(x, gamma, beta, scale, shift, 1e-5, rms, rows, inv_scale, qmin, qmax, 8, False, 0)
     normed = nn.functional.rms_norm(x.double(), (40,), eps=1e-5) if rms else nn.functional.layer_norm(x.double(), (40,), eps=1e-5)
     exact = (normed * gamma + beta) * (1 + scale.double()[:, None]) + shift.double()[:, None]
     exact = (exact * inv_scale[rows][:, None, None]).clamp(-128, 127)
@@ -263,17 +265,18 @@ def example(op: str) -> tuple:
         heads = torch.randn(2, 5, 3, 8).to(HALF).transpose(1, 2)
         return heads, heads[:, :, :4], heads[:, :, 1:], None
     if op == "quantize_normed":
-        return x, mean, rstd, torch.ones(8), None, 2, *arguments
+        return x, mean, rstd, torch.ones(8), None, 2, *arguments[:-1]
     if op == "rotary":
         return torch.randn(2, 5, 3, 16).to(HALF), *torch.randn(2, 5, 16)
     if op == "quantize_row_normed":
         scale, shift = torch.randn(2, 16, generator=torch.Generator().manual_seed(5)).to(HALF).chunk(2, dim=1)
-        return x.flatten(2).mT, torch.ones(8), torch.zeros(8), scale, shift, 1e-6, False, *arguments[:-1]
+        return x.flatten(2).mT, torch.ones(8), torch.zeros(8), scale, shift, 1e-6, False, *arguments[:-2], 8
     if op == "conv2d":
         codes = OPS.quantize(x, *arguments)
         residual = torch.randn(2, 6, 4, 4).to(HALF)
         sample_bias, gate = torch.randn(2, 12).to(HALF).chunk(2, dim=1)
-        return *sum_arguments(site, "u4", codes, rows, torch.ones(6), residual, sample_bias, gate, True), [3, 3], 1, 1, HALF
+        branch = torch.randn(2, 8, 4, 4).to(HALF), torch.randn(6, 8).to(HALF)
+        return *sum_arguments(site, "u4", codes, rows, torch.ones(6), residual, sample_bias, gate, True, branch), [3, 3], 1, 1, HALF
     linear = site_of("linear", "s8", 6, 8)
     codes = OPS.quantize(x.flatten(2).mT, *quantize_arguments(linear, "s8", rows))
     return *sum_arguments(linear, "s8", codes, rows), [2, 4, 4], torch.bfloat16

@@ -63,6 +63,6 @@ def test_pixels_around_the_map_hold_the_code_of_zero():
     weight = pack_weight(torch.ones(1, 1, 3, 3, dtype=torch.int8), 4)
     zero = torch.full((1, 16), 0x33, dtype=torch.uint8)  # 0 - qmin in both nibbles
     columns = (torch.tensor([0.5]), int32(-3), torch.tensor([2.0]), int32(9))
-    operands = Operands(codes, int32(0), weight, zero, *columns, torch.tensor([10.0]), None, None, None, False, "u4")
+    operands = Operands(codes, int32(0), weight, zero, *columns, torch.tensor([10.0]), None, None, None, None, None, False, "u4")
     y = torch_ops.convolve(operands, operands.shape("test", (3, 3), stride=1, padding=1), torch.float16)
     assert y.flatten().tolist() == [14.0] * 4

@@ -93,6 +93,8 @@ def narrow_convolution(seed: int, low: int, high: int) -> tuple[Operands, ConvSh
         sample_bias=None,
         gate=None,
         residual=None,
+        low=None,
+        up=None,
         saturate=False,
         kind="s8",
     )

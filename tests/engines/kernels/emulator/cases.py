@@ -20,7 +20,7 @@ GUARD = 32  # elements behind every output that must stay as they were
 # (BM, BN) -> threads, bytes of dynamic shared memory; from the source's own table.
 TILES = {
     (int(bm), int(bn)): (int(threads), int(shared))
-    for bm, bn, threads, shared in re.findall(r"  X\((\d+), (\d+), \d+, \d+, (\d+), (\d+), \d+\)", (CUDA / "kernels.cu").read_text())
+    for bm, bn, threads, shared in re.findall(r"  X\((\d+), (\d+), \d+, \d+, (\d+), (\d+), \d+\)", (CUDA / "tiles.cuh").read_text())
 }
 KINDS = ("s4", "u4", "s8")
 TYPES = ("f16", "bf16")
@@ -120,6 +120,7 @@ class Convolution:
     sample_bias: bool = False
     gate: bool = False
     saturate: bool = False
+    rank: int = 0
     short: int = 0  # elements by which the output is too small: for the sanitizer's own test
     seed: int = 0
 
@@ -129,7 +130,9 @@ class Convolution:
         return self.N, P, Q, self.K
 
     @classmethod
-    def drawn(cls, g: np.random.Generator, kind: str, dtype: str, tiles: Sequence[tuple[int, int]] = tuple(TILES)) -> "Convolution":
+    def drawn(
+        cls, g: np.random.Generator, kind: str, dtype: str, tiles: Sequence[tuple[int, int]] = tuple(TILES), *, branch: bool = False
+    ) -> "Convolution":
         """A shape such as networks have, or odder; a few hundred thousand products at most."""
         while True:
             R, S = ((1, 1), (3, 3), (3, 3), (2, 2), (5, 5), (1, 3))[g.integers(6)]
@@ -153,6 +156,7 @@ class Convolution:
                 sample_bias=bool(g.integers(2)),
                 gate=bool(g.integers(2)),
                 saturate=bool(g.integers(2)),
+                rank=8 * int(g.integers(1, 14)) if branch else 0,
                 seed=int(g.integers(1 << 30)),
             )
             n, P, Q, K = drawn.out_shape
@@ -173,10 +177,14 @@ class Convolution:
         zero = pack(np.repeat(-offset[:, None], 128 // bits, 1), bits)
         act_scale = g.uniform(0.01, 0.1, TABLE_ROWS).astype(np.float32)
         weight_scale = g.uniform(1e-3, 1e-2, self.K).astype(np.float32)
+        if self.rank:  # powers of two, so that the branch is exact in any order
+            act_scale, weight_scale = (2.0 ** g.integers(low, low + 2, len(old)).astype(np.float32) for low, old in ((-3, act_scale), (-5, weight_scale)))
         weight_sum = w.sum((1, 2, 3)).astype(np.int32)
+        of_branch, thin, up = self.branch(g)
         residual = to_type(g.standard_normal(self.out_shape).astype(np.float32), self.dtype) if self.residual else None
 
         y = self.sums(n, w).astype(np.float32) * (act_scale[row][per_sample] * weight_scale)
+        y = (y + of_branch).astype(np.float32)
         # Half of the channels' biases cancel the product at one pixel: what is left there is the product's own rounding, which a fused multiply-add would change.
         cancelling = -y[tuple(g.integers(0, size) for size in self.out_shape[:3])]
         bias = np.where(g.random(self.K) < 0.5, cancelling, g.standard_normal(self.K)).astype(np.float32) if self.bias else None
@@ -219,6 +227,9 @@ class Convolution:
             sample_bias_stride=stride,
             gate_stride=stride,
             saturate=int(self.saturate),
+            low=address(thin),
+            up=address(up),
+            rank=self.rank,
             out=address(out),
             partial=address(partial),
             **{name: getattr(self, name) for name in ("N", "H", "W", "K", "R", "S", "padding", "stride", "splits")},
@@ -228,13 +239,24 @@ class Convolution:
         )
         threads, shared = TILES[self.tile]
         BM, BN = self.tile
-        emulator.run(f"conv_{self.kind}_{BM}x{BN}_{self.dtype}", params, (-(-M // BM), -(-K // BN), self.splits), threads, shared)
+        branch = "_branch" if self.rank else ""
+        entry = f"conv_{self.kind}_{BM}x{BN}_{self.dtype}{'' if self.splits > 1 else branch}"
+        emulator.run(entry, params, (-(-M // BM), -(-K // BN), self.splits), threads, shared)
         if self.splits > 1:
             assert (partial[-GUARD:] == 0x7EADBEEF).all(), "wrote behind the partial sums"
-            emulator.run(f"reduce_{self.kind}_{self.dtype}", params, (-(-M * -(-K // 8) // 256), 1), 256)
+            emulator.run(f"reduce_{self.kind}_{self.dtype}{branch}", params, (-(-M * -(-K // 8) // 256), 1), 256)
         assert (out[M * K :] == 0x7EAD).all(), "wrote behind the output"
         wrong = out[: M * K] != to_type(y, self.dtype).ravel()
         assert not wrong.any(), f"{int(wrong.sum())} of {wrong.size} outputs differ, the first at {int(wrong.argmax())}"
+
+    def branch(self, g: np.random.Generator) -> tuple[NDArray[np.float32] | float, NDArray[np.uint16] | None, NDArray[np.uint16] | None]:
+        """The branch's share of the output, and the operands it is the product of, with NaN behind them."""
+        if not self.rank:
+            return 0.0, None, None
+        _, P, Q, K = self.out_shape
+        values = [g.integers(-4, 5, (rows, self.rank)).astype(np.float32) * np.float32(scale) for rows, scale in ((self.N * P * Q, 0.25), (K, 0.125))]
+        stored = [np.append(to_type(value, self.dtype).ravel(), np.full(GUARD, 0x7FFF, np.uint16)) for value in values]
+        return (values[0] @ values[1].T).reshape(self.out_shape), *stored
 
     def sums(self, n: NDArray[np.int64], w: NDArray[np.int64]) -> NDArray[np.int64]:
         """The convolution's integer sums; float64 is exact below 2^53."""
@@ -489,6 +511,10 @@ def check_build(library: pathlib.Path, seed: int, count: int) -> None:
     for _ in range(count if tiles else 0):
         for kind in KINDS:
             Convolution.drawn(g, kind, "f16", tiles).check(emulator)
+    tiles = [(BM, BN) for BM, BN in TILES if emulator.has(f"conv_s4_{BM}x{BN}_f16_branch")]
+    for _ in range(count if tiles else 0):
+        for kind in KINDS:
+            Convolution.drawn(g, kind, "f16", tiles, branch=True).check(emulator)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@
 #if __has_include("rotated.cu")
 #include "rotated.cu"
 #endif
+#if __has_include("branch.cu")
+#include "branch.cu"
+#endif
 #if __has_include("attention.cu")
 #include "attention.cu"
 #endif

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from edm_deploy.numerics.kernel_layout import bits_of, pack_codes, pack_weight, weight_sum, zero_codes
-from engines.kernels.operands import ACTIVATIONS, NORM_ACTIVATIONS, Norm, Operands, RowNorm, Table
+from engines.kernels.checks import ACTIVATIONS, NORM_ACTIVATIONS
+from engines.kernels.operands import Norm, Operands, RowNorm, Table
 
 ROWS = 7
 KINDS = ("s4", "u4", "s8")
@@ -43,12 +44,13 @@ class Quantization:
     norm: Norm | None
     table: Table
     activation: str
+    rotation: int = 0
 
     def arguments(self, device: str) -> tuple:
         """Of the operator."""
         table, norm = self.table, self.norm
         columns = tuple(column.to(device) for column in (table.rows, table.inv_scale, table.qmin, table.qmax))
-        tail = (*columns, table.bits, table.unsigned, self.activation)
+        tail = (*columns, table.bits, table.unsigned, self.activation, *(() if norm else (self.rotation,)))
         x = self.x.to(device)
         assert x.stride() == self.x.stride()
         if norm is None:
@@ -82,7 +84,14 @@ def quantization(seed: int, largest: int) -> Quantization:
     activation = dice.one_of(NORM_ACTIVATIONS if norm else ACTIVATIONS)
     if activation == "geglu":
         x = torch.cat([x.flatten(2).transpose(1, 2) if x.ndim == 4 else x, dice.normal(*gates_of(x)) * 3], -1)
-    return Quantization(x.to(dice.one_of(TYPES)), norm, table, activation)
+    rotation = 0 if norm or x.ndim == 4 else a_rotation(dice, channels)
+    return Quantization(x.to(dice.one_of(TYPES)), norm, table, activation, rotation)
+
+
+def a_rotation(dice: Dice, channels: int) -> int:
+    """Channels of a block, the largest power of two that divides the channels or 0 for none."""
+    block = min(channels & -channels, 256)
+    return block if block > 1 and dice.number(0, 1) else 0
 
 
 def table_of(dice: Dice, batch: int) -> Table:
@@ -106,10 +115,11 @@ class RowNormalization:
     x: Tensor
     norm: RowNorm
     table: Table
+    rotation: int
 
     def arguments(self, device: str) -> tuple:
         """Of the operator."""
-        values = (self.x, *vars(self.norm).values(), *vars(self.table).values())
+        values = (self.x, *vars(self.norm).values(), *vars(self.table).values(), self.rotation)
         return tuple(value.to(device) if isinstance(value, Tensor) else value for value in values)
 
 
@@ -125,7 +135,7 @@ def row_normalization(seed: int, largest: int) -> RowNormalization:
     affine = [dice.normal(channels) if dice.number(0, 1) else None for _ in range(2)]
     ada = [piece if dice.number(0, 1) else None for piece in pieces[2:4]]
     norm = RowNorm(*affine, *ada, 1e-6, bool(dice.number(0, 1)))
-    return RowNormalization(x.to(dtype), norm, table_of(dice, batch))
+    return RowNormalization(x.to(dtype), norm, table_of(dice, batch), a_rotation(dice, channels))
 
 
 @dataclass
@@ -182,6 +192,8 @@ def a_sum(seed: int, largest: int) -> Sum:
         gate=gate,
         saturate=bool(dice.number(0, 1)),
         residual=dice.normal(*shape).to(dtype) if dice.number(0, 1) else None,
+        low=None,
+        up=None,
         kind=kind,
     )
     return Sum(operands, kernel, stride, padding, leading, dtype)
