@@ -22,8 +22,8 @@ from engines.kernels.compilers import FLAGS, PTX_VERSION, Compiler, compiled, nv
 SOURCE = Path(__file__).parent / "cuda"
 MAIN = "kernels.cu"
 ATTENTION = "attention.cu"
-ROTATED, BRANCH = "rotated.cu", "branch.cu"
-SOURCES = (MAIN, ROTATED, BRANCH, ATTENTION)  # each is compiled alone, when one of its kernels is first used
+ROTATED, BRANCH, DOWN = "rotated.cu", "branch.cu", "down.cu"
+SOURCES = (MAIN, ROTATED, BRANCH, DOWN, ATTENTION)  # each is compiled alone, when one of its kernels is first used
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90")
 
 

@@ -10,6 +10,7 @@ from engines.kernels import driver
 from engines.kernels.checks import FLOATS
 from engines.kernels.launch import (
     FIRST_PROLOGUES,
+    OCTET,
     PROLOGUES,
     TYPES,
     ConvParams,
@@ -122,7 +123,7 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
     # Referenced until the launch: the allocator reuses freed memory, in stream order.
     codes, weight, zero = aligned(operands.codes), aligned(operands.weight), aligned(operands.zero)
     residual = None if operands.residual is None else aligned(operands.residual.reshape(M, K).contiguous())
-    low = None if operands.low is None else aligned(operands.low.reshape(M, -1).contiguous())
+    low = None if operands.low is None else _rows(operands.low.reshape(M, -1))
     up = None if operands.up is None else aligned(operands.up)
     sample_bias, gate = _unit_stride(operands.sample_bias), _unit_stride(operands.gate)
     params = ConvParams(
@@ -141,6 +142,7 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
         low=_address(low),
         up=_address(up),
         rank=0 if up is None else up.shape[1],
+        low_stride=0 if low is None else low.stride(0),
         out=out.data_ptr(),
         partial=_address(partial),
         N=shape.N,
@@ -175,6 +177,12 @@ def _address(tensor: Tensor | None) -> int | None:
 def _unit_stride(columns: Tensor | None) -> Tensor | None:
     """[B, C] with neighbouring channels, as a chunk of a projection has them; else a copy."""
     return columns if columns is None or columns.stride(1) == 1 else columns.contiguous()
+
+
+def _rows(low: Tensor) -> Tensor:
+    """[M, rank] whose rows start at 16 bytes, as a part of the columns of a wider tensor may have them; else a copy."""
+    fits = low.stride(1) == 1 and low.stride(0) % OCTET == 0 and low.data_ptr() % CHUNK == 0
+    return low if fits else low.clone(memory_format=torch.contiguous_format)
 
 
 def aligned(tensor: Tensor) -> Tensor:

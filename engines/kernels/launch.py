@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from edm_deploy.numerics.kernel_layout import CODE_FORMATS
-from engines.kernels.build import BRANCH, MAIN, ROTATED
+from engines.kernels.build import BRANCH, DOWN, MAIN, ROTATED
 from engines.kernels.tiles import TILES, Tile
 
 THREADS = 256  # of every kernel but the convolutions
@@ -32,6 +32,8 @@ PROLOGUES = {
     (False, "geglu"): "geglu",
 }
 FIRST_PROLOGUES = ("plain", "silu")  # of kernels that read channels first
+BRANCH_PROLOGUES = (*PROLOGUES.values(), "rows")  # of kernels that multiply by a branch's first matrix
+BRANCH_PIXELS, BRANCH_BYTES = 32, 16640  # per block of them; its dynamic shared memory
 ROTATED_PROLOGUES = tuple(name for (norm, _), name in PROLOGUES.items() if not norm)  # of kernels that rotate
 
 
@@ -54,6 +56,18 @@ class RowNormParams(ctypes.Structure):
     ]
 
 
+class BranchParams(ctypes.Structure):
+    """Mirror of the C++ struct of the same name."""
+
+    _fields_ = [
+        *_fields(
+            "x codes row inv_scale qmin qmax mean rstd gamma beta scale shift down low_scale low",
+            "N HW C Cb groups unsigned_codes rotation scale_stride shift_stride low_scale_stride lanes rms rank",
+        ),
+        ("eps", ctypes.c_float),
+    ]
+
+
 class StatsParams(ctypes.Structure):
     """Mirror of the C++ struct of the same name."""
 
@@ -71,7 +85,7 @@ class ConvParams(ctypes.Structure):
 
     _fields_ = _fields(
         "codes weight zero row act_scale qmin weight_scale weight_sum bias sample_bias gate residual low up out partial",
-        "N H W Cb K R S P Q padding stride splits sample_bias_stride gate_stride saturate rank",
+        "N H W Cb K R S P Q padding stride splits sample_bias_stride gate_stride saturate rank low_stride",
     )
 
 
@@ -140,6 +154,19 @@ def row_norm_launch(params: RowNormParams, *, type_name: str, bits: int) -> Laun
     return _rotated(Launch(f"quantize_rows_{type_name}_i{bits}", grid, THREADS, 0, params))
 
 
+def branch_launch(params: BranchParams, *, type_name: str, bits: int, prologue: str) -> Launch:
+    """Quantize, pack, and multiply by the first matrix of a low-rank branch.
+
+    Args:
+        params: All fields set.
+        type_name: `f16` or `bf16`, of x.
+        bits: 4 or 8.
+        prologue: From BRANCH_PROLOGUES; `rows` normalizes tokens.
+    """
+    grid = _clipped(_ceil(params.HW, BRANCH_PIXELS), params.N, 1)
+    return Launch(f"quantize_branch_{type_name}_i{bits}_{prologue}", grid, THREADS, BRANCH_BYTES, params, DOWN)
+
+
 def rotary_launch(params: RotaryParams, *, type_name: str) -> Launch:
     """Rotate queries or keys of type `f16` or `bf16`; all fields of `params` set."""
     items = params.N * params.L * params.H * params.D // OCTET
@@ -187,7 +214,11 @@ def conv_launches(params: ConvParams, *, kind: str, tile: Tile, type_name: str) 
 
 def entry_points(source: str = MAIN) -> list[str]:
     """Names of all kernels that a file in `cuda/` must define."""
-    return {MAIN: _main_entry_points, ROTATED: _rotated_entry_points, BRANCH: _branch_entry_points}[source]()
+    return {MAIN: _main_entry_points, ROTATED: _rotated_entry_points, BRANCH: _branch_entry_points, DOWN: _down_entry_points}[source]()
+
+
+def _down_entry_points() -> list[str]:
+    return [f"quantize_branch_{type_name}_i{bits}_{name}" for type_name in TYPES for bits in (4, 8) for name in BRANCH_PROLOGUES]
 
 
 def _branch_entry_points() -> list[str]:

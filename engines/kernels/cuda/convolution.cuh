@@ -109,16 +109,16 @@ struct Loader {
     const unsigned a = stage + place, b = a + TILE::BM * STAGE_ROW;
     const int row = threadIdx.x / STAGE_CHUNKS, element = (index * STAGE_CHUNKS + threadIdx.x % STAGE_CHUNKS) * OCTET, M = p.N * p.P * p.Q;
     const bool exists = element < p.rank;
-    const auto copy = [&](unsigned to, const void* matrix, int at) {
-      const long long offset = exists ? static_cast<long long>(at) * p.rank + element : 0;
+    const auto copy = [&](unsigned to, const void* matrix, int at, int pitch) {
+      const long long offset = exists ? static_cast<long long>(at) * pitch + element : 0;
       copy_async(to, static_cast<const unsigned short*>(matrix) + offset, exists);
     };
 #pragma unroll
     for (int i = 0; i < TILE::LOADS_A; ++i)
-      copy(a + i * TILE::LOAD_ROWS * STAGE_ROW, p.low, min(static_cast<int>(blockIdx.x) * TILE::BM + row + i * TILE::LOAD_ROWS, M - 1));
+      copy(a + i * TILE::LOAD_ROWS * STAGE_ROW, p.low, min(static_cast<int>(blockIdx.x) * TILE::BM + row + i * TILE::LOAD_ROWS, M - 1), p.low_stride);
 #pragma unroll
     for (int i = 0; i < TILE::LOADS_B; ++i)
-      copy(b + i * TILE::LOAD_ROWS * STAGE_ROW, p.up, min(static_cast<int>(blockIdx.y) * TILE::BN + row + i * TILE::LOAD_ROWS, p.K - 1));
+      copy(b + i * TILE::LOAD_ROWS * STAGE_ROW, p.up, min(static_cast<int>(blockIdx.y) * TILE::BN + row + i * TILE::LOAD_ROWS, p.K - 1), p.rank);
   }
 };
 

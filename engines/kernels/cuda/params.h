@@ -63,6 +63,33 @@ struct RowNormParams {
 // mean = S(x) / C, rstd = 1 / sqrt(S((x - mean)^2) / C + eps). S sums in float32: thread t of a token adds channels 8t .. 8t + 7, then those of octets
 // t + lanes, t + 2 * lanes, ...; the 32 threads of a warp in five steps, each with the thread whose number differs in bit 4, 3, 2, 1, 0; then warps in order.
 
+struct BranchParams {
+  const void* x;           // float16 or bfloat16 [N][HW][C], for GEGLU [N][HW][2C], 16-byte aligned; C a multiple of 8
+  byte_t* codes;           // [N][HW][Cb]
+  const int* row;          // as in QuantizeParams, until beta
+  const float* inv_scale;
+  const int* qmin;
+  const int* qmax;
+  const float* mean;
+  const float* rstd;
+  const float* gamma;
+  const float* beta;
+  const void* scale;       // as in RowNormParams
+  const void* shift;
+  const void* down;        // of x's type [rank][C]
+  const void* low_scale;   // of x's type [N][rank], or null
+  void* low;               // of x's type [N][HW][rank]
+  int N, HW, C, Cb, groups;
+  int unsigned_codes;
+  int rotation;            // 0: none
+  int scale_stride, shift_stride, low_scale_stride;  // elements from one sample to the next
+  int lanes, rms;          // as in RowNormParams
+  int rank;                // a multiple of 8, at most 256
+  float eps;
+};
+// What a quantizer rounds, rounded to x's type and not rotated, times the first matrix of a low-rank branch, and its codes: low[m][r] = (sum over c of T(value[m][c]) *
+// down[r][c]) * low_scale[n][r], products exact, sums in float32 in an order of the tensor cores' own; rounded to x's type. The codes are those of quantize_* and quantize_rows_*.
+
 struct StatsParams {
   const void* x;   // float16 or bfloat16 [N][HW][C]
   float* partial;  // [N][ceil(HW / chunk)][C][2] mean of a chunk's pixels, and sum of their squared distances from it: scratch between the two kernels
@@ -96,7 +123,7 @@ struct ConvParams {
   const void* sample_bias;    // [N][K] of the output's type, or null
   const void* gate;           // [N][K] of the output's type, or null
   const void* residual;       // [M][K] of the output's type, or null
-  const void* low;            // [M][rank] of the output's type, the input times the first matrix of a low-rank branch; for the kernels *_branch, as is the next
+  const void* low;            // [M][rank], rows low_stride apart, of the output's type, the input times the first matrix of a low-rank branch; for the kernels *_branch, as is the next
   const void* up;             // [K][rank] of the output's type, the branch's second matrix
   void* out;                  // [M][K], M = N * P * Q: channels last
   int* partial;               // [splits][M][K] where the sum is split, else null
@@ -107,6 +134,7 @@ struct ConvParams {
   int sample_bias_stride, gate_stride;  // elements from one sample to the next
   int saturate;               // 1: y is clipped to [-65504, 65504], float16's range
   int rank;                   // of the branch, a multiple of 8
+  int low_stride;             // elements from one row of `low` to the next, a multiple of 8
 };
 // y = (float(acc) * (act_scale[row] * weight_scale[k]) + bias[k] + sample_bias[n][k]) * gate[n][k] + residual, from left to right, each step rounded to float32
 // separately (no fused multiply-add), clipped where `saturate` says so (NaN stays NaN), then rounded to the output's type: equal to numpy's result bit for bit.
@@ -138,15 +166,17 @@ struct AttentionParams {
 //   quantize_last_*    (ceil(HW * channels / 8 / 256), N)              256   channels = Cb * 8 / bits; both axes stride over what a smaller grid leaves
 //   quantize_first_*   (ceil(HW / 64), ceil(channels / 64), N)         256   likewise
 //   quantize_rows_*    (ceil(HW / (256 / lanes)), N)                   256   likewise
+//   quantize_branch_*  (ceil(HW / 32), N)                              256   likewise; BRANCH_BYTES of dynamic shared memory
 //   group_stats_partial_*  (ceil(HW / chunk), ceil(C / 8 / STATS_OCTETS), N)  256   likewise
 //   group_stats_merge  (groups, N)                                     256   likewise
 //   conv_*_BMxBN_*     (ceil(M / BM), ceil(K / BN), splits)            Tile::threads and Tile::shared_bytes of dynamic shared memory (TILES in kernels.cu)
 //   rotary_*           (ceil(N * L * H * D / 8 / 256))                 256   likewise
-//   reduce_*           (ceil(M * ceil(K / 8) / 256))                   256   likewise; of these only conv takes dynamic shared memory
+//   reduce_*           (ceil(M * ceil(K / 8) / 256))                   256   likewise
 //   attention_key_sums_*   (chunks, H, B)                              256
 //   attention_key_codes_*  (tokens / 64, H, B)                         256
 //   attention_s8_*_*   (ceil(Lq / queries), H, B)                      AttentionTile::THREADS and SHARED_BYTES of dynamic shared memory (WIDTHS in attention.cu)
 constexpr int THREADS = 256;  // of every kernel but conv and attention_s8
+constexpr int BRANCH_BYTES = 16640;
 constexpr int STATS_OCTETS = 64;  // octets of channels that a block of group_stats_partial takes at most
 
 // Bounds that the host must ensure: M * K < 2^31 and N * HW * channels / 8 < 2^31 for one tensor; 128 * 128 * R * S * C < 2^31, so that no sum overflows;

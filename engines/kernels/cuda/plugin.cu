@@ -21,6 +21,6 @@ extern "C" __global__ void __launch_bounds__(PLUGIN_BOUNDS)
     PLUGIN_ENTRY(const byte_t* codes, const byte_t* weight, const byte_t* zero, const int* row, const float* act_scale, const int* qmin, const float* weight_scale,
                  const int* weight_sum, const float* bias, int N, int H, int W, int Cb, int K, int R, int S, int P, int Q, int padding, int stride, void* out) {
   PLUGIN_KERNEL(ConvParams{codes, weight, zero, row, act_scale, qmin, weight_scale, weight_sum, bias, nullptr, nullptr, nullptr, nullptr, nullptr, out, nullptr,
-                           N, H, W, Cb, K, R, S, P, Q, padding, stride, 1, 0, 0, 0, 0});
+                           N, H, W, Cb, K, R, S, P, Q, padding, stride, 1, 0, 0, 0, 0, 0});
 }
 #endif

@@ -64,7 +64,8 @@ __device__ __forceinline__ void load_column(float (&v)[CHANNELS], const float* c
 }
 
 // Second half of GroupNorm, on the statistics of group_stats: channels c0 .. c0 + 7 of sample n. They may span several groups.
-__device__ __forceinline__ void normalize(float (&v)[CHANNELS], const QuantizeParams& p, int n, int c0, int count) {
+template <class Params>
+__device__ __forceinline__ void normalize(float (&v)[CHANNELS], const Params& p, int n, int c0, int count) {
   const int size = p.C / p.groups;
   int group = c0 / size, left = size - (c0 - group * size);
   float mean = p.mean[n * p.groups + group], rstd = p.rstd[n * p.groups + group], column[CHANNELS];
@@ -87,6 +88,22 @@ __device__ __forceinline__ void normalize(float (&v)[CHANNELS], const QuantizePa
     load_column(column, p.beta + c0, count, p.C % CHANNELS == 0 && aligned_16(p.beta));
 #pragma unroll
     for (int e = 0; e < CHANNELS; ++e) v[e] = __fadd_rn(v[e], column[e]);
+  }
+}
+
+// What is rounded: channels c0 .. c0 + 7 of a pixel of sample n, whose first element is `x`, behind the operations of a prologue. count > 0.
+template <class T, Prologue PROLOGUE, class Params>
+__device__ __forceinline__ void load_octet_of(float (&v)[CHANNELS], const Params& p, const T* x, int n, int c0, int count, bool wide) {
+  float gate[CHANNELS];
+  load_values(v, x + c0, count, wide);
+  if constexpr (PROLOGUE == GEGLU) load_values(gate, x + p.C + c0, count, wide);
+  if constexpr (PROLOGUE == NORM || PROLOGUE == NORM_SILU) normalize(v, p, n, c0, count);
+#pragma unroll
+  for (int e = 0; e < CHANNELS; ++e) {
+    if constexpr (PROLOGUE == SILU || PROLOGUE == NORM_SILU) v[e] = silu(v[e]);
+    if constexpr (PROLOGUE == GELU) v[e] = gelu(v[e]);
+    if constexpr (PROLOGUE == GELU_TANH) v[e] = gelu_tanh(v[e]);
+    if constexpr (PROLOGUE == GEGLU) v[e] = __fmul_rn(v[e], gelu(gate[e]));
   }
 }
 
@@ -117,25 +134,14 @@ __device__ __forceinline__ void quantize_last(const QuantizeParams& p) {
       int stored[CHANNELS] = {};
       float v[CHANNELS] = {};
       if (count > 0) {
-        float gate[CHANNELS];
-        load_values(v, x + static_cast<long long>(pixel) * pitch + c0, count, wide);
-        if constexpr (PROLOGUE == GEGLU) load_values(gate, x + static_cast<long long>(pixel) * pitch + p.C + c0, count, wide);
-        if constexpr (PROLOGUE == NORM || PROLOGUE == NORM_SILU) normalize(v, p, n, c0, count);
-#pragma unroll
-        for (int e = 0; e < CHANNELS; ++e) {
-          if constexpr (PROLOGUE == SILU || PROLOGUE == NORM_SILU) v[e] = silu(v[e]);
-          if constexpr (PROLOGUE == GELU) v[e] = gelu(v[e]);
-          if constexpr (PROLOGUE == GELU_TANH) v[e] = gelu_tanh(v[e]);
-          if constexpr (PROLOGUE == GEGLU) v[e] = __fmul_rn(v[e], gelu(gate[e]));
-          if constexpr (!ROTATED) stored[e] = e < count ? encode(v[e], row) : 0;
-        }
+        load_octet_of<T, PROLOGUE>(v, p, x + static_cast<long long>(pixel) * pitch, n, c0, count, wide);
       }
       if constexpr (ROTATED) {
         hadamard(v, p.rotation);
         if (item >= items) continue;
-#pragma unroll
-        for (int e = 0; e < CHANNELS; ++e) stored[e] = e < count ? encode(v[e], row) : 0;
       }
+#pragma unroll
+      for (int e = 0; e < CHANNELS; ++e) stored[e] = e < count ? encode(v[e], row) : 0;
       store_codes<BITS>(codes + static_cast<long long>(item) * BITS, stored);
     }
   }

@@ -5,7 +5,7 @@
 // The sum over the rank that a branch adds to an octet of numbers, whose bits are in `sums`.
 template <class T>
 __device__ __forceinline__ void add_branch(const ConvParams& p, int m, int k0, int (&sums)[OCTET]) {
-  const T* const low = static_cast<const T*>(p.low) + static_cast<long long>(m) * p.rank;
+  const T* const low = static_cast<const T*>(p.low) + static_cast<long long>(m) * p.low_stride;
   for (int r = 0; r < p.rank; r += OCTET) {
     float a[OCTET], b[OCTET];
     load_values(a, low + r, OCTET, true);

@@ -44,6 +44,32 @@ __device__ __forceinline__ void load_row_of_sample(float (&v)[CHANNELS], const v
   load_values(v, from, count, wide && aligned_16(from));
 }
 
+// Second half of a norm of tokens: what follows (x - mean) * rstd.
+template <class T, class Params>
+__device__ __forceinline__ void scale_and_shift(float (&v)[CHANNELS], const Params& p, int n, int c0, int count, bool wide) {
+  float column[CHANNELS];
+  if (p.gamma && count > 0) {
+    load_column(column, p.gamma + c0, count, wide && aligned_16(p.gamma));
+#pragma unroll
+    for (int e = 0; e < CHANNELS; ++e) v[e] = __fmul_rn(v[e], column[e]);
+  }
+  if (p.beta && count > 0) {
+    load_column(column, p.beta + c0, count, wide && aligned_16(p.beta));
+#pragma unroll
+    for (int e = 0; e < CHANNELS; ++e) v[e] = __fadd_rn(v[e], column[e]);
+  }
+  if (p.scale && count > 0) {
+    load_row_of_sample<T>(column, p.scale, static_cast<long long>(n) * p.scale_stride + c0, count, wide);
+#pragma unroll
+    for (int e = 0; e < CHANNELS; ++e) v[e] = __fmul_rn(v[e], __fadd_rn(1.0f, column[e]));
+  }
+  if (p.shift && count > 0) {
+    load_row_of_sample<T>(column, p.shift, static_cast<long long>(n) * p.shift_stride + c0, count, wide);
+#pragma unroll
+    for (int e = 0; e < CHANNELS; ++e) v[e] = __fadd_rn(v[e], column[e]);
+  }
+}
+
 template <class T, int BITS, bool ROTATED = false>
 __device__ __forceinline__ void quantize_rows(const RowNormParams& p) {
   float* const slots = reinterpret_cast<float*>(fixed_shared<2 * THREADS / 32 * sizeof(float)>());
@@ -84,29 +110,10 @@ __device__ __forceinline__ void quantize_rows(const RowNormParams& p) {
       for (int i = 0; i < HELD; ++i) {
         const int octet = lane + i * p.lanes, c0 = octet * CHANNELS, count = min(max(p.C - c0, 0), CHANNELS);
         if (!ROTATED && (!exists || octet >= octets)) continue;
-        float v[CHANNELS], column[CHANNELS];
+        float v[CHANNELS];
 #pragma unroll
         for (int e = 0; e < CHANNELS; ++e) v[e] = __fmul_rn(__fsub_rn(value_of<T>(held[i], e), mean), rstd);
-        if (p.gamma && count > 0) {
-          load_column(column, p.gamma + c0, count, wide && aligned_16(p.gamma));
-#pragma unroll
-          for (int e = 0; e < CHANNELS; ++e) v[e] = __fmul_rn(v[e], column[e]);
-        }
-        if (p.beta && count > 0) {
-          load_column(column, p.beta + c0, count, wide && aligned_16(p.beta));
-#pragma unroll
-          for (int e = 0; e < CHANNELS; ++e) v[e] = __fadd_rn(v[e], column[e]);
-        }
-        if (p.scale && count > 0) {
-          load_row_of_sample<T>(column, p.scale, static_cast<long long>(n) * p.scale_stride + c0, count, wide);
-#pragma unroll
-          for (int e = 0; e < CHANNELS; ++e) v[e] = __fmul_rn(v[e], __fadd_rn(1.0f, column[e]));
-        }
-        if (p.shift && count > 0) {
-          load_row_of_sample<T>(column, p.shift, static_cast<long long>(n) * p.shift_stride + c0, count, wide);
-#pragma unroll
-          for (int e = 0; e < CHANNELS; ++e) v[e] = __fadd_rn(v[e], column[e]);
-        }
+        scale_and_shift<T>(v, p, n, c0, count, wide);
         if constexpr (ROTATED) {
           hadamard(v, p.rotation);
           if (!exists || octet >= octets) continue;

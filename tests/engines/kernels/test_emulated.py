@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from engines.kernels.build import ROTATED
+from engines.kernels.build import DOWN, ROTATED
 from engines.kernels.launch import entry_points
 from tests.engines.kernels.emulator import SANITIZE, STRUCTS, EmulationError, Emulator, cached_library
 from tests.engines.kernels.emulator import cases as drawn
+from tests.engines.kernels.emulator.branches import branch_quantizations
 from tests.engines.kernels.emulator.rotations import rotations
 from tests.engines.kernels.emulator.row_norms import rotated_row_norms, row_norms
 
@@ -91,6 +92,13 @@ def test_channels_rotated_while_quantizing_have_numpys_codes(emulator):
     cases = [*drawn.rotated_quantizations(seed=0), *rotated_row_norms(seed=0)]
     assert {case.entry for case in cases} == set(entry_points(ROTATED))
     assert {case.rotation for case in cases} == {2, 4, 8, 16, 32, 64, 128, 256}
+    check_all(emulator, cases)
+
+
+def test_quantizers_in_front_of_branches_have_the_codes_of_those_without_and_numpys_product(emulator):
+    cases = branch_quantizations(seed=0)
+    assert {case.entry for case in cases} == set(entry_points(DOWN))
+    assert {case.rotation > 0 for case in cases} == {case.scaled for case in cases} == {False, True}
     check_all(emulator, cases)
 
 

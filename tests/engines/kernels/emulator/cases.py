@@ -180,7 +180,8 @@ class Convolution:
         if self.rank:  # powers of two, so that the branch is exact in any order
             act_scale, weight_scale = (2.0 ** g.integers(low, low + 2, len(old)).astype(np.float32) for low, old in ((-3, act_scale), (-5, weight_scale)))
         weight_sum = w.sum((1, 2, 3)).astype(np.int32)
-        of_branch, thin, up = self.branch(g)
+        pitch = 8 * int(g.integers(0, 3))  # columns of `low` that belong to other layers
+        of_branch, thin, up = self.branch(g, pitch)
         residual = to_type(g.standard_normal(self.out_shape).astype(np.float32), self.dtype) if self.residual else None
 
         y = self.sums(n, w).astype(np.float32) * (act_scale[row][per_sample] * weight_scale)
@@ -230,6 +231,7 @@ class Convolution:
             low=address(thin),
             up=address(up),
             rank=self.rank,
+            low_stride=self.rank + pitch,
             out=address(out),
             partial=address(partial),
             **{name: getattr(self, name) for name in ("N", "H", "W", "K", "R", "S", "padding", "stride", "splits")},
@@ -249,14 +251,15 @@ class Convolution:
         wrong = out[: M * K] != to_type(y, self.dtype).ravel()
         assert not wrong.any(), f"{int(wrong.sum())} of {wrong.size} outputs differ, the first at {int(wrong.argmax())}"
 
-    def branch(self, g: np.random.Generator) -> tuple[NDArray[np.float32] | float, NDArray[np.uint16] | None, NDArray[np.uint16] | None]:
+    def branch(self, g: np.random.Generator, pitch: int) -> tuple[NDArray[np.float32] | float, NDArray[np.uint16] | None, NDArray[np.uint16] | None]:
         """The branch's share of the output, and the operands it is the product of, with NaN behind them."""
         if not self.rank:
             return 0.0, None, None
         _, P, Q, K = self.out_shape
         values = [g.integers(-4, 5, (rows, self.rank)).astype(np.float32) * np.float32(scale) for rows, scale in ((self.N * P * Q, 0.25), (K, 0.125))]
+        values[0] = np.append(values[0], np.full((len(values[0]), pitch), np.nan, np.float32), 1)
         stored = [np.append(to_type(value, self.dtype).ravel(), np.full(GUARD, 0x7FFF, np.uint16)) for value in values]
-        return (values[0] @ values[1].T).reshape(self.out_shape), *stored
+        return (values[0][:, : self.rank] @ values[1].T).reshape(self.out_shape), *stored
 
     def sums(self, n: NDArray[np.int64], w: NDArray[np.int64]) -> NDArray[np.int64]:
         """The convolution's integer sums; float64 is exact below 2^53."""

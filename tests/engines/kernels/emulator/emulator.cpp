@@ -7,6 +7,9 @@
 #if __has_include("branch.cu")
 #include "branch.cu"
 #endif
+#if __has_include("down.cu")
+#include "down.cu"
+#endif
 #if __has_include("attention.cu")
 #include "attention.cu"
 #endif
@@ -23,6 +26,7 @@ extern "C" __attribute__((visibility("default"))) const char* emulate(const char
   const std::string called = name;
   if (called.rfind("quantize_rows_", 0) == 0) bind(RowNormParams{});
   else if (called.rfind("rotary_", 0) == 0) bind(RotaryParams{});
+  else if (called.rfind("quantize_branch_", 0) == 0) bind(BranchParams{});
   else if (called.rfind("quantize_", 0) == 0) bind(QuantizeParams{});
   else if (called.rfind("group_stats_", 0) == 0) bind(StatsParams{});
   else if (called.rfind("attention_", 0) == 0) bind(AttentionParams{});
