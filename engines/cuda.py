@@ -103,7 +103,7 @@ def fused_graph(
     from engines.torch_graph.attention import attention_in_int8
 
     rewritten, branches = packed_engine.open_graph(manifest, tensors, kinds)
-    fusions.fuse(rewritten)
+    fusions.fuse(rewritten, branches=True)
     if GraphOptions.recorded(manifest.build["options"]).attention == "int8" and not attention_in_int8(rewritten):
         log.warning("--attention int8: this model has no attention that the kernels compute; all of it runs in floating point.")
     return rewritten, branches

@@ -120,13 +120,25 @@ def branch(layer: nn.Conv2d | nn.Linear, x: Tensor, down: Tensor, up: Tensor, sc
 
 def linear_branch(x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
     """As `branch`, of a Linear."""
+    return functional.linear(linear_low(x, down, scale), up)
+
+
+def linear_low(x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
+    """The first product of `linear_branch`, [B, ..., R]."""
     by_sample = scale.reshape(len(scale), *[1] * (x.ndim - 2), -1)
-    return functional.linear(functional.linear(x, down) * by_sample, up)
+    return functional.linear(x, down) * by_sample
 
 
 def conv_branch(
     x: Tensor, down: Tensor, up: Tensor, scale: Tensor, stride: list[int], padding: str | tuple[int, ...] | list[int], dilation: list[int]
 ) -> Tensor:
     """As `branch`, of a convolution."""
+    return functional.conv2d(conv_low(x, down, scale, stride, padding, dilation), up)
+
+
+def conv_low(
+    x: Tensor, down: Tensor, scale: Tensor, stride: list[int], padding: str | tuple[int, ...] | list[int], dilation: list[int]
+) -> Tensor:
+    """The first product of `conv_branch`, [B, R, H, W]."""
     low = functional.conv2d(x, down, None, stride, padding if isinstance(padding, str) else list(padding), dilation)
-    return functional.conv2d(low * scale[:, :, None, None], up)
+    return low * scale[:, :, None, None]

@@ -67,7 +67,7 @@ def quantize_rows(x: Tensor, norm: RowNorm, table: Table, *, rotation: int = 0) 
     values = pixels(x).contiguous()
     batch, tokens, _, channels = values.shape
     codes = torch.empty((batch, tokens, 1, code_bytes(channels, table.bits)), dtype=torch.uint8, device=x.device)
-    scale, shift = (_unit_stride(column) for column in (norm.scale, norm.shift))
+    scale, shift = (unit_stride(column) for column in (norm.scale, norm.shift))
     params = RowNormParams(
         x=values.data_ptr(),
         codes=codes.data_ptr(),
@@ -125,7 +125,7 @@ def convolve(operands: Operands, shape: ConvShape, dtype: torch.dtype, *, on: tu
     residual = None if operands.residual is None else aligned(operands.residual.reshape(M, K).contiguous())
     low = None if operands.low is None else _rows(operands.low.reshape(M, -1))
     up = None if operands.up is None else aligned(operands.up)
-    sample_bias, gate = _unit_stride(operands.sample_bias), _unit_stride(operands.gate)
+    sample_bias, gate = unit_stride(operands.sample_bias), unit_stride(operands.gate)
     params = ConvParams(
         codes=codes.data_ptr(),
         weight=weight.data_ptr(),
@@ -174,7 +174,7 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _unit_stride(columns: Tensor | None) -> Tensor | None:
+def unit_stride(columns: Tensor | None) -> Tensor | None:
     """[B, C] with neighbouring channels, as a chunk of a projection has them; else a copy."""
     return columns if columns is None or columns.stride(1) == 1 else columns.contiguous()
 

@@ -51,7 +51,10 @@ class RowNormParams(ctypes.Structure):
     """Mirror of the C++ struct of the same name."""
 
     _fields_ = [
-        *_fields("x codes row inv_scale qmin qmax gamma beta scale shift", "N HW C Cb unsigned_codes scale_stride shift_stride lanes rms rotation"),
+        *_fields(
+            "x codes row inv_scale qmin qmax gamma beta scale shift",
+            "N HW C Cb unsigned_codes scale_stride shift_stride lanes rms rotation",
+        ),
         ("eps", ctypes.c_float),
     ]
 
@@ -62,7 +65,7 @@ class BranchParams(ctypes.Structure):
     _fields_ = [
         *_fields(
             "x codes row inv_scale qmin qmax mean rstd gamma beta scale shift down low_scale low",
-            "N HW C Cb groups unsigned_codes rotation scale_stride shift_stride low_scale_stride lanes rms rank",
+            "N HW C Cb groups unsigned_codes rotation low_rotated scale_stride shift_stride low_scale_stride lanes rms rank",
         ),
         ("eps", ctypes.c_float),
     ]

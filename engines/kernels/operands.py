@@ -234,4 +234,12 @@ class Operands:
             raise InputError(f"{op}: a branch of rank {rank}; expected a multiple of {OCTET}. Fill both of its matrices up with zeros.")
         expect(op, "up", self.up, dtype, [shape.K, rank], self.codes.device)
         axis = 1 if len(result) == 4 and op == "conv2d" else len(result) - 1
-        expect(op, "low", self.low, dtype, [rank if at == axis else size for at, size in enumerate(result)], self.codes.device, contiguous=False)
+        expect(
+            op,
+            "low",
+            self.low,
+            dtype,
+            [rank if at == axis else size for at, size in enumerate(result)],
+            self.codes.device,
+            contiguous=False,
+        )

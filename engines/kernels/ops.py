@@ -7,6 +7,7 @@ compute the same bits in plain torch (`torch_ops.py`), and under a tracer only s
     group_stats       mean and 1 / sqrt(variance + eps) of each sample's groups of channels
     quantize_normed   as quantize, after normalization with such statistics
     quantize_row_normed  as quantize, after LayerNorm or RMSNorm of each token, and per-sample scale and shift; then a rotation
+    quantize_branch   as these three, and the product with the first matrix of a low-rank branch -> codes, [*leading, rank]
     rotary            rotary position embedding of queries or keys
     conv2d            packed codes * packed weight -> float16 or bfloat16 [B, K, P, Q], channels last
     linear            the same for a Linear -> [*leading, K]
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 
 from edm_deploy.numerics.kernel_layout import code_bytes
-from engines.kernels import cuda_ops, rotary, torch_ops
+from engines.kernels import cuda_ops, quantize_branch, rotary, torch_ops
 from engines.kernels.attention import cpu as cpu_attention
 from engines.kernels.attention import cuda as cuda_attention
 from engines.kernels.attention.operands import AttentionOperands
@@ -62,6 +63,7 @@ SCHEMAS = {
     "group_stats": "(Tensor x, int groups, float eps) -> (Tensor, Tensor)",
     "quantize_normed": f"(Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, int groups, {_TABLE}, str activation) -> Tensor",
     "quantize_row_normed": f"(Tensor x, Tensor? gamma, Tensor? beta, Tensor? scale, Tensor? shift, float eps, bool rms, {_TABLE}, int rotation) -> Tensor",
+    "quantize_branch": quantize_branch.SCHEMA,
     "rotary": rotary.SCHEMA,
     "conv2d": f"({_OPERANDS}, int[2] kernel, int stride, int padding, ScalarType dtype) -> Tensor",
     "linear": f"({_OPERANDS}, SymInt[] leading, ScalarType dtype) -> Tensor",
@@ -194,6 +196,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "group_stats": _group_stats,
     "quantize_normed": _quantize_normed,
     "quantize_row_normed": _quantize_row_normed,
+    "quantize_branch": quantize_branch.quantize_branch,
     "rotary": rotary.rotary,
     "conv2d": _conv2d,
     "linear": _linear,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from edm_deploy.errors import InputError
 from engines.kernels import cuda_ops, driver
-from engines.kernels.launch import OCTET, RotaryParams, rotary_launch
 from engines.kernels.checks import FLOATS, check_size
+from engines.kernels.launch import OCTET, RotaryParams, rotary_launch
 
 SCHEMA = "(Tensor x, Tensor cosine, Tensor sine) -> Tensor"
 

@@ -37,7 +37,7 @@ def quantize(x: Tensor, norm: Norm | None, table: Table, *, activation: str = "n
     values = pixels(x).float()
     if norm is not None:
         values = normed(values, norm)
-    return _codes(rotated(activated(values, activation), rotation), table)
+    return codes_of(rotated(activated(values, activation), rotation), table)
 
 
 def rotated(values: Tensor, block: int) -> Tensor:
@@ -97,7 +97,7 @@ def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.where((error != 0) & even & total.isfinite(), torch.nextafter(total, toward), total).float()
 
 
-def _codes(values: Tensor, table: Table) -> Tensor:
+def codes_of(values: Tensor, table: Table) -> Tensor:
     """Packed codes uint8 [B, H, W, Cb] of float32 [B, H, W, C]."""
     rows = table.rows.long()
     inv_scale, qmin, qmax = (column[rows].float()[:, None, None, None] for column in (table.inv_scale, table.qmin, table.qmax))
@@ -122,7 +122,7 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
 
 def quantize_rows(x: Tensor, norm: RowNorm, table: Table, *, rotation: int = 0) -> Tensor:
     """Packed codes uint8 [B, L, 1, Cb] of tokens [B, ..., C], each normalized, then rotated: all in float32, in the order of `cuda/params.h`, the same bits."""
-    return _codes(rotated(row_normed(pixels(x).float(), norm), rotation), table)
+    return codes_of(rotated(row_normed(pixels(x).float(), norm), rotation), table)
 
 
 def row_normed(x: Tensor, norm: RowNorm) -> Tensor:

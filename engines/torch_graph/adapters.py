@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
-from edm_deploy.network.adapter_inputs import SLOT_SCALES, AdapterInputs, conv_branch, down_input, linear_branch, up_input
+from edm_deploy.network.adapter_inputs import SLOT_SCALES, AdapterInputs, conv_low, down_input, linear_low, up_input
 from engines.torch_graph.fx_helpers import aten, value_of
 from engines.torch_graph.rewrite import GraphRewrite
 
@@ -29,6 +30,8 @@ def add_adapters(rewritten: GraphRewrite, layers: Mapping[str, Any], adapters: A
     for declared in adapters.inputs:
         with graph.inserting_after(last):
             placeholders[declared.name] = last = graph.placeholder(declared.name.replace(".", "_"))
+        if declared.name != SLOT_SCALES:  # whose first size is that of the batch
+            last.meta["val"] = torch.empty([int(size) for size in declared.dims], dtype=rewritten.dtype, device="meta")
     casts: dict[str, fx.Node] = {}
     for site in [name for name in rewritten.products if name in adapters.layers]:
         _add(rewritten, site, layers[site], placeholders, casts)
@@ -44,11 +47,12 @@ def _add(rewritten: GraphRewrite, site: str, layer: Any, placeholders: Mapping[s
     with graph.inserting_before(total):
         if value_of(x).dtype != rewritten.dtype:
             x = rewritten.call(aten.to.dtype, x, rewritten.dtype)
-        weights = [_cast(rewritten, name, placeholders, casts) for name in (down_input(site), up_input(site), SLOT_SCALES)]
+        down, up, scale = (_cast(rewritten, name, placeholders, casts) for name in (down_input(site), up_input(site), SLOT_SCALES))
         if layer.weight.ndim == 4:
-            branch = rewritten.call(conv_branch, x, *weights, list(layer.stride), list(layer.padding), list(layer.dilation))
+            low = rewritten.call(conv_low, x, down, scale, list(layer.stride), list(layer.padding), list(layer.dilation))
+            branch = rewritten.call(aten.conv2d.default, low, up)
         else:
-            branch = rewritten.call(linear_branch, x, *weights)
+            branch = rewritten.call(aten.linear.default, rewritten.call(linear_low, x, down, scale), up)
     branch.meta = dict(product.meta)
     total.args = (product, branch)
     rewritten.added.add(product)  # a layer without integer kernel reads the site's input itself
@@ -63,4 +67,5 @@ def _cast(rewritten: GraphRewrite, name: str, placeholders: Mapping[str, fx.Node
     if name not in casts:
         with rewritten.graph.inserting_after(list(placeholders.values())[-1]):
             casts[name] = rewritten.graph.call_function(aten.to.dtype, (placeholders[name], rewritten.dtype))
+        casts[name].meta = dict(placeholders[name].meta)
     return casts[name]

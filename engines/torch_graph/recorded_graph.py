@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 
 from edm_deploy.errors import UnsupportedError
 from engines.kernels import ops
+from engines.kernels.checks import FLOATS
 from engines.kernels.cpu.memory import Memory, storage_of
 from engines.kernels.cpu.ops import RecordedOps
 from engines.kernels.cpu.weights import Weights
-from engines.kernels.checks import FLOATS
 from engines.torch_graph.fx_helpers import aten
 
 kernels: Any = torch.ops.edm_deploy

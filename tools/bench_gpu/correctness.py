@@ -15,8 +15,8 @@ from edm_deploy_tools.bench_gpu.stage import StageResult, StageRun
 from edm_deploy_tools.benchmarks.kernel_problems import BOUNDS
 from edm_deploy_tools.common.console import Row
 from engines.kernels import build, cuda_ops, driver, rotary, torch_ops
-from engines.kernels.launch import FIRST_PROLOGUES, PROLOGUES
 from engines.kernels.checks import FLOATS
+from engines.kernels.launch import FIRST_PROLOGUES, PROLOGUES
 from engines.kernels.operands import ConvShape, Norm, Operands, RowNorm, Table
 from engines.kernels.tiles import TILES
 

@@ -78,8 +78,9 @@ __device__ __forceinline__ void quantize_branch(const BranchParams& p) {
               scale_and_shift<T>(v, p, n, c0, CHANNELS, true);
             }
           }
+          if (p.rotation && p.low_rotated) hadamard(v, p.rotation);
           *reinterpret_cast<uint4*>(memory + place_of(i, lane)) = uint4{to_pair<T>(v[0], v[1]), to_pair<T>(v[2], v[3]), to_pair<T>(v[4], v[5]), to_pair<T>(v[6], v[7])};
-          if (p.rotation) hadamard(v, p.rotation);
+          if (p.rotation && !p.low_rotated) hadamard(v, p.rotation);
           if (pixel < p.HW && octet < octets) {
             int stored[CHANNELS];
 #pragma unroll

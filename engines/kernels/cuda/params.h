@@ -82,12 +82,13 @@ struct BranchParams {
   int N, HW, C, Cb, groups;
   int unsigned_codes;
   int rotation;            // 0: none
+  int low_rotated;         // 1: the product is of the rotated values
   int scale_stride, shift_stride, low_scale_stride;  // elements from one sample to the next
   int lanes, rms;          // as in RowNormParams
   int rank;                // a multiple of 8, at most 256
   float eps;
 };
-// What a quantizer rounds, rounded to x's type and not rotated, times the first matrix of a low-rank branch, and its codes: low[m][r] = (sum over c of T(value[m][c]) *
+// What a quantizer rounds, rounded to x's type, before its rotation or behind it, times the first matrix of a low-rank branch, and its codes: low[m][r] = (sum over c of T(value[m][c]) *
 // down[r][c]) * low_scale[n][r], products exact, sums in float32 in an order of the tensor cores' own; rounded to x's type. The codes are those of quantize_* and quantize_rows_*.
 
 struct StatsParams {

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import fx
 
-from engines.torch_graph.fusions.prologues import RESHAPES
+from engines.torch_graph.fusions.prologues import RESHAPES, tokens_of_map
 from engines.torch_graph.fx_helpers import aten, calls, per_sample, permutes, same_shape, same_size, value_of, vectors
 from engines.torch_graph.rewrite import PRODUCTS, GraphRewrite, kernels
 
 PLACES = {argument.name: place for place, argument in enumerate(kernels.conv2d.default._schema.arguments)}  # the same for linear
-EPILOGUE = ("sample_bias", "gate", "residual", "saturate")  # in the order in which the kernels apply them
+EPILOGUE = ("low", "sample_bias", "gate", "residual", "saturate")  # in the order in which the kernels apply them
 LARGEST_FLOAT16 = 65504
 
 
@@ -32,18 +32,13 @@ def fuse_saturation(rewritten: GraphRewrite) -> None:
     """Move a clip to float16's finite values, as diffusers' transformers have behind a block, into the epilogue in front of it."""
     for clip in (*calls(rewritten.graph, aten.clip.default), *calls(rewritten.graph, aten.clamp.default)):
         product = clip.args[0]
-        if clip.args[1:] == (-LARGEST_FLOAT16, LARGEST_FLOAT16) and _accepts(product, "saturate"):
+        if clip.args[1:] == (-LARGEST_FLOAT16, LARGEST_FLOAT16) and accepts(product, "saturate"):
             _replace(rewritten, clip, product, "saturate", True)
 
 
 def _take_vectors(rewritten: GraphRewrite, node: Any, name: str) -> None:
     for product, other in (node.args, node.args[::-1]):
-        if (
-            not _accepts(product, name)
-            or product is other
-            or per_sample(other, product) is None
-            or value_of(other).dtype != rewritten.dtype
-        ):
+        if not accepts(product, name) or product is other or per_sample(other, product) is None or value_of(other).dtype != rewritten.dtype:
             continue
         with rewritten.graph.inserting_before(node):
             columns = vectors(rewritten.graph, other)
@@ -51,7 +46,7 @@ def _take_vectors(rewritten: GraphRewrite, node: Any, name: str) -> None:
         return
 
 
-def _accepts(product: Any, name: str) -> bool:
+def accepts(product: Any, name: str) -> bool:
     """Whether a node is a layer's output with one reader, and its epilogue has nothing yet at, or behind, the operand of this name."""
     if not (isinstance(product, fx.Node) and product.target in PRODUCTS and len(product.users) == 1):
         return False
@@ -61,7 +56,7 @@ def _accepts(product: Any, name: str) -> bool:
 def _replace(rewritten: GraphRewrite, node: Any, product: Any, name: str, operand: Any) -> None:
     """Replace `node`, which reads `product` and nothing else does, by the product with one more operand of its epilogue."""
     with rewritten.graph.inserting_before(node):
-        fused = _with(rewritten, product, name, operand)
+        fused = with_operand(rewritten, product, name, operand)
     fused.meta = dict(node.meta)
     node.replace_all_uses_with(fused)
     rewritten.graph.erase_node(node)
@@ -82,7 +77,7 @@ def fuse_residual(rewritten: GraphRewrite) -> None:
                 _replace(rewritten, add, product, "residual", other)
                 break
             with rewritten.graph.inserting_before(add):
-                fused = _with(rewritten, product, "residual", _tokens(rewritten, other))
+                fused = with_operand(rewritten, product, "residual", tokens_of_map(rewritten, other))
                 fused.meta = dict(product.meta)
                 for view in chain[1:]:
                     meta = dict(view.meta)
@@ -94,7 +89,8 @@ def fuse_residual(rewritten: GraphRewrite) -> None:
             break
 
 
-def _with(rewritten: GraphRewrite, product: Any, operand: str, value: Any) -> Any:
+def with_operand(rewritten: GraphRewrite, product: Any, operand: str, value: Any) -> Any:
+    """A layer's product with one more operand of its epilogue, beside it in the graph."""
     place = PLACES[operand]
     fused = rewritten.graph.call_function(product.target, (*product.args[:place], value, *product.args[place + 1 :]))
     for name, node in rewritten.products.items():
@@ -103,17 +99,16 @@ def _with(rewritten: GraphRewrite, product: Any, operand: str, value: Any) -> An
     return fused
 
 
-def _tokens(rewritten: GraphRewrite, x: Any) -> Any:
-    """A map [B, C, H, W] as [B, HW, C]: a view where it is channels last."""
-    last = rewritten.graph.call_function(aten.permute.default, (x, [0, 2, 3, 1]))
-    return rewritten.graph.call_function(aten.flatten.using_ints, (last, 1, 2))
-
-
 def _takes_residual(rewritten: GraphRewrite, product: Any, other: Any, summand: Any) -> bool:
     """Whether a layer's output, of which `summand` is a view or itself, is read by one addition only, of a value of the same shape and type."""
-    if not (isinstance(product, fx.Node) and isinstance(other, fx.Node)) or summand is other:
+    return accepts(product, "residual") and same_summands(rewritten, summand, other)
+
+
+def same_summands(rewritten: GraphRewrite, summand: Any, other: Any) -> bool:
+    """Whether two different values have one shape, whatever the batch, and the second the type between the sites."""
+    if not (isinstance(summand, fx.Node) and isinstance(other, fx.Node)) or summand is other:
         return False
-    return _accepts(product, "residual") and same_shape(summand, other) and value_of(other).dtype == rewritten.dtype
+    return same_shape(summand, other) and value_of(other).dtype == rewritten.dtype
 
 
 def _map_of_tokens(node: Any) -> tuple[Any, Any, Any] | None:

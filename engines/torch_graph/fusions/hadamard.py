@@ -9,9 +9,11 @@ from torch import fx
 
 from edm_deploy.network.rotation import hadamard
 from engines.kernels.checks import LARGEST_ROTATION
-from engines.torch_graph.fusions.prologues import ACTIVATION, ROTATION, feeds_quantizers, quantizers
+from engines.torch_graph.fusions.prologues import ACTIVATION, BRANCH_PLACES, QUANTIZE_BRANCH, ROTATION, feeds_quantizers, quantizers
 from engines.torch_graph.fx_helpers import aten, calls, value_of
 from engines.torch_graph.rewrite import GraphRewrite
+
+LOW_ROTATED = BRANCH_PLACES["low_rotated"]
 
 
 def fuse_hadamard(rewritten: GraphRewrite) -> None:
@@ -26,7 +28,9 @@ def fuse_hadamard(rewritten: GraphRewrite) -> None:
         if any(quantize.args[ACTIVATION] != "none" or quantize.args[ROTATION] for quantize in quantizers(y)):
             continue
         for quantize in quantizers(y):
-            quantize.args = (x, *quantize.args[1:ROTATION], block)
+            quantize.args = (x, *quantize.args[1:ROTATION], block, *quantize.args[ROTATION + 1 :])
+            if quantize.target is QUANTIZE_BRANCH:  # its branch reads what is rotated
+                quantize.args = (*quantize.args[:LOW_ROTATED], True, *quantize.args[LOW_ROTATED + 1 :])
         y.replace_all_uses_with(x)  # the readers of its sizes
     rewritten.graph.eliminate_dead_code()
 
@@ -38,7 +42,12 @@ def rotation_of(rewritten: GraphRewrite, product: Any) -> tuple[Any, Any, int]:
         return x, y, 0
     values = rewritten.tensors[str(matrix.target)]
     block = len(values) if values.ndim == 2 else 0
-    if block < 2 or values.shape[1] != block or block & (block - 1) or not torch.equal(values, hadamard(block, values.dtype, values.device)):
+    if (
+        block < 2
+        or values.shape[1] != block
+        or block & (block - 1)
+        or not torch.equal(values, hadamard(block, values.dtype, values.device))
+    ):
         return x, y, 0
     if isinstance(x, fx.Node) and x.target is aten.unflatten.int:  # [..., C] as [..., C / block, block] and back
         back = next(iter(product.users))

@@ -12,9 +12,10 @@ from engines.torch_graph.fx_helpers import aten, calls, permutes, same_size, val
 from engines.torch_graph.rewrite import GraphRewrite, kernels
 
 QUANTIZE = kernels.quantize.default
-BITS, ACTIVATION, ROTATION = (
-    [argument.name for argument in QUANTIZE._schema.arguments].index(name) for name in ("bits", "activation", "rotation")
-)
+QUANTIZE_BRANCH = kernels.quantize_branch.default  # with the same arguments first
+BRANCH_PLACES = {argument.name: place for place, argument in enumerate(QUANTIZE_BRANCH._schema.arguments)}
+BITS, ACTIVATION, ROTATION = (BRANCH_PLACES[name] for name in ("bits", "activation", "rotation"))
+NORM = BRANCH_PLACES["norm"]
 RESHAPES = (aten.reshape.default, aten.flatten.using_ints)
 
 
@@ -24,11 +25,15 @@ def fuse_concatenation(rewritten: GraphRewrite) -> None:
     All but the last part must end with a whole chunk of codes, and a whole block of channels where they are rotated. The codes are the same.
     """
     for node in calls(rewritten.graph, aten.cat.default):
+        if "val" not in node.meta:  # of weights or ranks, which the rewrite added
+            continue
         parts = node.args[0]
         rank, axis = value_of(node).ndim, (*node.args[1:], 0)[0]
         if rank == 4 or axis % rank != rank - 1 or value_of(node).dtype != rewritten.dtype:
             continue
         if not _feeds_plain_quantizers(node) or _last_size_is_read(node) or not _are_whole_chunks(node, parts):
+            continue
+        if any(quantize.target is QUANTIZE_BRANCH for quantize in quantizers(node)):
             continue
         for quantize in quantizers(node):
             with rewritten.graph.inserting_before(quantize):
@@ -133,15 +138,30 @@ def _norm_into(rewritten: GraphRewrite, norm: Any, x: Any, quantizers: list[Any]
     groups, gamma, beta, eps = (*norm.args[1:5], None, None, 1e-5)[:4] if len(norm.args) < 5 else norm.args[1:5]
     with rewritten.graph.inserting_before(norm):
         stats = rewritten.graph.call_function(kernels.group_stats.default, (x, groups, eps))
-        mean, rstd = (rewritten.graph.call_function(_item, (stats, index)) for index in (0, 1))
+        mean, rstd = (rewritten.graph.call_function(item_of, (stats, index)) for index in (0, 1))
         gamma, beta = (float32(rewritten, column) for column in (gamma, beta))
     for quantize in quantizers:
         with rewritten.graph.inserting_before(quantize):
-            fused = rewritten.graph.call_function(kernels.quantize_normed.default, (x, mean, rstd, gamma, beta, groups, *quantize.args[1:ROTATION]))
+            if quantize.target is QUANTIZE_BRANCH:
+                source = tokens_of_map(rewritten, x) if tokens else x
+                norm_operands = ("group", mean, rstd, gamma, beta, None, None, groups, 0.0)
+                replace_codes(
+                    rewritten, quantize, rewritten.graph.call_function(QUANTIZE_BRANCH, (source, *quantize.args[1:NORM], *norm_operands))
+                )
+                continue
+            fused = rewritten.graph.call_function(
+                kernels.quantize_normed.default, (x, mean, rstd, gamma, beta, groups, *quantize.args[1:ROTATION])
+            )
             if tokens:  # codes [B, H, W, Cb] as [B, HW, 1, Cb]
                 fused = rewritten.graph.call_function(aten.flatten.using_ints, (fused, 1, 2))
                 fused = rewritten.graph.call_function(aten.unsqueeze.default, (fused, 2))
             replace_codes(rewritten, quantize, fused)
+
+
+def tokens_of_map(rewritten: GraphRewrite, x: Any) -> Any:
+    """A map [B, C, H, W] as [B, HW, C]: a view where it is channels last."""
+    last = rewritten.graph.call_function(aten.permute.default, (x, [0, 2, 3, 1]))
+    return rewritten.graph.call_function(aten.flatten.using_ints, (last, 1, 2))
 
 
 def _tokens_of(node: Any) -> Any | None:
@@ -169,7 +189,7 @@ def replace_codes(rewritten: GraphRewrite, quantize: Any, codes: Any) -> None:
 
 def quantizers(node: Any) -> list[Any]:
     """The quantizers that read a value."""
-    return [user for user in node.users if user.target is QUANTIZE and user.args[0] is node]
+    return [user for user in node.users if user.target in (QUANTIZE, QUANTIZE_BRANCH) and user.args[0] is node]
 
 
 def feeds_quantizers(node: Any) -> bool:
@@ -191,7 +211,8 @@ def _swaps(node: Any) -> bool:
     return {axis % 3 for axis in axes} == {1, 2}
 
 
-def _item(pair: tuple[Any, Any], index: int) -> Any:
+def item_of(pair: tuple[Any, Any], index: int) -> Any:
+    """One of an operator's two results."""
     return pair[index]
 
 

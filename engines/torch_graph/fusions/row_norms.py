@@ -8,7 +8,16 @@ from typing import Any
 from torch import fx
 
 from engines.kernels.operands import LARGEST_ROW
-from engines.torch_graph.fusions.prologues import ACTIVATION, ROTATION, feeds_quantizers, float32, quantizers, replace_codes
+from engines.torch_graph.fusions.prologues import (
+    ACTIVATION,
+    NORM,
+    QUANTIZE_BRANCH,
+    ROTATION,
+    feeds_quantizers,
+    float32,
+    quantizers,
+    replace_codes,
+)
 from engines.torch_graph.fx_helpers import aten, calls, per_sample, value_of, vectors
 from engines.torch_graph.rewrite import GraphRewrite, kernels
 
@@ -102,7 +111,12 @@ def _norm_into(rewritten: GraphRewrite, y: Any, norm: _RowNorm, scale: Any | Non
         affine = [float32(rewritten, parameter) for parameter in (norm.gamma, norm.beta)]
     for quantize in quantizers(y):
         with rewritten.graph.inserting_before(quantize):
-            arguments = (norm.x, *affine, *columns, norm.eps, norm.rms, *quantize.args[1:ACTIVATION], quantize.args[ROTATION])
-            fused = rewritten.graph.call_function(kernels.quantize_row_normed.default, arguments)
+            if quantize.target is QUANTIZE_BRANCH:
+                kind = "rms" if norm.rms else "layer"
+                arguments = (norm.x, *quantize.args[1:NORM], kind, None, None, *affine, *columns, 0, norm.eps)
+                fused = rewritten.graph.call_function(QUANTIZE_BRANCH, arguments)
+            else:
+                arguments = (norm.x, *affine, *columns, norm.eps, norm.rms, *quantize.args[1:ACTIVATION], quantize.args[ROTATION])
+                fused = rewritten.graph.call_function(kernels.quantize_row_normed.default, arguments)
             replace_codes(rewritten, quantize, fused)
     y.replace_all_uses_with(norm.x)  # the readers of its sizes

@@ -67,7 +67,9 @@ def test_low_rank_branches_added_in_the_epilogue_are_numpys_bit_for_bit(emulator
 def test_every_tile_computes_a_layer_wider_than_itself(emulator, tile):
     """Several blocks each way, more stages than the ring has buffers, tiles that span samples at different rows."""
     shape = {"N": 3, "H": 8, "W": 8, "C": 160, "K": 136, "R": 3, "S": 3, "padding": 1, "residual": True}
-    check_all(emulator, [drawn.Convolution(kind=kind, tile=tile, dtype="f16", rank=rank, **shape) for kind in drawn.KINDS for rank in (0, 72)])
+    check_all(
+        emulator, [drawn.Convolution(kind=kind, tile=tile, dtype="f16", rank=rank, **shape) for kind in drawn.KINDS for rank in (0, 72)]
+    )
 
 
 def test_more_splits_than_stages_add_zeros(emulator):

@@ -42,10 +42,22 @@ def changed(op: str, **changes) -> tuple:
         ("quantize_row_normed", {"gamma": torch.ones(8, dtype=HALF)}, r"gamma is float16 \[8\] on cpu; expected float32 \[8\]"),
         ("quantize_row_normed", {"scale": torch.ones(1, 8, dtype=HALF)}, r"scale is float16 \[1, 8\] on cpu; expected float16 \[2, 8\]"),
         ("quantize", {"rotation": 8}, r"rotation of x \[2, 8, 4, 4\]; expected tokens"),
-        ("quantize", {"x": torch.zeros(2, 3, 12, dtype=HALF), "rotation": 8}, "rotation in blocks of 8 of 12 channels; expected a power of two"),
-        ("quantize_row_normed", {"rotation": 512}, "rotation in blocks of 512 of 8 channels; expected a power of two that divides them, 2 to 256"),
+        (
+            "quantize",
+            {"x": torch.zeros(2, 3, 12, dtype=HALF), "rotation": 8},
+            "rotation in blocks of 8 of 12 channels; expected a power of two",
+        ),
+        (
+            "quantize_row_normed",
+            {"rotation": 512},
+            "rotation in blocks of 512 of 8 channels; expected a power of two that divides them, 2 to 256",
+        ),
         ("linear", {"low": torch.zeros(2, 4, 4, 8, dtype=torch.bfloat16)}, "a branch has two operands, low and up; only low is given"),
-        ("linear", {"low": torch.zeros(2, 4, 4, 4, dtype=torch.bfloat16), "up": torch.zeros(6, 4, dtype=torch.bfloat16)}, "a branch of rank 4; expected a multiple of 8"),
+        (
+            "linear",
+            {"low": torch.zeros(2, 4, 4, 4, dtype=torch.bfloat16), "up": torch.zeros(6, 4, dtype=torch.bfloat16)},
+            "a branch of rank 4; expected a multiple of 8",
+        ),
         (
             "linear",
             {"low": torch.zeros(2, 4, 4, 8, dtype=torch.bfloat16), "up": torch.zeros(5, 8, dtype=torch.bfloat16)},

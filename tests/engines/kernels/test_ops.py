@@ -266,6 +266,9 @@ def example(op: str) -> tuple:
         return heads, heads[:, :, :4], heads[:, :, 1:], None
     if op == "quantize_normed":
         return x, mean, rstd, torch.ones(8), None, 2, *arguments[:-1]
+    if op == "quantize_branch":
+        down, low_scale = torch.randn(16, 8).to(HALF), torch.randn(2, 16).to(HALF)
+        return x.flatten(2).mT, *arguments[:-1], 8, down, low_scale, False, "none", *(None,) * 6, 0, 0.0
     if op == "rotary":
         return torch.randn(2, 5, 3, 16).to(HALF), *torch.randn(2, 5, 16)
     if op == "quantize_row_normed":

@@ -17,37 +17,27 @@ def saved(artifact_w4a4, tmp_path_factory):
     return artifact_w4a4.save(tmp_path_factory.mktemp("cuda") / "artifact")
 
 
-def test_a_branch_enters_the_epilogue_of_its_site_with_all_fusions(saved, tmp_path):
-    """Fused and unfused graphs differ in roundings alone: the branch is added in the kernel, in float32."""
+@pytest.mark.parametrize(("rank", "operand"), [(8, "low"), (2, "residual")])
+def test_a_branch_enters_the_epilogue_of_its_site_with_all_fusions(rank, operand, saved, tmp_path):
+    """Both matrices where the kernels have the rank, else their product; fused and unfused graphs differ in roundings alone."""
     from engines import cuda
+    from engines.torch_graph.fusions.epilogues import PLACES
+    from engines.torch_graph.rewrite import PRODUCTS
 
-    build_engine(saved, tmp_path / "engine", backend="cuda", options=BuildOptions(gpu="sm_86", lora_rank=2, lora_layers="."))
+    build_engine(saved, tmp_path / "engine", backend="cuda", options=BuildOptions(gpu="sm_86", lora_rank=rank, lora_layers="."))
     manifest = Manifest.read(tmp_path / "engine", kind="engine")
     tensors = cuda.load_tensors(tmp_path / "engine" / cuda.ENGINE_NAME)
     kinds = {name: plan.codes for name, plan in manifest.plan.items()}
     rewritten, placeholders = cuda.fused_graph(manifest, tensors, kinds)
     assert list(placeholders) == [declared.name for declared in manifest.adapters.inputs]
-    products = [node for node in rewritten.graph.nodes if node.target in cuda_products()]
+    products = [node for node in rewritten.graph.nodes if node.target in PRODUCTS]
     assert len(products) == len(manifest.sites)
-    residual = [node for node in products if any(getattr(argument, "target", None) in branches() for argument in node.args)]
-    assert len(residual) == len(manifest.sites)
+    assert all(node.args[PLACES[operand]] is not None for node in products)
     with load_denoiser(tmp_path / "engine", device="cpu") as denoiser:
         inputs = tiny_inputs("unet2d")
         before = denoiser.run(inputs)
         denoiser.load_lora(peft_tensors(manifest.adapters.layers, rank=2))
         assert not torch.equal(denoiser.run(inputs), before)
-
-
-def cuda_products():
-    from engines.torch_graph.rewrite import PRODUCTS
-
-    return PRODUCTS
-
-
-def branches():
-    from edm_deploy.network.adapter_inputs import conv_branch, linear_branch
-
-    return conv_branch, linear_branch
 
 
 def test_options_without_each_other_or_for_another_backend_are_refused(saved, onnx_w4a4, tmp_path):

@@ -100,7 +100,9 @@ class BranchQuantization:
     def columns(self, g: np.random.Generator) -> list[NDArray | None]:
         """gamma, beta, and of tokens the scale and shift of each sample."""
         affine = [g.standard_normal(self.C).astype(np.float32) if g.integers(2) else None for _ in range(2)]
-        of_samples = [to_type(g.standard_normal((self.N, self.C)).astype(np.float32), self.dtype) if g.integers(2) else None for _ in range(2)]
+        of_samples = [
+            to_type(g.standard_normal((self.N, self.C)).astype(np.float32), self.dtype) if g.integers(2) else None for _ in range(2)
+        ]
         return [*affine, *(of_samples if self.prologue == "rows" else (None, None))]
 
     def values(self, x: NDArray[np.float32], mean: NDArray, rstd: NDArray, columns: tuple[NDArray | None, ...]) -> NDArray[np.float64]:

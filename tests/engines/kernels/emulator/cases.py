@@ -178,7 +178,9 @@ class Convolution:
         act_scale = g.uniform(0.01, 0.1, TABLE_ROWS).astype(np.float32)
         weight_scale = g.uniform(1e-3, 1e-2, self.K).astype(np.float32)
         if self.rank:  # powers of two, so that the branch is exact in any order
-            act_scale, weight_scale = (2.0 ** g.integers(low, low + 2, len(old)).astype(np.float32) for low, old in ((-3, act_scale), (-5, weight_scale)))
+            act_scale, weight_scale = (
+                2.0 ** g.integers(low, low + 2, len(old)).astype(np.float32) for low, old in ((-3, act_scale), (-5, weight_scale))
+            )
         weight_sum = w.sum((1, 2, 3)).astype(np.int32)
         pitch = 8 * int(g.integers(0, 3))  # columns of `low` that belong to other layers
         of_branch, thin, up = self.branch(g, pitch)
@@ -251,12 +253,17 @@ class Convolution:
         wrong = out[: M * K] != to_type(y, self.dtype).ravel()
         assert not wrong.any(), f"{int(wrong.sum())} of {wrong.size} outputs differ, the first at {int(wrong.argmax())}"
 
-    def branch(self, g: np.random.Generator, pitch: int) -> tuple[NDArray[np.float32] | float, NDArray[np.uint16] | None, NDArray[np.uint16] | None]:
+    def branch(
+        self, g: np.random.Generator, pitch: int
+    ) -> tuple[NDArray[np.float32] | float, NDArray[np.uint16] | None, NDArray[np.uint16] | None]:
         """The branch's share of the output, and the operands it is the product of, with NaN behind them."""
         if not self.rank:
             return 0.0, None, None
         _, P, Q, K = self.out_shape
-        values = [g.integers(-4, 5, (rows, self.rank)).astype(np.float32) * np.float32(scale) for rows, scale in ((self.N * P * Q, 0.25), (K, 0.125))]
+        values = [
+            g.integers(-4, 5, (rows, self.rank)).astype(np.float32) * np.float32(scale)
+            for rows, scale in ((self.N * P * Q, 0.25), (K, 0.125))
+        ]
         values[0] = np.append(values[0], np.full((len(values[0]), pitch), np.nan, np.float32), 1)
         stored = [np.append(to_type(value, self.dtype).ravel(), np.full(GUARD, 0x7FFF, np.uint16)) for value in values]
         return (values[0][:, : self.rank] @ values[1].T).reshape(self.out_shape), *stored
@@ -507,7 +514,14 @@ def check_build(library: pathlib.Path, seed: int, count: int) -> None:
     from tests.engines.kernels.emulator.row_norms import rotated_row_norms, row_norms
 
     emulator, g = Emulator(library), np.random.default_rng(seed)
-    for case in (*quantizations(seed), *rotated_quantizations(seed), *statistics(seed), *row_norms(seed), *rotated_row_norms(seed), *rotations(seed)):
+    for case in (
+        *quantizations(seed),
+        *rotated_quantizations(seed),
+        *statistics(seed),
+        *row_norms(seed),
+        *rotated_row_norms(seed),
+        *rotations(seed),
+    ):
         if case.dtype == "f16" and emulator.has(case.entry):
             case.check(emulator)
     tiles = [(BM, BN) for BM, BN in TILES if emulator.has(f"conv_s4_{BM}x{BN}_f16")]
