@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from edm_deploy.network.adapter_inputs import SLOT_SCALES, AdapterInputs, conv_low, down_input, linear_low, up_input
-from engines.torch_graph.fx_helpers import aten, value_of
+from engines.torch_graph.fx_helpers import aten
 from engines.torch_graph.rewrite import GraphRewrite
 
 
@@ -45,8 +45,7 @@ def _add(rewritten: GraphRewrite, site: str, layer: Any, placeholders: Mapping[s
     total.meta = dict(product.meta)
     product.replace_all_uses_with(total)
     with graph.inserting_before(total):
-        if value_of(x).dtype != rewritten.dtype:
-            x = rewritten.call(aten.to.dtype, x, rewritten.dtype)
+        x = rewritten.cast(x)
         down, up, scale = (_cast(rewritten, name, placeholders, casts) for name in (down_input(site), up_input(site), SLOT_SCALES))
         if layer.weight.ndim == 4:
             low = rewritten.call(conv_low, x, down, scale, list(layer.stride), list(layer.padding), list(layer.dilation))

@@ -68,6 +68,17 @@ class GraphRewrite:
         self.added.add(node)
         return node
 
+    def cast(self, x: fx.Node) -> fx.Node:
+        """A site's input in the type between the sites: itself, or a node behind it that all of its readers share."""
+        if value_of(x).dtype == self.dtype:
+            return x
+        for user in x.users:
+            if user.target is aten.to.dtype and user.args[1:] == (self.dtype,) and user in self.added:
+                return user
+        node = self.call(aten.to.dtype, x, self.dtype)
+        node.meta["val"] = value_of(x).to(self.dtype)
+        return node
+
     def module(self) -> fx.GraphModule:
         """The graph as a module with the tensors it reads."""
         self.graph.eliminate_dead_code()
@@ -181,7 +192,7 @@ def _rewrite(
         return
     codes = next((existing for node, other, existing in shared if node is x and other.quantizes_like(site)), None)
     if codes is None:
-        codes = _codes(result, name, site, _as_map(result, layer, _cast(result, x)), rows)
+        codes = _codes(result, name, site, _as_map(result, layer, result.cast(x)), rows)
         shared.append((x, site, codes))
     result.codes[name] = codes
     if site.kind is None:
@@ -193,10 +204,6 @@ def _rewrite(
     layer.replace_all_uses_with(product)
     result.graph.erase_node(layer)
     result.products[name] = product
-
-
-def _cast(result: GraphRewrite, x: fx.Node) -> fx.Node:
-    return x if value_of(x).dtype == result.dtype else result.call(aten.to.dtype, x, result.dtype)
 
 
 def _as_map(result: GraphRewrite, layer: fx.Node, x: fx.Node) -> fx.Node:

@@ -35,7 +35,7 @@ def fuse_up(rewritten: GraphRewrite) -> None:
     """
     for add in calls(rewritten.graph, aten.add.Tensor):
         for product, other in (add.args[:2], add.args[1::-1]):
-            if add.kwargs or not accepts(product, "low") or not same_summands(rewritten, product, other):
+            if add.kwargs or not accepts(product, "sample_bias") or not same_summands(rewritten, product, other):
                 continue
             if (branch := _branch_of(rewritten, other)) is None:
                 continue
@@ -122,24 +122,23 @@ class _Down:
 
 
 def fuse_down(rewritten: GraphRewrite) -> None:
-    """Compute the first products of branches in the quantizer of the same tokens: the artifact's together, or those of a LoRA.
+    """Compute the first products of branches in the quantizer of the same tokens: the artifact's and those of a LoRA side by side.
 
     Their ranks together are at most LARGEST_RANK, those past it stay products of torch. An input that a quantizer reads times a vector of the channels, a
     pre-scale, is the branch's too, whose matrix is divided by the vector.
     """
     of_slots: dict[tuple[Any, ...], Any] = {}  # a LoRA's weights of its slots, side by side as often as layers share an input
+    place = {node: number for number, node in enumerate(rewritten.graph.nodes)}
     for quantize in calls(rewritten.graph, QUANTIZE):
         x = quantize.args[0]
         value = x.meta.get("val")  # a cast that the rewrite added has none
         if value is None or value.ndim not in (2, 3) or value.dtype != rewritten.dtype or not _is_whole(value.shape[-1]):
             continue
-        downs = list(_readers(x))
+        downs = list(_readers(rewritten, x))
         pre_scale = None if downs else _pre_scale_of(rewritten, x)
         if pre_scale is not None:
-            downs = [down for down in _readers(pre_scale[0]) if down.scale is None]
-        taken = _taken([down for down in downs if str(getattr(down.weight, "target", "")) in rewritten.tensors]) or _taken(
-            [] if pre_scale else [down for down in downs if down.scale is not None]
-        )
+            downs = [down for down in _readers(rewritten, pre_scale[0]) if down.scale is None]
+        taken = _taken([down for down in downs if all(place[user] > place[quantize] for user in down.node.users)])
         if taken:
             _join(rewritten, quantize, taken, None if pre_scale is None else pre_scale[1], of_slots)
     rewritten.graph.eliminate_dead_code()
@@ -149,13 +148,15 @@ def _is_whole(channels: Any) -> bool:
     return isinstance(channels, int) and channels % OCTET == 0
 
 
-def _readers(x: Any) -> Iterator[_Down]:
+def _readers(rewritten: GraphRewrite, x: Any) -> Iterator[_Down]:
     """The products of x with a thin matrix that an epilogue adds."""
     for node in x.users:
         if node.target not in (LINEAR, linear_low) or node.args[0] is not x or not _feeds_epilogues(node):
             continue
         scale = node.args[2] if node.target is linear_low else None
-        if node.target is LINEAR and len(node.args) > 2 and node.args[2] is not None:
+        if node.target is LINEAR and (
+            str(node.args[1].target) not in rewritten.tensors or (len(node.args) > 2 and node.args[2] is not None)
+        ):
             continue
         rank = value_of(node.args[1]).shape[0]
         if rank % OCTET == 0 and rank <= LARGEST_RANK:
@@ -183,9 +184,9 @@ def _pre_scale_of(rewritten: GraphRewrite, x: Any) -> tuple[Any, Tensor] | None:
 
 
 def _taken(downs: list[_Down]) -> list[_Down]:
-    """The first of the products whose ranks together have a kernel."""
+    """The first of the products whose ranks together have a kernel, those of the artifact before those of a LoRA."""
     taken: list[_Down] = []
-    for down in downs:
+    for down in sorted(downs, key=lambda down: down.scale is not None):
         if sum(each.rank for each in taken) + down.rank <= LARGEST_RANK:
             taken.append(down)
     return taken
@@ -197,19 +198,7 @@ def _join(
     """Replace a quantizer and products by one operator, whose second result has their columns side by side."""
     graph = rewritten.graph
     with graph.inserting_before(quantize):
-        if downs[0].scale is None:
-            matrices = [rewritten.tensors[str(down.weight.target)] for down in downs]
-            matrix = torch.cat(matrices)
-            if pre_scale is not None:
-                matrix = (matrix.float() / pre_scale).to(matrix.dtype)
-            name = f"down.{downs[0].weight.target}"
-            weight, scale = rewritten.tensor(name, matrix.contiguous()), None
-        else:
-            weights, scales = [down.weight for down in downs], tuple(down.scale for down in downs)
-            weight = weights[0] if len(downs) == 1 else graph.call_function(aten.cat.default, (weights,))
-            if scales not in of_slots:
-                of_slots[scales] = scales[0] if len(downs) == 1 else graph.call_function(aten.cat.default, (list(scales), 1))
-            scale = of_slots[scales]
+        weight, scale = _weight(rewritten, downs, pre_scale), _slot_scale(graph, downs, of_slots)
         arguments = (*quantize.args, weight, scale, False, "none", *NO_NORM, 0, 0.0)
         both = graph.call_function(QUANTIZE_BRANCH, arguments)
         codes, low = (graph.call_function(item_of, (both, index)) for index in (0, 1))
@@ -221,3 +210,32 @@ def _join(
             down.node.replace_all_uses_with(part)
     replace_codes(rewritten, quantize, codes)
     rewritten.added.update((both, codes, low))
+
+
+def _weight(rewritten: GraphRewrite, downs: list[_Down], pre_scale: Tensor | None) -> Any:
+    """The matrices of products, one below the other: parameters are joined now, inputs in each call."""
+    constant = [str(down.weight.target) for down in downs if down.scale is None]
+    parts: list[Any] = []
+    if constant:
+        matrix = torch.cat([rewritten.tensors[name] for name in constant])
+        if pre_scale is not None:
+            matrix = (matrix.float() / pre_scale).to(matrix.dtype)
+        parts.append(rewritten.tensor(f"down.{constant[0]}", matrix.contiguous()))
+    parts += [down.weight for down in downs if down.scale is not None]
+    return parts[0] if len(parts) == 1 else rewritten.graph.call_function(aten.cat.default, (parts,))
+
+
+def _slot_scale(graph: fx.Graph, downs: list[_Down], of_slots: dict[tuple[Any, ...], Any]) -> Any | None:
+    """[B, rank] by which the columns of products are multiplied: 1 for the artifact's. None where all are."""
+    slots = next((down.scale for down in downs if down.scale is not None), None)
+    if slots is None:
+        return None
+    constant = sum(down.rank for down in downs if down.scale is None)
+    key = (constant, *(down.scale for down in downs if down.scale is not None))
+    if key not in of_slots:
+        parts = list(key[1:])
+        if constant:
+            batch = graph.call_function(aten.sym_size.int, (slots, 0))
+            parts.insert(0, graph.call_function(aten.new_ones.default, (slots, [batch, constant])))
+        of_slots[key] = parts[0] if len(parts) == 1 else graph.call_function(aten.cat.default, (parts, 1))
+    return of_slots[key]

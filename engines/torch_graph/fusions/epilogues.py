@@ -11,7 +11,7 @@ from engines.torch_graph.fx_helpers import aten, calls, per_sample, permutes, sa
 from engines.torch_graph.rewrite import PRODUCTS, GraphRewrite, kernels
 
 PLACES = {argument.name: place for place, argument in enumerate(kernels.conv2d.default._schema.arguments)}  # the same for linear
-EPILOGUE = ("low", "sample_bias", "gate", "residual", "saturate")  # in the order in which the kernels apply them
+EPILOGUE = ("sample_bias", "gate", "residual", "saturate")  # in the order in which the kernels apply them
 LARGEST_FLOAT16 = 65504
 
 

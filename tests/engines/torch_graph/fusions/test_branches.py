@@ -5,8 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from edm_deploy.network.adapter_inputs import AdapterInputs
 from edm_deploy.network.restructure import NetworkRewrite, restructure
 from engines.torch_graph import fusions
+from engines.torch_graph.adapters import add_adapters
 from tests.engines.rewritten import calls, drafted, site_of
 from tests.engines.torch_graph.fusions.test_prologues import TIMESTEPS
 
@@ -38,8 +40,8 @@ class Map(nn.Module):
         return x + self.conv(functional.silu(x))
 
 
-def both(model: nn.Module, x: torch.Tensor, structure: NetworkRewrite):
-    """The draft of a restructured model with random branches and pre-scales: unfused, and with all fusions."""
+def both(model: nn.Module, x: torch.Tensor, structure: NetworkRewrite, *, adapters: int | None = None):
+    """The draft of a restructured model with random branches and pre-scales: unfused, and with all fusions; with inputs of LoRAs of a rank."""
     restructure(model, structure)
     generator = torch.Generator().manual_seed(1)
     for _, part in model.named_modules():
@@ -52,6 +54,9 @@ def both(model: nn.Module, x: torch.Tensor, structure: NetworkRewrite):
         name: site_of(part) for name, part in model.named_modules() if isinstance(part, nn.Linear | nn.Conv2d) and ".branch." not in name
     }
     plain, fused = (drafted(model, sites, x) for _ in range(2))
+    for rewritten in (plain, fused) if adapters else ():
+        layers = {name: model.get_submodule(name) for name in sites}
+        add_adapters(rewritten, layers, AdapterInputs(adapters, {name: tuple(layer.weight.shape) for name, layer in layers.items()}))
     fusions.fuse(fused, branches=True)
     return plain, fused
 
@@ -121,6 +126,32 @@ def test_a_rank_larger_than_the_kernels_stays_a_product_of_torch():
     plain, fused = both(model, x, NetworkRewrite(branches={"a": 264}))
     assert kernels_of(fused.graph) == {"linear": 1, "quantize": 1}  # the first product; the second is in the epilogue
     assert_alike(plain, fused, x)
+
+
+@pytest.mark.parametrize(
+    ("structure", "expected"),
+    [
+        (NetworkRewrite(), {"quantize_branch": 2, "mul": 1}),
+        (NetworkRewrite(branches={"q": 8, "down": 3}), {"quantize_branch": 2, "mul": 1}),
+        (NetworkRewrite(rotated={"q": 32, "k": 32, "down": 64}), {"quantize_branch": 2, "mul": 1}),
+    ],
+)
+def test_a_lora_enters_the_same_kernels_beside_a_branch_or_behind_a_rotation(structure, expected):
+    """Each sample has its own weights of the slots. A LoRA reads what its layer reads, behind a rotation."""
+    model, x = Tokens(), tokens()
+    plain, fused = both(model, x, structure, adapters=8)
+    assert kernels_of(fused.graph) == expected
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.randn(node.meta["val"].shape, generator=generator).half() / 6 for node in lora_weights(fused.graph)]
+    slots = torch.tensor([[0.5] * 8, [1.0] * 4 + [0.0] * 4]).half()
+    without, expected_y, found = (
+        graph.module()(x, TIMESTEPS, slots * scale, *weights)[0].float() for graph, scale in ((plain, 0), (plain, 1), (fused, 1))
+    )
+    assert (found - expected_y).norm() < 0.25 * (expected_y - without).norm()
+
+
+def lora_weights(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder" and node.name.startswith("lora_") and "val" in node.meta]
 
 
 class ReadTwice(nn.Module):
