@@ -16,6 +16,7 @@ import typer
 
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import InputError
+from edm_deploy.network.adapter_inputs import MAX_RANK
 from edm_deploy.network.family import Family
 from edm_deploy.network.layer_costs import ModelWork, SiteWork, model_work
 from edm_deploy.runtime.capabilities import code_format as codes_of
@@ -244,7 +245,7 @@ def _sites_only(work: ModelWork, names: Mapping[str, Any]) -> ModelWork:
     return replace(work, sites={name: site for name, site in work.sites.items() if name in names})
 
 
-def show_step(path_or_name: str, gpu: str, batches: str, *, as_json: bool) -> None:
+def show_step(path_or_name: str, gpu: str, batches: str, branch_rank: int | None = None, *, as_json: bool) -> None:
     """Trace a model and print the expected time of whole steps, every kernel counted.
 
     Raises:
@@ -256,7 +257,7 @@ def show_step(path_or_name: str, gpu: str, batches: str, *, as_json: bool) -> No
         raise InputError(f"--step: {path_or_name} is an {kind_of(path_or_name)} directory; expected a model or an architecture's name.")
     pipeline = pipeline_config_of(path_or_name)
     model = TracedModel.of(pipeline.family_object, pipeline.config)
-    tables = {batch: step_rows(model, device, batch) for batch in sizes}
+    tables = {batch: step_rows(model, device, batch, branch_rank) for batch in sizes}
     if as_json:
         console.print_json({"expected": True, "model": pipeline.name, "GPU": device.name, "note": STEP_NOTE, "steps": tables})
         return
@@ -281,12 +282,18 @@ def command(
         bool,
         typer.Option("--step", help="Trace the model, and count every kernel of a whole step: norms, quantizers, attention, the rest."),
     ] = False,
+    branch_rank: Annotated[
+        int | None,
+        typer.Option(min=1, max=MAX_RANK, help="With --step: also with float branches of this rank beside the quantized linear layers."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
 ) -> None:
     """Print expected times of a model's layers on a GPU. Example: python -m edm_deploy_tools.roofline sd15 --gpu rtx3090 --batch 1,8."""
     if step:
-        show_step(model, gpu, batch, as_json=as_json)
+        show_step(model, gpu, batch, branch_rank, as_json=as_json)
         return
+    if branch_rank is not None:
+        raise InputError("--branch-rank is counted in whole steps. Add --step, or leave it out.")
     rooflines = rooflines_of(model, gpu, batch, fused=fused)
     if as_json:
         console.print_json({"rooflines": [to_json(one) for one in rooflines]})

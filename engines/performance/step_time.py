@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from engines.kernels.launch import BRANCH_PIXELS
 from engines.performance.attention_time import KEY_KERNELS, attention_s8_seconds, attention_seconds
 from engines.performance.gpus import Gpu, launch_seconds
-from engines.performance.roofline import Matmul, Precision, expected, others
+from engines.performance.roofline import MAIN_LOOP, Matmul, Precision, expected, others
 
 Kind = Literal["layers", "attention", "quantize", "norm statistics", "norms", "elementwise"]
 
@@ -32,6 +33,7 @@ OURS: dict[str, Kind] = {
     "quantize": "quantize",
     "quantize_normed": "quantize",
     "quantize_row_normed": "quantize",
+    "quantize_branch": "quantize",
     "group_stats": "norm statistics",
     "rotary": "elementwise",
 }
@@ -130,7 +132,7 @@ class _Recorder(fx.Interpreter):
         result = _attended(*arguments[:3]) if n.target is SDPA else super().run_node(n)
         self.bytes[n] = _bytes(_tensors(result))
         self.level[n] = max((self.level[source] + (source in self.products) for source in n.all_input_nodes), default=0)
-        if n.op != "call_function" or n.target in STATIC or getattr(n.target, "__name__", "") == "_item" or not _tensors(result):
+        if n.op != "call_function" or n.target in STATIC or getattr(n.target, "__name__", "") == "item_of" or not _tensors(result):
             return result
         self.values[n] = arguments, result
         if n.target in FLOAT_LAYERS or n.target is SDPA or _ours(n) in ("conv2d", "linear", "attention_s8"):
@@ -177,6 +179,8 @@ class _Model:
         precision: Precision = "int8" if kind == "s8" else "int4"
         found = expected(matmul, precision, self.gpu, graph=self.graph, quantize=False)
         read = 0.0 if residual is None else self._transfer(_bytes([residual]))
+        if (low := operands["low"]) is not None:  # its tiles follow the codes' through the same loop
+            read += self._transfer(_bytes([low, operands["up"]])) + 2 * low.numel() * outputs / (MAIN_LOOP * self.gpu.peak("float16"))
         return Cost(kind="layers", name=name, seconds=found.seconds + read, launches=2 if found.splits > 1 else 1)
 
     def _float_layer(self, name: str, x: Tensor, weight: Tensor, y: Tensor) -> Cost:
@@ -197,8 +201,17 @@ class _Model:
         twice = sum(_bytes([recorded.values[node][0][0]]) for node in norms if node.target is aten.group_norm.default)
         ours = _ours(first)
         launches = 2 if twice or ours == "group_stats" else 1
+        again = self._read_again(recorded.values[first][0]) if ours == "quantize_branch" else 0.0
         kind: Kind = "norms" if norms else OURS.get(ours, "elementwise")
-        return Cost(kind=kind, name=str(first.target), seconds=self._transfer(size + twice) + launches * self.launch, launches=launches)
+        return Cost(
+            kind=kind, name=str(first.target), seconds=self._transfer(size + twice) + again + launches * self.launch, launches=launches
+        )
+
+    def _read_again(self, arguments: tuple[Any, ...]) -> float:
+        """Seconds in which every block of 32 tokens reads a branch's first matrix from the L2 cache, and the tensor cores multiply."""
+        x, down = arguments[0], next(each for each in arguments[9:] if isinstance(each, Tensor))
+        tokens: int = x.numel() // x.shape[-1]
+        return float(tokens / BRANCH_PIXELS * _bytes([down]) / self.gpu.l2 + 2 * tokens * down.numel() / (MAIN_LOOP * self.gpu.peak("float16")))
 
     def _transfer(self, size: float) -> float:
         return size / (self.gpu.l2 if size <= self.gpu.l2_size / 2 else self.gpu.dram)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from edm_deploy.network.family import Config, Family
 from edm_deploy.network.float_program import exported_program
+from edm_deploy.network.low_rank_branch import in_branch, largest_rank
 from edm_deploy.network.meta_model import meta_inputs, meta_model
+from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite, layer_of
 from edm_deploy.numerics.kernel_layout import CodeFormat, bits_of, code_bytes
 from edm_deploy_tools.common.console import Row
 from engines.performance.gpus import Gpu
@@ -37,32 +39,45 @@ class TracedModel:
     Attributes:
         family, config: The model.
         program: Its float16 program.
+        structure: Rewrites of its network.
     """
 
     family: Family
     config: Config
     program: ExportedProgram
+    structure: NetworkRewrite = PUBLISHED
 
     @classmethod
-    def of(cls, family: Family, config: Config) -> TracedModel:
+    def of(cls, family: Family, config: Config, structure: NetworkRewrite = PUBLISHED) -> TracedModel:
         """Trace a model; it takes a minute for one of a thousand layers."""
-        return cls(family=family, config=config, program=exported_program(family, config, torch.float16))
+        program = exported_program(family, config, torch.float16, structure=structure)
+        return cls(family=family, config=config, program=program, structure=structure)
 
-    def graph(self, kinds: Mapping[str, CodeFormat], *, int8_attention: bool = False) -> fx.GraphModule:
+    def with_branches(self, rank: int) -> TracedModel:
+        """The model traced again, with a float branch of this rank beside every linear layer that the family quantizes."""
+        layers = self.family.sites(meta_model(self.family, self.config))
+        linear = {
+            name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear) and self.family.placement(name) == "quantize"
+        }
+        branches = {name: min(rank, largest_rank(layer)) for name, layer in linear.items()}
+        return TracedModel.of(self.family, self.config, NetworkRewrite(branches=branches))
+
+    def graph(self, kinds: Mapping[str, CodeFormat], *, int8_attention: bool = False, branches: bool = True) -> fx.GraphModule:
         """The fused graph with the sites of `kinds` in integers, on the meta device; without sites the float model.
 
         Args:
             kinds: Code format of each quantized layer. One table of one row for all, so that layers that read one value share its codes.
             int8_attention: Whether attention is ours where the kernels have it.
+            branches: Whether float branches are computed by the kernels.
         """
-        model = meta_model(self.family, self.config)
+        model = meta_model(self.family, self.config, self.structure)
         layers = self.family.sites(model)
         sites = {name: _stand_in(layers[name], kind) for name, kind in kinds.items()}
         params = {name: value for name, value in model.state_dict().items() if name.removesuffix(".weight") not in sites}
         rows = torch.zeros(1000, dtype=torch.int32, device=META)
         rewritten = rewrite_layers(self.program, sites, params, rows, torch.float16)
         if kinds:  # the float model is what torch compiles by itself
-            fusions.fuse(rewritten)
+            fusions.fuse(rewritten, branches=branches)
         if int8_attention:
             attention_in_int8(rewritten)
         rewritten.tensors = {name: _channels_last(value.to(META)) for name, value in rewritten.tensors.items()}
@@ -80,10 +95,11 @@ class TracedModel:
         return inputs
 
 
-def step_rows(model: TracedModel, gpu: Gpu, batch: int) -> list[Row]:
+def step_rows(model: TracedModel, gpu: Gpu, batch: int, branch_rank: int | None = None) -> list[Row]:
     """Expected milliseconds of one step, in all and by kind of kernel: in float16 as torch.compile runs it, and of our session.
 
     Our session runs what is between its operators eagerly, in one CUDA graph, or compiled (`--rest inductor`); attention is torch's, or ours (`--attention int8`).
+    With a `branch_rank` also the step with branches of this rank, in the kernels and as products of torch.
     """
     inputs, rows = model.inputs(batch), list[Row]()
     formats = code_formats(model.family, model.config, four_bits=gpu.has_int4)
@@ -95,6 +111,13 @@ def step_rows(model: TracedModel, gpu: Gpu, batch: int) -> list[Row]:
         ("ours, attention in INT8", attending, False),
         ("ours, rest compiled, attention in INT8", attending, True),
     )
+    if branch_rank is not None:
+        branched = model.with_branches(branch_rank)
+        own = code_formats(model.family, model.config, four_bits=gpu.has_int4, structure=branched.structure)
+        variants += (
+            (f"ours, branches of rank {branch_rank} in the kernels", branched.graph(own), False),
+            (f"ours, branches of rank {branch_rank} by torch", branched.graph(own, branches=False), False),
+        )
     for name, graph, compiled in variants:
         found = step_time(graph, inputs, gpu, compiled=compiled)
         first = rows[0]["step ms"] if rows else 1e3 * found.seconds
@@ -111,12 +134,12 @@ def step_rows(model: TracedModel, gpu: Gpu, batch: int) -> list[Row]:
     return [{column: row.get(column, 0.0) for column in kinds} for row in rows]
 
 
-def code_formats(family: Family, config: Config, *, four_bits: bool = True) -> dict[str, CodeFormat]:
-    """Code formats of a W4A4 model: `s4` where the family quantizes, `s8` where it keeps 8 bits; all `s8` without `four_bits`."""
+def code_formats(family: Family, config: Config, *, four_bits: bool = True, structure: NetworkRewrite = PUBLISHED) -> dict[str, CodeFormat]:
+    """Code formats of a W4A4 model: `s4` where the family quantizes, `s8` where it keeps 8 bits; all `s8` without `four_bits`. Branches have none."""
     kinds: dict[str, CodeFormat] = {}
-    for name in family.sites(meta_model(family, config)):
-        placement = family.placement(name)
-        if placement != "float":
+    for name in family.sites(meta_model(family, config, structure)):
+        placement = family.placement(layer_of(name))
+        if placement != "float" and not in_branch(name):
             kinds[name] = "s4" if placement == "quantize" and four_bits else "s8"
     return kinds
 
