@@ -20,7 +20,7 @@ from edm_deploy.network.adapter_inputs import MAX_RANK
 from edm_deploy.network.family import Family
 from edm_deploy.network.layer_costs import ModelWork, SiteWork, model_work
 from edm_deploy.runtime.capabilities import code_format as codes_of
-from edm_deploy_tools.benchmarks.traced_step import STEP_NOTE, TracedModel, step_rows
+from edm_deploy_tools.benchmarks.traced_step import TracedModel, show_steps, step_rows
 from edm_deploy_tools.common import console, run_app
 from edm_deploy_tools.common.console import Row
 from edm_deploy_tools.inspection.describe import kind_of
@@ -257,13 +257,7 @@ def show_step(path_or_name: str, gpu: str, batches: str, branch_rank: int | None
         raise InputError(f"--step: {path_or_name} is an {kind_of(path_or_name)} directory; expected a model or an architecture's name.")
     pipeline = pipeline_config_of(path_or_name)
     model = TracedModel.of(pipeline.family_object, pipeline.config)
-    tables = {batch: step_rows(model, device, batch, branch_rank) for batch in sizes}
-    if as_json:
-        console.print_json({"expected": True, "model": pipeline.name, "GPU": device.name, "note": STEP_NOTE, "steps": tables})
-        return
-    console.print_facts({"model": pipeline.name, "GPU": f"{device.title} ({device.sm})", "note": STEP_NOTE})
-    for batch, rows in tables.items():
-        console.print_table(f"Expected step on {device.title}, batch {batch}", rows)
+    show_steps(pipeline.name, device, {batch: step_rows(model, device, batch, branch_rank) for batch in sizes}, as_json=as_json)
 
 
 app = run_app.app_with()

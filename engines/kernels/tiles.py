@@ -27,7 +27,7 @@ LEAST_STAGES = 4  # per split: with fewer, a block ends before its pipeline is f
 
 @dataclass(frozen=True)
 class Tile:
-    """A compiled tile, as defined by TILES in `cuda/kernels.cu`.
+    """A compiled tile, as defined by TILES in `cuda/tiles.cuh`.
 
     Attributes:
         BM, BN: Output pixels and output channels per block.

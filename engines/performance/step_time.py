@@ -211,7 +211,9 @@ class _Model:
         """Seconds in which every block of 32 tokens reads a branch's first matrix from the L2 cache, and the tensor cores multiply."""
         x, down = arguments[0], next(each for each in arguments[9:] if isinstance(each, Tensor))
         tokens: int = x.numel() // x.shape[-1]
-        return float(tokens / BRANCH_PIXELS * _bytes([down]) / self.gpu.l2 + 2 * tokens * down.numel() / (MAIN_LOOP * self.gpu.peak("float16")))
+        return float(
+            tokens / BRANCH_PIXELS * _bytes([down]) / self.gpu.l2 + 2 * tokens * down.numel() / (MAIN_LOOP * self.gpu.peak("float16"))
+        )
 
     def _transfer(self, size: float) -> float:
         return size / (self.gpu.l2 if size <= self.gpu.l2_size / 2 else self.gpu.dram)

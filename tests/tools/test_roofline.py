@@ -145,3 +145,5 @@ def test_the_command_counts_every_kernel_of_a_step(capfd, chain, monkeypatch):
     assert all(more["step ms"] >= less["step ms"] > 0 for less, more in zip(one, many, strict=True))
     assert run_app.run(app, "roofline", [str(chain.engine), "--step"]) == 2
     assert "--step" in capfd.readouterr().err
+    assert run_app.run(app, "roofline", [str(chain.model), "--branch-rank", "8"]) == 2
+    assert "--branch-rank is counted in whole steps. Add --step" in capfd.readouterr().err

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from edm_deploy.errors import first_line
 from edm_deploy_tools.bench_gpu.attention import attention_times
-from edm_deploy_tools.bench_gpu.correctness import activation_table
+from edm_deploy_tools.bench_gpu.operands import activation_table
 from edm_deploy_tools.bench_gpu.stage import StageResult, StageRun
 from edm_deploy_tools.benchmarks.comfy_kitchen import comfy_kitchen_calls
 from edm_deploy_tools.benchmarks.kernel_problems import Call, Problem, fits_int_mm, float_call, int_mm_call

@@ -17,6 +17,7 @@ from edm_deploy.network.low_rank_branch import in_branch, largest_rank
 from edm_deploy.network.meta_model import meta_inputs, meta_model
 from edm_deploy.network.restructure import PUBLISHED, NetworkRewrite, layer_of
 from edm_deploy.numerics.kernel_layout import CodeFormat, bits_of, code_bytes
+from edm_deploy_tools.common import console
 from edm_deploy_tools.common.console import Row
 from engines.performance.gpus import Gpu
 from engines.performance.step_time import step_time
@@ -132,6 +133,16 @@ def step_rows(model: TracedModel, gpu: Gpu, batch: int, branch_rank: int | None 
         )
     kinds = dict.fromkeys(column for row in rows for column in row)
     return [{column: row.get(column, 0.0) for column in kinds} for row in rows]
+
+
+def show_steps(name: str, gpu: Gpu, tables: Mapping[int, list[Row]], *, as_json: bool) -> None:
+    """Print the rows of `step_rows` of a model, by batch size."""
+    if as_json:
+        console.print_json({"expected": True, "model": name, "GPU": gpu.name, "note": STEP_NOTE, "steps": tables})
+        return
+    console.print_facts({"model": name, "GPU": f"{gpu.title} ({gpu.sm})", "note": STEP_NOTE})
+    for batch, rows in tables.items():
+        console.print_table(f"Expected step on {gpu.title}, batch {batch}", rows)
 
 
 def code_formats(family: Family, config: Config, *, four_bits: bool = True, structure: NetworkRewrite = PUBLISHED) -> dict[str, CodeFormat]:

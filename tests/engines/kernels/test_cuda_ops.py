@@ -50,9 +50,8 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
 def test_codes_are_those_of_the_cpu(seed, launched):
     drawn = draws.quantization(seed, largest=6)
     arguments = drawn.x, drawn.norm, drawn.table
-    assert_same_codes(
-        drawn, cuda_ops.quantize(*arguments, activation=drawn.activation), torch_ops.quantize(*arguments, activation=drawn.activation)
-    )
+    behind = {"activation": drawn.activation, "rotation": drawn.rotation}
+    assert_same_codes(drawn, cuda_ops.quantize(*arguments, **behind), torch_ops.quantize(*arguments, **behind))
     assert len(launched) == 1
 
 
@@ -60,7 +59,8 @@ def test_codes_are_those_of_the_cpu(seed, launched):
 def test_codes_of_normalized_tokens_are_those_of_the_cpu(seed, launched):
     drawn = draws.row_normalization(seed, largest=12)
     arguments = drawn.x, drawn.norm, drawn.table
-    assert torch.equal(cuda_ops.quantize_rows(*arguments), torch_ops.quantize_rows(*arguments))
+    rotation = {"rotation": drawn.rotation}
+    assert torch.equal(cuda_ops.quantize_rows(*arguments, **rotation), torch_ops.quantize_rows(*arguments, **rotation))
     assert len(launched) == 1
 
 
@@ -126,6 +126,22 @@ def test_every_tile_gives_the_same_bits(launched, monkeypatch):
         for splits in (1, 3):
             monkeypatch.setattr(cuda_ops, "choose_tile", lambda *_, tile=tile, splits=splits: (tile, splits))
             assert_same_bits(cuda_ops.convolve(operands, shape, drawn.dtype), expected)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_low_rank_branch_is_added_in_the_epilogue(splits, launched):
+    """Of numbers in powers of two, so that the sum is exact in any order; `low` is a part of the columns of a wider tensor."""
+    drawn, dice = draws.a_sum(5, largest=6), draws.Dice(7)
+    shape = drawn.operands.shape("test", (drawn.kernel, drawn.kernel), drawn.stride, drawn.padding)
+    scales = {name: torch.exp2(torch.log2(getattr(drawn.operands, name)).round()) for name in ("act_scale", "weight_scale")}
+    low = dice.codes(-4, 4, shape.N, shape.P, shape.Q, 40).to(drawn.dtype)[..., 8:32] / 64
+    up = dice.codes(-4, 4, shape.K, 24).to(drawn.dtype) / 64
+    operands = replace(drawn.operands, residual=None, low=low, up=up, **scales)
+    plain = torch_ops.convolve(replace(operands, low=None, up=None), shape, drawn.dtype)
+    expected = torch_ops.convolve(operands, shape, drawn.dtype)
+    assert not torch.equal(plain, expected)
+    assert_same_bits(cuda_ops.convolve(operands, shape, drawn.dtype, on=(TILES[-1], splits)), expected)
+    assert launched[-1].startswith("reduce" if splits > 1 else "conv") and launched[-1].endswith("_branch")
 
 
 def test_an_operand_that_starts_between_chunks_is_copied(launched):

@@ -4,24 +4,31 @@ import ctypes
 import re
 import subprocess
 
-from engines.kernels.build import SOURCE, source_files
+import pytest
+
+from engines.kernels.build import BRANCH, DOWN, MAIN, ROTATED, SOURCE, source_files
 from engines.kernels.launch import (
+    BRANCH_BYTES,
+    BRANCH_PIXELS,
     LARGEST_GRID,
     STATS_OCTETS,
+    BranchParams,
     ConvParams,
     QuantizeParams,
     RotaryParams,
     RowNormParams,
     StatsParams,
+    branch_launch,
     chunk_of,
     conv_launches,
     entry_points,
     quantize_launch,
+    row_norm_launch,
     stats_launches,
 )
 from engines.kernels.tiles import TILES
 
-STRUCTS = (QuantizeParams, RowNormParams, RotaryParams, StatsParams, ConvParams)
+STRUCTS = (QuantizeParams, RowNormParams, BranchParams, RotaryParams, StatsParams, ConvParams)
 
 
 def test_structs_lie_in_memory_as_the_compiler_has_them(tmp_path):
@@ -67,8 +74,27 @@ def kernels_after_the_preprocessor(source, tmp_path) -> set[str]:
     return set(re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(', text))
 
 
-def test_every_kernel_that_is_launched_is_in_the_source(tmp_path):
-    assert kernels_after_the_preprocessor("kernels.cu", tmp_path) == set(entry_points())
+@pytest.mark.parametrize("source", [MAIN, ROTATED, BRANCH, DOWN])
+def test_every_kernel_that_is_launched_is_in_the_source(source, tmp_path):
+    assert kernels_after_the_preprocessor(source, tmp_path) == set(entry_points(source))
+
+
+def test_a_rotation_or_a_branch_is_a_kernel_of_its_own_file():
+    quantize = quantize_launch(quantize_params(rotation=8), type_name="f16", bits=4, channels_last=True, norm=False, activation="gelu")
+    assert (quantize.entry, quantize.source) == ("quantize_last_f16_i4_gelu_rotated", ROTATED)
+    rows = row_norm_launch(RowNormParams(N=1, HW=9, C=64, lanes=32, rotation=64), type_name="bf16", bits=8)
+    assert (rows.entry, rows.source) == ("quantize_rows_bf16_i8_rotated", ROTATED)
+    params = ConvParams(N=2, P=8, Q=8, K=40, splits=4, rank=16)
+    first, second = conv_launches(params, kind="u4", tile=TILES[2], type_name="f16")
+    assert [(call.entry, call.source) for call in (first, second)] == [("conv_u4_64x64_f16", MAIN), ("reduce_u4_f16_branch", BRANCH)]
+    params.splits = 1
+    (one,) = conv_launches(params, kind="s8", tile=TILES[0], type_name="f16")
+    assert (one.entry, one.source) == ("conv_s8_128x128_f16_branch", BRANCH)
+    down = branch_launch(BranchParams(N=3, HW=33), type_name="f16", bits=4, prologue="rows")
+    assert (down.entry, down.grid, down.source) == ("quantize_branch_f16_i4_rows", (2, 3, 1), DOWN)
+    header = source_files()["params.h"].decode()
+    assert int(re.search(r"BRANCH_BYTES = (\d+);", header)[1]) == BRANCH_BYTES == down.shared_bytes
+    assert int(re.search(r"DOWN_PIXELS = (\d+)", source_files()["down.cuh"].decode())[1]) == BRANCH_PIXELS
 
 
 def quantize_params(**fields: int) -> QuantizeParams:

@@ -47,8 +47,8 @@ MUTANTS = {
     ),
     "empty groups are not committed": (
         "convolution.cuh",
-        "    if (loaded < count) loader.load(base + writing);\n    commit_copies();",
-        "    if (loaded < count) { loader.load(base + writing); commit_copies(); }",
+        "    if (loaded < last) loader.load(base + writing);\n    commit_copies();",
+        "    if (loaded < last) { loader.load(base + writing); commit_copies(); }",
     ),
     "the ring has one buffer too few": (
         "convolution.cuh",
@@ -100,7 +100,7 @@ MUTANTS = {
     "pixels past the end are stored": ("convolution.cuh", "if (m >= M || k >= p.K) continue;", "if (k >= p.K) continue;"),
     "the last split is left out": ("reduce.cuh", "split < p.splits;", "split < p.splits - 1;"),
     "the scale is that of sample 0": ("epilogue.cuh", "row = p.row[n];", "row = p.row[0];"),
-    "the correction of unsigned codes is dropped": ("epilogue.cuh", "sum += p.qmin[row] * columns.weight_sum[e];", "sum += 0;"),
+    "the correction of unsigned codes is dropped": ("epilogue.cuh", "sum += p.qmin[row] * weight_sum;", "sum += 0;"),
     "the bias is added twice": (
         "epilogue.cuh",
         "if (p.bias) y[e] = __fadd_rn(y[e], columns.bias[e]);",
@@ -109,7 +109,7 @@ MUTANTS = {
     "the bias is fused into the product": (
         "epilogue.cuh",
         "if (p.bias) y[e] = __fadd_rn(y[e], columns.bias[e]);",
-        "if (p.bias) y[e] = fmaf(__int2float_rn(sum), __fmul_rn(act_scale, columns.scale[e]), columns.bias[e]);",
+        "if (p.bias) y[e] = fmaf(__int2float_rn(sums[e]), __fmul_rn(act_scale, columns.scale[e]), columns.bias[e]);",
     ),
     "an operand is skipped where channels are no octets": ("device.cuh", "v[e] = e < count ? to_float(from[e]) : 0.0f;", "v[e] = 0.0f;"),
     "the bias of a sample is that of sample 0": (
@@ -131,8 +131,8 @@ MUTANTS = {
     "unsigned codes keep their sign": ("quantize.cuh", "- 0x4B400000 - row.offset;", "- 0x4B400000;"),
     "a gate is the value again": (
         "quantize.cuh",
-        "x + static_cast<long long>(pixel) * pitch + p.C + c0",
-        "x + static_cast<long long>(pixel) * pitch + c0",
+        "load_values(gate, x + p.C + c0, count, wide);",
+        "load_values(gate, x + c0, count, wide);",
     ),
     "the values of a GEGLU lie as close as its codes": (
         "quantize.cuh",
@@ -204,41 +204,161 @@ MUTANTS = {
         "__fmul_rn(v[e], __fadd_rn(1.0f, column[e]))",
         "__fmul_rn(v[e], column[e])",
     ),
-    "tokens past the end are stored": ("row_norm.cuh", "if (!exists || octet >= octets) continue;", "if (octet >= octets) continue;"),
+    "tokens past the end are stored": (
+        "row_norm.cuh",
+        "if (!ROTATED && (!exists || octet >= octets)) continue;",
+        "if (!ROTATED && octet >= octets) continue;",
+    ),
     "the norm's affine part comes after adaLN's": (
         "row_norm.cuh",
-        "        if (p.beta && count > 0) {",
-        "        if (p.beta && count > 0 && !p.scale) {",
+        "  if (p.beta && count > 0) {",
+        "  if (p.beta && count > 0 && !p.scale) {",
     ),
 }
-# An index, a bound and a rounding in every run; each takes about two seconds to compile and run.
+ROTATED = {
+    "a sum of four subtracts another of them": ("hadamard.cuh", "difference[e ^ (HIGH % OCTET)]", "difference[e]"),
+    "lanes exchange over the wrong distance": (
+        "hadamard.cuh",
+        "of_lane(difference[e], HIGH / OCTET)",
+        "of_lane(difference[e], LOW / OCTET)",
+    ),
+    "a block of an odd power of two is one of an even": ("hadamard.cuh", "if (log % 2) {", "if (log < 0) {"),
+    "a rotation is not scaled back": ("hadamard.cuh", "(127 - (log + 1) / 2) << 23", "(127 - log / 2) << 23"),
+    "the factor of the octet's last channels is left out": ("hadamard.cuh", "if (block >= 8) hadamard_4<2, 4>(v);", ""),
+    "the largest blocks are not rotated whole": ("hadamard.cuh", "if (block >= 256) hadamard_4<64, 128>(v);", ""),
+    "lanes past the last pixel leave": ("quantize.cuh", "item - (ROTATED ? threadIdx.x % 32 : 0) < items", "item < items"),
+    "codes past the last pixel are stored": ("quantize.cuh", "        if (item >= items) continue;\n", ""),
+    "a token is rounded before its rotation": (
+        "row_norm.cuh",
+        "          hadamard(v, p.rotation);\n",
+        "          float w[CHANNELS] = {}; hadamard(w, p.rotation);\n",
+    ),
+}
+BRANCH = {
+    "the branch's numbers are added to integers": (
+        "convolution.cuh",
+        "if (BRANCH && stage == count) dequantize",
+        "if (BRANCH && stage == count + 1) dequantize",
+    ),
+    "the last stage of a branch is left out": (
+        "convolution.cuh",
+        "count + divide_up(p.rank, STAGE_CHUNKS * OCTET)",
+        "count + p.rank / (STAGE_CHUNKS * OCTET)",
+    ),
+    "ranks past the end are read": ("convolution.cuh", "const bool exists = element < p.rank;", "const bool exists = true;"),
+    "rows of a branch lie as close as its rank": ("convolution.cuh", "M - 1), p.low_stride);", "M - 1), p.rank);"),
+    "every stage of a branch is its first": ("convolution.cuh", "return load_branch(stage, -1 - stages);", "return load_branch(stage, 0);"),
+    "the upper pixels of a fragment are scaled as the lower": (
+        "convolution.cuh",
+        "min(m0 + i * 16 + g + half * 8, M - 1) / pixels",
+        "min(m0 + i * 16 + g, M - 1) / pixels",
+    ),
+    "a channel has its neighbour's scale": ("convolution.cuh", "min(k0 + f * 8 + t * 2 + c, p.K - 1)", "min(k0 + f * 8 + t * 2, p.K - 1)"),
+    "the upper half of a sum is the lower": ("convolution.cuh", "int& sum = sums[i][f][half * 2 + c];", "int& sum = sums[i][f][c];"),
+    "a split sum's branch leaves out ranks": (
+        "reduce.cuh",
+        "for (int r = 0; r < p.rank; r += OCTET) {",
+        "for (int r = 0; r + OCTET < p.rank; r += OCTET) {",
+    ),
+    "a split sum's channels share the first one's branch": (
+        "reduce.cuh",
+        "min(k0 + e, p.K - 1)) * p.rank + r",
+        "min(k0, p.K - 1)) * p.rank + r",
+    ),
+    "a bias is forgotten behind a branch": ("epilogue.cuh", "if (p.bias) y[e]", "if (p.bias && !BRANCH) y[e]"),
+}
+DOWN = {
+    "values are written by another swizzle than they are read": (
+        "down.cuh",
+        "*reinterpret_cast<uint4*>(memory + place_of(i, lane))",
+        "*reinterpret_cast<uint4*>(memory + place_of(i, lane ^ 1))",
+    ),
+    "no barrier before the values are multiplied": ("down.cuh", "        __syncthreads();  // the tile is complete\n", ""),
+    "no barrier before the next channels": ("down.cuh", "        __syncthreads();  // the next channels overwrite these\n", ""),
+    "both halves of a step are multiplied by the first": (
+        "down.cuh",
+        "reinterpret_cast<const unsigned*>(from + CHANNELS) : 0u",
+        "reinterpret_cast<const unsigned*>(from) : 0u",
+    ),
+    "channels past the end are multiplied": ("down.cuh", "c + CHANNELS < p.C ? *rein", "true ? *rein"),
+    "pixels past the end are stored": (
+        "down.cuh",
+        "if (pixel < p.HW) *reinterpret_cast<unsigned*>(to)",
+        "*reinterpret_cast<unsigned*>(to)",
+    ),
+    "the upper pixels of a fragment are the lower": ("down.cuh", "rows16 + g + half * 8;", "rows16 + g;"),
+    "a warp's columns are those of another": (
+        "down.cuh",
+        "const int column = (warp / 2 + f * 4) * 8 + 2 * t;",
+        "const int column = (warp / 2 + f * 4) * 8 + 2 * t ^ 2;",
+    ),
+    "a LoRA's weights are those of sample 0": (
+        "down.cuh",
+        "static_cast<long long>(n) * p.low_scale_stride",
+        "static_cast<long long>(0) * p.low_scale_stride",
+    ),
+    "the branch reads rotated values": ("down.cuh", "if (p.rotation && p.low_rotated) hadamard", "if (p.rotation) hadamard"),
+    "the mean of a token is of its first warp": (
+        "down.cuh",
+        "total = warp == 0 ? own : __fadd_rn(total, own);",
+        "total = warp == 0 ? own : total;",
+    ),
+    "no barrier behind the statistics": (
+        "down.cuh",
+        "  __syncthreads();\n}\n\ntemplate <class T, int BITS, Prologue",
+        "}\n\ntemplate <class T, int BITS, Prologue",
+    ),
+}
+# The file with the entry points -> the mutants that its kernels alone show.
+SOWN = {"kernels.cu": MUTANTS, "rotated.cu": ROTATED, "branch.cu": BRANCH, "down.cu": DOWN}
+# An index, a bound, a rounding and a sum in every run; each takes about two seconds to compile and run.
 IN_EVERY_RUN = (
     "B's second 16 bytes are its first again",
     "the last split is left out",
     "codes are rounded half up",
+    "a sum of four subtracts another of them",
+    "rows of a branch lie as close as its rank",
+    "both halves of a step are multiplied by the first",
 )
 # What a mutant does not need, replaced by nothing: bfloat16, two of the tiles, and the kernels of the other half. It saves most of the time to compile.
-LEFT_OUT = (
-    r"OF_TYPE\(bf16\)\n",
-    r" \\\n  CONVOLUTION\(S4, s4, bf16.*\n.*bf16.*\n.*bf16.*",
-    r"  X\(128, 128,.*\n",
-    r"  X\(64, 64,.*\n",
-)
+TILES_LEFT_OUT = (r"  X\(128, 128,.*\n", r"  X\(64, 64,.*\n")
+CONVOLUTIONS_OF_BF16 = r" \\\n  CONVOLUTION\(\w+, \w*, S4, s4, bf16.*\n.*bf16.*\n.*bf16.*"
+LEFT_OUT = {
+    "kernels.cu": (r"OF_TYPE\(bf16\)\n", CONVOLUTIONS_OF_BF16),
+    "rotated.cu": (r"ROTATED\(bf16, 4\)\nROTATED\(bf16, 8\)\n",),
+    "branch.cu": (r"REDUCTIONS_BRANCH\(bf16\)\n", CONVOLUTIONS_OF_BF16),
+    "down.cu": (r"QUANTIZE_BRANCHES\(bf16, 4\)\nQUANTIZE_BRANCHES\(bf16, 8\)\n",),
+}
 NO_QUANTIZE = (r"  OF_TYPE_AND_BITS\(TYPE, 4\).*\n", r"  OF_TYPE_AND_BITS\(TYPE, 8\).*\n")
 NO_CONVOLVE = (r"TILES\(CONVOLUTIONS\)\n",)
+QUANTIZERS = ("quantize.cuh", "norm.cuh", "row_norm.cuh", "rotary.cuh", "down.cuh")
+# Entry points that the checks of a file's kernels need too.
+NEEDED = {"kernels.cu": (), "rotated.cu": (), "branch.cu": ("kernels.cu",), "down.cu": ("kernels.cu", "rotated.cu")}
 
 
-def outcome(folder: pathlib.Path, file: str, old: str, new: str) -> str | None:
-    """Builds the kernels with one replacement and checks them; returns None where the checks pass, else their message."""
+def outcome(folder: pathlib.Path, main: str, file: str, old: str, new: str) -> str | None:
+    """Builds the kernels of `main` with one replacement and checks them; returns None where the checks pass, else their message."""
     cuda = folder / "cuda"
     shutil.copytree(CUDA, cuda)
-    entry_points = (cuda / "kernels.cu").read_text()
-    for pattern in LEFT_OUT + (NO_CONVOLVE if file in ("quantize.cuh", "norm.cuh", "row_norm.cuh", "rotary.cuh") else NO_QUANTIZE):
-        entry_points, found = re.subn(pattern, "", entry_points)
-        assert found == 1, f"kernels.cu holds {pattern} {found} times"
-    (cuda / "kernels.cu").write_text(entry_points)
-    (cuda / "attention.cu").unlink()
+    for source in cuda.glob("*.cu"):
+        if source.name not in (main, *NEEDED[main]):
+            source.write_text('#include "device.cuh"\n')
+            continue
+        patterns = LEFT_OUT[source.name]
+        if source.name == "kernels.cu":
+            patterns += NO_CONVOLVE if file in QUANTIZERS else NO_QUANTIZE
+        without(source, patterns)
+    without(cuda / "tiles.cuh", TILES_LEFT_OUT)
     return checked(folder, file, old, new, "cases", "8")
+
+
+def without(source: pathlib.Path, patterns: tuple[str, ...]) -> None:
+    """Removes from a file what each pattern finds once."""
+    text = source.read_text()
+    for pattern in patterns:
+        text, found = re.subn(pattern, "", text)
+        assert found == 1, f"{source.name} holds {pattern} {found} times"
+    source.write_text(text)
 
 
 def checked(folder: pathlib.Path, file: str, old: str, new: str, cases: str, count: str) -> str | None:
@@ -251,11 +371,36 @@ def checked(folder: pathlib.Path, file: str, old: str, new: str, cases: str, cou
     return done.stderr or f"ended with {done.returncode}" if done.returncode else None
 
 
-@pytest.mark.parametrize("file", ["convolution.cuh", "quantize.cuh"])
-def test_the_source_as_it_is_passes(file, tmp_path):
-    assert outcome(tmp_path, file, "#pragma once", "#pragma once") is None
+@pytest.mark.parametrize(
+    ("main", "file"),
+    [
+        ("kernels.cu", "convolution.cuh"),
+        ("kernels.cu", "quantize.cuh"),
+        *(
+            pytest.param(f"{name}.cu", f"{file}.cuh", marks=pytest.mark.extended)
+            for name, file in (("rotated", "hadamard"), ("branch", "epilogue"), ("down", "down"))
+        ),
+    ],
+)
+def test_the_source_as_it_is_passes(main, file, tmp_path):
+    assert outcome(tmp_path, main, file, "#pragma once", "#pragma once") is None
 
 
-@pytest.mark.parametrize("mutant", [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.extended) for name in MUTANTS])
-def test_an_error_sown_into_the_kernels_is_found(mutant, tmp_path):
-    assert outcome(tmp_path, *MUTANTS[mutant]) is not None, f"nothing noticed that {mutant}"
+ALL = [(main, name) for main, mutants in SOWN.items() for name in mutants]
+
+
+@pytest.mark.parametrize(
+    ("main", "mutant"), [each if each[1] in IN_EVERY_RUN else pytest.param(*each, marks=pytest.mark.extended) for each in ALL]
+)
+def test_an_error_sown_into_the_kernels_is_found(main, mutant, tmp_path):
+    assert outcome(tmp_path, main, *SOWN[main][mutant]) is not None, f"nothing noticed that {mutant}"
+
+
+def test_every_text_that_a_mutant_replaces_is_there_once():
+    texts = {path.name: path.read_text() for path in CUDA.iterdir()}
+    assert {
+        name: texts[file].count(old)
+        for _, name in ALL
+        for file, old, _ in (next(m[name] for m in SOWN.values() if name in m),)
+        if texts[file].count(old) != 1
+    } == {}

@@ -11,7 +11,7 @@ RTX3090, A100, H200 = 82, 108, 132  # multiprocessors
 
 
 def test_the_table_is_that_of_the_source():
-    table = re.search(r"#define TILES\(X\)(.*?)\n\n", source_files()["kernels.cu"].decode(), flags=re.S)[1]
+    table = re.search(r"#define TILES\(X\)(.*?)\n\n", source_files()["tiles.cuh"].decode(), flags=re.S)[1]
     rows = [tuple(int(number) for number in row.split(",")) for row in re.findall(r"X\(([\d, ]+)\)", table)]
     assert rows == [(tile.BM, tile.BN, tile.warp_m, tile.stages, tile.threads, tile.shared_bytes, tile.blocks) for tile in TILES]
 

@@ -6,6 +6,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from edm_deploy.models import family_named, name_of_family
+from edm_deploy.network.restructure import NetworkRewrite, restructure
 from edm_deploy_tools.benchmarks.traced_step import TracedModel
 from edm_deploy_tools.inspection.architectures import architecture
 from engines.performance.attention_time import attention_s8_seconds, attention_seconds
@@ -170,3 +171,34 @@ def test_on_the_card_that_predictions_are_for_published_steps_are_met_within_a_t
     errors = [point["error"] for point in MEASURED["step"] if point["gpu"] == "rtx3090"]
     assert len(errors) == 3
     assert max(map(abs, errors)) <= 0.10
+
+
+def test_a_branch_reads_its_first_matrix_once_for_32_tokens_and_multiplies():
+    """The quantizer of a layer with a branch of rank 32, and the layer; against those without."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(1024, 1024)
+
+        def forward(self, x):
+            return self.a(x)
+
+    from engines.torch_graph import fusions
+
+    def time_of(structure: NetworkRewrite) -> dict:
+        model, x = Layer(), torch.randn(2, 4096, 1024).half()
+        restructure(model, structure)
+        sites = {name: site_of(part) for name, part in model.named_modules() if isinstance(part, nn.Linear) and "branch" not in name}
+        rewritten = drafted(model, sites, x)
+        fusions.fuse(rewritten, branches=True)
+        rewritten.tensors = {name: value.to("meta") for name, value in rewritten.tensors.items()}
+        return step_time(rewritten.module(), [x.to("meta"), torch.zeros(2, device="meta")], GPU).by_kind()
+
+    plain, branched = time_of(NetworkRewrite()), time_of(NetworkRewrite(branches={"a": 32}))
+    tokens, peak = 2 * 4096, 0.8 * GPU.peak("float16")
+    low = tokens * 32 * 2
+    again = tokens / 32 * 1024 * 32 * 2 / GPU.l2 + 2 * tokens * 1024 * 32 / peak
+    assert branched["quantize"] - plain["quantize"] == pytest.approx(again, rel=0.2)  # and `low` is written
+    added = 2 * tokens * 1024 * 32 / peak + (low + 1024 * 64) / GPU.l2
+    assert branched["layers"] - plain["layers"] == pytest.approx(added, rel=0.1)

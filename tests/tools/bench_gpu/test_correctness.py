@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from edm_deploy_tools.bench_gpu import correctness
+from edm_deploy_tools.bench_gpu import branches, correctness
 from edm_deploy_tools.bench_gpu.stage import StageRun
-from engines.kernels import cuda_ops, rotary, torch_ops
+from engines.kernels import build, cuda_ops, quantize_branch, rotary, torch_ops
 from engines.kernels.launch import entry_points
 from tests.engines.kernels.conftest import launched
 
@@ -14,11 +14,13 @@ RUN = StageRun(device=torch.device("cpu"), small=True)
 @pytest.mark.extended  # a hundred kernels under the emulator
 def test_the_stage_starts_every_kernel_and_finds_none_wrong(launched, monkeypatch):
     """cuda_ops on CPU tensors: each launch goes to the emulator."""
-    monkeypatch.setattr(correctness, "operators_on", lambda device: cuda_ops)
+    for module in (correctness, branches):
+        monkeypatch.setattr(module, "operators_on", lambda device: cuda_ops)
+    monkeypatch.setattr(branches, "branch_on", lambda device: quantize_branch.on_cuda)
     monkeypatch.setattr(correctness, "rotary_on", lambda device: rotary.on_cuda)
     found = correctness.kernels(RUN)
     assert found.problems == []
-    assert set(launched) == set(entry_points())
+    assert set(launched) == {name for source in (build.MAIN, build.ROTATED, build.BRANCH, build.DOWN) for name in entry_points(source)}
 
 
 def test_a_wrong_value_is_named(monkeypatch):

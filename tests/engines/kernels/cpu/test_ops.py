@@ -169,8 +169,9 @@ def test_codes_are_those_of_plain_torch(seed, recorded):
     drawn = draws.quantization(seed, largest=6)
     drawn = replace(drawn, table=with_8_bits(drawn.table))
     arguments = drawn.x, drawn.norm, drawn.table
-    found = recorded.quantize(*arguments, activation=drawn.activation)
-    assert_same_codes(drawn, found, torch_ops.quantize(*arguments, activation=drawn.activation))
+    behind = {"activation": drawn.activation, "rotation": drawn.rotation}
+    found = recorded.quantize(*arguments, **behind)
+    assert_same_codes(drawn, found, torch_ops.quantize(*arguments, **behind))
     assert recorded.memory.bounds[found.data_ptr()] == (int(drawn.table.qmin.min()), int(drawn.table.qmax.max()))
 
 
@@ -184,6 +185,17 @@ def test_every_half_is_quantized_as_in_plain_torch(activation, recorded):
         assert torch.equal(found, torch_ops.quantize(x, None, table, activation=activation))
 
 
+@pytest.mark.parametrize("block", [2, 4, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("activation", ["none", "geglu"])
+def test_rotated_codes_are_those_of_plain_torch(activation, block, recorded):
+    """One and three blocks, and more channels than are rotated at a time."""
+    table = one_row(inv_scale=16.0, low=-100, high=99)
+    for channels in (block, 3 * block, 1024 + 256 + block):
+        x = draws.Dice(block).normal(1, 5, channels * (2 if activation == "geglu" else 1)).to(torch.bfloat16)
+        found = recorded.quantize(x, None, table, activation=activation, rotation=block)
+        assert torch.equal(found, torch_ops.quantize(x, None, table, activation=activation, rotation=block))
+
+
 def one_row(inv_scale: float, low: int, high: int) -> Table:
     columns = (torch.tensor([bound], dtype=torch.int32) for bound in (low, high))
     return Table(torch.zeros(1, dtype=torch.int32), torch.tensor([inv_scale]), *columns, 8, unsigned=False)
@@ -194,8 +206,8 @@ def test_codes_of_normalized_tokens_are_those_of_plain_torch(seed, recorded):
     """But for ties: the sums of a token have another order."""
     drawn = draws.row_normalization(seed, largest=12)
     table = with_8_bits(drawn.table)
-    found = recorded.quantize_rows(drawn.x, drawn.norm, table).view(torch.int8).int()
-    expected = torch_ops.quantize_rows(drawn.x, drawn.norm, table).view(torch.int8).int()
+    found = recorded.quantize_rows(drawn.x, drawn.norm, table, rotation=drawn.rotation).view(torch.int8).int()
+    expected = torch_ops.quantize_rows(drawn.x, drawn.norm, table, rotation=drawn.rotation).view(torch.int8).int()
     assert int((found - expected).abs().max()) <= 1
     assert int((found != expected).sum()) <= 2 + found.numel() // 1000
 

@@ -510,6 +510,7 @@ def statistics(seed: int) -> list[Statistics]:
 
 def check_build(library: pathlib.Path, seed: int, count: int) -> None:
     """`count` convolutions of each kind, the quantizations, the statistics and the norms of tokens, all in float16, as far as the library has their kernels."""
+    from tests.engines.kernels.emulator.branches import branch_quantizations
     from tests.engines.kernels.emulator.rotations import rotations  # which are built on this file
     from tests.engines.kernels.emulator.row_norms import rotated_row_norms, row_norms
 
@@ -522,6 +523,9 @@ def check_build(library: pathlib.Path, seed: int, count: int) -> None:
         *rotated_row_norms(seed),
         *rotations(seed),
     ):
+        if case.dtype == "f16" and emulator.has(case.entry):
+            case.check(emulator)
+    for case in branch_quantizations(seed):
         if case.dtype == "f16" and emulator.has(case.entry):
             case.check(emulator)
     tiles = [(BM, BN) for BM, BN in TILES if emulator.has(f"conv_s4_{BM}x{BN}_f16")]
