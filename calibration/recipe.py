@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,20 @@ from edm_deploy.pipelines.source import Source
 Rotate = Literal["off", "all", "auto"]
 
 
+class AuxiliaryLoss(Protocol):
+    """A term added to the error of the prediction."""
+
+    @property
+    def modules(self) -> Sequence[str]:
+        """Names of the modules whose outputs are compared."""
+
+    def statistics(self, teacher: Mapping[str, Tensor]) -> Tensor:
+        """What the term depends on besides a mean over samples: float32 [S], each a mean over the batch. The term gets them averaged over all parts of a batch."""
+
+    def __call__(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], statistics: Tensor | None = None) -> Tensor:
+        """A scalar, a mean over the batch, from outputs by module name: [B, ...] each, the teacher's without gradients."""
+
+
 @dataclass(frozen=True)
 class TrainingContext:
     """What a recipe works on: the two networks, the samples, and the run.
@@ -37,12 +51,14 @@ class TrainingContext:
         teacher: Float network.
         trajectories: Pool of samples along the sampling trajectories.
         run: Options, progress, budget and notes.
+        terms: Losses that are added to those of a recipe that distills.
     """
 
     student: Student
     teacher: Teacher
     trajectories: Trajectories
     run: Run
+    terms: Sequence[AuxiliaryLoss] = ()
 
     def prediction(self, network: Student | Teacher, batch: Batch) -> Tensor:
         """Prediction of a network for a batch, combined under guidance, float32 [B, ...]. Each process computes its share of the batch and has the whole."""

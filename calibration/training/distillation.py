@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.data.trajectory_pool import Batch
-from calibration.recipe import TrainingContext
+from calibration.recipe import AuxiliaryLoss, TrainingContext
 from calibration.run.checkpoint import CheckpointTimer, TrainingState, restore, resume_training, save_training
 from calibration.run.processes import ProcessLostError
 from calibration.run.progress import ProgressMeter, lost_after
@@ -23,7 +23,6 @@ from calibration.student.module_outputs import capture_outputs
 from calibration.training.activation_checkpoints import checkpoint_activations
 from calibration.training.divergence import check_finite, warn_if_few, warn_if_risen
 from calibration.training.fast_kernels import use_fast_kernels
-from calibration.training.losses import AuxiliaryLoss
 from calibration.training.param_group import ParamGroup
 from calibration.training.sharded_weights import sharded
 from calibration.training.step_factors import shared_step_factors
@@ -253,7 +252,7 @@ def distill(
     run, processes = context.run, context.run.options.processes
     factors = shared_step_factors(context, schedule.step_weighting)  # before the teacher changes its dtype
     context.teacher.set_dtype(run.options.teacher_dtype)
-    training = Training(context, groups, schedule, terms, factors)
+    training = Training(context, groups, schedule, [*terms, *context.terms], factors)
     if run.options.checkpointing:  # after the kernels were chosen: what is computed again is computed by the same ones
         checkpoint_activations(context.student)
     done, budget, timer, every = 0, None, CheckpointTimer(run), run.options.checkpoint_every

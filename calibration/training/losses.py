@@ -4,25 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-
-class AuxiliaryLoss(Protocol):
-    """A term added to the error of the prediction."""
-
-    @property
-    def modules(self) -> Sequence[str]:
-        """Names of the modules whose outputs are compared."""
-
-    def statistics(self, teacher: Mapping[str, Tensor]) -> Tensor:
-        """What the term depends on besides a mean over samples: float32 [S], each a mean over the batch. The term gets them averaged over all parts of a batch."""
-
-    def __call__(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], statistics: Tensor | None = None) -> Tensor:
-        """A scalar, a mean over the batch, from outputs by module name: [B, ...] each, the teacher's without gradients."""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from calibration import Interrupted, RunOptions, fit
+from calibration import Interrupted, RunOptions, fit, recipes
 from calibration.base_pass import PassContext, SitePrice, check_passes
 from calibration.observers.sensitivity import Sensitivity
 from calibration.passes.allocate import Allocate
 from calibration.passes.pcr import Pcr
 from calibration.recipes.efficientdm import EfficientDM
 from calibration.recipes.minmax import MinMax
+from calibration.recipes.qdiff import QDiff
 from calibration.student.quantization_spec import LayerSpec
+from edm_deploy import registry
 from edm_deploy.artifact.artifact import Artifact
 from edm_deploy.errors import ArtifactError, InputError
 from edm_deploy.network.layer_costs import model_work
@@ -117,6 +119,48 @@ def test_recipes_without_anything_to_allocate_are_refused(recipe, budget, messag
     with pytest.raises(InputError, match=message):
         check_passes([Allocate(budget=budget)], recipe)
     check_passes([Allocate(budget="avg_act_bits=7")], MinMax(weight_bits=4, act_bits=6))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "found"),
+    [(QUICK, "recipe 'minmax' does not train"), (QDiff(weight_bits=4, act_bits=4), "recipe 'qdiff' reconstructs blocks")],
+)
+def test_dual_variables_of_recipes_without_a_training_of_the_whole_network_are_refused(recipe, found):
+    with pytest.raises(InputError, match=rf"allocate\.sensitivity dual: {found}; expected .* Set allocate\.sensitivity=forward"):
+        check_passes([Allocate(sensitivity="dual")], recipe)
+    check_passes([Allocate()], recipe)
+
+
+def test_settings_of_the_measurement_outside_their_range_are_refused():
+    with pytest.raises(
+        InputError, match=r"allocate\.sensitivity is 'backward'; expected forward or dual\. Set another allocate\.sensitivity"
+    ):
+        Allocate(sensitivity="backward")
+    with pytest.raises(InputError, match=r"allocate\.dual_steps is 0; expected at least 1"):
+        Allocate(dual_steps=0)
+
+
+def test_dual_variables_allocate_within_the_budget_and_are_measured_before_the_training():
+    seen = []
+    chosen = allocate(budget="int4=0.5", sensitivity="dual", dual_steps=2)
+    artifact = fit(tiny_source(), TRAINED, RunOptions(), passes=[chosen], on_progress=seen.append)
+    stages = [progress.stage for progress in seen]
+    assert stages.count("sensitivity") == 2 and stages.count("finetune") == 3
+    assert stages.index("sensitivity") < stages.index("finetune")
+    assert len(artifact.provenance["allocation"]) > 0
+    assert 0.5 <= int4_share(artifact) < 1
+    assert (artifact.provenance["passes"]["allocate"]["sensitivity"], artifact.provenance["settings"]["steps"]) == ("dual", 3)
+
+
+DISTILLED = [name for name in registry.names(recipes) if registry.load(recipes, name, "RECIPE").distills]
+
+
+# In the quick run not mpq-dm, whose mixed bits by channel take most of its time.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.extended] if name == "mpq-dm" else []) for name in DISTILLED])
+def test_every_recipe_that_distills_has_dual_variables(name):
+    recipe = registry.load(recipes, name, "RECIPE")(rows=2, calibration_samples=2, steps=1, batch=2, act_bits=4)
+    chosen = allocate(budget="int4=0.3", sensitivity="dual", dual_steps=1)
+    assert len(fit(tiny_source(), recipe, RunOptions(), passes=[chosen]).provenance["allocation"]) > 0
 
 
 def test_a_resumed_run_keeps_the_allocation_of_its_checkpoint_without_measuring_it_again(tmp_path, monkeypatch):
