@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from engines.kernels.build import BRANCH, DOWN, MAIN, ROTATED
 from engines.kernels.compilers import nvrtc_compiler
 from engines.kernels.launch import entry_points
 from engines.kernels.tiles import TILES
@@ -24,9 +25,10 @@ def convolutions(arch: str) -> dict:
     return {name: kernel for name, kernel in kernels(arch).items() if name.startswith(tuple(f"conv_{kind}_" for kind in kinds))}
 
 
+@pytest.mark.parametrize("source", [MAIN, ROTATED, BRANCH, DOWN])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_entry_point_is_compiled(arch):
-    assert set(kernels(arch)) == set(entry_points())
+def test_every_entry_point_is_compiled(arch, source):
+    assert set(kernels(arch, source)) == set(entry_points(source))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -36,6 +38,33 @@ def test_convolutions_run_on_integer_tensor_cores(arch):
         expected = 2 * kernel.tile.warp_m // 16 * 4
         assert kernel.count(MULTIPLY[name.split("_")[1]]) == expected == kernel.count("IMMA"), name
         assert kernel.count("LDSM.16.M88.4") == 2 * (kernel.tile.warp_m // 16 + 2), name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_branch_follows_the_codes_through_the_same_loop(arch):
+    """As many multiplications of float16 or bfloat16 as of codes, in the tile's own registers: nothing spills, and as many blocks fit as without a branch."""
+    for name, kernel in branches(arch).items():
+        expected = 2 * kernel.tile.warp_m // 16 * 4
+        assert kernel.count(MULTIPLY[name.split("_")[1]]) == expected == kernel.count("HMMA.16816.F32"), name
+        assert kernel.count("LDSM.16.M88.4") == 2 * 2 * (kernel.tile.warp_m // 16 + 2), name
+        assert (kernel.stack, kernel.spills) == (0, 0), name
+        assert kernel.blocks(MULTIPROCESSORS[arch]) >= kernel.tile.blocks, name
+
+
+def branches(arch: str) -> dict:
+    """The convolutions with a branch that run on `arch`."""
+    return {name: kernel for name, kernel in kernels(arch, BRANCH).items() if name.startswith("conv") and (arch in INT4 or "_s8_" in name)}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_quantizers_rotate_by_shuffles_and_multiply_by_tensor_cores(arch):
+    for name, kernel in (kernels(arch, ROTATED) | kernels(arch, DOWN)).items():
+        assert kernel.count("SHFL.BFLY") >= 40, name  # a block of 256 channels: 8, 16 and 16 for an octet
+        assert (kernel.stack, kernel.spills) == (0, 0), name
+        assert kernel.blocks(MULTIPROCESSORS[arch]) >= 2, name
+    for name, kernel in kernels(arch, DOWN).items():
+        assert kernel.count("HMMA.16816.F32") > 0, name
+        assert kernel.count("LDSM.16.M88.4") > 0, name
 
 
 @pytest.mark.parametrize("arch", ARCHS)

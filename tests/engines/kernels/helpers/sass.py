@@ -12,8 +12,8 @@ import subprocess
 import tempfile
 
 from engines.kernels.attention import launch as attention
-from engines.kernels.build import ATTENTION, MAIN, cubin
-from engines.kernels.launch import THREADS, entry_points
+from engines.kernels.build import ATTENTION, BRANCH, DOWN, MAIN, ROTATED, SOURCES, cubin
+from engines.kernels.launch import BRANCH_BYTES, THREADS, entry_points
 from engines.kernels.tiles import TILES
 
 
@@ -75,6 +75,8 @@ class Kernel:
     def shared_bytes(self) -> int:
         """Shared memory per block, dynamic or static, in bytes."""
         shape = self.tile or self.width
+        if self.name.startswith("quantize_branch"):
+            return BRANCH_BYTES
         return shape.shared_bytes if shape else self.fixed_shared
 
     def blocks(self, on: Multiprocessor) -> int:
@@ -112,12 +114,15 @@ def kernels(arch: str, source: str = MAIN) -> dict[str, Kernel]:
 
 def table(arch: str) -> str:
     """Registers, shared memory and occupancy of the float16 kernels (bfloat16's are the same to a few registers), in markdown."""
-    on, found = MULTIPROCESSORS[arch], kernels(arch) | kernels(arch, ATTENTION)
+    on, found = MULTIPROCESSORS[arch], {name: kernel for source in SOURCES for name, kernel in kernels(arch, source).items()}
     lines = [
         "| kernel | threads | registers | spilled bytes | shared bytes | blocks | warps of " + str(on.warps) + " |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in (*entry_points(), *attention.entry_points()):
+    others = [
+        name for source in (ROTATED, BRANCH, DOWN) for name in entry_points(source) if "_i8" not in name
+    ]  # those of 8 bits are alike, too
+    for name in (*entry_points(), *others, *attention.entry_points()):
         if "_bf16" in name:
             continue
         kernel = found[name]
