@@ -112,12 +112,12 @@ inline void store_rotated(int8_t* codes, int C, int rotation, const Range& range
   alignas(64) float block[MOST_ROTATED];
   for (int start = 0; start < C; start += MOST_ROTATED) {
     const int count = C - start < MOST_ROTATED ? C - start : MOST_ROTATED;
-    const auto each = [&](auto body) {
-      for (int c = 0; c < count; c += LANES) body(c, count - c < LANES ? count - c : LANES);
-    };
-    each([&](int c, int lanes) __attribute__((always_inline)) { store(block + c, value(start + c, lanes)); });
+    const int whole = count / LANES * LANES, rest = count - whole;
+    for (int c = 0; c < whole; c += LANES) store(block + c, value(start + c, LANES));
+    if (rest) store(block + whole, value(start + whole, rest));
     hadamard(block, count, rotation);
-    each([&](int c, int lanes) { store(codes + start + c, codes_of(load<Floats>(block + c), range), lanes); });
+    for (int c = 0; c < whole; c += LANES) store(codes + start + c, codes_of(load<Floats>(block + c), range));
+    if (rest) store(codes + start + whole, codes_of(load<Floats>(block + whole), range), rest);
   }
 }
 

@@ -32,7 +32,7 @@ __device__ __forceinline__ float token_sum(const T* x, int C, int lanes, TERM te
   return total;
 }
 
-// Mean and 1 / standard deviation of each of the block's pixels, four for each warp.
+// Mean and 1 / standard deviation of each of the block's pixels, four for each warp, which reads no others.
 template <class T>
 __device__ __forceinline__ void token_statistics(const BranchParams& p, const T* x, int pixel0, float2* statistics) {
   const float channels = __int2float_rn(p.C);
@@ -43,9 +43,9 @@ __device__ __forceinline__ void token_statistics(const BranchParams& p, const T*
       const float distance = __fsub_rn(v, mean);
       return __fmul_rn(distance, distance);
     });
-    if (threadIdx.x % 32 == 0) statistics[i] = float2{mean, 1.0f / sqrtf(__fadd_rn(squares / channels, p.eps))};
+    if (threadIdx.x % 32 == 31) statistics[i] = float2{mean, 1.0f / sqrtf(__fadd_rn(squares / channels, p.eps))};
   }
-  __syncthreads();
+  __syncwarp();
 }
 
 template <class T, int BITS, Prologue PROLOGUE, bool ROWS = false>

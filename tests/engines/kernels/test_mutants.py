@@ -303,9 +303,9 @@ DOWN = {
         "total = warp == 0 ? own : __fadd_rn(total, own);",
         "total = warp == 0 ? own : total;",
     ),
-    "no barrier behind the statistics": (
+    "no warp barrier behind the statistics": (
         "down.cuh",
-        "  __syncthreads();\n}\n\ntemplate <class T, int BITS, Prologue",
+        "  __syncwarp();\n}\n\ntemplate <class T, int BITS, Prologue",
         "}\n\ntemplate <class T, int BITS, Prologue",
     ),
 }

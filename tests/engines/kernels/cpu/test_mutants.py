@@ -8,6 +8,10 @@ from tests.cpp_mutants import AS_IT_IS, not_once, passes
 
 # What goes wrong -> file, a text that it holds exactly once, what that becomes.
 MUTANTS = {
+    "a pair is subtracted the other way round": ("hadamard.h", "other - x, x + other", "x - other, x + other"),
+    "blocks of an odd power of two skip a factor": ("hadamard.h", "if (log % 2 && block >= 32)", "if (log % 2 && block > 32)"),
+    "a rotation is not scaled back": ("hadamard.h", "load<Floats>(v + c) * scale", "load<Floats>(v + c)"),
+    "codes are not rotated": ("quantize.h", "if (!NORM && p.rotation)", "if (false)"),
     "columns left of the map are read": ("convolution.h", "(unsigned)(pixels[i].x + s) < (unsigned)p.W", "pixels[i].x + s < p.W"),
     "rows below the map are read": ("convolution.h", "(unsigned)(pixels[i].y + r) < (unsigned)p.H", "pixels[i].y + r >= 0"),
     "codes are not made unsigned": ("convolution.h", "codes ^ 0x80808080u", "codes"),

@@ -52,6 +52,7 @@ class BranchQuantization:
         mean, rstd = (g.uniform(low, 2, (self.N, self.groups)).astype(np.float32) for low in (-2, 0.1))
         gamma, beta, scale, shift = self.columns(g)
         held, stored_down, stored_factor = (to_type(each, self.dtype) for each in (x, down, factor))
+        stored_down = np.append(stored_down.ravel(), np.full(GUARD, 0x7FFF, np.uint16))  # no numbers behind it
         octets = -(-self.C * self.bits // 128) * 16 // self.bits
         low = np.full(self.N * self.HW * self.rank + GUARD, 0x7EAD, np.uint16)
         codes = [np.full(self.N * self.HW * octets * self.bits + GUARD, 0xAD, np.uint8) for _ in range(2)]
@@ -141,6 +142,8 @@ def branch_quantizations(seed: int) -> list[BranchQuantization]:
                     groups = int(g.integers(1, 5))
                     rotates = "norm" not in prologue and bool(g.integers(2))
                     C = 256 * int(g.integers(1, 3)) if rotates and large else 8 * groups * int(g.integers(1, 18 if large else 5))
+                    if prologue == "rows" and large:  # several warps' sums
+                        C = 256 * int(g.integers(5, 10)) if rotates else 8 * int(g.integers(130, 300))
                     block = int(min(C & -C, 256)) if rotates else 0
                     found.append(
                         BranchQuantization(
@@ -150,7 +153,7 @@ def branch_quantizations(seed: int) -> list[BranchQuantization]:
                             unsigned=bits == 4 and bool(g.integers(2)),
                             N=int(g.integers(1, 4)),
                             HW=int(g.integers(1, 80)),
-                            C=C * (3 if prologue == "rows" and large else 1),
+                            C=C,
                             groups=groups if "norm" in prologue else 1,
                             rank=8 * int(g.integers(12, 33) if large else g.integers(1, 8)),
                             rotation=block,

@@ -150,7 +150,7 @@ class Convolution:
                 S=S,
                 padding=0 if linear else int(g.integers(0, R // 2 + 2)),
                 stride=1 if linear else int(g.integers(1, 3)),
-                splits=int(g.integers(1, 5)),
+                splits=int(g.integers(1, 5)) if not branch or g.random() < 0.4 else 1,
                 bias=bool(g.integers(2)),
                 residual=bool(g.integers(2)),
                 sample_bias=bool(g.integers(2)),
