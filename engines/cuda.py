@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,6 +23,7 @@ from engines.common.source_backends import ArtifactBackend
 from engines.from_artifact import packed_engine
 from engines.from_artifact.packed_engine import DTYPES, ENGINE_NAME, LAYOUT
 from engines.kernels.driver import LEAST_CAPABILITY, arch_of
+from engines.kernels.launch import OCTET
 from engines.performance.gpus import capabilities, has_int4, has_kernels
 from engines.performance.int4_selection import select_int4
 from engines.torch_graph.graph_options import GraphOptions
@@ -49,6 +51,8 @@ class CudaBackend(ArtifactBackend):
 
     def build(self, content: Artifact, manifest: Manifest, options: BuildOptions, out: Path) -> BuildResult:
         gpu, precision = _gpu(options.gpu), supported_precision(options.precision, self.target)
+        if options.lora_rank is not None:  # the kernels have branches of ranks in steps of eight; the slots added are empty
+            options = replace(options, lora_rank=-(-options.lora_rank // OCTET) * OCTET)
         adapters = packed_engine.requested_adapters(content, options)
         plans, warnings = packed_engine.accepted_plan(content, self.target, options)
         choice = select_int4(plans, content, options)
@@ -68,6 +72,7 @@ class CudaBackend(ArtifactBackend):
     def open(self, directory: Path, manifest: Manifest, device: torch.device) -> Session:
         from engines.kernels import build, driver
         from engines.torch_graph.cuda_graph_session import CudaSession  # registers operators, so imported on use
+        from engines.torch_graph.kernel_sources import kernel_sources
 
         packed_engine.refuse_foreign(manifest, self.name)
         manifest.require_files(ENGINE_NAME)
@@ -77,6 +82,9 @@ class CudaBackend(ArtifactBackend):
             if chosen.attention == "int8":
                 driver.prepare(device, build.ATTENTION)
         module = fused_graph(manifest, load_tensors(directory / ENGINE_NAME, device=str(device)), kinds)[0].module()
+        if device.type == "cuda":
+            for source in kernel_sources(module.graph):  # compiled now, not in the first call
+                driver.prepare(device, source)
         if chosen.rest == "inductor":
             from engines.torch_graph.compiled_rest import compiled_rest
 

@@ -152,7 +152,7 @@ def on_cpu(x: Tensor, operands: BranchOperands, table: Table) -> tuple[Tensor, T
 def on_cuda(x: Tensor, operands: BranchOperands, table: Table) -> tuple[Tensor, Tensor]:
     """As `on_cpu`, by one kernel."""
     values = torch_ops.pixels(x).contiguous()
-    values = aligned(values)
+    values, down = aligned(values), aligned(operands.down)
     batch, tokens, _, _ = values.shape
     channels, rank = operands.down.shape[1], operands.rank
     codes = torch.empty((batch, tokens, 1, code_bytes(channels, table.bits)), dtype=torch.uint8, device=x.device)
@@ -162,9 +162,10 @@ def on_cuda(x: Tensor, operands: BranchOperands, table: Table) -> tuple[Tensor, 
         "x": values,
         "codes": codes,
         "low": low,
+        "down": down,
         **table.columns,
         **per_sample,
-        **{name: getattr(operands, name) for name in ("mean", "rstd", "gamma", "beta", "down")},
+        **{name: getattr(operands, name) for name in ("mean", "rstd", "gamma", "beta")},
     }
     params = BranchParams(
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},

@@ -208,12 +208,11 @@ class _Model:
         )
 
     def _read_again(self, arguments: tuple[Any, ...]) -> float:
-        """Seconds in which every block of 32 tokens reads a branch's first matrix from the L2 cache, and the tensor cores multiply."""
+        """Seconds in which every block of 32 tokens reads a branch's first matrix from the L2 cache, and multiplies; a block has a multiprocessor's share of both."""
         x, down = arguments[0], next(each for each in arguments[9:] if isinstance(each, Tensor))
-        tokens: int = x.numel() // x.shape[-1]
-        return float(
-            tokens / BRANCH_PIXELS * _bytes([down]) / self.gpu.l2 + 2 * tokens * down.numel() / (MAIN_LOOP * self.gpu.peak("float16"))
-        )
+        blocks = x.shape[0] * math.ceil(math.prod(x.shape[1:-1]) / BRANCH_PIXELS)
+        products = 2 * BRANCH_PIXELS * down.numel() / (MAIN_LOOP * self.gpu.peak("float16"))
+        return float(math.ceil(blocks / self.gpu.sms) * self.gpu.sms * (_bytes([down]) / self.gpu.l2 + products))
 
     def _transfer(self, size: float) -> float:
         return size / (self.gpu.l2 if size <= self.gpu.l2_size / 2 else self.gpu.dram)

@@ -4,7 +4,7 @@
     x -> quantize(rows) -> conv2d | linear (rows, residual) -> y                       per site; sites with the same codes share one quantize
 
 Values between the sites stay in torch, in float16 or bfloat16. A site that no kernel computes keeps exact codes and multiplies in floating point. Redundant
-memory-bound operations are fused afterwards, in `fusions.py`.
+memory-bound operations are fused afterwards, in `fusions/`.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def down_results(run: StageRun, generator: torch.Generator) -> list[Row]:
         down, low_scale = torch.randn((72, 320), generator=generator).to(dtype), torch.rand((3, 72), generator=generator).to(dtype)
         rotation, activation, groups = 0 if norm == "group" else 64, activations.get(prologue, "none"), 4 if norm == "group" else 0
         operands = quantize_branch.BranchOperands(
-            activation, rotation, down, low_scale, False, norm, *statistics, *[None] * 4, groups, 1e-5
+            activation, rotation, down, low_scale, prologue in ("plain", "rows"), norm, *statistics, *[None] * 4, groups, 1e-5
         )
         table, own = (Table(*activation_table(3, bits, unsigned=unsigned, device=device)) for device in (torch.device("cpu"), run.device))
         moved = replace(operands, **{name: value.to(run.device) for name, value in vars(operands).items() if isinstance(value, Tensor)})

@@ -78,13 +78,17 @@ __device__ __forceinline__ void quantize_branch(const BranchParams& p) {
               scale_and_shift<T>(v, p, n, c0, CHANNELS, true);
             }
           }
-          if (p.rotation && p.low_rotated) hadamard(v, p.rotation);
+          float rotated[CHANNELS];
+#pragma unroll
+          for (int e = 0; e < CHANNELS; ++e) rotated[e] = v[e];
+          if (p.rotation) hadamard(rotated, p.rotation);
+#pragma unroll
+          for (int e = 0; e < CHANNELS; ++e) v[e] = p.low_rotated ? rotated[e] : v[e];
           *reinterpret_cast<uint4*>(memory + place_of(i, lane)) = uint4{to_pair<T>(v[0], v[1]), to_pair<T>(v[2], v[3]), to_pair<T>(v[4], v[5]), to_pair<T>(v[6], v[7])};
-          if (p.rotation && !p.low_rotated) hadamard(v, p.rotation);
           if (pixel < p.HW && octet < octets) {
             int stored[CHANNELS];
 #pragma unroll
-            for (int e = 0; e < CHANNELS; ++e) stored[e] = exists ? encode(v[e], row) : 0;
+            for (int e = 0; e < CHANNELS; ++e) stored[e] = exists ? encode(rotated[e], row) : 0;
             store_codes<BITS>(p.codes + (static_cast<long long>(n) * p.HW + pixel) * p.Cb + octet * BITS, stored);
           }
         }

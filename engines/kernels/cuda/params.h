@@ -76,7 +76,7 @@ struct BranchParams {
   const float* beta;
   const void* scale;       // as in RowNormParams
   const void* shift;
-  const void* down;        // of x's type [rank][C]
+  const void* down;        // of x's type [rank][C], 16-byte aligned
   const void* low_scale;   // of x's type [N][rank], or null
   void* low;               // of x's type [N][HW][rank]
   int N, HW, C, Cb, groups;

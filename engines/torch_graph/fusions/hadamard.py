@@ -46,6 +46,7 @@ def rotation_of(rewritten: GraphRewrite, product: Any) -> tuple[Any, Any, int]:
         block < 2
         or values.shape[1] != block
         or block & (block - 1)
+        or values.is_meta
         or not torch.equal(values, hadamard(block, values.dtype, values.device))
     ):
         return x, y, 0

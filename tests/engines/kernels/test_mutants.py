@@ -297,7 +297,7 @@ DOWN = {
         "static_cast<long long>(n) * p.low_scale_stride",
         "static_cast<long long>(0) * p.low_scale_stride",
     ),
-    "the branch reads rotated values": ("down.cuh", "if (p.rotation && p.low_rotated) hadamard", "if (p.rotation) hadamard"),
+    "the branch reads rotated values": ("down.cuh", "p.low_rotated ? rotated[e] : v[e]", "rotated[e]"),
     "the mean of a token is of its first warp": (
         "down.cuh",
         "total = warp == 0 ? own : __fadd_rn(total, own);",

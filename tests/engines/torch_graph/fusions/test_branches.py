@@ -124,7 +124,7 @@ def test_a_rank_larger_than_the_kernels_stays_a_product_of_torch():
     model.forward = lambda x: model["a"](x)
     x = torch.randn(2, 3, 512, generator=torch.Generator().manual_seed(0)).half()
     plain, fused = both(model, x, NetworkRewrite(branches={"a": 264}))
-    assert kernels_of(fused.graph) == {"linear": 1, "quantize": 1}  # the first product; the second is in the epilogue
+    assert kernels_of(fused.graph) == {"linear": 2, "quantize": 1}  # the sum is the residual
     assert_alike(plain, fused, x)
 
 
@@ -134,6 +134,11 @@ def test_a_rank_larger_than_the_kernels_stays_a_product_of_torch():
         (NetworkRewrite(), {"quantize_branch": 2, "mul": 1}),
         (NetworkRewrite(branches={"q": 8, "down": 3}), {"quantize_branch": 2, "mul": 1}),
         (NetworkRewrite(rotated={"q": 32, "k": 32, "down": 64}), {"quantize_branch": 2, "mul": 1}),
+        (NetworkRewrite(branches={"q": 8, "down": 3}, rotated={"q.base": 32, "k": 32, "down.base": 64}), {"quantize_branch": 2, "mul": 1}),
+        (
+            NetworkRewrite(branches={"q": 8, "down": 8}, pre_scaled=("down.base",), rotated={"down.base": 64}),
+            {"quantize_branch": 2, "gelu": 1, "mul": 2},
+        ),
     ],
 )
 def test_a_lora_enters_the_same_kernels_beside_a_branch_or_behind_a_rotation(structure, expected):
@@ -141,6 +146,10 @@ def test_a_lora_enters_the_same_kernels_beside_a_branch_or_behind_a_rotation(str
     model, x = Tokens(), tokens()
     plain, fused = both(model, x, structure, adapters=8)
     assert kernels_of(fused.graph) == expected
+    fused.graph.lint()
+    ranges = [node for node in fused.graph.nodes if "aten.cat" in str(node.target) and "slice" in str(node.args[0])]
+    assert ranges == [], "a layer's columns lie side by side"
+    assert all(node.graph is fused.graph and node in set(fused.graph.nodes) for node in fused.products.values())
     generator = torch.Generator().manual_seed(2)
     weights = [torch.randn(node.meta["val"].shape, generator=generator).half() / 6 for node in lora_weights(fused.graph)]
     slots = torch.tensor([[0.5] * 8, [1.0] * 4 + [0.0] * 4]).half()
@@ -152,6 +161,40 @@ def test_a_lora_enters_the_same_kernels_beside_a_branch_or_behind_a_rotation(str
 
 def lora_weights(graph: torch.fx.Graph) -> list[torch.fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder" and node.name.startswith("lora_") and "val" in node.meta]
+
+
+class Other(nn.Module):
+    """A layer, and a sum with what looks like a branch: a grouped 1x1 convolution, or one behind a depthwise convolution."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.conv, self.depthwise = kind, nn.Conv2d(12, 32, 1), nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.pointwise = nn.Conv2d(12, 32, 1, groups=4 if kind == "grouped" else 1, bias=False)
+
+    def forward(self, x):
+        return self.conv(x) + self.pointwise(x if self.kind == "grouped" else self.depthwise(x))
+
+
+@pytest.mark.parametrize("kind", ["grouped", "depthwise"])
+def test_convolutions_of_groups_are_no_branch(kind):
+    model, x = Other(kind), torch.randn(2, 12, 4, 4, generator=torch.Generator().manual_seed(0)).half()
+    plain, fused = (drafted(model, {"conv": site_of(model.conv)}, x) for _ in range(2))
+    fusions.fuse(fused, branches=True)
+    (expected,), (found,) = plain.module()(x, TIMESTEPS), fused.module()(x, TIMESTEPS)
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+
+
+def test_a_matrix_that_a_tiny_pre_scale_would_make_infinite_stays_in_torch():
+    model = Tokens()
+    restructure(model, NetworkRewrite(branches={"down": 8}, pre_scaled=("down.base",)))
+    model.down.branch.set_weights(torch.full((8, 64), 6.0), torch.full((32, 8), 0.01))
+    model.down.base.pre_scale.data[3] = 6.2e-5
+    sites = {name: site_of(part) for name, part in (("q", model.q), ("k", model.k), ("down.base", model.down.base))}
+    fused = drafted(model, sites, tokens())
+    fusions.fuse(fused, branches=True)
+    assert kernels_of(fused.graph).get("quantize_branch") is None
+    assert fused.module()(tokens(), TIMESTEPS)[0].isfinite().all()
 
 
 class ReadTwice(nn.Module):
