@@ -32,7 +32,8 @@ PROLOGUES = {
     (False, "geglu"): "geglu",
 }
 FIRST_PROLOGUES = ("plain", "silu")  # of kernels that read channels first
-BRANCH_PROLOGUES = (*PROLOGUES.values(), "rows")  # of kernels that multiply by a branch's first matrix
+# Of kernels that multiply by a branch's first matrix, in the order of the enum `Prologue`; `rows` is a kernel of its own.
+BRANCH_PROLOGUES = ("plain", "silu", "norm", "norm_silu", "gelu", "gelu_tanh", "geglu", "rows")
 BRANCH_PIXELS, BRANCH_BYTES = 32, 16640  # per block of them; its dynamic shared memory
 ROTATED_PROLOGUES = tuple(name for (norm, _), name in PROLOGUES.items() if not norm)  # of kernels that rotate
 
@@ -65,7 +66,7 @@ class BranchParams(ctypes.Structure):
     _fields_ = [
         *_fields(
             "x codes row inv_scale qmin qmax mean rstd gamma beta scale shift down low_scale low",
-            "N HW C Cb groups unsigned_codes rotation low_rotated scale_stride shift_stride low_scale_stride lanes rms rank",
+            "N HW C Cb groups unsigned_codes rotation low_rotated scale_stride shift_stride low_scale_stride lanes rms rank prologue",
         ),
         ("eps", ctypes.c_float),
     ]
@@ -161,13 +162,15 @@ def branch_launch(params: BranchParams, *, type_name: str, bits: int, prologue: 
     """Quantize, pack, and multiply by the first matrix of a low-rank branch.
 
     Args:
-        params: All fields set.
+        params: All fields set but the prologue's.
         type_name: `f16` or `bf16`, of x.
         bits: 4 or 8.
         prologue: From BRANCH_PROLOGUES; `rows` normalizes tokens.
     """
-    grid = _clipped(_ceil(params.HW, BRANCH_PIXELS), params.N, 1)
-    return Launch(f"quantize_branch_{type_name}_i{bits}_{prologue}", grid, THREADS, BRANCH_BYTES, params, DOWN)
+    rows = prologue == "rows"
+    params.prologue = 0 if rows else BRANCH_PROLOGUES.index(prologue)
+    entry = f"quantize_branch_{type_name}_i{bits}{'_rows' if rows else ''}"
+    return Launch(entry, _clipped(_ceil(params.HW, BRANCH_PIXELS), params.N, 1), THREADS, BRANCH_BYTES, params, DOWN)
 
 
 def rotary_launch(params: RotaryParams, *, type_name: str) -> Launch:
@@ -221,7 +224,7 @@ def entry_points(source: str = MAIN) -> list[str]:
 
 
 def _down_entry_points() -> list[str]:
-    return [f"quantize_branch_{type_name}_i{bits}_{name}" for type_name in TYPES for bits in (4, 8) for name in BRANCH_PROLOGUES]
+    return [f"quantize_branch_{type_name}_i{bits}{rows}" for type_name in TYPES for bits in (4, 8) for rows in ("", "_rows")]
 
 
 def _branch_entry_points() -> list[str]:

@@ -48,12 +48,26 @@ __device__ __forceinline__ void token_statistics(const BranchParams& p, const T*
   __syncwarp();
 }
 
-template <class T, int BITS, Prologue PROLOGUE, bool ROWS = false>
+// As load_octet_of, the prologue chosen at run time, by all threads alike: it takes little beside the products, and kernels for each would take long to compile.
+template <class T>
+__device__ __forceinline__ void load_chosen(float (&v)[CHANNELS], const BranchParams& p, const T* x, int n, int c0) {
+  switch (p.prologue) {
+    case SILU: return load_octet_of<T, SILU>(v, p, x, n, c0, CHANNELS, true);
+    case NORM: return load_octet_of<T, NORM>(v, p, x, n, c0, CHANNELS, true);
+    case NORM_SILU: return load_octet_of<T, NORM_SILU>(v, p, x, n, c0, CHANNELS, true);
+    case GELU: return load_octet_of<T, GELU>(v, p, x, n, c0, CHANNELS, true);
+    case GELU_TANH: return load_octet_of<T, GELU_TANH>(v, p, x, n, c0, CHANNELS, true);
+    case GEGLU: return load_octet_of<T, GEGLU>(v, p, x, n, c0, CHANNELS, true);
+    default: return load_octet_of<T, PLAIN>(v, p, x, n, c0, CHANNELS, true);
+  }
+}
+
+template <class T, int BITS, bool ROWS>
 __device__ __forceinline__ void quantize_branch(const BranchParams& p) {
   byte_t* const memory = dynamic_shared();
   float2* const statistics = reinterpret_cast<float2*>(memory + DOWN_TILE);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, octets = p.Cb / BITS;
-  const int pitch = PROLOGUE == GEGLU ? 2 * p.C : p.C;
+  const int pitch = !ROWS && p.prologue == GEGLU ? 2 * p.C : p.C;
   const int rows16 = warp % 2 * 16;  // this warp's pixels; its columns are 8 * (warp / 2), and every 32 from there
   for (int n = blockIdx.y; n < p.N; n += gridDim.y) {
     const Row row(p, n);
@@ -70,8 +84,9 @@ __device__ __forceinline__ void quantize_branch(const BranchParams& p) {
           float v[CHANNELS] = {};
           if (exists) {
             const T* const from = x + static_cast<long long>(pixel) * pitch;
-            load_octet_of<T, PROLOGUE>(v, p, from, n, c0, CHANNELS, true);
+            if constexpr (!ROWS) load_chosen(v, p, from, n, c0);
             if constexpr (ROWS) {
+              load_values(v, from + c0, CHANNELS, true);
               const float2 of_token = statistics[i];
 #pragma unroll
               for (int e = 0; e < CHANNELS; ++e) v[e] = __fmul_rn(__fsub_rn(v[e], of_token.x), of_token.y);

@@ -12,7 +12,7 @@
 
 typedef unsigned char byte_t;
 
-// Operations before the rounding; a kernel is compiled for each.
+// Operations before the rounding; a kernel is compiled for each, but for quantize_branch_*, which choose at run time.
 enum Prologue { PLAIN, SILU, NORM, NORM_SILU, GELU, GELU_TANH, GEGLU };
 
 struct QuantizeParams {
@@ -86,6 +86,7 @@ struct BranchParams {
   int scale_stride, shift_stride, low_scale_stride;  // elements from one sample to the next
   int lanes, rms;          // as in RowNormParams
   int rank;                // a multiple of 8, at most 256
+  int prologue;            // a Prologue, where tokens are not normalized (*_rows)
   float eps;
 };
 // What a quantizer rounds, rounded to x's type, before its rotation or behind it, times the first matrix of a low-rank branch, and its codes: low[m][r] = (sum over c of T(value[m][c]) *

@@ -168,13 +168,10 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
 def test_the_command_prints_a_line_for_each_gpu_and_source(compilations, capsys):
     assert build.main(["--arch", "sm_86, sm_89"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[1:2] + line.split("  ")[3:] for line in lines] == [
-        ["14 bytes", "sm_86 by nvrtc 13.0"],
-        ["14 bytes", "sm_86 by nvrtc 13.0"],
-        ["14 bytes", "sm_89 by nvrtc 13.0"],
-        ["14 bytes", "sm_89 by nvrtc 13.0"],
-    ]
-    assert [line.rpartition("/")[2].split("-sm")[0] for line in lines] == ["kernels", "attention"] * 2
+    files = ["kernels", "rotated", "branch", "down", "attention"]
+    expected = [["14 bytes", f"{arch} by nvrtc 13.0"] for arch in ("sm_86", "sm_89") for _ in files]
+    assert [line.split("  ")[1:2] + line.split("  ")[3:] for line in lines] == expected
+    assert [line.rpartition("/")[2].split("-sm")[0] for line in lines] == files * 2
 
 
 def test_the_command_ends_in_one_line():

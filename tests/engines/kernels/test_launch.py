@@ -10,6 +10,7 @@ from engines.kernels.build import BRANCH, DOWN, MAIN, ROTATED, SOURCE, source_fi
 from engines.kernels.launch import (
     BRANCH_BYTES,
     BRANCH_PIXELS,
+    BRANCH_PROLOGUES,
     LARGEST_GRID,
     STATS_OCTETS,
     BranchParams,
@@ -93,6 +94,9 @@ def test_a_rotation_or_a_branch_is_a_kernel_of_its_own_file():
     down = branch_launch(BranchParams(N=3, HW=33), type_name="f16", bits=4, prologue="rows")
     assert (down.entry, down.grid, down.source) == ("quantize_branch_f16_i4_rows", (2, 3, 1), DOWN)
     header = source_files()["params.h"].decode()
+    enum = re.search(r"enum Prologue \{ (.*?) \};", header)[1].lower().split(", ")
+    assert (*enum, "rows") == BRANCH_PROLOGUES
+    assert branch_launch(BranchParams(N=1, HW=1), type_name="bf16", bits=8, prologue="geglu").params.prologue == 6
     assert int(re.search(r"BRANCH_BYTES = (\d+);", header)[1]) == BRANCH_BYTES == down.shared_bytes
     assert int(re.search(r"DOWN_PIXELS = (\d+)", source_files()["down.cuh"].decode())[1]) == BRANCH_PIXELS
 

@@ -35,7 +35,7 @@ class BranchQuantization:
 
     @property
     def entry(self) -> str:
-        return f"quantize_branch_{self.dtype}_i{self.bits}_{self.prologue}"
+        return f"quantize_branch_{self.dtype}_i{self.bits}{'_rows' if self.prologue == 'rows' else ''}"
 
     @property
     def plain_entry(self) -> str:
@@ -75,6 +75,7 @@ class BranchQuantization:
             low_scale=address(stored_factor) if self.scaled else None,
             low_scale_stride=2 * self.rank,
             rank=self.rank,
+            prologue=PROLOGUES.index(self.prologue) % 7,  # in the order of params.h's enum
             **fields,
         )
         emulator.run(self.entry, params, (-(-self.HW // 32), self.N) if self.whole else (1, 1), 256, 16640)
