@@ -103,7 +103,8 @@ def test_each_sample_has_its_own_adapters(denoiser, subject):
     assert not any(torch.equal(mixed[3], rows[3]) for rows in (before, one, two))
     weights = {name: value.float() for name, value in state.weights.items()}
     reference = Reference(subject.artifact, weights)
-    expected = reference(subject.inputs | {SLOT_SCALES: state.scales(4, RANK)})
+    rank = next(len(value) for name, value in weights.items() if name.endswith(".down"))  # cuda rounds it up
+    expected = reference(subject.inputs | {SLOT_SCALES: state.scales(4, rank)})
     plain = Reference(subject.artifact)(subject.inputs)
     # Codes flip at ties, more of them in float16: as far from the reference with adapters as without them, give or take a half.
     assert (mixed - expected).norm() <= 1.5 * (before - plain).norm() + 1e-5 * expected.norm()

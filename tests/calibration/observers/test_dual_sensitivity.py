@@ -122,7 +122,7 @@ def test_a_constraint_that_holds_throughout_leaves_its_dual_variable_at_0(monkey
     assert set(duals_of(RECIPE).values()) == {0.0}
 
 
-@pytest.mark.parametrize(("recipe", "kind"), [(RECIPE, "dit"), (QAT(**SETTINGS), "unet2d")])
+@pytest.mark.parametrize(("recipe", "kind"), [(RECIPE, "dit"), pytest.param(QAT(**SETTINGS), "unet2d", marks=pytest.mark.extended)])
 def test_equal_seeds_give_equal_dual_variables(recipe, kind):
     duals = duals_of(recipe, kind)
     assert duals == duals_of(recipe, kind)

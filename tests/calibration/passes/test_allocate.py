@@ -155,8 +155,10 @@ def test_dual_variables_allocate_within_the_budget_and_are_measured_before_the_t
 DISTILLED = [name for name in registry.names(recipes) if registry.load(recipes, name, "RECIPE").distills]
 
 
-# In the quick run not mpq-dm, whose mixed bits by channel take most of its time.
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.extended] if name == "mpq-dm" else []) for name in DISTILLED])
+# In the quick run not mpq-dm, whose mixed bits by channel take most of its time, nor quest.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.extended] if name in ("mpq-dm", "quest") else []) for name in DISTILLED]
+)
 def test_every_recipe_that_distills_has_dual_variables(name):
     recipe = registry.load(recipes, name, "RECIPE")(rows=2, calibration_samples=2, steps=1, batch=2, act_bits=4)
     chosen = allocate(budget="int4=0.3", sensitivity="dual", dual_steps=1)

@@ -51,7 +51,7 @@ def test_convolutions_of_random_shape_are_numpys_bit_for_bit(emulator, kind, dty
     check_all(emulator, cases)
 
 
-@pytest.mark.parametrize("shapes", SHAPES_EACH)
+@pytest.mark.parametrize("shapes", [10, pytest.param(56, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("dtype", drawn.TYPES)
 @pytest.mark.parametrize("kind", drawn.KINDS)
 def test_low_rank_branches_added_in_the_epilogue_are_numpys_bit_for_bit(emulator, kind, dtype, shapes):

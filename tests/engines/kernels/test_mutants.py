@@ -318,7 +318,6 @@ IN_EVERY_RUN = (
     "codes are rounded half up",
     "a sum of four subtracts another of them",
     "rows of a branch lie as close as its rank",
-    "both halves of a step are multiplied by the first",
 )
 # What a mutant does not need, replaced by nothing: bfloat16, two of the tiles, and the kernels of the other half. It saves most of the time to compile.
 TILES_LEFT_OUT = (r"  X\(128, 128,.*\n", r"  X\(64, 64,.*\n")
