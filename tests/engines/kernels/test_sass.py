@@ -5,17 +5,18 @@ import sys
 
 import pytest
 
-from engines.kernels.build import BRANCH, DOWN, MAIN, ROTATED
+from engines.kernels.build import ATTENTION, BRANCH, DOWN, MAIN, ROTATED
 from engines.kernels.compilers import nvrtc_compiler
 from engines.kernels.launch import entry_points
 from engines.kernels.tiles import TILES
-from tests.engines.kernels.helpers.sass import MULTIPROCESSORS, kernels, table
+from tests.engines.kernels.helpers.sass import MULTIPROCESSORS, kernels, rows
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the wheels of NVRTC, nvdisasm and cuobjdump are for Linux")
 INT4 = ("sm_80", "sm_86", "sm_89")  # GPUs whose tensor cores multiply 4 bits
 # Each takes about ten seconds to compile, once; then it lies in the cache.
 ARCHS = [arch if arch == "sm_86" else pytest.param(arch, marks=pytest.mark.extended) for arch in MULTIPROCESSORS]
 DOCS = pathlib.Path(__file__).parents[3] / "docs" / "kernels.md"
+BRANCHES = pytest.param(BRANCH, marks=pytest.mark.extended)  # the convolutions once more: their loop is compiled with MAIN's
 MULTIPLY = {"s4": "IMMA.16864.S4.S4", "u4": "IMMA.16864.U4.S4", "s8": "IMMA.16832.S8.S8"}
 
 
@@ -25,7 +26,7 @@ def convolutions(arch: str) -> dict:
     return {name: kernel for name, kernel in kernels(arch).items() if name.startswith(tuple(f"conv_{kind}_" for kind in kinds))}
 
 
-@pytest.mark.parametrize("source", [MAIN, ROTATED, BRANCH, DOWN])
+@pytest.mark.parametrize("source", [MAIN, ROTATED, DOWN, BRANCHES])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_entry_point_is_compiled(arch, source):
     assert set(kernels(arch, source)) == set(entry_points(source))
@@ -40,7 +41,8 @@ def test_convolutions_run_on_integer_tensor_cores(arch):
         assert kernel.count("LDSM.16.M88.4") == 2 * (kernel.tile.warp_m // 16 + 2), name
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.extended
+@pytest.mark.parametrize("arch", MULTIPROCESSORS)
 def test_a_branch_follows_the_codes_through_the_same_loop(arch):
     """As many multiplications of float16 or bfloat16 as of codes, in the tile's own registers: nothing spills, and as many blocks fit as without a branch."""
     for name, kernel in branches(arch).items():
@@ -118,9 +120,12 @@ def test_without_4_bit_tensor_cores_4_bit_kernels_are_emulated():
     assert kernel.count("CALL") > 0
 
 
-def test_the_page_has_the_compilers_own_table():
+@pytest.mark.parametrize("source", [MAIN, ROTATED, DOWN, ATTENTION, BRANCHES])
+def test_the_page_has_the_compilers_own_table(source):
     page = DOCS.read_text()
     compiler = f"NVRTC {'.'.join(map(str, nvrtc_compiler().version))}"
     if compiler not in page:
         pytest.skip(f"the table in docs/kernels.md was made by another compiler than {compiler}")
-    assert table("sm_86") in page, "run `python -m tests.engines.kernels.helpers.sass` and put its table into docs/kernels.md"
+    assert [row for row in rows("sm_86", source) if row not in page] == [], (
+        "run `python -m tests.engines.kernels.helpers.sass` and put its table into docs/kernels.md"
+    )

@@ -67,6 +67,8 @@ def outcome(folder: pathlib.Path, old: str, new: str) -> str | None:
     cuda = folder / "cuda"
     shutil.copytree(CUDA, cuda)
     (cuda / "kernels.cu").write_text('#include "device.cuh"\n')
+    for other in ("rotated.cu", "branch.cu", "down.cu"):
+        (cuda / other).unlink()
     entry_points = (cuda / "attention.cu").read_text()
     for pattern in (r"WIDTHS\(OF_BF16\)\n", r"KEYS_OF\(bf16\)\n", r"  X\((48|80|160),.*\n"):
         entry_points, found = re.subn(pattern, "", entry_points)

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 
 from engines.kernels.attention import launch as attention
-from engines.kernels.build import ATTENTION, BRANCH, DOWN, MAIN, ROTATED, SOURCES, cubin
+from engines.kernels.build import ATTENTION, DOWN, MAIN, ROTATED, SOURCES, cubin
 from engines.kernels.launch import BRANCH_BYTES, THREADS, entry_points
 from engines.kernels.tiles import TILES
 
@@ -112,24 +112,26 @@ def kernels(arch: str, source: str = MAIN) -> dict[str, Kernel]:
     }
 
 
-def table(arch: str) -> str:
-    """Registers, shared memory and occupancy of the float16 kernels (bfloat16's are the same to a few registers), in markdown."""
-    on, found = MULTIPROCESSORS[arch], {name: kernel for source in SOURCES for name, kernel in kernels(arch, source).items()}
-    lines = [
-        "| kernel | threads | registers | spilled bytes | shared bytes | blocks | warps of " + str(on.warps) + " |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    others = [
-        name for source in (ROTATED, BRANCH, DOWN) for name in entry_points(source) if "_i8" not in name
-    ]  # those of 8 bits are alike, too
-    for name in (*entry_points(), *others, *attention.entry_points()):
-        if "_bf16" in name:
+def rows(arch: str, source: str) -> list[str]:
+    """Registers, shared memory and occupancy of one source's float16 kernels (bfloat16's are the same to a few registers), as rows in markdown.
+
+    Of quantizers that rotate or multiply by a branch, those of 4 bits; the others are alike, too.
+    """
+    on, found, lines = MULTIPROCESSORS[arch], kernels(arch, source), []
+    for name in attention.entry_points() if source == ATTENTION else entry_points(source):
+        if "_bf16" in name or (source in (ROTATED, DOWN) and "_i8" in name):
             continue
         kernel = found[name]
         blocks = kernel.blocks(on)
         cells = (f"`{name}`", kernel.threads, kernel.registers, kernel.stack, kernel.shared_bytes, blocks, blocks * kernel.threads // 32)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    return lines
+
+
+def table(arch: str) -> str:
+    """The rows of all sources under their head."""
+    head = f"| kernel | threads | registers | spilled bytes | shared bytes | blocks | warps of {MULTIPROCESSORS[arch].warps} |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *(row for source in SOURCES for row in rows(arch, source))])
 
 
 if __name__ == "__main__":
