@@ -257,7 +257,8 @@ def show_step(path_or_name: str, gpu: str, batches: str, branch_rank: int | None
         raise InputError(f"--step: {path_or_name} is an {kind_of(path_or_name)} directory; expected a model or an architecture's name.")
     pipeline = pipeline_config_of(path_or_name)
     model = TracedModel.of(pipeline.family_object, pipeline.config)
-    show_steps(pipeline.name, device, {batch: step_rows(model, device, batch, branch_rank) for batch in sizes}, as_json=as_json)
+    branched = None if branch_rank is None else model.with_branches(branch_rank)  # traced once for all batches
+    show_steps(pipeline.name, device, {batch: step_rows(model, device, batch, branched) for batch in sizes}, as_json=as_json)
 
 
 app = run_app.app_with()

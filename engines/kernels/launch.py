@@ -21,7 +21,7 @@ STATS_OCTETS = 64  # octets of channels per block of group_stats_partial
 LEAST_CHUNK, MOST_CHUNKS = 16, 128  # pixels of a chunk; chunks of a sample
 LARGEST_GRID = (2**31 - 1, 65535, 65535)  # blocks along x, y, z; the kernels stride over what a smaller grid leaves
 TYPES = ("f16", "bf16")  # checks.FLOATS, as entry points name them
-# (norm, activation) -> prologue, as entry points name it
+# (norm, activation) -> prologue, as entry points name it, in the order of the enum `Prologue`
 PROLOGUES = {
     (False, "none"): "plain",
     (False, "silu"): "silu",
@@ -32,8 +32,7 @@ PROLOGUES = {
     (False, "geglu"): "geglu",
 }
 FIRST_PROLOGUES = ("plain", "silu")  # of kernels that read channels first
-# Of kernels that multiply by a branch's first matrix, in the order of the enum `Prologue`; `rows` is a kernel of its own.
-BRANCH_PROLOGUES = ("plain", "silu", "norm", "norm_silu", "gelu", "gelu_tanh", "geglu", "rows")
+BRANCH_PROLOGUES = (*PROLOGUES.values(), "rows")  # of kernels that multiply by a branch's first matrix; `rows` is a kernel of its own
 BRANCH_PIXELS, BRANCH_BYTES = 32, 16640  # per block of them; its dynamic shared memory
 ROTATED_PROLOGUES = tuple(name for (norm, _), name in PROLOGUES.items() if not norm)  # of kernels that rotate
 

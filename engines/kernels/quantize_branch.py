@@ -5,6 +5,7 @@ Source: Li et al., SVDQuant, arXiv 2411.05007, section 4.2. The second product i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,10 +123,7 @@ def quantize_branch(traced: bool, x: Tensor, *arguments: Any) -> tuple[Tensor, T
     table, operands = Table(*arguments[:6]), BranchOperands(*arguments[6:])
     channels = operands.check(x)
     table.check("quantize_branch", x)
-    tokens = 1
-    for size in x.shape[1:-1]:
-        tokens = tokens * size
-    shapes = [x.shape[0], tokens, 1, code_bytes(channels, table.bits)], [*x.shape[:-1], operands.rank]
+    shapes = [x.shape[0], math.prod(x.shape[1:-1]), 1, code_bytes(channels, table.bits)], [*x.shape[:-1], operands.rank]
     if traced:
         return x.new_empty(shapes[0], dtype=torch.uint8), x.new_empty(shapes[1])
     check_size("quantize_branch", x=x.shape, codes=shapes[0], low=shapes[1])

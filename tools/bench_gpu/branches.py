@@ -19,6 +19,7 @@ from engines.kernels.operands import ConvShape, RowNorm, Table
 from engines.kernels.tiles import TILES
 
 APPROXIMATED = ("silu", "gelu_tanh")  # by an exponential whose last bits differ: a code may fall to the other side of a rounding tie
+ACTIVATION_OF = {prologue: activation for (_, activation), prologue in PROLOGUES.items()}
 NORMS = {"norm": "group", "norm_silu": "group", "rows": "layer"}
 
 
@@ -30,7 +31,6 @@ def branch_on(device: torch.device) -> Any:
 def rotated_results(run: StageRun, generator: torch.Generator) -> list[Row]:
     """Every quantizer that rotates."""
     rows = []
-    activations = {prologue: activation for (_, activation), prologue in PROLOGUES.items()}
     for dtype, (bits, unsigned), prologue in itertools.product(FLOATS, KINDS, (*ROTATED_PROLOGUES, "rows")):
         width = 640 if prologue == "geglu" else 320
         x = torch.randn((3, 9, width), generator=generator).to(dtype)
@@ -40,7 +40,7 @@ def rotated_results(run: StageRun, generator: torch.Generator) -> list[Row]:
             right = torch_ops.quantize_rows(x, norm, table, rotation=64)
             found = operators_on(run.device).quantize_rows(x.to(run.device), moved, own, rotation=64)
         else:
-            behind = {"activation": activations[prologue], "rotation": 64}
+            behind = {"activation": ACTIVATION_OF[prologue], "rotation": 64}
             right = torch_ops.quantize(x, None, table, **behind)
             found = operators_on(run.device).quantize(x.to(run.device), None, own, **behind)
         name = f"quantize {name_of(dtype)} {'u' if unsigned else 's'}{bits} {prologue}, rotated"
@@ -69,7 +69,6 @@ def branch_results(run: StageRun, generator: torch.Generator) -> list[Row]:
 def down_results(run: StageRun, generator: torch.Generator) -> list[Row]:
     """Every quantizer with a branch's first product: its codes, and the product within the rounding of its type."""
     rows = []
-    activations = {prologue: activation for (_, activation), prologue in PROLOGUES.items()}
     for dtype, (bits, unsigned), prologue in itertools.product(FLOATS, KINDS, BRANCH_PROLOGUES):
         x = torch.randn((3, 40, 640 if prologue == "geglu" else 320), generator=generator).to(dtype)
         norm = NORMS.get(prologue, "none")
@@ -77,7 +76,7 @@ def down_results(run: StageRun, generator: torch.Generator) -> list[Row]:
             (torch.randn((3, 4), generator=generator), torch.rand((3, 4), generator=generator) + 0.5) if norm == "group" else (None, None)
         )
         down, low_scale = torch.randn((72, 320), generator=generator).to(dtype), torch.rand((3, 72), generator=generator).to(dtype)
-        rotation, activation, groups = 0 if norm == "group" else 64, activations.get(prologue, "none"), 4 if norm == "group" else 0
+        rotation, activation, groups = 0 if norm == "group" else 64, ACTIVATION_OF.get(prologue, "none"), 4 if norm == "group" else 0
         operands = quantize_branch.BranchOperands(
             activation, rotation, down, low_scale, prologue in ("plain", "rows"), norm, *statistics, *[None] * 4, groups, 1e-5
         )

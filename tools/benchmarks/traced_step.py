@@ -96,11 +96,11 @@ class TracedModel:
         return inputs
 
 
-def step_rows(model: TracedModel, gpu: Gpu, batch: int, branch_rank: int | None = None) -> list[Row]:
+def step_rows(model: TracedModel, gpu: Gpu, batch: int, branched: TracedModel | None = None) -> list[Row]:
     """Expected milliseconds of one step, in all and by kind of kernel: in float16 as torch.compile runs it, and of our session.
 
     Our session runs what is between its operators eagerly, in one CUDA graph, or compiled (`--rest inductor`); attention is torch's, or ours (`--attention int8`).
-    With a `branch_rank` also the step with branches of this rank, in the kernels and as products of torch.
+    With `branched`, from `with_branches`, also the step with branches, in the kernels and as products of torch.
     """
     inputs, rows = model.inputs(batch), list[Row]()
     formats = code_formats(model.family, model.config, four_bits=gpu.has_int4)
@@ -112,12 +112,12 @@ def step_rows(model: TracedModel, gpu: Gpu, batch: int, branch_rank: int | None 
         ("ours, attention in INT8", attending, False),
         ("ours, rest compiled, attention in INT8", attending, True),
     )
-    if branch_rank is not None:
-        branched = model.with_branches(branch_rank)
+    if branched is not None:
+        rank = max(branched.structure.branches.values(), default=0)
         own = code_formats(model.family, model.config, four_bits=gpu.has_int4, structure=branched.structure)
         variants += (
-            (f"ours, branches of rank {branch_rank} in the kernels", branched.graph(own), False),
-            (f"ours, branches of rank {branch_rank} by torch", branched.graph(own, branches=False), False),
+            (f"ours, branches of rank {rank} in the kernels", branched.graph(own), False),
+            (f"ours, branches of rank {rank} by torch", branched.graph(own, branches=False), False),
         )
     for name, graph, compiled in variants:
         found = step_time(graph, inputs, gpu, compiled=compiled)

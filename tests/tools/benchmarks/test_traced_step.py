@@ -22,7 +22,8 @@ def test_without_int4_tensor_cores_all_sites_are_eight_bits():
 
 def test_branches_in_the_kernels_are_fewer_kernels_and_less_time_than_products_of_torch():
     family, config, _ = tiny_model("dit")
-    rows = step_rows(TracedModel(family=family, config=config, program=program_of("dit")), gpu_named("rtx3090"), 2, branch_rank=4)
+    model = TracedModel(family=family, config=config, program=program_of("dit"))
+    rows = step_rows(model, gpu_named("rtx3090"), 2, model.with_branches(4))
     fused, by_torch = rows[-2:]
     assert [row["graph"] for row in (fused, by_torch)] == ["ours, branches of rank 4 in the kernels", "ours, branches of rank 4 by torch"]
     assert fused["kernels"] < by_torch["kernels"]
